@@ -1,0 +1,45 @@
+# dlkern's commands. `make demo` and `make test` need only python3 (3.10 or newer), g++ and make.
+#   make demo                 set up, train LeNet with torch and with dlkern side by side, write report/index.html
+#   make test                 set up, run all tests
+#   make PYTHON=python3.12 …  use that environment as it is (torch must be there); no .venv is made
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+ifdef PYTHON
+PY := $(PYTHON)
+SETUP_ENV :=
+else
+PY := .venv/bin/python
+SETUP_ENV := .venv/.installed
+endif
+
+TORCH := torch==2.13.0
+TRITON := triton==3.8.0
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+# torch is pinned: without the pin a plain `torch` may bring gigabytes of CUDA packages.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade pip
+	.venv/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja pybind11 numpy $(TORCH) $(TRITON)
+	.venv/bin/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis expecttest click rich \
+	  matplotlib scikit-learn safetensors transformers ruff mypy clang-format
+	.venv/bin/python -m pip install -q --no-deps -c constraints.txt torchvision
+	touch $@
+
+setup: $(SETUP_ENV)
+
+# The native library, beside the sources; ninja rebuilds what changed. The CUDA column is built where a GPU is.
+native: setup
+	DLKERN_CUDA=$${DLKERN_CUDA:-auto} $(PY) setup.py -q build_ext --inplace
+
+install: native
+	@$(PY) -c "import importlib.metadata as m; m.distribution('dlkern')" 2>/dev/null || \
+	  DLKERN_CUDA=$${DLKERN_CUDA:-auto} $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+
+test: install
+	$(PY) -m pytest tests
+
+.PHONY: help setup native install test

@@ -1,0 +1,33 @@
+// Which instruction set the CPU column runs. Every csrc/cpu/<family>.cpp is compiled three times,
+// with DLKERN_ISA naming the namespace (portable, avx2, avx512) and the compiler flags to match;
+// DLKERN_DECLARE announces a function in all three and DLKERN_CALL picks one at run time.
+// The choice is made once: the best the CPU has, capped by the environment variable DLKERN_CPU_ISA.
+#pragma once
+
+namespace dlkern::cpu {
+
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The instruction set in use, decided on the first call.
+Isa isa();
+const char* isa_name(Isa isa);
+// Whether vdpbf16ps (AVX512_BF16) may be used: the CPU has it and isa() is avx512.
+bool has_bf16_dot();
+
+}  // namespace dlkern::cpu
+
+#define DLKERN_DECLARE(result, name, ...)                \
+  namespace portable { result name(__VA_ARGS__); }       \
+  namespace avx2 { result name(__VA_ARGS__); }           \
+  namespace avx512 { result name(__VA_ARGS__); }
+
+#ifdef DLKERN_NO_SIMD  // not x86: the portable build is the only one
+#define DLKERN_CALL(name, ...) ::dlkern::cpu::portable::name(__VA_ARGS__)
+#else
+#define DLKERN_CALL(name, ...)                                                  \
+  (::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx512                           \
+       ? ::dlkern::cpu::avx512::name(__VA_ARGS__)                               \
+       : ::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx2                       \
+             ? ::dlkern::cpu::avx2::name(__VA_ARGS__)                           \
+             : ::dlkern::cpu::portable::name(__VA_ARGS__))
+#endif

@@ -1,0 +1,25 @@
+// Threads of the CPU column: torch's own pool and torch's own setting (torch.set_num_threads).
+#pragma once
+#include <cstdint>
+
+namespace dlkern::cpu {
+
+// Threads torch would use here; 1 inside a parallel region.
+int num_threads();
+// Runs body(context, begin, end) over a partition of [0, n) into pieces of at least `grain`.
+// The body must not throw.
+void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, F&& f) {
+  if (n <= 0) return;
+  if (n <= grain) {  // not worth waking the pool
+    f(int64_t{0}, n);
+    return;
+  }
+  parallel_for(
+      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace dlkern::cpu

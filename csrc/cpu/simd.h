@@ -1,0 +1,150 @@
+// Vectors as wide as the instruction set this file is compiled for, through the compiler's vector
+// types: one source serves AVX-512, AVX2 and portable code, and the compiler contracts a * b + c to FMA.
+// Vec<float> and Vec<double> hold kVectorBytes; bfloat16 is loaded into and stored from Vec<float>.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "scalar.h"
+
+#ifndef DLKERN_ISA
+#define DLKERN_ISA portable
+#endif
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+using vfloat [[gnu::vector_size(kVectorBytes)]] = float;
+using vdouble [[gnu::vector_size(kVectorBytes)]] = double;
+using vint32 [[gnu::vector_size(kVectorBytes)]] = int32_t;
+using vuint32 [[gnu::vector_size(kVectorBytes)]] = uint32_t;
+using vint64 [[gnu::vector_size(kVectorBytes)]] = int64_t;
+using vuint16_half [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
+
+template <class T> struct vector_of { using type = vfloat; };
+template <> struct vector_of<double> { using type = vdouble; };
+// The vector in which elements of type T are computed: Vec<bfloat16> is a vector of float.
+template <class T> using Vec = typename vector_of<T>::type;
+// Lanes of Vec<T>.
+template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
+
+template <class T> inline Vec<T> broadcast(acc_t<T> value) { return Vec<T>{} + value; }
+
+// Unaligned loads and stores of a whole vector.
+inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
+inline vdouble load(const double* p) { vdouble v; std::memcpy(&v, p, sizeof v); return v; }
+inline vfloat load(const bfloat16* p) {
+  vuint16_half h;
+  std::memcpy(&h, p, sizeof h);
+  vuint32 u = __builtin_convertvector(h, vuint32) << 16;
+  vfloat v;
+  std::memcpy(&v, &u, sizeof v);
+  return v;
+}
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bfloat16* p, vfloat v) {
+  vuint32 u;
+  std::memcpy(&u, &v, sizeof u);
+  vuint32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  rounded = (v != v) ? ((u >> 16) | 0x40u) : rounded;
+  vuint16_half h = __builtin_convertvector(rounded, vuint16_half);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first `count` lanes only (0 < count <= lanes); the others read as zero and are not written.
+template <class T> inline Vec<T> load_partial(const T* p, int count) {
+  T lanes[kLanes<T>];
+  std::memset(static_cast<void*>(lanes), 0, sizeof lanes);
+  std::memcpy(static_cast<void*>(lanes), p, sizeof(T) * static_cast<size_t>(count));
+  return load(lanes);
+}
+template <class T> inline void store_partial(T* p, Vec<T> v, int count) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  std::memcpy(static_cast<void*>(p), lanes, sizeof(T) * static_cast<size_t>(count));
+}
+#if defined(__AVX512F__)
+inline __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+template <> inline vfloat load_partial<float>(const float* p, int count) {
+  return (vfloat)_mm512_maskz_loadu_ps(lane_mask(count), p);
+}
+template <> inline void store_partial<float>(float* p, vfloat v, int count) {
+  _mm512_mask_storeu_ps(p, lane_mask(count), (__m512)v);
+}
+#endif
+
+// Sum of the lanes, in a fixed order.
+template <class V> inline auto reduce_add(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  auto s = v;
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  return s[0];
+}
+// Larger of two lanes; NaN in either gives NaN, as torch.max has it.
+template <class V> inline V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
+
+// e^x, Cephes' degree-5 polynomial after reduction by ln 2; under 2 ulp, flushes below -87.3.
+inline vfloat exp(vfloat x) {
+  constexpr float kHigh = 88.3762626647949f, kLow = -87.3365447504f;
+  vfloat clamped = x > kHigh ? broadcast<float>(kHigh) : x;
+  clamped = clamped < kLow ? broadcast<float>(kLow) : clamped;
+  vfloat t = clamped * 1.44269504088896341f;
+  vint32 n = __builtin_convertvector(t + (t >= 0.0f ? broadcast<float>(0.5f) : broadcast<float>(-0.5f)), vint32);
+  vfloat k = __builtin_convertvector(n, vfloat);
+  vfloat r = clamped - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  vfloat y = broadcast<float>(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  vint32 half = n >> 1;  // in two steps, so that 2^n for n = 128 does not overflow
+  vint32 first = (half + 127) << 23, second = (n - half + 127) << 23;
+  vfloat scale1, scale2;
+  std::memcpy(&scale1, &first, sizeof first);
+  std::memcpy(&scale2, &second, sizeof second);
+  y = y * scale1 * scale2;
+  y = x < kLow ? broadcast<float>(0.0f) : y;
+  y = x > kHigh ? broadcast<float>(__builtin_inff()) : y;
+  return x != x ? x : y;
+}
+inline vdouble exp(vdouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
+inline vdouble sigmoid(vdouble x) { return 1.0 / (1.0 + exp(-x)); }
+// tanh x = 1 - 2 / (e^{2x} + 1); an odd polynomial (Cephes) where |x| < 0.625, where that form cancels.
+inline vfloat tanh(vfloat x) {
+  vfloat z = x * x;
+  vfloat p = broadcast<float>(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  vfloat small = p * z * x + x;
+  vfloat large = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+  vfloat magnitude = x < 0.0f ? -x : x;
+  return magnitude < 0.625f ? small : large;
+}
+inline vdouble tanh(vdouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA

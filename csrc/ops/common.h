@@ -1,0 +1,127 @@
+// The op layer: checks and allocation, shared by every family and column. An op here is called through
+// torch.ops.dlkern.<op>_<column>; it validates everything before a kernel starts, because a direct call may
+// pass anything, and raises ValueError, IndexError or RuntimeError through the standard exceptions that the
+// stable ABI carries across.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/scalar.h"
+
+namespace dlkern::ops {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
+
+template <class Error = std::runtime_error, class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+// NCHW-contiguous or channels_last, for 4-D tensors; `other` needs a copy first.
+enum class Layout { contiguous, channels_last, other };
+
+inline Layout layout_of(const Tensor& x) {
+  if (x.is_contiguous()) return Layout::contiguous;
+  if (x.dim() != 4) return Layout::other;
+  auto size = x.sizes(), stride = x.strides();
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (size[d] == 0) return Layout::contiguous;
+    if (size[d] != 1) {
+      if (stride[d] != expected) return Layout::other;
+      expected *= size[d];
+    }
+  }
+  return Layout::channels_last;
+}
+
+// Whether torch would give an op's result channels_last for this input (torch's suggest_memory_format):
+// strides say channels_last, and sizes of 1 are resolved as torch resolves them.
+inline bool suggests_channels_last(const Tensor& x) {
+  if (x.dim() != 4) return false;
+  auto size = x.sizes(), stride = x.strides();
+  int64_t least = 0;
+  if (stride[1] == 0) return false;
+  for (int d : {1, 3, 2, 0}) {
+    if (size[d] == 0) return false;
+    if (stride[d] < least) return false;
+    if (d == 0 && least == stride[1]) return false;  // N111 is contiguous
+    least = stride[d];
+    if (size[d] > 1) least *= size[d];
+  }
+  return true;
+}
+
+inline std::vector<int64_t> strides_for(const std::vector<int64_t>& size, bool channels_last) {
+  std::vector<int64_t> stride(size.size());
+  auto at_least_one = [](int64_t n) { return n > 1 ? n : 1; };
+  if (channels_last) {  // size is N, C, H, W
+    stride[1] = 1;
+    stride[3] = at_least_one(size[1]);
+    stride[2] = stride[3] * at_least_one(size[3]);
+    stride[0] = stride[2] * at_least_one(size[2]);
+  } else {
+    int64_t running = 1;
+    for (size_t d = size.size(); d-- > 0;) {
+      stride[d] = running;
+      running *= at_least_one(size[d]);
+    }
+  }
+  return stride;
+}
+
+// An uninitialised tensor of the given sizes on x's device. 0.3 us, against 1.4 for aten::empty.
+inline Tensor allocate(const std::vector<int64_t>& size, ScalarType dtype, const Tensor& x, bool channels_last = false) {
+  auto stride = strides_for(size, channels_last);
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  int32_t dtype_code = 0;
+  switch (dtype) {
+    case ScalarType::Float: dtype_code = aoti_torch_dtype_float32(); break;
+    case ScalarType::Double: dtype_code = aoti_torch_dtype_float64(); break;
+    case ScalarType::BFloat16: dtype_code = aoti_torch_dtype_bfloat16(); break;
+    case ScalarType::Half: dtype_code = aoti_torch_dtype_float16(); break;
+    case ScalarType::Long: dtype_code = aoti_torch_dtype_int64(); break;
+    case ScalarType::Int: dtype_code = aoti_torch_dtype_int32(); break;
+    case ScalarType::Byte: dtype_code = aoti_torch_dtype_uint8(); break;
+    default: check(false, "dlkern: no allocation for this dtype");
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                                  dtype_code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline std::vector<int64_t> to_vector(Ints ints) { return std::vector<int64_t>(ints.begin(), ints.end()); }
+
+// Calls f with a null pointer of the C++ element type; the dtypes every CPU family serves.
+template <class F> inline void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: f(static_cast<float*>(nullptr)); break;
+    case ScalarType::Double: f(static_cast<double*>(nullptr)); break;
+    case ScalarType::BFloat16: f(static_cast<bfloat16*>(nullptr)); break;
+    default: check(false, op, ": expected float32, float64 or bfloat16");
+  }
+}
+template <class T> inline const T* data(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
+template <class T> inline T* mutable_data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+template <class T> inline const T* data(const std::optional<Tensor>& x) { return x ? data<T>(*x) : nullptr; }
+
+}  // namespace dlkern::ops

@@ -1,0 +1,31 @@
+// dropout, op layer: dlkern::dropout_cpu(input, p, seed).
+#include "../cpu/dropout.h"
+
+#include "common.h"
+
+namespace dlkern::ops {
+namespace {
+
+Tensor dropout_cpu(const Tensor& input, double p, const Tensor& seed) {
+  check<std::invalid_argument>(p >= 0.0 && p <= 1.0, "dropout probability has to be between 0 and 1, but got ", p);
+  check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "dropout: seed must be one int64");
+  const bool channels_last = layout_of(input) == Layout::channels_last;
+  // Elements are counted in memory order; anything not dense is copied first.
+  const Tensor x = channels_last || input.is_contiguous() ? input : torch::stable::contiguous(input);
+  Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
+  if (x.numel() == 0) return output;
+  if (p == 1.0) return torch::stable::zero_(output);
+  dispatch_floating(x.scalar_type(), "dropout", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::DropoutArgs<T> args{data<T>(x), mutable_data<T>(output), x.numel(), p,
+                             static_cast<uint64_t>(*data<int64_t>(seed))};
+    DLKERN_CALL(dropout, args);
+  });
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) { m.impl("dropout_cpu", TORCH_BOX(&dropout_cpu)); }
+
+}  // namespace dlkern::ops

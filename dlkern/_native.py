@@ -1,0 +1,58 @@
+"""Loads the native library and tells, in words, what could not be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["LIBRARY_ERROR", "facts", "library_loaded", "load"]
+
+LIBRARY_ERROR: str | None = None
+"""Why libdlkern.so is not in use; None when it is loaded."""
+
+_loaded = False
+
+
+def library_path() -> Path:
+    """libdlkern.so beside this file, or the one DLKERN_LIBRARY names (a sanitizer build, say)."""
+    return Path(os.environ.get("DLKERN_LIBRARY") or Path(__file__).parent / "libdlkern.so")
+
+
+def load() -> bool:
+    """Loads libdlkern.so once; False (with LIBRARY_ERROR set) where there is none or it does not load."""
+    global LIBRARY_ERROR, _loaded
+    if _loaded:
+        return True
+    path = library_path()
+    if not path.exists():
+        LIBRARY_ERROR = f"no native library at {path.name}: install with a C++ compiler, or run `make native`"
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        LIBRARY_ERROR = f"{path.name} does not load: {error}"
+        return False
+    _loaded = True
+    return True
+
+
+def library_loaded() -> bool:
+    return _loaded
+
+
+def facts() -> dict[str, Any]:
+    """What dlkern._C tells about build and CPU; {'error': ...} where that module is missing."""
+    try:
+        from dlkern import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        return {"error": f"dlkern._C is not there ({error})"}
+    return {
+        "build": _C.build_info(),
+        "cpu_features": _C.cpu_features(),
+        "cpu_isa": _C.cpu_isa(),
+        "cuda_kernels": json.loads(_C.cuda_kernels_json()),
+    }

@@ -1,0 +1,5 @@
+"""torch.nn.functional's names and signatures, on dlkern's kernels. A file a family."""
+
+from dlkern.nn.functional.dropout import dropout
+
+__all__ = ["dropout"]

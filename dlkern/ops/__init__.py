@@ -1,0 +1,5 @@
+"""A file a family: schemas, fake kernels, autograd and the dispatch function of its ops."""
+
+from dlkern.ops import dropout
+
+__all__ = ["dropout"]

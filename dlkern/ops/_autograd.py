@@ -1,0 +1,73 @@
+"""What every family's autograd shares.
+
+The pattern: `Forward` (a torch.autograd.Function) runs a column's forward op; its backward runs the column's
+backward op; and where that must itself be differentiable, it goes through `Backward`, a Function whose own
+backward is the vector-Jacobian product of the family's reference, in plain torch expressions. So first gradients
+always come from our kernels, and derivatives of any order exist, under torch.func as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Function", "apply", "functorch_active", "needs_grad", "use_reference", "vjp"]
+
+functorch_active = torch._C._are_functorch_transforms_active
+
+
+class Function(torch.autograd.Function):
+    """Base of dlkern's autograd functions: setup_context style, with a generated vmap rule."""
+
+    generate_vmap_rule = True
+    fast_apply: Callable[..., Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # torch's own `apply` binds default arguments through inspect, 9 us a call; this is the C++ one beneath it.
+        cls.fast_apply = super(torch.autograd.Function, cls).apply
+
+
+def use_reference() -> bool:
+    """Whether a call must run on the reference: torch.compile over torch.func transforms ignores
+    autograd.Function.backward and differentiates the forward's body instead, silently."""
+    return functorch_active() and torch.compiler.is_compiling()
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient may be asked of a call with these inputs."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """function.apply by the cheapest route that is right where we are."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return function.apply(*args)
+    return function.fast_apply(*args)
+
+
+def vjp(function: Callable[..., Any], primals: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+    """Vector-Jacobian product of `function` at `primals`, None for what is not a floating-point tensor.
+
+    Differentiable again, to any order, in eager autograd and under torch.func.
+    """
+    index = [i for i, p in enumerate(primals) if isinstance(p, torch.Tensor) and p.is_floating_point()]
+
+    def of_tensors(*tensors: torch.Tensor) -> Any:
+        full = list(primals)
+        for i, tensor in zip(index, tensors):
+            full[i] = tensor
+        return function(*full)
+
+    _, pull = torch.func.vjp(of_tensors, *[primals[i] for i in index])
+    gradients: list[Any] = [None] * len(primals)
+    for i, gradient in zip(index, pull(cotangents)):
+        gradients[i] = gradient
+    return tuple(gradients)

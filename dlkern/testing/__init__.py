@@ -1,0 +1,12 @@
+"""Parity by one rule, and the columns that need a GPU run without one.
+
+The rule (no tolerance is ever picked by hand): against a float64 reference, our error is at most twice the error of
+torch's own op in the same dtype, or one unit roundoff of that dtype, whichever is larger; in the 2-norm and in the
+largest element, each relative to the reference's; over the whole tensor and over each border of it; outputs and
+gradients alike.
+"""
+
+from dlkern.testing._emulation import emulated
+from dlkern.testing._parity import Certificate, Row, check, compare, unit_roundoff
+
+__all__ = ["Certificate", "Row", "check", "compare", "emulated", "unit_roundoff"]

@@ -1,0 +1,26 @@
+"""dlkern.testing.emulated(): the triton and cuda columns on CPU tensors, for tests on machines without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from dlkern import columns
+
+__all__ = ["emulated"]
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """Inside, dlkern.backend("triton") interprets and dlkern.backend("cuda") runs kernels compiled for the host.
+
+    Raises:
+        RuntimeError: on the first call of a column whose emulation is not there (no triton; the library of CUDA
+            kernels for the host not built: `make cuda-on-host`).
+    """
+    before = columns.state.emulated
+    columns.state.emulated = True
+    try:
+        yield
+    finally:
+        columns.state.emulated = before

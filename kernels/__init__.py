@@ -1,0 +1,1 @@
+"""The Triton column: a file a family."""

@@ -1,0 +1,229 @@
+"""Builds dlkern: libdlkern.so (ops, through torch's stable ABI, free of Python) and dlkern._C (facts, pybind11).
+
+A build.ninja is written and run, so a second build compiles only what changed. Environment switches:
+  DLKERN_CUDA=0|1|auto           CUDA column: never, with nvcc (default: 1 where nvcc is found), only where a GPU is
+  DLKERN_CUDA_ARCHITECTURES      e.g. "80;90a" (default), semicolon-separated; compute_80 PTX is always added
+  DLKERN_ISAS                    e.g. "portable" or "portable;avx2;avx512" (default on x86-64)
+  DLKERN_NATIVE=0                no native library at all (the reference column serves)
+  DLKERN_JOBS                    parallel compilations (default: CPU count)
+Test libraries (sanitizers, CUDA kernels on the host): python setup.py build_native --variant NAME.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+VERSION = "0.1.0"
+TORCH_TARGET = "0x020b000000000000ULL"  # stable ABI of torch 2.11
+
+ISA_FLAGS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+}
+VARIANT_FLAGS = {
+    "release": "-O3 -g0",
+    "asan": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "debug": "-O0 -g",
+}
+# CPU sources compiled once, not once an instruction set.
+PLAIN_CPU_SOURCES = {"isa.cpp", "parallel.cpp"}
+
+
+def torch_paths():
+    import torch
+
+    base = Path(torch.__file__).resolve().parent
+    include = base / "include"
+    return torch.__version__, [include, include / "torch" / "csrc" / "api" / "include"], base / "lib"
+
+
+def isas():
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    return [name for name in os.environ.get("DLKERN_ISAS", "portable;avx2;avx512").split(";") if name]
+
+
+def find_nvcc():
+    """Path of nvcc where the CUDA column is to be built, or None with the reason."""
+    choice = os.environ.get("DLKERN_CUDA", "1")
+    if choice == "0":
+        return None, "left out (DLKERN_CUDA=0)"
+    if choice == "auto":
+        import torch
+
+        if not torch.cuda.is_available():
+            return None, "left out (no GPU here; DLKERN_CUDA=1 builds it all the same)"
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if not nvcc:
+        return None, "left out (nvcc not found)"
+    return nvcc, ""
+
+
+def run_text(command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+class Ninja:
+    """Writes one build.ninja."""
+
+    def __init__(self):
+        self.lines = ["ninja_required_version = 1.3"]
+        self.rules = set()
+
+    def rule(self, name, command, depfile=True):
+        if name in self.rules:
+            return
+        self.rules.add(name)
+        self.lines += [f"rule {name}", f"  command = {command}", "  description = $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def build(self, out, rule, inputs, implicit=(), **variables):
+        tail = f" | {' '.join(map(str, implicit))}" if implicit else ""
+        self.lines.append(f"build {out}: {rule} {' '.join(map(str, inputs))}{tail}")
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+        return out
+
+    def run(self, directory, targets=()):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "build.ninja"
+        text = "\n".join(self.lines) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        try:
+            import ninja
+
+            executable = os.path.join(ninja.BIN_DIR, "ninja")
+        except ImportError:
+            executable = shutil.which("ninja") or sys.exit("dlkern: ninja not found (pip install ninja)")
+        jobs = os.environ.get("DLKERN_JOBS", str(os.cpu_count() or 1))
+        subprocess.run([executable, "-C", str(directory), "-j", jobs, *map(str, targets)], check=True)
+
+
+def native_objects(ninja, build, variant, compiler):
+    """Objects of libdlkern.so: op layer once, kernels once an instruction set."""
+    torch_version, includes, _ = torch_paths()
+    include_flags = " ".join(f"-isystem {path}" for path in includes)
+    common = f"-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized {VARIANT_FLAGS[variant]} -I{CSRC}"
+    if isas() == ["portable"]:
+        common += " -DDLKERN_NO_SIMD"
+    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common} $flags -c $in -o $out")
+    torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {include_flags}"
+    objects = []
+    for source in sorted((CSRC / "ops").glob("*.cpp")) + [CSRC / "cpu" / name for name in sorted(PLAIN_CPU_SOURCES)]:
+        objects.append(ninja.build(build / f"{source.parent.name}_{source.stem}.o", "cxx", [source], flags=torch_flags))
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        if source.name in PLAIN_CPU_SOURCES:
+            continue
+        for isa in isas():
+            objects.append(
+                ninja.build(build / f"cpu_{source.stem}_{isa}.o", "cxx", [source],
+                            flags=f"{ISA_FLAGS[isa]} -DDLKERN_ISA={isa}")
+            )
+    return objects, torch_version
+
+
+def build_libraries(output, build, variant="release", facts=True):
+    """Writes libdlkern.so (and _C) into `output`."""
+    compiler = os.environ.get("CXX", "g++")
+    ninja = Ninja()
+    build.mkdir(parents=True, exist_ok=True)
+    objects, torch_version = native_objects(ninja, build, variant, compiler)
+    _, _, torch_lib = torch_paths()
+    sanitize = VARIANT_FLAGS[variant] if variant == "asan" else ""
+    nvcc, reason = find_nvcc()
+    print(f"dlkern: CUDA column {'with ' + nvcc if nvcc else reason}")
+    ninja.rule("link", f"{compiler} -shared {sanitize} -o $out $in -L{torch_lib} -ltorch_cpu -lc10 $libs", depfile=False)
+    library = output / "libdlkern.so"
+    ninja.build(library, "link", objects, libs="-ldl")
+    targets = [library]
+    if facts:
+        import pybind11
+
+        write_build_info(build, torch_version, compiler, nvcc)
+        python_include = sysconfig.get_paths()["include"]
+        flags = f"-I{build} -isystem {pybind11.get_include()} -isystem {python_include}"
+        module = [
+            ninja.build(build / "module.o", "cxx", [CSRC / "module.cpp"], flags=flags),
+            build / "cpu_isa.o",
+        ]
+        ninja.rule("link_module", f"{compiler} -shared {sanitize} -o $out $in", depfile=False)
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        targets.append(ninja.build(output / f"_C{suffix}", "link_module", module))
+    ninja.run(build, targets)
+
+
+def write_build_info(build, torch_version, compiler, nvcc):
+    """build_info.h: what dlkern._C tells. Rewritten only when it changes, so that nothing rebuilds."""
+    compiler_version = (run_text([*compiler.split(), "--version"]).splitlines() or [""])[0]
+    nvcc_version = (run_text([nvcc, "--version"]).strip().splitlines() or [""])[-1] if nvcc else ""
+    architectures = os.environ.get("DLKERN_CUDA_ARCHITECTURES", "80;90a") if nvcc else ""
+    facts = {
+        "DLKERN_VERSION": VERSION, "DLKERN_COMPILER": compiler_version, "DLKERN_TORCH_VERSION": torch_version,
+        "DLKERN_NVCC_VERSION": nvcc_version, "DLKERN_CUDA_ARCHITECTURES": architectures, "DLKERN_ISAS": ";".join(isas()),
+    }
+    text = "#pragma once\n" + "".join(f"#define {name} {json.dumps(value)}\n" for name, value in facts.items())
+    kernels = build / "cuda_kernels.json"
+    text += f'static const char kCudaKernelsJson[] = R"json({kernels.read_text() if kernels.exists() else "[]"})json";\n'
+    header = build / "build_info.h"
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+
+class BuildExt(build_ext):
+    """pip install, pip install -e and build_ext --inplace all come here."""
+
+    def run(self):
+        if os.environ.get("DLKERN_NATIVE", "1") == "0":
+            print("dlkern: native library left out (DLKERN_NATIVE=0)")
+            return
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        output = ROOT / "dlkern" if in_place else Path(self.build_lib).resolve() / "dlkern"
+        output.mkdir(parents=True, exist_ok=True)
+        build_libraries(output, ROOT / "build" / "native")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class BuildNative(Command):
+    """Libraries for tests: --variant asan writes build/asan/libdlkern.so."""
+
+    description = "build a variant of the native library for tests"
+    user_options = [("variant=", None, "release, asan or debug")]
+
+    def initialize_options(self):
+        self.variant = "release"
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        output = ROOT / "build" / self.variant
+        output.mkdir(parents=True, exist_ok=True)
+        build_libraries(output, output / "objects", self.variant, facts=False)
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("dlkern._C", sources=[])],
+        cmdclass={"build_ext": BuildExt, "build_native": BuildNative},
+    )
