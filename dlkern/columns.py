@@ -114,12 +114,25 @@ def choose(
     Raises:
         RuntimeError: a forced column cannot serve the call.
     """
+    if torch.compiler.is_compiling():
+        return Choice(*_constant_choice(op, device, dtype, forced, facts))
     key = (op, device, dtype, forced, emulated, facts)
     choice = _cache.get(key)
     if choice is None:
         choice = _cache[key] = _decide(op, device, dtype, forced, facts)
     return choice
 
+
+def _constant_choice(
+    op: str, device: str, dtype: torch.dtype, forced: str, facts: tuple[Hashable, ...]
+) -> tuple[str, str]:
+    choice = _decide(op, device, dtype, forced, facts)
+    return choice.column, choice.reason
+
+
+# What torch.compiler.assume_constant_result sets: the function runs while Dynamo traces, and leaves no guard on the
+# tables it reads. Set by hand because the decorator imports torch._dynamo, which would double the time to import.
+_constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _decide(op: str, device: str, dtype: torch.dtype, forced: str, facts: tuple[Hashable, ...]) -> Choice:
     if forced != "auto":

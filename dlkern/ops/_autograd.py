@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = ["Function", "apply", "functorch_active", "needs_grad", "use_reference", "vjp"]
 
@@ -37,7 +38,10 @@ def use_reference() -> bool:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a gradient may be asked of a call with these inputs."""
+    """Whether a call must go through its autograd Function: a gradient may be asked of it, or a torch.func
+    transform or forward-mode AD is at work (which the raw op would pass over in silence)."""
+    if functorch_active() or forward_ad._current_level >= 0:
+        return True
     if not torch.is_grad_enabled():
         return False
     for tensor in tensors:
@@ -48,9 +52,19 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def apply(function: type[Function], *args: Any) -> Any:
     """function.apply by the cheapest route that is right where we are."""
-    if torch.compiler.is_compiling() or functorch_active():
+    if torch.compiler.is_compiling():
         return function.apply(*args)
-    return function.fast_apply(*args)
+    if not functorch_active() and forward_ad._current_level < 0:
+        return function.fast_apply(*args)
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        # torch's message names no op. (A jvp that raises would be clearer, but Dynamo refuses classes with one.)
+        if "jvp" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"dlkern: {function.__name__} has no forward-mode derivative (jvp); use reverse mode"
+        ) from error
 
 
 def vjp(function: Callable[..., Any], primals: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:

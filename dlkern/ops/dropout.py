@@ -10,6 +10,7 @@ import torch
 
 from dlkern import columns
 from dlkern import trace as tracing
+from dlkern._layout import is_channels_last, to_layout
 from dlkern.ops import _autograd
 from dlkern.ops._registry import define, raw
 from dlkern.reference import dropout as reference
@@ -36,12 +37,15 @@ class Dropout(_autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.p, seed, ctx.column = inputs
+        input, ctx.p, seed, ctx.column = inputs
+        # The mask counts elements in memory order: gradients are brought to the input's order first.
+        ctx.channels_last = is_channels_last(input)
         ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx, grad_output):
         (seed,) = ctx.saved_tensors
+        grad_output = to_layout(grad_output, ctx.channels_last)
         if torch.is_grad_enabled():
             return _autograd.apply(Dropout, grad_output, ctx.p, seed, ctx.column), None, None, None
         return raw["dropout"][ctx.column](grad_output, ctx.p, seed), None, None, None
@@ -58,6 +62,6 @@ def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         tracing.record("dropout", choice.column, choice.reason, input)
     if choice.column == "reference":
         return reference.dropout(input, p, seed)
-    if _autograd.needs_grad(input) or _autograd.functorch_active():
+    if _autograd.needs_grad(input):
         return _autograd.apply(Dropout, input, p, seed, choice.column)
     return raw["dropout"][choice.column](input, p, seed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dlkern._layout import is_channels_last
+
 __all__ = ["dropout", "philox_words"]
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -41,7 +43,7 @@ def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     if p == 1.0:
         return input * 0.0
     keep = philox_words(input.numel(), seed) >= int(p * 2**32)
-    if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+    if is_channels_last(input):
         n, c, h, w = input.shape
         keep = keep.reshape(n, h, w, c).permute(0, 3, 1, 2)
     return torch.where(keep.reshape(input.shape), input * (1.0 / (1.0 - p)), torch.zeros_like(input))

@@ -6,7 +6,21 @@ largest element, each relative to the reference's; over the whole tensor and ove
 gradients alike.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dlkern.testing._emulation import emulated
 from dlkern.testing._parity import Certificate, Row, check, compare, unit_roundoff
 
-__all__ = ["Certificate", "Row", "check", "compare", "emulated", "unit_roundoff"]
+if TYPE_CHECKING:
+    from dlkern.testing._catalog import CASES, Case, cases
+
+__all__ = ["CASES", "Case", "Certificate", "Row", "cases", "check", "compare", "emulated", "unit_roundoff"]
+
+
+def __getattr__(name: str) -> Any:
+    # The catalogue calls every family, so it is imported when it is asked for, not with dlkern.
+    if name in ("CASES", "Case", "cases"):
+        from dlkern.testing import _catalog
+
+        return getattr(_catalog, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

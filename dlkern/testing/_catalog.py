@@ -1,0 +1,154 @@
+"""Small cases of every op, with torch's own op beside ours: what `dlkern check`, bench/gpu.sh and the tests run.
+
+A family adds its cases here; the checks that hold for all ops (parity, opcheck, compile, vmap, autocast, …) then
+cover them without another line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as tF
+
+import dlkern.nn.functional as F
+from dlkern import ops, reference
+
+__all__ = ["CASES", "Case", "cases"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op.
+
+    Attributes:
+        family, op: row of the grid and name of the public function.
+        label: what is special about this case.
+        ours, theirs: the call on dlkern and on torch (or on a reference where torch has no such op); of tensors only.
+        inputs: draws the tensors, float64 leaves with requires_grad where a gradient exists.
+        images: the first input is an image batch, so channels_last is another layout of the case.
+        draws: how many draws an error needs to mean something (small outputs need several).
+    """
+
+    family: str
+    op: str
+    label: str
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+    inputs: Callable[[], list[Any]]
+    images: bool = False
+    draws: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.label}".strip()
+
+
+def _randn(*shape: int, grad: bool = True, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * scale).requires_grad_(grad)
+
+
+def _conv() -> Iterator[Case]:
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, dict[str, Any]]] = {
+        "3x3": ((2, 5, 9, 7), (6, 5, 3, 3), True, dict(padding=1)),
+        "3x3 stride 2": ((2, 4, 9, 8), (5, 4, 3, 3), False, dict(stride=2, padding=1)),
+        "1x1": ((2, 7, 5, 6), (9, 7, 1, 1), True, {}),
+        "1x1 stride 2": ((1, 6, 7, 7), (4, 6, 1, 1), False, dict(stride=2)),
+        "7x7 stride 2": ((1, 3, 17, 15), (8, 3, 7, 7), False, dict(stride=2, padding=3)),
+        "stride over kernel": ((1, 3, 11, 10), (4, 3, 2, 2), True, dict(stride=3)),
+        "dilated": ((1, 4, 11, 12), (3, 4, 3, 3), True, dict(dilation=(2, 3), padding=2)),
+        "grouped": ((2, 6, 7, 8), (9, 2, 3, 3), True, dict(groups=3, padding=1)),
+        "depthwise": ((2, 8, 9, 7), (8, 1, 3, 3), True, dict(groups=8, padding=1)),
+        "even kernel": ((1, 3, 8, 9), (4, 3, 2, 4), True, dict(padding=(1, 2))),
+    }
+    for label, (x, w, bias, options) in shapes.items():
+        yield Case(
+            "conv", "conv2d", label,
+            lambda *t, o=options: F.conv2d(*t, **o), lambda *t, o=options: tF.conv2d(*t, **o),
+            lambda x=x, w=w, b=bias: [_randn(*x), _randn(*w, scale=0.3), *([_randn(w[0])] if b else [])],
+            images=True,
+        )
+
+
+def _pooling() -> Iterator[Case]:
+    shape = (2, 5, 9, 11)
+    for label, options in {
+        "2x2": dict(kernel_size=2), "3x3 stride 2": dict(kernel_size=3, stride=2, padding=1),
+        "ceil": dict(kernel_size=3, stride=2, padding=1, ceil_mode=True),
+        "dilated": dict(kernel_size=(3, 2), stride=1, dilation=2),
+    }.items():
+        yield Case("pooling", "max_pool2d", label, lambda x, o=options: F.max_pool2d(x, **o),
+                   lambda x, o=options: tF.max_pool2d(x, **o), lambda: [_randn(*shape)], images=True)
+    for label, options in {
+        "2x2": dict(kernel_size=2), "3x3 padded": dict(kernel_size=3, stride=2, padding=1),
+        "ceil, pads not counted": dict(kernel_size=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
+        "divisor": dict(kernel_size=(2, 3), divisor_override=5),
+    }.items():
+        yield Case("pooling", "avg_pool2d", label, lambda x, o=options: F.avg_pool2d(x, **o),
+                   lambda x, o=options: tF.avg_pool2d(x, **o), lambda: [_randn(*shape)], images=True)
+    for size in (1, (4, 5)):
+        yield Case("pooling", "adaptive_avg_pool2d", f"to {size}", lambda x, s=size: F.adaptive_avg_pool2d(x, s),
+                   lambda x, s=size: tF.adaptive_avg_pool2d(x, s), lambda: [_randn(*shape)], images=True)
+
+
+def _batch_norm() -> Iterator[Case]:
+    def train(namespace: Any) -> Callable[..., Any]:
+        return lambda x, w=None, b=None: namespace.batch_norm(x, None, None, w, b, True, 0.1, 1e-5)
+
+    def frozen(namespace: Any) -> Callable[..., Any]:
+        return lambda x, w, b, mean, variance: namespace.batch_norm(x, mean, variance, w, b, False, 0.1, 1e-5)
+
+    def running(channels: int) -> list[torch.Tensor]:
+        return [_randn(channels, grad=False), torch.rand(channels, dtype=torch.float64) + 0.5]
+
+    def shifted(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, dtype=torch.float64) * 2 + 3).requires_grad_()
+
+    for label, shape in {"4-D": (4, 6, 7, 5), "2-D": (37, 9), "3-D": (3, 5, 17)}.items():
+        yield Case("batch_norm", "batch_norm", f"train {label}", train(F), train(tF),
+                   lambda s=shape: [shifted(*s), _randn(s[1]), _randn(s[1])], images=len(shape) == 4)
+        yield Case("batch_norm", "batch_norm", f"eval {label}", frozen(F), frozen(tF),
+                   lambda s=shape: [shifted(*s), _randn(s[1]), _randn(s[1]), *running(s[1])], images=len(shape) == 4)
+    yield Case("batch_norm", "batch_norm", "train not affine", train(F), train(tF),
+               lambda: [shifted(4, 3, 6, 5)], images=True)
+
+
+def _linear() -> Iterator[Case]:
+    for label, (x, n, bias) in {
+        "2-D": ((13, 21), 17, True), "3-D": ((3, 5, 8), 33, True), "1-D": ((24,), 40, True), "no bias": ((7, 64), 32, False)
+    }.items():
+        yield Case("linear", "linear", label, lambda *t: F.linear(*t), tF.linear,
+                   lambda x=x, n=n, b=bias: [_randn(*x), _randn(n, x[-1], scale=0.3), *([_randn(n)] if b else [])])
+
+
+def _loss() -> Iterator[Case]:
+    def inputs(*shape: int) -> list[torch.Tensor]:
+        target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+        target.view(-1)[0] = 1
+        return [_randn(*shape), target]
+
+    for label, shape, options in (
+        ("mean", (19, 11), {}), ("sum", (8, 7), dict(reduction="sum")), ("none", (9, 5), dict(reduction="none")),
+        ("images", (2, 5, 4, 3), {}), ("ignored class", (12, 6), dict(ignore_index=1)),
+        ("smoothed", (12, 9), dict(label_smoothing=0.1)),
+    ):
+        yield Case("loss", "cross_entropy", label, lambda *t, o=options: F.cross_entropy(*t, **o),
+                   lambda *t, o=options: tF.cross_entropy(*t, **o), lambda s=shape: inputs(*s), draws=8)
+
+
+def _dropout() -> Iterator[Case]:
+    for p in (0.2, 0.5):
+        yield Case("dropout", "dropout", f"p={p}",
+                   lambda x, seed, p=p: ops.dropout.dropout(x, p, seed),
+                   lambda x, seed, p=p: reference.dropout.dropout(x, p, seed),
+                   lambda: [_randn(3, 5, 8, 9), torch.randint(0, 2**62, ())], images=True)
+
+
+CASES: tuple[Case, ...] = (*_conv(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout())
+
+
+def cases(family: str | None = None, op: str | None = None) -> list[Case]:
+    """The cases of a family or an op; all of them by default."""
+    return [c for c in CASES if family in (None, c.family) and op in (None, c.op)]

@@ -1,0 +1,285 @@
+"""What holds for every op of every family: the cases of dlkern.testing.CASES, one promise a test."""
+
+import functools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import dlkern
+from dlkern.ops._registry import raw
+from dlkern.testing import CASES, Case, check
+
+IDS = [f"{case.family}-{case.name}".replace(" ", "_") for case in CASES]
+FIRST = {case.op: case for case in reversed(CASES)}  # one case an op
+each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+each_op = pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys())
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def draw(case: Case, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> list:
+    torch.manual_seed(1)
+    inputs = []
+    for i, x in enumerate(case.inputs()):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            y = x.detach().to(dtype)
+            if channels_last and i == 0 and y.dim() == 4:
+                y = y.contiguous(memory_format=torch.channels_last)
+            x = y.requires_grad_(x.requires_grad)
+        inputs.append(x)
+    return inputs
+
+
+def gradients(output: torch.Tensor, inputs: list) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return list(torch.autograd.grad(output, leaves, torch.randn_like(output)))
+
+
+def same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a.detach(), b.detach()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_case
+def test_parity(case, dtype, channels_last):
+    if channels_last and not case.images:
+        pytest.skip("no image input")
+
+    def inputs():
+        drawn = case.inputs()
+        if channels_last:
+            drawn[0] = drawn[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        return drawn
+
+    with dlkern.trace() as calls:
+        certificate = check(case.ours, case.theirs, inputs, dtype=dtype, draws=case.draws, name=case.name)
+    certificate.raise_if_failed()
+    assert {call.backend for call in calls} == {"cpu"}, calls
+
+
+@each_case
+def test_layout_and_dtype_are_torchs(case):
+    for channels_last in (False, True) if case.images else (False,):
+        inputs = draw(case, torch.float32, channels_last)
+        ours, theirs = case.ours(*inputs), case.theirs(*inputs)
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert ours.stride() == theirs.stride()
+        for a, b, x in zip(gradients(ours, inputs), gradients(theirs, inputs), inputs, strict=False):
+            assert a.dtype == b.dtype and a.shape == b.shape, x.shape
+
+
+@each_case
+def test_outputs_are_written_whole(case):
+    """Memory that the allocator hands out again is full of NaN; none may be left in a result."""
+    inputs = draw(case)
+    expected = case.ours(*inputs)
+    expected = [expected, *gradients(expected, inputs)]
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for _ in range(3):
+        poison = [torch.full((n,), float("nan")) for n in (64, 256, 1024, 4096) for _ in range(8)]
+        del poison
+        ours = case.ours(*inputs)
+        assert same_bits([ours, *gradients(ours, inputs)], expected)
+
+
+@each_case
+def test_opcheck(case):
+    """Schemas, fake kernels and aliasing of the raw ops, on the arguments real calls give them."""
+    seen = record_raw_calls(case)
+    assert seen
+    for op, args in seen:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def record_raw_calls(case: Case) -> list:
+    """The raw ops one forward and backward of the case calls, with their (detached) arguments."""
+    seen = []
+    originals = {}
+
+    def spy(op):
+        def call(*args):
+            seen.append((op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
+            return op(*args)
+
+        return call
+
+    for name, columns in raw.items():
+        originals[name] = columns["cpu"]
+        columns["cpu"] = spy(columns["cpu"])
+    try:
+        inputs = draw(case)
+        gradients(case.ours(*inputs), inputs)
+    finally:
+        for name, op in originals.items():
+            raw[name]["cpu"] = op
+    return seen
+
+
+@each_op
+def test_gradcheck_and_gradgradcheck(case):
+    inputs = draw(case, torch.float64)
+    assert torch.autograd.gradcheck(case.ours, inputs)
+    assert torch.autograd.gradgradcheck(case.ours, inputs)
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(case, backend):
+    torch._dynamo.reset()
+    inputs = draw(case)
+    expected = case.ours(*inputs)
+    compiled = torch.compile(case.ours, fullgraph=True, backend=backend)(*inputs)
+    assert same_bits([expected, *gradients(expected, inputs)], [compiled, *gradients(compiled, inputs)])
+
+
+@each_op
+def test_compile_dynamic_makes_one_graph(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(case.ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for repeat in (2, 3, 5):
+            inputs = draw(case)
+            batch = [torch.cat([inputs[0].detach()] * repeat).requires_grad_(), *inputs[1:]]
+            if case.op == "cross_entropy":
+                batch[1] = torch.cat([inputs[1]] * repeat)
+            expected, ours = case.ours(*batch), compiled(*batch)
+            assert same_bits([expected, *gradients(expected, batch)], [ours, *gradients(ours, batch)])
+
+
+def functional_gradient(f, inputs):
+    index = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
+    tensors = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    return torch.func.grad(lambda *t: f(*t).pow(2).sum(), argnums=tuple(index))(*tensors)
+
+
+def widened(inputs):
+    return [
+        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in inputs
+    ]
+
+
+def assert_by_the_rule(ours, theirs, exact):
+    for i, (a, b, r) in enumerate(zip(ours, theirs, exact, strict=True)):
+        for row in dlkern.testing.compare(f"result {i}", [a], [b], [r], torch.float32):
+            assert row.ok, row
+
+
+@each_op
+def test_func_grad_eager_and_compiled(case):
+    inputs = draw(case)
+    theirs, exact = functional_gradient(case.theirs, inputs), functional_gradient(case.theirs, widened(inputs))
+    assert_by_the_rule(functional_gradient(case.ours, inputs), theirs, exact)
+    torch._dynamo.reset()
+    compiled = torch.compile(functools.partial(functional_gradient, case.ours), fullgraph=True, backend="aot_eager")
+    assert_by_the_rule(compiled(inputs), theirs, exact)
+
+
+@each_op
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+def test_vmap_and_vmap_of_grad(case):
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in draw(case)]
+
+    def mapped(f, inputs, differentiate):
+        stacked = torch.stack([inputs[0], inputs[0].flip(0), inputs[0] * 2])
+        if differentiate:
+            return torch.func.vmap(torch.func.grad(lambda x: f(x, *inputs[1:]).pow(2).sum()))(stacked)
+        return torch.func.vmap(lambda x: f(x, *inputs[1:]))(stacked)
+
+    for differentiate in (False, True):
+        theirs, exact = mapped(case.theirs, inputs, differentiate), mapped(case.theirs, widened(inputs), differentiate)
+        assert_by_the_rule([mapped(case.ours, inputs, differentiate)], [theirs], [exact])
+
+
+@each_op
+def test_forward_mode_says_which_op(case):
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in draw(case, torch.float64)]
+    tangent = torch.ones_like(inputs[0])
+    with pytest.raises(NotImplementedError, match=r"dlkern: \w+ has no forward-mode"):
+        torch.func.jvp(lambda x: case.ours(x, *inputs[1:]), (inputs[0],), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], tangent)
+        with pytest.raises(NotImplementedError, match=r"dlkern: \w+ has no forward-mode"):
+            case.ours(dual, *inputs[1:])
+
+
+@each_op
+def test_autocast_dtypes(case):
+    inputs = draw(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = case.theirs(*inputs), case.ours(*inputs)
+    assert ours.dtype == theirs.dtype
+    for a, b in zip(gradients(ours, inputs), gradients(theirs, inputs), strict=True):
+        assert a.dtype == b.dtype
+
+
+ALLOWED_ATEN = {
+    # allocation, views and copies: nothing that computes
+    "empty", "empty_strided", "empty_like", "new_empty", "detach", "view", "reshape", "alias", "as_strided", "contiguous",
+    "clone", "copy_", "to", "_to_copy", "zeros", "zero_", "fill_", "new_zeros", "t", "transpose", "permute", "unsqueeze",
+    "squeeze", "expand", "select", "slice", "result_type", "is_nonzero", "item", "_local_scalar_dense", "lift_fresh",
+    "_unsafe_view", "resize_", "set_", "full", "new_full", "ones", "ones_like", "flatten", "zeros_like",
+}
+
+
+@each_case
+def test_no_aten_compute(case):
+    """Under the profiler, no aten op that computes appears in a forward or backward on our kernels."""
+    inputs = draw(case)
+    cotangent = torch.ones_like(case.ours(*inputs))
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        torch.autograd.grad(case.ours(*inputs), leaves, cotangent)
+    names = {event.name.removeprefix("aten::") for event in prof.events() if event.name.startswith("aten::")}
+    assert names <= ALLOWED_ATEN, names - ALLOWED_ATEN
+    assert any(event.name.startswith("dlkern::") for event in prof.events())
+
+
+@each_op
+def test_a_weight_changed_in_place_is_seen(case):
+    inputs = draw(case)
+    floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    with torch.no_grad():
+        before = case.ours(*inputs)
+        for x in floats:
+            x.data[:] -= 0.5 * torch.randn_like(x)  # changes neither version nor address
+        after = case.ours(*inputs)
+        fresh = case.ours(*[x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs])
+    assert not torch.equal(before, after)
+    assert same_bits([after], [fresh])
+
+
+NONSENSE = (
+    lambda t: t.reshape(-1)[:0], lambda t: t.reshape(-1), lambda t: t[..., None, None], lambda t: t.to(torch.int32),
+    lambda t: t.to(torch.complex64), lambda t: t.to(torch.float16), lambda t: t[..., :1] if t.dim() else t,
+    lambda t: t.new_zeros(()), lambda t: -t if t.dtype != torch.bool else t, lambda t: t.new_zeros(0, 0, 0, 0),
+    lambda t: t.to("meta"), lambda t: t.expand(3, *t.shape), lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32),
+    lambda t: t.to_sparse() if t.dim() else t,
+)
+WRONG_INTS = ([], [0, 0], [-1, -1], [1], [2**40, 2**40], [1, 2, 3], [2**62, 2**62])
+
+
+@each_case
+def test_raw_ops_called_with_nonsense_raise_or_work_but_never_crash(case):
+    for op, args in record_raw_calls(case):
+        for i, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                wrongs = [change(arg) for change in NONSENSE]
+            elif isinstance(arg, list | tuple | torch.Size):
+                wrongs = [*WRONG_INTS]
+            elif isinstance(arg, bool):
+                wrongs = [not arg]
+            elif isinstance(arg, int):
+                wrongs = [-1, 0, 7, 2**62, -(2**62)]
+            elif isinstance(arg, float):
+                wrongs = [float("nan"), float("inf"), -1.0]
+            else:
+                wrongs = [torch.zeros(0), torch.zeros(2, 3), torch.zeros(3, dtype=torch.float64)]
+            for wrong in wrongs:
+                changed = [*args[:i], wrong, *args[i + 1 :]]
+                try:
+                    op(*changed)
+                except (RuntimeError, ValueError, IndexError, NotImplementedError, TypeError, MemoryError, OverflowError):
+                    pass
