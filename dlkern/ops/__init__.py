@@ -1,5 +1,5 @@
 """A file a family: schemas, fake kernels, autograd and the dispatch function of its ops."""
 
-from dlkern.ops import dropout
+from dlkern.ops import conv, dropout
 
-__all__ = ["dropout"]
+__all__ = ["conv", "dropout"]

@@ -1,5 +1,6 @@
 """Subclasses of torch.nn's modules, a file a family: constructors, repr, state_dict and isinstance are torch's."""
 
+from dlkern.nn.modules.conv import Conv2d, LazyConv2d
 from dlkern.nn.modules.dropout import Dropout
 
-__all__ = ["Dropout"]
+__all__ = ["Conv2d", "Dropout", "LazyConv2d"]

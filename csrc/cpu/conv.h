@@ -1,0 +1,53 @@
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+#include "scalar.h"
+
+namespace dlkern::cpu {
+
+// Sizes of y[n,k,p,q] = bias[k] + sum over c,r,s of w[k,c,r,s] x[n, c, p*sh - ph + r*dh, q*sw - pw + s*dw],
+// w's c counting the channels of k's group. The op layer has checked that they fit together.
+struct ConvShape {
+  int64_t n, c, h, w;              // input
+  int64_t k, r, s;                 // output channels, kernel
+  int64_t p, q;                    // output
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+};
+
+// Input, output and their gradients are dense, in the layout their flag says; the weight and its gradient dense
+// in either, by its own flag. Dense channels_last of [K, C, R, S] is K, R, S, C in memory.
+template <class T> struct ConvForwardArgs {
+  ConvShape shape;
+  const T* input;
+  const T* weight;
+  const T* bias;  // or null
+  T* output;
+  bool input_channels_last, weight_channels_last, output_channels_last;
+};
+template <class T> struct ConvBackwardInputArgs {
+  ConvShape shape;
+  const T* grad_output;
+  const T* weight;
+  T* grad_input;
+  bool grad_output_channels_last, weight_channels_last, grad_input_channels_last;
+};
+template <class T> struct ConvBackwardWeightArgs {
+  ConvShape shape;
+  const T* grad_output;
+  const T* input;
+  T* grad_weight;
+  T* grad_bias;  // or null
+  bool grad_output_channels_last, input_channels_last, grad_weight_channels_last;
+};
+
+#define DLKERN_DECLARE_CONV(T)                                              \
+  DLKERN_DECLARE(void, conv2d_forward, const ConvForwardArgs<T>&)           \
+  DLKERN_DECLARE(void, conv2d_backward_input, const ConvBackwardInputArgs<T>&) \
+  DLKERN_DECLARE(void, conv2d_backward_weight, const ConvBackwardWeightArgs<T>&)
+DLKERN_DECLARE_CONV(float)
+DLKERN_DECLARE_CONV(double)
+DLKERN_DECLARE_CONV(bfloat16)
+#undef DLKERN_DECLARE_CONV
+
+}  // namespace dlkern::cpu

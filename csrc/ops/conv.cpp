@@ -1,0 +1,167 @@
+// conv2d, op layer: dlkern::conv2d_forward_cpu, conv2d_backward_input_cpu, conv2d_backward_weight_cpu.
+// Everything a kernel relies on is checked here; what is dense in neither layout is copied.
+#include "../cpu/conv.h"
+
+#include "common.h"
+
+namespace dlkern::ops {
+namespace {
+
+std::string text(const std::vector<int64_t>& sizes) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << "]";
+  return out.str();
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& x, const Tensor& like, int64_t dim) {
+  check(x.is_cpu(), op, ": ", name, " is not on the CPU");
+  check(x.dim() == dim, op, ": expected a ", dim, "-D ", name, ", but got ", x.dim(), " dimensions");
+  check(x.scalar_type() == like.scalar_type(), op, ": ", name, " has another dtype than the first argument");
+}
+
+// Settings are bounded so that no product below can overflow.
+constexpr int64_t kLargest = int64_t{1} << 31;
+
+cpu::ConvShape shape_of(const char* op, const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
+                        Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  check<std::invalid_argument>(input.size() == 4 && weight.size() == 4, op, ": expected sizes of 4 dimensions");
+  check<std::invalid_argument>(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                               ": stride, padding and dilation must have two elements each");
+  for (int i : {0, 1}) {
+    check<std::invalid_argument>(stride[i] > 0 && stride[i] < kLargest, op, ": non-positive stride is not supported");
+    check<std::invalid_argument>(padding[i] >= 0 && padding[i] < kLargest, op,
+                                 ": negative padding is not supported");
+    check<std::invalid_argument>(dilation[i] > 0 && dilation[i] < kLargest, op,
+                                 ": dilation should be greater than zero");
+  }
+  for (int64_t size : input) check<std::invalid_argument>(size >= 0 && size < kLargest, op, ": size out of range");
+  for (int64_t size : weight) check<std::invalid_argument>(size > 0 && size < kLargest, op, ": weight size out of range");
+  check<std::invalid_argument>(input[1] > 0 && input[2] > 0 && input[3] > 0, op,
+                               ": only the batch may be empty, but got input of size ", text(input));
+  check<std::invalid_argument>(groups > 0, op, ": non-positive groups is not supported");
+  check<std::invalid_argument>(input[1] % groups == 0 && input[1] / groups == weight[1] && weight[0] % groups == 0, op,
+                               ": Given groups=", groups, " and weight of size ", text(weight),
+                               ", input of size ", text(input), " does not fit");
+  cpu::ConvShape z{};
+  z.n = input[0], z.c = input[1], z.h = input[2], z.w = input[3];
+  z.k = weight[0], z.r = weight[2], z.s = weight[3];
+  z.stride_h = stride[0], z.stride_w = stride[1];
+  z.pad_h = padding[0], z.pad_w = padding[1];
+  z.dilation_h = dilation[0], z.dilation_w = dilation[1];
+  z.groups = groups;
+  const int64_t reach_h = z.dilation_h * (z.r - 1) + 1, reach_w = z.dilation_w * (z.s - 1) + 1;
+  check<std::invalid_argument>(z.h + 2 * z.pad_h >= reach_h && z.w + 2 * z.pad_w >= reach_w, op,
+                               ": Calculated padded input size per channel: (", z.h + 2 * z.pad_h, " x ",
+                               z.w + 2 * z.pad_w, "). Kernel size: (", reach_h, " x ", reach_w,
+                               "). Kernel size can't be greater than actual input size");
+  z.p = (z.h + 2 * z.pad_h - reach_h) / z.stride_h + 1;
+  z.q = (z.w + 2 * z.pad_w - reach_w) / z.stride_w + 1;
+  using Wide = __int128;
+  const Wide limit = Wide{1} << 56;
+  auto elements = [](int64_t a, int64_t b, int64_t c, int64_t d) { return Wide{a} * b * (Wide{c} * d); };
+  check<std::invalid_argument>(Wide{z.p} * z.q < limit && Wide{z.h} * z.w < limit && elements(z.n, z.c, z.h, z.w) < limit &&
+                                   elements(z.n, z.k, z.p, z.q) < limit && elements(z.k, weight[1], z.r, z.s) < limit,
+                               op, ": sizes too large");
+  return z;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) { return to_vector(x.sizes()); }
+
+// x, or a contiguous copy of it where its elements are dense in neither layout.
+Tensor dense(const Tensor& x) { return layout_of(x) == Layout::other ? torch::stable::contiguous(x) : x; }
+bool is_channels_last(const Tensor& x) { return layout_of(x) == Layout::channels_last; }
+
+Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
+                          Ints padding, Ints dilation, int64_t groups) {
+  const char* op = "conv2d_forward";
+  check_tensor(op, "input", input, input, 4);
+  check_tensor(op, "weight", weight, input, 4);
+  const cpu::ConvShape z = shape_of(op, sizes_of(input), sizes_of(weight), stride, padding, dilation, groups);
+  if (bias) {
+    check_tensor(op, "bias", *bias, input, 1);
+    check<std::invalid_argument>(bias->size(0) == z.k, op, ": expected bias to have ", z.k, " elements, but got ",
+                                 bias->size(0));
+  }
+  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
+  const Tensor x = dense(input), w = dense(weight);
+  std::optional<Tensor> b = bias;
+  if (b && !b->is_contiguous()) b = torch::stable::contiguous(*b);
+  dispatch_floating(x.scalar_type(), op, [](auto*) {});
+  Tensor output = allocate({z.n, z.k, z.p, z.q}, x.scalar_type(), x, channels_last);
+  if (output.numel() == 0) return output;
+  dispatch_floating(x.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::ConvForwardArgs<T> args{z,       data<T>(x), data<T>(w), data<T>(b), mutable_data<T>(output),
+                                 is_channels_last(x), is_channels_last(w), channels_last};
+    DLKERN_CALL(conv2d_forward, args);
+  });
+  return output;
+}
+
+void check_grad_output(const char* op, const Tensor& grad_output, const cpu::ConvShape& z) {
+  const std::vector<int64_t> expected{z.n, z.k, z.p, z.q}, got = sizes_of(grad_output);
+  check<std::invalid_argument>(got == expected, op, ": expected grad_output of size ", text(expected), ", but got ",
+                               text(got));
+}
+
+Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
+                                 Ints padding, Ints dilation, int64_t groups, bool channels_last) {
+  const char* op = "conv2d_backward_input";
+  check_tensor(op, "grad_output", grad_output, grad_output, 4);
+  check_tensor(op, "weight", weight, grad_output, 4);
+  const cpu::ConvShape z = shape_of(op, to_vector(input_size), sizes_of(weight), stride, padding, dilation, groups);
+  check_grad_output(op, grad_output, z);
+  const Tensor y = dense(grad_output), w = dense(weight);
+  dispatch_floating(y.scalar_type(), op, [](auto*) {});
+  Tensor grad_input = allocate({z.n, z.c, z.h, z.w}, y.scalar_type(), y, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  dispatch_floating(y.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::ConvBackwardInputArgs<T> args{z, data<T>(y), data<T>(w), mutable_data<T>(grad_input), is_channels_last(y),
+                                       is_channels_last(w), channels_last};
+    DLKERN_CALL(conv2d_backward_input, args);
+  });
+  return grad_input;
+}
+
+std::tuple<Tensor, Tensor> conv2d_backward_weight_cpu(const Tensor& grad_output, const Tensor& input, Ints weight_size,
+                                                      Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                                      bool bias, bool channels_last) {
+  const char* op = "conv2d_backward_weight";
+  check_tensor(op, "grad_output", grad_output, grad_output, 4);
+  check_tensor(op, "input", input, grad_output, 4);
+  const std::vector<int64_t> size = to_vector(weight_size);
+  const cpu::ConvShape z = shape_of(op, sizes_of(input), size, stride, padding, dilation, groups);
+  check_grad_output(op, grad_output, z);
+  const Tensor y = dense(grad_output), x = dense(input);
+  dispatch_floating(y.scalar_type(), op, [](auto*) {});
+  Tensor grad_weight = allocate(size, y.scalar_type(), y, channels_last);
+  Tensor grad_bias = allocate({bias ? z.k : 0}, y.scalar_type(), y);
+  if (z.n == 0)  // nothing to sum over
+    return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
+  dispatch_floating(y.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::ConvBackwardWeightArgs<T> args{z,
+                                        data<T>(y),
+                                        data<T>(x),
+                                        mutable_data<T>(grad_weight),
+                                        bias ? mutable_data<T>(grad_bias) : nullptr,
+                                        is_channels_last(y),
+                                        is_channels_last(x),
+                                        channels_last};
+    DLKERN_CALL(conv2d_backward_weight, args);
+  });
+  return {grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
+  m.impl("conv2d_forward_cpu", TORCH_BOX(&conv2d_forward_cpu));
+  m.impl("conv2d_backward_input_cpu", TORCH_BOX(&conv2d_backward_input_cpu));
+  m.impl("conv2d_backward_weight_cpu", TORCH_BOX(&conv2d_backward_weight_cpu));
+}
+
+}  // namespace dlkern::ops
