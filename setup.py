@@ -37,7 +37,7 @@ VARIANT_FLAGS = {
     "debug": "-O0 -g",
 }
 # CPU sources compiled once, not once an instruction set.
-PLAIN_CPU_SOURCES = {"isa.cpp", "parallel.cpp"}
+PLAIN_CPU_SOURCES = {"isa.cpp", "parallel.cpp", "scratch.cpp"}
 
 
 def torch_paths():

@@ -2,5 +2,7 @@
 
 from dlkern.nn.functional.conv import conv2d
 from dlkern.nn.functional.dropout import dropout
+from dlkern.nn.functional.linear import linear
+from dlkern.nn.functional.loss import cross_entropy
 
-__all__ = ["conv2d", "dropout"]
+__all__ = ["conv2d", "cross_entropy", "dropout", "linear"]

@@ -2,5 +2,7 @@
 
 from dlkern.nn.modules.conv import Conv2d, LazyConv2d
 from dlkern.nn.modules.dropout import Dropout
+from dlkern.nn.modules.linear import LazyLinear, Linear
+from dlkern.nn.modules.loss import CrossEntropyLoss
 
-__all__ = ["Conv2d", "Dropout", "LazyConv2d"]
+__all__ = ["Conv2d", "CrossEntropyLoss", "Dropout", "LazyConv2d", "LazyLinear", "Linear"]

@@ -1,0 +1,100 @@
+// linear: activation(input weight^T + bias) and its gradients, each one matrix product (gemm.h) with bias and
+// activation applied to the tile while it is in registers' reach. Floor: 2 M N K flops, or reading the weight once
+// where M is small.
+#include "linear.h"
+
+#include "activation.h"
+#include "gemm.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+// value + bias[j], then the activation.
+template <class T> struct BiasActivation {
+  const T* bias;
+  int activation;
+  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
+    if (bias) value += count == kLanes<T> ? load(bias + j) : load_partial<T>(bias + j, count);
+    return activate(value, activation);
+  }
+};
+
+template <class T> void forward(const LinearArgs<T>& x) {
+  const Gemm<T> g{x.m, x.n, x.k, x.input, x.input_row, x.input_column,
+                  x.weight, x.weight_column, x.weight_row, x.output, x.n};
+  if (x.bias || x.activation)
+    gemm(g, BiasActivation<T>{x.bias, x.activation});
+  else
+    gemm(g);
+}
+
+template <class T> void backward_input(const LinearBackwardInputArgs<T>& x) {
+  gemm(Gemm<T>{x.m, x.k, x.n, x.grad_output, x.grad_output_row, x.grad_output_column,
+               x.weight, x.weight_row, x.weight_column, x.grad_input, x.k});
+}
+
+// Column sums of grad_output, in two levels so that the rounding error does not grow with m.
+template <class T> void sum_rows(const LinearBackwardWeightArgs<T>& x) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<T>, run = 64;
+  const int64_t vectors = (x.n + lanes - 1) / lanes;
+  parallel_for(vectors, 1 + 16384 / (x.m + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      const int64_t j = v * lanes;
+      const int count = static_cast<int>(x.n - j < lanes ? x.n - j : lanes);
+      Vec<T> total{};
+      for (int64_t i0 = 0; i0 < x.m; i0 += run) {
+        Vec<T> sum{};
+        for (int64_t i = i0; i < x.m && i < i0 + run; ++i) {
+          const T* row = x.grad_output + i * x.grad_output_row + j * x.grad_output_column;
+          if (x.grad_output_column == 1) {
+            sum += count == lanes ? load(row) : load_partial<T>(row, count);
+          } else {
+            for (int l = 0; l < count; ++l) sum[l] += static_cast<A>(row[l * x.grad_output_column]);
+          }
+        }
+        total += sum;
+      }
+      if (count == lanes)
+        store(x.grad_bias + j, total);
+      else
+        store_partial<T>(x.grad_bias + j, total, count);
+    }
+  });
+}
+
+template <class T> void backward_weight(const LinearBackwardWeightArgs<T>& x) {
+  gemm(Gemm<T>{x.n, x.k, x.m, x.grad_output, x.grad_output_column, x.grad_output_row,
+               x.input, x.input_row, x.input_column, x.grad_weight, x.k});
+  if (x.grad_bias) sum_rows(x);
+}
+
+template <class T> void backward_activation(const ActivationBackwardArgs<T>& x) {
+  constexpr int64_t lanes = kLanes<T>;
+  parallel_for((x.count + lanes - 1) / lanes, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      const int64_t i = v * lanes;
+      const int count = static_cast<int>(x.count - i < lanes ? x.count - i : lanes);
+      if (count == lanes)
+        store(x.grad_input + i, activation_backward(load(x.grad_output + i), load(x.output + i), x.activation));
+      else
+        store_partial<T>(x.grad_input + i,
+                         activation_backward(load_partial<T>(x.grad_output + i, count),
+                                             load_partial<T>(x.output + i, count), x.activation),
+                         count);
+    }
+  });
+}
+
+}  // namespace
+
+#define DLKERN_LINEAR(T)                                                                    \
+  void linear_forward(const LinearArgs<T>& args) { forward(args); }                         \
+  void linear_backward_input(const LinearBackwardInputArgs<T>& args) { backward_input(args); }     \
+  void linear_backward_weight(const LinearBackwardWeightArgs<T>& args) { backward_weight(args); }  \
+  void activation_backward(const ActivationBackwardArgs<T>& args) { backward_activation(args); }
+DLKERN_LINEAR(float)
+DLKERN_LINEAR(double)
+DLKERN_LINEAR(bfloat16)
+
+}  // namespace dlkern::cpu::DLKERN_ISA

@@ -1,0 +1,278 @@
+// Softmax cross-entropy: for each place -(1 - e) w[t] log p[t] - e / C sum_c w[c] log p[c], p = softmax(logits).
+//
+// The forward reads the logits once, a block at a time, keeping the largest so far and the sum of exponentials
+// relative to it (online softmax, Milakov and Gimelshein 2018), and stores just these two numbers a place; the
+// backward makes the gradient from them in one pass. Sums over classes and places are carried in double, in chunks
+// of fixed size, so that a scalar loss is as exact as its dtype and the same for any number of threads.
+// Classes are the vectors' direction where they lie side by side ([N, C], channels_last), places where those do
+// ([N, C, H, W]). Floor: one read of the logits; backward one read and one write.
+#include "loss.h"
+
+#include "parallel.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+constexpr int64_t kChunk = 256;   // places summed together
+constexpr int64_t kBlock = 1024;  // logits looked at together
+
+template <class T> using A = acc_t<T>;
+
+// What the reduction of one chunk needs.
+struct Sums { double loss, weight; };
+
+template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
+  return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
+}
+template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>)
+    store(p, v);
+  else
+    store_partial<T>(p, v, static_cast<int>(count));
+}
+// The first `count` lanes of v, the others `fill`.
+template <class T> inline Vec<T> keep(Vec<T> v, int64_t count, A<T> fill) {
+  for (int64_t i = count; i < kLanes<T>; ++i) v[i] = fill;
+  return v;
+}
+
+// One place: its largest logit, sum(exp(x - largest)), and sum(w (largest - x)) where labels are smoothed.
+template <class T> struct Row {
+  A<T> largest = -__builtin_inf();
+  double sum = 0, smooth = 0;
+};
+
+template <class T> inline Row<T> read_row(const T* x, int64_t classes, const T* weight, bool smooth) {
+  constexpr int64_t lanes = kLanes<T>;
+  const A<T> infinity = __builtin_inf();
+  Row<T> row;
+  double weight_sum = 0;
+  for (int64_t c0 = 0; c0 < classes; c0 += kBlock) {
+    const int64_t end = c0 + kBlock < classes ? c0 + kBlock : classes;
+    Vec<T> top = broadcast<T>(-infinity);
+    int64_t c = c0;
+    for (; c + lanes <= end; c += lanes) top = maximum(load(x + c), top);
+    if (c < end) top = maximum(keep<T>(load_some(x + c, end - c), end - c, -infinity), top);
+    A<T> largest = row.largest;
+    for (int i = 0; i < lanes; ++i) largest = top[i] > largest || top[i] != top[i] ? top[i] : largest;
+    if (largest == -infinity) continue;  // nothing but -inf so far adds nothing
+    if (largest != row.largest) {
+      row.sum *= row.sum == 0 ? 1.0 : static_cast<double>(exp(broadcast<T>(row.largest - largest))[0]);
+      row.smooth += weight_sum == 0 ? 0.0 : weight_sum * (static_cast<double>(largest) - row.largest);
+      row.largest = largest;
+    }
+    Vec<T> sum{};
+    for (c = c0; c + lanes <= end; c += lanes) sum += exp(load(x + c) - largest);
+    if (c < end) sum += keep<T>(exp(load_some(x + c, end - c) - largest), end - c, 0);
+    row.sum += static_cast<double>(reduce_add(sum));
+    if (smooth) {
+      Vec<T> apart{}, weights{};
+      for (c = c0; c < end; c += lanes) {
+        const Vec<T> w = weight ? load_some(weight + c, end - c) : broadcast<T>(1);
+        apart += keep<T>(w * (largest - load_some(x + c, end - c)), end - c, 0);
+        weights += keep<T>(w, end - c, 0);
+      }
+      row.smooth += static_cast<double>(reduce_add(apart));
+      weight_sum += static_cast<double>(reduce_add(weights));
+    }
+  }
+  return row;
+}
+
+template <class T> double sum_of_weights(const T* weight, int64_t classes) {
+  if (!weight) return static_cast<double>(classes);
+  double sum = 0;
+  for (int64_t c = 0; c < classes; ++c) sum += static_cast<double>(static_cast<A<T>>(weight[c]));
+  return sum;
+}
+
+// Loss of a place from what was read of it.
+template <class T>
+inline double loss_of(const CrossEntropyArgs<T>& args, A<T> largest, double log_sum, double smooth, double weights,
+                      const T* x, int64_t stride, int64_t target, Sums& sums) {
+  if (target == args.ignore_index) return 0.0;
+  const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[target])) : 1.0;
+  const double logit = static_cast<double>(static_cast<A<T>>(x[target * stride]));
+  double loss = w * (static_cast<double>(largest) - logit + log_sum);
+  if (args.label_smoothing > 0)
+    loss = (1 - args.label_smoothing) * loss +
+           args.label_smoothing / static_cast<double>(args.shape.classes) * (smooth + weights * log_sum);
+  sums.loss += loss;
+  sums.weight += w;
+  return loss;
+}
+
+// Places [begin, end) whose classes lie side by side.
+template <class T>
+void read_rows(const CrossEntropyArgs<T>& args, double weights, int64_t begin, int64_t end, Sums& sums) {
+  const CrossEntropyShape& s = args.shape;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = args.input + i / s.inner * s.outer_stride + i % s.inner * s.place_stride;
+    const Row<T> row = read_row(x, s.classes, args.weight, args.label_smoothing > 0);
+    const double log_sum = std::log(row.sum);
+    args.largest[i] = row.largest;
+    args.log_sum[i] = static_cast<A<T>>(log_sum);
+    const double loss = loss_of(args, row.largest, log_sum, row.smooth, weights, x, 1, args.target[i], sums);
+    if (args.reduction == 0) args.loss[i] = static_cast<T>(static_cast<A<T>>(loss));
+  }
+}
+
+// Places [begin, end) of one sample, side by side; each class is a stride away.
+template <class T>
+void read_columns(const CrossEntropyArgs<T>& args, double weights, int64_t begin, int64_t end, Sums& sums) {
+  constexpr int64_t lanes = kLanes<T>;
+  const CrossEntropyShape& s = args.shape;
+  for (int64_t i = begin; i < end;) {
+    const int64_t d = i % s.inner;
+    int64_t count = end - i < lanes ? end - i : lanes;
+    if (s.inner - d < count) count = s.inner - d;
+    const T* x = args.input + i / s.inner * s.outer_stride + d;
+    Vec<T> top = broadcast<T>(-__builtin_inf());
+    for (int64_t c = 0; c < s.classes; ++c) top = maximum(load_some(x + c * s.class_stride, count), top);
+    Vec<T> sum{}, smooth{};
+    for (int64_t c = 0; c < s.classes; ++c) {
+      const Vec<T> below = load_some(x + c * s.class_stride, count) - top;
+      sum += exp(below);
+      if (args.label_smoothing > 0) smooth -= args.weight ? static_cast<A<T>>(args.weight[c]) * below : below;
+    }
+    for (int64_t l = 0; l < count; ++l) {
+      const double log_sum = std::log(static_cast<double>(sum[l]));
+      args.largest[i + l] = top[l];
+      args.log_sum[i + l] = static_cast<A<T>>(log_sum);
+      const double loss = loss_of(args, top[l], log_sum, static_cast<double>(smooth[l]), weights, x + l,
+                                  s.class_stride, args.target[i + l], sums);
+      if (args.reduction == 0) args.loss[i + l] = static_cast<T>(static_cast<A<T>>(loss));
+    }
+    i += count;
+  }
+}
+
+template <class T> void forward(const CrossEntropyArgs<T>& args) {
+  const CrossEntropyShape& s = args.shape;
+  const int64_t positions = s.outer * s.inner, chunks = (positions + kChunk - 1) / kChunk;
+  const double weights = sum_of_weights(args.weight, s.classes);
+  Sums* partial = scratch<Sums>(Slot::family_0, chunks);
+  parallel_for(chunks, 1 + 8192 / (kChunk * (s.classes + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kChunk, last = first + kChunk < positions ? first + kChunk : positions;
+      Sums sums{0, 0};
+      if (s.class_stride == 1)
+        read_rows(args, weights, first, last, sums);
+      else
+        read_columns(args, weights, first, last, sums);
+      partial[chunk] = sums;
+    }
+  });
+  Sums total{0, 0};
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    total.loss += partial[chunk].loss;
+    total.weight += partial[chunk].weight;
+  }
+  *args.total_weight = static_cast<A<T>>(total.weight);
+  if (args.reduction == 1) *args.loss = static_cast<T>(static_cast<A<T>>(total.loss / total.weight));
+  if (args.reduction == 2) *args.loss = static_cast<T>(static_cast<A<T>>(total.loss));
+}
+
+// grad[c] = p[c] * all - w[c] * each, and at the target another - once.
+template <class T> struct Factors { A<T> all, each, once; };
+
+template <class T>
+inline Factors<T> factors(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t i, int64_t target) {
+  double g = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? i : 0]));
+  if (args.reduction == 1) g /= static_cast<double>(*args.total_weight);
+  const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[target])) : 1.0;
+  const double along = (1 - args.label_smoothing) * w, spread = args.label_smoothing / static_cast<double>(args.shape.classes);
+  return {static_cast<A<T>>(g * (along + spread * weights)), static_cast<A<T>>(g * spread), static_cast<A<T>>(g * along)};
+}
+
+template <class T>
+void write_row(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t i, const T* x, T* out) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t classes = args.shape.classes, target = args.target[i];
+  if (target == args.ignore_index) {
+    for (int64_t c = 0; c < classes; ++c) out[c] = T(A<T>(0));
+    return;
+  }
+  const Factors<T> f = factors(args, weights, i, target);
+  const A<T> largest = args.largest[i], log_sum = args.log_sum[i];
+  // The target's element is made apart, before it is rounded: p - 1 cancels.
+  const auto at = [&](int64_t c) {
+    const A<T> value = static_cast<A<T>>(x[c]);
+    const A<T> p = exp(broadcast<T>(value - largest - log_sum))[0];
+    return p * f.all - f.once - (args.weight ? static_cast<A<T>>(args.weight[c]) : A<T>(1)) * f.each;
+  };
+  const A<T> at_target = at(target);
+  for (int64_t c = 0; c < classes; c += lanes) {
+    Vec<T> value = exp(load_some(x + c, classes - c) - largest - log_sum) * f.all;
+    if (f.each != 0) value -= args.weight ? load_some(args.weight + c, classes - c) * f.each : broadcast<T>(f.each);
+    store_some(out + c, value, classes - c);
+  }
+  out[target] = static_cast<T>(at_target);
+}
+
+template <class T>
+void write_columns(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kLanes<T>;
+  const CrossEntropyShape& s = args.shape;
+  for (int64_t i = begin; i < end;) {
+    const int64_t d = i % s.inner;
+    int64_t count = end - i < lanes ? end - i : lanes;
+    if (s.inner - d < count) count = s.inner - d;
+    const int64_t offset = i / s.inner * s.outer_stride + d;
+    const T* x = args.input + offset;
+    T* out = args.grad_input + offset;
+    Vec<T> all{}, each{}, once{}, largest{}, log_sum{};
+    for (int64_t l = 0; l < count; ++l) {
+      largest[l] = args.largest[i + l];
+      log_sum[l] = args.log_sum[i + l];
+      if (args.target[i + l] == args.ignore_index) continue;
+      const Factors<T> f = factors(args, weights, i + l, args.target[i + l]);
+      all[l] = f.all;
+      each[l] = f.each;
+      once[l] = f.once;
+    }
+    for (int64_t c = 0; c < s.classes; ++c) {
+      Vec<T> value = exp(load_some(x + c * s.class_stride, count) - largest - log_sum) * all;
+      value -= (args.weight ? static_cast<A<T>>(args.weight[c]) : A<T>(1)) * each;
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t target = args.target[i + l];
+        if (target == c) value[l] -= once[l];
+        if (target == args.ignore_index) value[l] = 0;  // even where the logits are not finite
+      }
+      store_some(out + c * s.class_stride, value, count);
+    }
+    i += count;
+  }
+}
+
+template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
+  const CrossEntropyShape& s = args.shape;
+  const int64_t positions = s.outer * s.inner, chunks = (positions + kChunk - 1) / kChunk;
+  const double weights = sum_of_weights(args.weight, s.classes);
+  parallel_for(chunks, 1 + 8192 / (kChunk * (s.classes + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kChunk, last = first + kChunk < positions ? first + kChunk : positions;
+      if (s.class_stride != 1) {
+        write_columns(args, weights, first, last);
+        continue;
+      }
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t offset = i / s.inner * s.outer_stride + i % s.inner * s.place_stride;
+        write_row(args, weights, i, args.input + offset, args.grad_input + offset);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+#define DLKERN_LOSS(T)                                                               \
+  void cross_entropy_forward(const CrossEntropyArgs<T>& args) { forward(args); }     \
+  void cross_entropy_backward(const CrossEntropyBackwardArgs<T>& args) { backward(args); }
+DLKERN_LOSS(float)
+DLKERN_LOSS(double)
+DLKERN_LOSS(bfloat16)
+
+}  // namespace dlkern::cpu::DLKERN_ISA

@@ -1,0 +1,48 @@
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+#include "scalar.h"
+
+namespace dlkern::cpu {
+// Logits of `positions` = outer * inner places: class c of place (n, d) is at input[n * outer_stride + c *
+// class_stride + d * place_stride]. Either class_stride or place_stride is 1. Targets lie in the order (n, d).
+struct CrossEntropyShape {
+  int64_t outer, inner, classes;
+  int64_t outer_stride, class_stride, place_stride;
+};
+template <class T> struct CrossEntropyArgs {
+  CrossEntropyShape shape;
+  const T* input;
+  const int64_t* target;
+  const T* weight;  // or null
+  int reduction;    // 0 none, 1 mean, 2 sum
+  int64_t ignore_index;
+  double label_smoothing;
+  T* loss;
+  acc_t<T>* largest;  // with log_sum, the two halves of lse: [positions] each
+  acc_t<T>* log_sum;
+  acc_t<T>* total_weight;
+};
+template <class T> struct CrossEntropyBackwardArgs {
+  CrossEntropyShape shape;
+  const T* grad_loss;
+  const T* input;
+  const int64_t* target;
+  const T* weight;
+  const acc_t<T>* largest;
+  const acc_t<T>* log_sum;
+  const acc_t<T>* total_weight;
+  int reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+  T* grad_input;  // laid out as input
+};
+#define DLKERN_LOSS(T)                                                        \
+  DLKERN_DECLARE(void, cross_entropy_forward, const CrossEntropyArgs<T>&)     \
+  DLKERN_DECLARE(void, cross_entropy_backward, const CrossEntropyBackwardArgs<T>&)
+DLKERN_LOSS(float)
+DLKERN_LOSS(double)
+DLKERN_LOSS(bfloat16)
+#undef DLKERN_LOSS
+}  // namespace dlkern::cpu

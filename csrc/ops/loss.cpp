@@ -1,0 +1,111 @@
+// Softmax cross-entropy, op layer: cross_entropy_forward, cross_entropy_backward.
+#include "../cpu/loss.h"
+
+#include "common.h"
+
+namespace dlkern::ops {
+namespace {
+
+struct Checked {
+  cpu::CrossEntropyShape shape;
+  Tensor input, target;
+  std::optional<Tensor> weight;
+  bool channels_last;
+};
+
+// All that both directions check; input comes back contiguous or channels_last.
+Checked checked(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  check(input.is_cpu() && target.is_cpu(), op, ": expected CPU tensors");
+  check(input.dim() >= 2, op, ": input has ", input.dim(), " dimensions, expected [N, C, ...]");
+  check(target.scalar_type() == ScalarType::Long, op, ": target is not int64");
+  check(target.dim() == input.dim() - 1, op, ": target has ", target.dim(), " dimensions, expected ", input.dim() - 1);
+  for (int64_t d = 0; d < target.dim(); ++d)
+    check(target.size(d) == input.size(d == 0 ? 0 : d + 1), op, ": size ", d, " of target does not fit input");
+  check<std::invalid_argument>(reduction >= 0 && reduction <= 2, op, ": no reduction ", reduction);
+  check(label_smoothing >= 0.0 && label_smoothing <= 1.0, "label_smoothing must be between 0.0 and 1.0. Got: ",
+        label_smoothing);
+  const int64_t classes = input.size(1);
+  Checked result{{}, input, torch::stable::contiguous(target), std::nullopt, false};
+  if (weight) {
+    check(weight->is_cpu() && weight->scalar_type() == input.scalar_type(), op, ": weight differs in dtype or device");
+    check(weight->dim() == 1 && weight->size(0) == classes, "weight tensor should be defined either for all ", classes,
+          " classes or no classes");
+    result.weight = torch::stable::contiguous(*weight);
+  }
+  const int64_t* t = data<int64_t>(result.target);
+  for (int64_t i = 0; i < result.target.numel(); ++i)
+    check<std::out_of_range>((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, "Target ", t[i], " is out of bounds.");
+  result.channels_last = suggests_channels_last(input);
+  const Layout layout = layout_of(input);
+  if (result.channels_last ? layout != Layout::channels_last : layout != Layout::contiguous)
+    result.input = result.channels_last
+                       ? torch::stable::contiguous(input, torch::headeronly::MemoryFormat::ChannelsLast)
+                       : torch::stable::contiguous(input);
+  const int64_t outer = input.size(0);
+  int64_t inner = 1;
+  for (int64_t d = 2; d < input.dim(); ++d) inner *= input.size(d);
+  if (result.channels_last || inner == 1)
+    result.shape = {outer, inner, classes, inner * classes, 1, classes};
+  else
+    result.shape = {outer, inner, classes, inner * classes, inner, 1};
+  return result;
+}
+
+ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor& target,
+                                                             const std::optional<Tensor>& weight, int64_t reduction,
+                                                             int64_t ignore_index, double label_smoothing) {
+  const Checked c = checked("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
+  auto places = to_vector(target.sizes());
+  Tensor loss = allocate(reduction == 0 ? places : std::vector<int64_t>{}, input.scalar_type(), input);
+  places.insert(places.begin(), 2);
+  Tensor lse = allocate(places, accumulate_type(input), input);
+  Tensor total_weight = allocate({}, accumulate_type(input), input);
+  dispatch_floating(input.scalar_type(), "cross_entropy", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    auto* halves = mutable_data<acc_t<T>>(lse);
+    cpu::CrossEntropyArgs<T> args{c.shape, data<T>(c.input), data<int64_t>(c.target), data<T>(c.weight),
+                                  static_cast<int>(reduction), ignore_index, label_smoothing, mutable_data<T>(loss),
+                                  halves, halves + target.numel(), mutable_data<acc_t<T>>(total_weight)};
+    DLKERN_CALL(cross_entropy_forward, args);
+  });
+  return {loss, lse, total_weight};
+}
+
+Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                                  const std::optional<Tensor>& weight, const Tensor& lse, const Tensor& total_weight,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  const char* op = "cross_entropy_backward";
+  const Checked c = checked(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  const ScalarType accumulate = accumulate_type(input);
+  check(grad_loss.is_cpu() && grad_loss.scalar_type() == input.scalar_type(), op, ": grad_loss differs in dtype or device");
+  check(grad_loss.numel() == (reduction == 0 ? target.numel() : 1), op, ": grad_loss has ", grad_loss.numel(), " elements");
+  check(lse.is_cpu() && lse.scalar_type() == accumulate && lse.numel() == 2 * target.numel(), op, ": lse does not fit input");
+  check(total_weight.is_cpu() && total_weight.scalar_type() == accumulate && total_weight.numel() == 1, op,
+        ": total_weight does not fit input");
+  const Tensor grad = torch::stable::contiguous(grad_loss), halves_tensor = torch::stable::contiguous(lse);
+  Tensor grad_input = allocate(to_vector(input.sizes()), input.scalar_type(), input, c.channels_last);
+  dispatch_floating(input.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* halves = data<acc_t<T>>(halves_tensor);
+    cpu::CrossEntropyBackwardArgs<T> args{c.shape, data<T>(grad), data<T>(c.input), data<int64_t>(c.target),
+                                          data<T>(c.weight), halves, halves + target.numel(),
+                                          data<acc_t<T>>(total_weight), static_cast<int>(reduction), ignore_index,
+                                          label_smoothing, mutable_data<T>(grad_input)};
+    DLKERN_CALL(cross_entropy_backward, args);
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
+  m.impl("cross_entropy_forward_cpu", TORCH_BOX(&cross_entropy_forward_cpu));
+  m.impl("cross_entropy_backward_cpu", TORCH_BOX(&cross_entropy_backward_cpu));
+}
+
+}  // namespace dlkern::ops

@@ -1,0 +1,95 @@
+"""cross_entropy with torch.nn.functional's signature."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import _reduction
+
+from dlkern import ops
+from dlkern import trace as tracing
+
+__all__ = ["cross_entropy"]
+
+
+def _unusual(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float) -> str | None:
+    """What of a call is outside our kernels (torch takes it, or raises its own error), or None."""
+    if target.is_floating_point():
+        return "no kernel for class probabilities"
+    if target.dtype != torch.int64:
+        return f"no kernel for targets of {str(target.dtype).removeprefix('torch.')}"
+    dims = input.dim()
+    if dims == 0 or target.dim() != max(dims - 1, 0) or not input.is_floating_point():
+        return "input is not [C] or [N, C, ...] with a target of [] or [N, ...]"
+    if dims > 1 and (input.size(0) != target.size(0) or input.shape[2:] != target.shape[1:]):
+        return "input and target differ in size"
+    if input.device != target.device:
+        return "input and target are on different devices"
+    if weight is not None:
+        if weight.dtype != input.dtype or weight.device != input.device or weight.requires_grad:
+            return "weight differs from input in dtype or device, or requires grad"
+        if weight.dim() != 1 or weight.size(0) != input.size(0 if dims == 1 else 1):
+            return "weight is not [C]"
+    if label_smoothing > 1.0:
+        return "label_smoothing is over 1"
+    return None
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """torch.nn.functional.cross_entropy: softmax cross-entropy of logits, without stored probabilities.
+
+    Args:
+        input: logits [C], [N, C] or [N, C, d1, ...].
+        target: int64 class indices [], [N] or [N, d1, ...]; or class probabilities of input's shape (these, and
+            uint8 indices, run on torch's own op).
+        weight: [C], the weight of each class.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: positions with this target count for nothing; their gradient is zero.
+        reduction: "none", "mean" (weighted by `weight`) or "sum".
+        label_smoothing: share of the target that is spread evenly over the classes.
+
+    Returns:
+        A scalar, or a tensor of target's shape with reduction "none". Position i contributes
+        -(1 - e) w[t] log p[t] - e / C sum_c w[c] log p[c], p = softmax(input).
+
+    Raises:
+        IndexError: a target is outside [0, C) and not ignore_index.
+        RuntimeError, ValueError: sizes, dtypes or arguments do not fit; torch's own messages.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    try:
+        device = input.device.type
+        if torch.is_autocast_enabled(device):  # on autocast's float32 list
+            input = _widen(input)
+            weight = _widen(weight) if weight is not None else None
+        reason = _unusual(input, target, weight, label_smoothing)
+    except AttributeError:  # not tensors: torch says which
+        reason = "not tensors"
+    if reason is None:
+        code = _reduction.get_enum(reduction)
+        smoothing = max(label_smoothing, 0.0)  # torch ignores negative ones
+        if input.dim() == 1:
+            loss = ops.loss.cross_entropy(input[None], target[None], weight, code, ignore_index, smoothing)
+            return loss[0] if code == 0 else loss
+        return ops.loss.cross_entropy(input, target, weight, code, ignore_index, smoothing)
+    loss = torch.nn.functional.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if tracing.active:
+        # Probabilities are a call of ours that only plain torch expressions serve yet.
+        column = "reference" if target.is_floating_point() else "torch"
+        tracing.record("cross_entropy", column, reason, input, target, weight)
+    return loss
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

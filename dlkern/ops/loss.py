@@ -1,0 +1,132 @@
+"""Softmax cross-entropy: schemas, fake kernels, autograd, dispatch.
+
+The forward keeps two numbers a position instead of the probabilities: the largest logit and the logarithm of
+sum(exp(x - largest)). Kept apart, x - largest - log_sum is as exact as torch's log_softmax however large the logits
+are; their sum would not be. The backward makes the gradient from them in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dlkern import columns
+from dlkern import trace as tracing
+from dlkern.ops import _autograd
+from dlkern.ops._registry import define, raw
+from dlkern.reference import loss as reference
+
+__all__ = ["cross_entropy"]
+
+
+def _fake_forward(input, target, weight, reduction, ignore_index, label_smoothing):
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    loss = input.new_empty(target.shape if reduction == 0 else ())
+    return loss, input.new_empty((2, *target.shape), dtype=accumulate), input.new_empty((), dtype=accumulate)
+
+
+def _fake_backward(
+    grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+):
+    layout = torch.contiguous_format
+    if input.dim() == 4:
+        layout = torch._prims_common.suggest_memory_format(input)
+    return torch.empty_like(input, memory_format=layout)
+
+
+define(
+    "cross_entropy_forward",
+    # lse is [2, *target.shape] in float32 (float64 for float64): the largest logit, log(sum(exp(x - largest))).
+    # total_weight is a scalar in the same dtype: the weights of the targets that are not ignored, summed.
+    "(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing)"
+    " -> (Tensor loss, Tensor lse, Tensor total_weight)",
+    _fake_forward, triton="dlkern.kernels.loss:cross_entropy_forward",
+)
+define(
+    "cross_entropy_backward",
+    "(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor total_weight, int reduction,"
+    " int ignore_index, float label_smoothing) -> Tensor",
+    _fake_backward, triton="dlkern.kernels.loss:cross_entropy_backward",
+)
+for _column, _dtypes in {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}.items():
+    columns.declare("cross_entropy", _column, _dtypes)
+
+_forward = raw["cross_entropy_forward"]
+_backward = raw["cross_entropy_backward"]
+
+
+class CrossEntropy(_autograd.Function):
+    """(loss, lse, total_weight); only the loss is differentiable."""
+
+    @staticmethod
+    def forward(input, target, weight, reduction, ignore_index, label_smoothing, column):
+        return _forward[column](input, target, weight, reduction, ignore_index, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, weight, ctx.reduction, ctx.ignore_index, ctx.label_smoothing, ctx.column = inputs
+        _, lse, total_weight = output
+        ctx.mark_non_differentiable(lse, total_weight)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, weight, lse, total_weight)
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_lse, grad_total_weight):
+        if grad_loss is None:
+            return None, None, None, None, None, None, None
+        settings = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
+        if torch.is_grad_enabled():
+            grad = _autograd.apply(CrossEntropyBackward, grad_loss, *ctx.saved_tensors, *settings, ctx.column)
+        else:
+            grad = _backward[ctx.column](grad_loss, *ctx.saved_tensors, *settings)
+        return grad, None, None, None, None, None, None
+
+
+class CrossEntropyBackward(_autograd.Function):
+    """The gradient for the logits, differentiable through the reference (which makes lse again)."""
+
+    @staticmethod
+    def forward(
+        grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing, column
+    ):
+        return _backward[column](
+            grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_loss, input, target, weight, _, _, *settings = inputs
+        ctx.settings = settings[:3]
+        ctx.save_for_backward(grad_loss, input, target, weight)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        grad_loss, input, target, weight = ctx.saved_tensors
+        for_grad_loss, for_input = _autograd.vjp(
+            lambda g, x: reference.cross_entropy_backward(g, x, target, weight, *ctx.settings),
+            (grad_loss, input), cotangent,
+        )
+        return for_grad_loss, for_input, None, None, None, None, None, None, None, None
+
+
+def cross_entropy(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, reduction: int = 1,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Softmax cross-entropy of logits [N, C, ...] and int64 targets [N, ...]; reduction 0 none, 1 mean, 2 sum."""
+    if _autograd.use_reference():
+        return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    choice = columns.choose(
+        "cross_entropy", input.device.type, input.dtype, columns.state.forced, columns.state.emulated
+    )
+    if tracing.active:
+        tracing.record("cross_entropy", choice.column, choice.reason, input, target, weight)
+    if choice.column == "reference":
+        return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    if _autograd.needs_grad(input):
+        return _autograd.apply(
+            CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, choice.column
+        )[0]
+    return _forward[choice.column](input, target, weight, reduction, ignore_index, label_smoothing)[0]
