@@ -39,7 +39,23 @@ install: native
 	@$(PY) -c "import importlib.metadata as m; m.distribution('dlkern')" 2>/dev/null || \
 	  DLKERN_CUDA=$${DLKERN_CUDA:-auto} $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 
-test: install
+test: install lint
 	$(PY) -m pytest tests
 
-.PHONY: help setup native install test
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check . || true
+	$(PY) -m mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' | xargs $(PY) -m clang_format --dry-run -Werror
+
+wheel: setup
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+# Long-running companions; their results are committed.
+fuzz: install
+	DLKERN_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
+
+mutate: install
+	$(PY) tests/mutate.py
+
+.PHONY: help setup native install test lint wheel fuzz mutate

@@ -35,7 +35,10 @@ VARIANT_FLAGS = {
     "release": "-O3 -g0",
     "asan": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "debug": "-O0 -g",
+    # The AVX-512 code with its 64-byte vectors lowered to AVX2, for machines without AVX-512.
+    "wide": "-O2 -g0",
 }
+WIDE_FLAGS = "-mavx2 -mfma -mf16c -DDLKERN_VECTOR_BYTES=64"
 # CPU sources compiled once, not once an instruction set.
 PLAIN_CPU_SOURCES = {"isa.cpp", "parallel.cpp", "scratch.cpp"}
 
@@ -122,6 +125,8 @@ def native_objects(ninja, build, variant, compiler):
     common = f"-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized {VARIANT_FLAGS[variant]} -I{CSRC}"
     if isas() == ["portable"]:
         common += " -DDLKERN_NO_SIMD"
+    if variant == "wide":
+        common += " -DDLKERN_WIDE"
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common} $flags -c $in -o $out")
     torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {include_flags}"
     objects = []
@@ -133,7 +138,7 @@ def native_objects(ninja, build, variant, compiler):
         for isa in isas():
             objects.append(
                 ninja.build(build / f"cpu_{source.stem}_{isa}.o", "cxx", [source],
-                            flags=f"{ISA_FLAGS[isa]} -DDLKERN_ISA={isa}")
+                            flags=f"{WIDE_FLAGS if variant == 'wide' and isa == 'avx512' else ISA_FLAGS[isa]} -DDLKERN_ISA={isa}")
             )
     return objects, torch_version
 
@@ -208,7 +213,7 @@ class BuildNative(Command):
     """Libraries for tests: --variant asan writes build/asan/libdlkern.so."""
 
     description = "build a variant of the native library for tests"
-    user_options = [("variant=", None, "release, asan or debug")]
+    user_options = [("variant=", None, "release, asan, debug or wide")]
 
     def initialize_options(self):
         self.variant = "release"

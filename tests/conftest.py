@@ -1,3 +1,7 @@
+import os
+
+os.environ["DLKERN_POISON"] = "1"  # before the library is loaded: results start as NaN, so that a hole is seen
+
 import pytest
 import torch
 

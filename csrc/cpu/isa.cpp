@@ -14,6 +14,9 @@ static Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
 #endif
+#ifdef DLKERN_WIDE
+  best = Isa::avx512;  // its code, compiled for AVX2
+#endif
   if (const char* cap = std::getenv("DLKERN_CPU_ISA")) {
     if (!std::strcmp(cap, "portable")) return Isa::portable;
     if (!std::strcmp(cap, "avx2") && best == Isa::avx512) return Isa::avx2;

@@ -17,7 +17,9 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(DLKERN_VECTOR_BYTES)  // the "wide" test build: AVX-512's code on a CPU without it
+constexpr int kVectorBytes = DLKERN_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;

@@ -1,0 +1,1 @@
+"""Measured choices and launch configurations, a JSON file a GPU."""
