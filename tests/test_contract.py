@@ -109,8 +109,9 @@ def record_raw_calls(case: Case) -> list:
 @each_op
 def test_gradcheck_and_gradgradcheck(case):
     inputs = draw(case, torch.float64)
-    assert torch.autograd.gradcheck(case.ours, inputs)
-    assert torch.autograd.gradgradcheck(case.ours, inputs)
+    # By random projections; each family's own tests do it element by element on smaller inputs.
+    assert torch.autograd.gradcheck(case.ours, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(case.ours, inputs, fast_mode=True)
 
 
 @each_op

@@ -39,7 +39,7 @@ class Case:
     theirs: Callable[..., Any]
     inputs: Callable[[], list[Any]]
     images: bool = False
-    draws: int = 1
+    draws: int = 4
 
     @property
     def name(self) -> str:
