@@ -12,6 +12,8 @@ Test libraries (sanitizers, CUDA kernels on the host): python setup.py build_nat
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,25 @@ VARIANT_FLAGS = {
     "wide": "-O2 -g0",
 }
 WIDE_FLAGS = "-mavx2 -mfma -mf16c -DDLKERN_VECTOR_BYTES=64"
+# The CUDA column on the host: libraries for tests, in build/<variant>. `kernels` are the flags of csrc/cuda alone.
+HOST_VARIANTS = {
+    "cuda_on_host": {"common": "-O2 -g0", "kernels": "", "link": ""},
+    # Hooks of our own serve the instrumentation; libtsan is not linked.
+    "cuda_on_host_checked": {
+        "common": "-O2 -g0 -DDLKERN_CHECKED",
+        "kernels": "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-threadsafe-statics",
+        "link": "",
+    },
+    "cuda_on_host_asan": {
+        "common": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "kernels": "",
+        "link": "-fsanitize=address,undefined",
+    },
+}
+# Sources of csrc/cuda that are not kernels of the column.
+CUDA_DEVICE_ONLY = {"device.cu"}
+CUDA_PROGRAMS = {"conformance.cu"}
+
 # CPU sources compiled once, not once an instruction set.
 PLAIN_CPU_SOURCES = {"isa.cpp", "parallel.cpp", "scratch.cpp"}
 
@@ -130,7 +151,8 @@ def native_objects(ninja, build, variant, compiler):
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common} $flags -c $in -o $out")
     torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {include_flags}"
     objects = []
-    for source in sorted((CSRC / "ops").glob("*.cpp")) + [CSRC / "cpu" / name for name in sorted(PLAIN_CPU_SOURCES)]:
+    op_layer = sorted(source for source in (CSRC / "ops").glob("*.cpp") if not source.name.startswith("cuda_"))
+    for source in op_layer + [CSRC / "cpu" / name for name in sorted(PLAIN_CPU_SOURCES)]:
         objects.append(ninja.build(build / f"{source.parent.name}_{source.stem}.o", "cxx", [source], flags=torch_flags))
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.name in PLAIN_CPU_SOURCES:
@@ -141,6 +163,119 @@ def native_objects(ninja, build, variant, compiler):
                             flags=f"{WIDE_FLAGS if variant == 'wide' and isa == 'avx512' else ISA_FLAGS[isa]} -DDLKERN_ISA={isa}")
             )
     return objects, torch_version
+
+
+def cuda_architectures():
+    return [name for name in os.environ.get("DLKERN_CUDA_ARCHITECTURES", "80;90a").split(";") if name]
+
+
+def cudart_directory(nvcc):
+    """Where libcudart_static.a lies: beside nvcc, which may be a script that calls another, or where CUDA usually is."""
+    homes = [Path(nvcc).resolve().parent.parent, *map(Path, filter(None, [os.environ.get("CUDA_HOME")])), Path("/usr/local/cuda")]
+    for directory in (home / part for home in homes for part in ("lib64", "lib", "targets/x86_64-linux/lib")):
+        if (directory / "libcudart_static.a").exists():
+            return directory
+    sys.exit("dlkern: libcudart_static.a not found (set CUDA_HOME)")
+
+
+def cuda_objects(ninja, build, nvcc, compiler):
+    """Objects of the CUDA column: kernels by nvcc, their op layer by the host compiler. ptxas's report lies beside."""
+    codes = [f"-gencode arch=compute_{name},code=sm_{name}" for name in cuda_architectures()]
+    codes.append("-gencode arch=compute_80,code=compute_80")
+    host = f"-ccbin {shlex.quote(shutil.which(compiler.split()[-1]) or compiler.split()[-1])}"
+    ninja.rule(
+        "nvcc",
+        f"{nvcc} {host} -std=c++20 -O3 {' '.join(codes)} -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
+        f"-MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)",
+    )
+    kernels = [
+        ninja.build(build / f"cuda_{source.stem}.o", "nvcc", [source])
+        for source in sorted((CSRC / "cuda").glob("*.cu"))
+        if source.name not in CUDA_PROGRAMS
+    ]
+    _, includes, _ = torch_paths()
+    flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} " + " ".join(f"-isystem {path}" for path in includes)
+    layer = [
+        ninja.build(build / f"ops_{source.stem}.o", "cxx", [source], flags=flags)
+        for source in sorted((CSRC / "ops").glob("cuda_*.cpp"))
+    ]
+    return kernels, layer
+
+
+def kernel_resources(ptxas_output, family):
+    """Rows of ptxas -v's report: registers, shared memory, stack and spills of each kernel and architecture."""
+    rows, pattern = [], re.compile(
+        r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)", re.DOTALL)
+    for name, arch, stack, stores, loads, registers, rest in pattern.findall(ptxas_output):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        rows.append({
+            "family": family, "kernel": demangled(name), "arch": f"sm_{arch}", "registers": int(registers),
+            "shared": int(shared.group(1)) if shared else 0, "stack": int(stack),
+            "spill_stores": int(stores), "spill_loads": int(loads),
+        })
+    return rows
+
+
+def demangled(symbol):
+    """Kernel name with its template arguments, as the source has them; the symbol where c++filt is missing."""
+    text = run_text(["c++filt", symbol]).strip() or symbol
+    text = text.replace("(anonymous namespace)::", "").replace("dlkern::cuda::", "").removeprefix("void ")
+    text = re.sub(r"_GLOBAL__N__\w+::|\((?:int|bool|dlkern::cuda::PoolIndices|PoolIndices)\)", "", text)
+    depth = 0
+    for i, character in enumerate(text):  # cut the parameter list
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            return text[:i]
+    return text
+
+
+def write_cuda_kernels(build, kernels):
+    rows = []
+    for item in kernels:
+        report = Path(f"{item}.ptxas")
+        if report.exists():
+            rows += kernel_resources(report.read_text(), item.stem.removeprefix("cuda_"))
+    (build / "cuda_kernels.json").write_text(json.dumps(sorted(rows, key=lambda r: (r["family"], r["kernel"], r["arch"]))))
+
+
+def build_cuda_on_host(output, variant):
+    """Writes libdlkern_cuda_on_host.so: the CUDA column's kernels and op layer for CPU tensors. Beside it libplanted.so,
+    kernels with planted bugs (the tool's own tests), and the instruction-conformance program."""
+    compiler = os.environ.get("CXX", "g++")
+    flags = HOST_VARIANTS[variant]
+    objects = output / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    ninja = Ninja()
+    _, includes, torch_lib = torch_paths()
+    torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DDLKERN_CUDA_ON_HOST " + " ".join(
+        f"-isystem {path}" for path in includes)
+    ninja.rule(
+        "host_cxx",
+        f"{compiler} -MMD -MF $out.d -std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-psabi "
+        f"-Wno-unknown-pragmas {flags['common']} -I{CSRC} $flags -c $in -o $out",
+    )
+    ninja.rule("host_link", f"{compiler} -shared {flags['link']} -o $out $in $libs", depfile=False)
+    ninja.rule("host_program", f"{compiler} {flags['link']} -o $out $in", depfile=False)
+
+    def compiled(sources, prefix, extra):
+        return [ninja.build(objects / f"{prefix}_{path.stem}.o", "host_cxx", [path], flags=extra) for path in sources]
+
+    runtime = compiled(sorted((CSRC / "cuda_on_host").glob("*.cpp")), "runtime", "")
+    kernel_flags = f"-x c++ {flags['kernels']}"
+    sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in CUDA_DEVICE_ONLY | CUDA_PROGRAMS]
+    kernels = compiled(sources, "cuda", kernel_flags)
+    layer = compiled(sorted((CSRC / "ops").glob("cuda_*.cpp")), "ops", torch_flags)
+    planted = compiled([ROOT / "tests" / "cuda" / "planted.cu"], "planted", kernel_flags)
+    library = output / "libdlkern_cuda_on_host.so"
+    ninja.build(library, "host_link", runtime + kernels + layer, libs=f"-L{torch_lib} -ltorch_cpu -lc10")
+    tests = output / "libplanted.so"
+    ninja.build(tests, "host_link", runtime + planted)
+    targets = [library, tests]
+    for source in sorted(CUDA_PROGRAMS):
+        program = compiled([CSRC / "cuda" / source], "program", kernel_flags)
+        targets.append(ninja.build(output / Path(source).stem, "host_program", runtime + program))
+    ninja.run(objects, targets)
 
 
 def build_libraries(output, build, variant="release", facts=True):
@@ -155,8 +290,17 @@ def build_libraries(output, build, variant="release", facts=True):
     print(f"dlkern: CUDA column {'with ' + nvcc if nvcc else reason}")
     ninja.rule("link", f"{compiler} -shared {sanitize} -o $out $in -L{torch_lib} -ltorch_cpu -lc10 $libs", depfile=False)
     library = output / "libdlkern.so"
-    ninja.build(library, "link", objects, libs="-ldl")
+    libraries, kernels = "-ldl", []
+    if nvcc:
+        kernels, layer = cuda_objects(ninja, build, nvcc, compiler)
+        objects = objects + kernels + layer
+        # The CUDA runtime linked in; it finds the driver at run time, where there is one.
+        libraries = f"-L{cudart_directory(nvcc)} -lcudart_static -Wl,--exclude-libs,ALL -ldl -lrt -lpthread"
+    ninja.build(library, "link", objects, libs=libraries)
     targets = [library]
+    if kernels:  # first, because dlkern._C tells what ptxas said of them
+        ninja.run(build, kernels)
+    write_cuda_kernels(build, kernels)
     if facts:
         import pybind11
 
@@ -213,7 +357,7 @@ class BuildNative(Command):
     """Libraries for tests: --variant asan writes build/asan/libdlkern.so."""
 
     description = "build a variant of the native library for tests"
-    user_options = [("variant=", None, "release, asan, debug or wide")]
+    user_options = [("variant=", None, "release, asan, debug, wide, cuda_on_host[_checked|_asan]")]
 
     def initialize_options(self):
         self.variant = "release"
@@ -224,6 +368,8 @@ class BuildNative(Command):
     def run(self):
         output = ROOT / "build" / self.variant
         output.mkdir(parents=True, exist_ok=True)
+        if self.variant in HOST_VARIANTS:
+            return build_cuda_on_host(output, self.variant)
         build_libraries(output, output / "objects", self.variant, facts=False)
 
 

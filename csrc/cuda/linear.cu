@@ -1,0 +1,214 @@
+// linear and its gradients in bfloat16 on the tensor cores (mma.sync, sm_80 and newer), float sums.
+// One block makes one tile of the result over the whole sum, so every result has one fixed order of additions: no
+// split, no atomics. Bias and activation are applied, and the bias gradient summed up, on the way: no extra pass.
+// Floor: 2 * rows * in_features * out_features operations at the tensor cores' bf16 rate.
+#include "linear.h"
+
+#include "mma_tile.cuh"
+#include "pack.cuh"
+
+namespace dlkern::cuda {
+namespace {
+
+using LargeShape = MmaShape<128, 128, 2, 4, 4>;
+using SmallShape = MmaShape<64, 64, 2, 2, 4>;
+
+// A block per tile: blockIdx.x counts rows of C, of which there may be more than 65,535 tiles.
+template <class SHAPE> DLKERN_DEVICE int64_t tile_row() { return static_cast<int64_t>(blockIdx.x) * SHAPE::kBlockM; }
+template <class SHAPE> DLKERN_DEVICE int64_t tile_column() { return static_cast<int64_t>(blockIdx.y) * SHAPE::kBlockN; }
+
+// Stores two neighbouring elements of a [rows, columns] matrix, together where columns is even.
+DLKERN_DEVICE void store_pair(bf16* matrix, int64_t rows, int64_t columns, int64_t row, int64_t column, float first,
+                              float second) {
+  if (row >= rows || column >= columns) return;
+  bf16* at = matrix + row * columns + column;
+  const Pack<bf16, 2> pair{{from_float<bf16>(first), from_float<bf16>(second)}};
+  if (columns % 2 == 0) {
+    store_pack(at, pair);
+  } else {
+    at[0] = pair.at[0];
+    if (column + 1 < columns) at[1] = pair.at[1];
+  }
+}
+
+DLKERN_DEVICE float activated(float value, int activation) {
+  if (activation == 1) return value > 0.0f || value != value ? value : 0.0f;
+  if (activation == 2) return tanhf(value);
+  if (activation == 3) return 1.0f / (1.0f + expf(-value));
+  return value;
+}
+
+// ---- Kernels ----
+
+struct LinearArgs {
+  const bf16 *left, *right, *bias;
+  bf16 *result, *grad_bias;
+  int64_t rows, in_features, out_features;
+  int activation;
+};
+
+template <class SHAPE, bool ALIGNED> struct Forward {
+  using A = Operand<SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
+  using B = Operand<SHAPE::kBlockN, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
+};
+
+template <class SHAPE, bool ALIGNED>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_forward_kernel(LinearArgs args) {
+  using Operands = Forward<SHAPE, ALIGNED>;
+  DLKERN_DYNAMIC_SHARED(shared);
+  Accumulator<SHAPE> sum;
+  mma_tile<SHAPE>(sum, typename Operands::A{args.left, args.rows, args.in_features},
+                  typename Operands::B{args.right, args.out_features, args.in_features}, tile_row<SHAPE>(),
+                  tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [](const bf16*) {});
+  sum.for_each_pair([&](int r, int c, float first, float second) {
+    const int64_t row = tile_row<SHAPE>() + r, column = tile_column<SHAPE>() + c;
+    if (args.bias) {
+      if (column < args.out_features) first += to_float(args.bias[column]);
+      if (column + 1 < args.out_features) second += to_float(args.bias[column + 1]);
+    }
+    store_pair(args.result, args.rows, args.out_features, row, column, activated(first, args.activation),
+               activated(second, args.activation));
+  });
+}
+
+template <class SHAPE, bool ALIGNED> struct BackwardInput {
+  using A = Operand<SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;   // grad_output [rows, out_features]
+  using B = Operand<SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
+};
+
+template <class SHAPE, bool ALIGNED>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backward_input_kernel(LinearArgs args) {
+  using Operands = BackwardInput<SHAPE, ALIGNED>;
+  DLKERN_DYNAMIC_SHARED(shared);
+  Accumulator<SHAPE> sum;
+  mma_tile<SHAPE>(sum, typename Operands::A{args.left, args.rows, args.out_features},
+                  typename Operands::B{args.right, args.in_features, args.out_features}, tile_row<SHAPE>(),
+                  tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [](const bf16*) {});
+  sum.for_each_pair([&](int r, int c, float first, float second) {
+    store_pair(args.result, args.rows, args.in_features, tile_row<SHAPE>() + r, tile_column<SHAPE>() + c, first, second);
+  });
+}
+
+template <class SHAPE, bool ALIGNED> struct BackwardWeight {
+  using A = Operand<SHAPE::kBlockM, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // grad_output [rows, out_features]
+  using B = Operand<SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
+};
+
+template <class SHAPE, bool ALIGNED>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backward_weight_kernel(LinearArgs args) {
+  using Operands = BackwardWeight<SHAPE, ALIGNED>;
+  DLKERN_DYNAMIC_SHARED(shared);
+  Accumulator<SHAPE> sum;
+  // The first column of blocks has all of grad_output pass through shared memory: a thread a column adds it up.
+  const int column_of_bias = static_cast<int>(threadIdx.x);
+  const bool sums_bias = args.grad_bias && blockIdx.y == 0 && column_of_bias < SHAPE::kBlockM;
+  float bias = 0.0f;
+  mma_tile<SHAPE>(sum, typename Operands::A{args.left, args.out_features, args.rows},
+                  typename Operands::B{args.right, args.in_features, args.rows}, tile_row<SHAPE>(),
+                  tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [&](const bf16* grad_output_tile) {
+                    if (!sums_bias) return;
+#pragma unroll 8
+                    for (int k = 0; k < kBlockK; k++)
+                      bias += to_float(grad_output_tile[k * Operands::A::TileType::kStride + column_of_bias]);
+                  });
+  if (sums_bias && tile_row<SHAPE>() + column_of_bias < args.out_features)
+    args.grad_bias[tile_row<SHAPE>() + column_of_bias] = from_float<bf16>(bias);
+  sum.for_each_pair([&](int r, int c, float first, float second) {
+    store_pair(args.result, args.out_features, args.in_features, tile_row<SHAPE>() + r, tile_column<SHAPE>() + c, first,
+               second);
+  });
+}
+
+constexpr int kElementwiseThreads = 256;
+
+// A thread makes 8 elements (16 bytes), the last one what is left.
+__global__ void __launch_bounds__(kElementwiseThreads)
+    activation_backward_kernel(const bf16* grad_output, const bf16* output, bf16* grad_input, int64_t count,
+                               int activation) {
+  const auto gradient = [activation](bf16 grad, bf16 out) {
+    const float g = to_float(grad), y = to_float(out);
+    if (activation == 1) return from_float<bf16>(y > 0.0f ? g : 0.0f);
+    if (activation == 2) return from_float<bf16>(g * (1.0f - y * y));
+    if (activation == 3) return from_float<bf16>(g * y * (1.0f - y));
+    return grad;
+  };
+  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * 8;
+  if (start + 8 <= count) {
+    const auto grad = load_pack<bf16, 8>(grad_output + start), out = load_pack<bf16, 8>(output + start);
+    Pack<bf16, 8> result;
+#pragma unroll
+    for (int v = 0; v < 8; v++) result.at[v] = gradient(grad.at[v], out.at[v]);
+    store_pack(grad_input + start, result);
+  } else {
+    for (int64_t i = start; i < count; i++) grad_input[i] = gradient(grad_output[i], output[i]);
+  }
+}
+
+// ---- Launchers ----
+
+bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <template <class, bool> class OPERANDS, class SHAPE, bool ALIGNED>
+void launch_tiles(const char* name, void (*kernel)(LinearArgs), int64_t rows, int64_t columns, const LinearArgs& args,
+                  void* stream) {
+  using Operands = OPERANDS<SHAPE, ALIGNED>;
+  // One column of blocks at least: a weight without columns still has a bias gradient.
+  const int64_t tiles = columns == 0 ? 1 : ceil_div(columns, SHAPE::kBlockN);
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows, SHAPE::kBlockM)), static_cast<unsigned>(tiles));
+  launch(name, kernel, grid, dim3(SHAPE::kThreads), mma_shared_bytes<SHAPE, typename Operands::A, typename Operands::B>(),
+         stream, false, args);
+}
+
+// Large tiles once they fill half the multiprocessors of an A100 or H200; the choice looks at sizes alone.
+bool enough_for_large(int64_t rows, int64_t columns) {
+  return ceil_div(rows, LargeShape::kBlockM) * ceil_div(columns, LargeShape::kBlockN) >= 64;
+}
+
+}  // namespace
+
+#define DLKERN_LAUNCH_LINEAR(kernel, OPERANDS, rows, columns, is_aligned)                                         \
+  do {                                                                                                            \
+    if (!(is_aligned))                                                                                            \
+      launch_tiles<OPERANDS, SmallShape, false>(#kernel, kernel<SmallShape, false>, rows, columns, args, stream); \
+    else if (enough_for_large(rows, columns))                                                                     \
+      launch_tiles<OPERANDS, LargeShape, true>(#kernel, kernel<LargeShape, true>, rows, columns, args, stream);   \
+    else                                                                                                          \
+      launch_tiles<OPERANDS, SmallShape, true>(#kernel, kernel<SmallShape, true>, rows, columns, args, stream);   \
+  } while (0)
+
+void linear_forward(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
+                    int64_t in_features, int64_t out_features, int activation, void* stream) {
+  const LinearArgs args{static_cast<const bf16*>(input), static_cast<const bf16*>(weight),
+                        static_cast<const bf16*>(bias), static_cast<bf16*>(output), nullptr,
+                        rows, in_features, out_features, activation};
+  const bool aligned = aligned16(input) && aligned16(weight) && in_features % 8 == 0;
+  DLKERN_LAUNCH_LINEAR(linear_forward_kernel, Forward, rows, out_features, aligned);
+}
+
+void linear_backward_input(const void* grad_output, const void* weight, void* grad_input, int64_t rows,
+                           int64_t in_features, int64_t out_features, void* stream) {
+  const LinearArgs args{static_cast<const bf16*>(grad_output), static_cast<const bf16*>(weight), nullptr,
+                        static_cast<bf16*>(grad_input), nullptr, rows, in_features, out_features, 0};
+  const bool aligned =
+      aligned16(grad_output) && aligned16(weight) && in_features % 8 == 0 && out_features % 8 == 0;
+  DLKERN_LAUNCH_LINEAR(linear_backward_input_kernel, BackwardInput, rows, in_features, aligned);
+}
+
+void linear_backward_weight(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
+                            int64_t rows, int64_t in_features, int64_t out_features, void* stream) {
+  const LinearArgs args{static_cast<const bf16*>(grad_output), static_cast<const bf16*>(input), nullptr,
+                        static_cast<bf16*>(grad_weight), static_cast<bf16*>(grad_bias),
+                        rows, in_features, out_features, 0};
+  const bool aligned = aligned16(grad_output) && aligned16(input) && in_features % 8 == 0 && out_features % 8 == 0;
+  DLKERN_LAUNCH_LINEAR(linear_backward_weight_kernel, BackwardWeight, out_features, in_features, aligned);
+}
+
+void activation_backward(const void* grad_output, const void* output, void* grad_input, int64_t count, int activation,
+                         void* stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(count, kElementwiseThreads * 8)));
+  DLKERN_LAUNCH(activation_backward_kernel, grid, dim3(kElementwiseThreads), 0, stream,
+                static_cast<const bf16*>(grad_output), static_cast<const bf16*>(output),
+                static_cast<bf16*>(grad_input), count, activation);
+}
+
+}  // namespace dlkern::cuda

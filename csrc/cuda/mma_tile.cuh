@@ -1,0 +1,128 @@
+// A block's tile of C[m][n] = sum over k of A(m, k) B(n, k), bfloat16 operands, float sums: cp.async fills a ring of
+// STAGES tiles ahead of the tensor cores (ldmatrix, mma.sync m16n8k16), one barrier a step of 32.
+// Either operand may be stored with k last ([outer, k]) or k first ([k, outer]); ldmatrix transposes the latter.
+#pragma once
+#include "ptx.cuh"
+#include "tile_load.cuh"
+
+namespace dlkern::cuda {
+
+constexpr int kBlockK = 32;
+
+// BLOCK_M x BLOCK_N of C by WARPS_M x WARPS_N warps.
+template <int BLOCK_M, int BLOCK_N, int WARPS_M, int WARPS_N, int STAGES> struct MmaShape {
+  static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
+  static constexpr int kWarpsM = WARPS_M, kWarpsN = WARPS_N;
+  static constexpr int kThreads = 32 * WARPS_M * WARPS_N;
+  static constexpr int kBlocks = 512 / kThreads;  // at least so many a multiprocessor: at most 128 registers a thread
+  static constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+};
+
+enum class Stored { k_last, k_first };
+
+// One operand: OUTER rows of C (or columns, for B) a block.
+template <int OUTER, Stored STORED, bool ALIGNED, int THREADS> struct Operand {
+  static constexpr bool kLast = STORED == Stored::k_last;
+  using TileType = Tile<kLast ? OUTER : kBlockK, kLast ? kBlockK : OUTER>;
+
+  const bf16* matrix;
+  int64_t outer, k;  // sizes
+
+  DLKERN_DEVICE void load(bf16* tile, int64_t outer_start, int64_t k_start) const {
+    if (kLast) load_tile<TileType, THREADS, ALIGNED>(tile, matrix, outer, k, outer_start, k_start);
+    else load_tile<TileType, THREADS, ALIGNED>(tile, matrix, k, outer, k_start, outer_start);
+  }
+
+  // The address that a lane passes to ldmatrix for the 16 x 16 fragment at (outer_start, k_start); matrices 0..3 of
+  // the fragment are ordered by `second`: the second 8 of "outer" first (A), or the second 8 of k first (B).
+  enum class Second { outer, k };
+  template <Second SECOND> static DLKERN_DEVICE void fragment(uint32_t (&out)[4], const bf16* tile, int outer_start,
+                                                              int k_start) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;  // of matrices 1 and 3; of matrices 2 and 3
+    const int o = outer_start + (SECOND == Second::outer ? low : high);
+    const int k_at = k_start + (SECOND == Second::outer ? high : low);
+    if (kLast) ldmatrix_x4(out, tile + (o + lane % 8) * TileType::kStride + k_at);
+    else ldmatrix_x4_transposed(out, tile + (k_at + lane % 8) * TileType::kStride + o);
+  }
+  static DLKERN_DEVICE void a_fragment(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
+    fragment<Second::outer>(out, tile, outer_start, k_start);
+  }
+  // Two B fragments: out[0..1] for columns outer_start.., out[2..3] for the next 8.
+  static DLKERN_DEVICE void b_fragments(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
+    fragment<Second::k>(out, tile, outer_start, k_start);
+  }
+};
+
+template <class SHAPE, class A, class B> constexpr int mma_shared_bytes() {
+  return SHAPE::kStages * (A::TileType::kElements + B::TileType::kElements) * static_cast<int>(sizeof(bf16));
+}
+
+// A warp's part of C: 16 x 8 pieces, four values a lane in each.
+template <class SHAPE> struct Accumulator {
+  static constexpr int kRows = SHAPE::kWarpM / 16, kColumns = SHAPE::kWarpN / 8;
+  float value[kRows][kColumns][4] = {};
+
+  // Calls f(row, column, value, next value) for each pair of neighbouring columns; row and column are of the block.
+  template <class F> DLKERN_DEVICE void for_each_pair(F&& f) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int row = warp / SHAPE::kWarpsN * SHAPE::kWarpM + lane / 4;
+    const int column = warp % SHAPE::kWarpsN * SHAPE::kWarpN + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+#pragma unroll
+      for (int j = 0; j < kColumns; j++) {
+        f(row + 16 * i, column + 8 * j, value[i][j][0], value[i][j][1]);
+        f(row + 16 * i + 8, column + 8 * j, value[i][j][2], value[i][j][3]);
+      }
+    }
+  }
+};
+
+// Adds the whole sum over k for the tile at (m_start, n_start) to `sum`. `shared` holds mma_shared_bytes. For each step
+// every thread also calls visit(A's tile in shared memory), between the barriers that guard it.
+template <class SHAPE, class A, class B, class Visit>
+DLKERN_DEVICE void mma_tile(Accumulator<SHAPE>& sum, const A& a, const B& b, int64_t m_start, int64_t n_start,
+                            bf16* shared, Visit&& visit) {
+  constexpr int kStageElements = A::TileType::kElements + B::TileType::kElements;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp_m = warp / SHAPE::kWarpsN * SHAPE::kWarpM, warp_n = warp % SHAPE::kWarpsN * SHAPE::kWarpN;
+  const int steps = static_cast<int>(ceil_div(a.k, kBlockK));
+  const auto load = [&](int step) {
+    bf16* tile = shared + step % SHAPE::kStages * kStageElements;
+    a.load(tile, m_start, static_cast<int64_t>(step) * kBlockK);
+    b.load(tile + A::TileType::kElements, n_start, static_cast<int64_t>(step) * kBlockK);
+  };
+
+#pragma unroll
+  for (int step = 0; step < SHAPE::kStages - 1; step++) {
+    if (step < steps) load(step);
+    cp_async_commit();  // one group a step, empty ones too, so that the count in the wait holds
+  }
+  for (int step = 0; step < steps; step++) {
+    cp_async_wait<SHAPE::kStages - 2>();
+    __syncthreads();  // this step's tile is there, and everybody is done with the one that is loaded over next
+    if (step + SHAPE::kStages - 1 < steps) load(step + SHAPE::kStages - 1);
+    cp_async_commit();
+    const bf16* a_tile = shared + step % SHAPE::kStages * kStageElements;
+    const bf16* b_tile = a_tile + A::TileType::kElements;
+    visit(a_tile);
+#pragma unroll
+    for (int k = 0; k < kBlockK; k += 16) {
+      uint32_t a_part[Accumulator<SHAPE>::kRows][4], b_part[Accumulator<SHAPE>::kColumns / 2][4];
+#pragma unroll
+      for (int i = 0; i < Accumulator<SHAPE>::kRows; i++) A::a_fragment(a_part[i], a_tile, warp_m + 16 * i, k);
+#pragma unroll
+      for (int j = 0; j < Accumulator<SHAPE>::kColumns / 2; j++) B::b_fragments(b_part[j], b_tile, warp_n + 16 * j, k);
+#pragma unroll
+      for (int i = 0; i < Accumulator<SHAPE>::kRows; i++) {
+#pragma unroll
+        for (int j = 0; j < Accumulator<SHAPE>::kColumns; j++)
+          mma_bf16_16x8x16(sum.value[i][j], a_part[i], b_part[j / 2][j % 2 * 2], b_part[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+}  // namespace dlkern::cuda

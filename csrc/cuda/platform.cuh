@@ -1,0 +1,80 @@
+// What every kernel file includes first: CUDA's own headers under nvcc, csrc/cuda_on_host under the host compiler; and
+// the few macros through which kernels declare shared memory and are launched, so that both meanings exist.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#define DLKERN_DEVICE __device__ __forceinline__
+// DLKERN_SHARED(float, partial, [32]) declares a shared array.
+#define DLKERN_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+// The dynamic shared memory of a launch, 1024-byte aligned.
+#define DLKERN_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
+#else
+#include "../cuda_on_host/cuda_on_host.h"
+
+#define DLKERN_DEVICE inline
+#define DLKERN_SHARED(T, name, ...)     \
+  using name##_type = T __VA_ARGS__;    \
+  static const char name##_tag = 0;     \
+  name##_type& name = *static_cast<name##_type*>(::cuda_on_host::static_shared(&name##_tag, sizeof(name##_type)))
+#define DLKERN_DYNAMIC_SHARED(name) \
+  unsigned char* const name = static_cast<unsigned char*>(::cuda_on_host::dynamic_shared())
+#endif
+
+namespace dlkern::cuda {
+
+using bf16 = __nv_bfloat16;
+
+DLKERN_DEVICE float to_float(float value) { return value; }
+DLKERN_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
+template <class T> DLKERN_DEVICE T from_float(float value);
+template <> DLKERN_DEVICE float from_float<float>(float value) { return value; }
+template <> DLKERN_DEVICE bf16 from_float<bf16>(float value) { return __float2bfloat16(value); }
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#ifdef __CUDACC__
+inline void throw_on_error(cudaError_t status, const char* kernel) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string("dlkern: ") + kernel + ": " + cudaGetErrorString(status));
+}
+#endif
+
+// One launch; `cooperative`: all blocks run at once and may meet in grid_sync(). Called through the macros below.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            bool cooperative, const Arguments&... arguments) {
+#ifdef __CUDACC__
+  if (shared_bytes > 48 * 1024) {
+    throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)), name);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = cooperative;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  throw_on_error(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+#else
+  (void)stream;
+  ::cuda_on_host::launch(name, grid, block, shared_bytes, cooperative, [kernel, arguments...] { kernel(arguments...); });
+#endif
+}
+
+}  // namespace dlkern::cuda
+
+// DLKERN_LAUNCH((kernel<float, 4>), grid, block, shared_bytes, stream, arguments...); throws where the launch fails.
+#define DLKERN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::dlkern::cuda::launch(#kernel, kernel, grid, block, shared_bytes, stream, false, __VA_ARGS__)
+#define DLKERN_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  ::dlkern::cuda::launch(#kernel, kernel, grid, block, shared_bytes, stream, true, __VA_ARGS__)

@@ -1,0 +1,81 @@
+// Every PTX instruction the kernels use, each in one small function: the device body and, beside it, its host twin.
+// Kernels hold neither PTX nor host branches. Each function has a case in conformance.cu, which holds the twins
+// against the hardware.
+#pragma once
+#include "platform.cuh"
+
+namespace dlkern::cuda {
+
+#ifdef __CUDACC__
+DLKERN_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
+// Starts a copy of 16 bytes from global to shared memory, both addresses 16-byte aligned. Of the source only
+// `source_bytes` are read; the rest of the destination becomes zero.
+DLKERN_DEVICE void cp_async16(void* destination, const void* source, int source_bytes) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
+               "r"(source_bytes));
+#else
+  ::cuda_on_host::cp_async16(destination, source, source_bytes);
+#endif
+}
+
+// Closes the group of the copies this thread started since the last commit.
+DLKERN_DEVICE void cp_async_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;");
+#else
+  ::cuda_on_host::cp_async_commit();
+#endif
+}
+
+// Waits until all but this thread's latest `GroupsLeft` groups have arrived.
+template <int GroupsLeft> DLKERN_DEVICE void cp_async_wait() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
+#else
+  ::cuda_on_host::cp_async_wait(GroupsLeft);
+#endif
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory; lane 8m + r passes the address of row r of matrix m and
+// lane i receives of each matrix elements 2(i % 4), 2(i % 4) + 1 of row i / 4.
+DLKERN_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row)));
+#else
+  ::cuda_on_host::ldmatrix_x4(fragment, row, false);
+#endif
+}
+
+// The same of the transposed matrices: elements 2(i % 4), 2(i % 4) + 1 of column i / 4.
+DLKERN_DEVICE void ldmatrix_x4_transposed(uint32_t (&fragment)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row)));
+#else
+  ::cuda_on_host::ldmatrix_x4(fragment, row, true);
+#endif
+}
+
+// c[16][8] += a[16][16] b[16][8] over a warp, bfloat16 with float sums. With g = lane / 4 and t = lane % 4, a lane holds
+// a: rows g, g + 8 of columns 2t.., then of 2t + 8..; b: rows 2t.., 2t + 8.. of column g; c: rows g, g + 8, columns 2t...
+DLKERN_DEVICE void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  ::cuda_on_host::mma_bf16_16x8x16(c, a, b0, b1);
+#endif
+}
+
+}  // namespace dlkern::cuda

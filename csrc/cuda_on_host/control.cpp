@@ -1,0 +1,59 @@
+// Findings and settings; the C functions are those that dlkern.testing.cuda_on_host calls.
+#include "control.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+
+#include "machine.h"
+
+namespace cuda_on_host {
+
+static int64_t finding_count;
+static std::string messages;  // of the first few, a line each
+
+std::recursive_mutex launch_mutex;
+
+int64_t findings() { return finding_count; }
+
+void report(const char* format, ...) {
+  if (++finding_count > 20) return;
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  messages += std::string(machine.kernel) + ": " + text;
+  if (const Thread* thread = machine.current) {
+    std::snprintf(text, sizeof text, " [block %u,%u,%u thread %u,%u,%u]", thread->block->index.x, thread->block->index.y,
+                  thread->block->index.z, thread->index.x, thread->index.y, thread->index.z);
+    messages += text;
+  }
+  messages += '\n';
+}
+
+}  // namespace cuda_on_host
+
+#define EXPORT extern "C" [[gnu::visibility("default")]]
+
+EXPORT int64_t cuda_on_host_errors() { return cuda_on_host::finding_count; }
+
+EXPORT const char* cuda_on_host_messages() { return cuda_on_host::messages.c_str(); }
+
+EXPORT void cuda_on_host_clear() {
+  cuda_on_host::finding_count = 0;
+  cuda_on_host::messages.clear();
+}
+
+// order: 0 forward, 1 reverse, 2 random by `seed`.
+EXPORT void cuda_on_host_set_order(int order, unsigned seed) {
+  cuda_on_host::settings = {static_cast<cuda_on_host::Order>(order), seed};
+}
+
+EXPORT int cuda_on_host_is_checked() {
+#ifdef DLKERN_CHECKED
+  return 1;
+#else
+  return 0;
+#endif
+}

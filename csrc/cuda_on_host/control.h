@@ -1,0 +1,19 @@
+// What the op layer and tests tell the machine and ask of it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace cuda_on_host {
+
+int64_t findings();  // how many reports there were
+
+// The tensors that kernels may touch until forget_tensors(): results (`written`) and inputs. Checked build only.
+#ifdef DLKERN_CHECKED
+void track_tensor(const void* data, size_t bytes, bool written);
+void forget_tensors();
+#else
+inline void track_tensor(const void*, size_t, bool) {}
+inline void forget_tensors() {}
+#endif
+
+}  // namespace cuda_on_host

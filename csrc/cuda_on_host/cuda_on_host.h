@@ -1,0 +1,129 @@
+// CUDA C++ for the host compiler: what kernels see instead of cuda_runtime.h. Keywords, built-in variables, vector
+// types, bfloat16, warp intrinsics, atomics and launches, over the runtime in this folder (see README.md).
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+// bfloat16 as cuda_bf16.h has it; rounds to nearest even, NaN becomes the canonical one.
+struct __nv_bfloat16 { uint16_t bits; };
+inline float __bfloat162float(__nv_bfloat16 value) {
+  const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &word, 4);
+  return result;
+}
+inline __nv_bfloat16 __float2bfloat16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if ((word & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16)};
+}
+
+namespace cuda_on_host {
+
+// The thread that runs now. Plain data, so that reading threadIdx costs a load.
+struct ThisThread {
+  uint3 thread_index, block_index;
+  dim3 block_size, grid_size;
+  int lane;
+};
+extern ThisThread this_thread;
+
+// scheduler.cpp. `where` is the source line, told in reports of divergence and deadlock.
+void block_barrier(const char* where);
+void grid_barrier(const char* where);
+void yield(const char* where);
+extern std::recursive_mutex launch_mutex;           // one launch at a time
+inline constexpr size_t kParameterBytes = 4096;  // CUDA's limit for kernel arguments
+extern unsigned char parameters[kParameterBytes];
+void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, void (*body)(void*));
+
+// The launch of body(), a callable that holds the kernel's arguments by value; they are copied once, as CUDA does.
+template <class Body>
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const Body& body) {
+  static_assert(sizeof(Body) <= kParameterBytes && alignof(Body) <= 64 && std::is_trivially_destructible_v<Body>);
+  const std::lock_guard<std::recursive_mutex> lock(launch_mutex);
+  new (parameters) Body(body);
+  run_grid(name, grid, block, shared_bytes, cooperative, [](void* held) { (*static_cast<Body*>(held))(); });
+}
+
+// shared_memory.cpp. A static array is named by the address of its tag.
+void* dynamic_shared();
+void* static_shared(const void* tag, size_t bytes);
+
+// warp.cpp. Values are passed by address and size, so that one function serves every type.
+void shuffle(unsigned mask, void* value, size_t bytes, int source_lane, const char* where);
+unsigned ballot(unsigned mask, bool vote, const char* where);
+void warp_barrier(unsigned mask, const char* where);
+void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed);
+void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+// cp_async.cpp
+void cp_async16(void* destination, const void* source, int source_bytes);
+void cp_async_commit();
+void cp_async_wait(int groups_left);
+
+template <class T> T shuffled(unsigned mask, T value, int source_lane, const char* where) {
+  static_assert(sizeof(T) <= 16);
+  shuffle(mask, &value, sizeof(T), source_lane, where);
+  return value;
+}
+
+}  // namespace cuda_on_host
+
+#define threadIdx (::cuda_on_host::this_thread.thread_index)
+#define blockIdx (::cuda_on_host::this_thread.block_index)
+#define blockDim (::cuda_on_host::this_thread.block_size)
+#define gridDim (::cuda_on_host::this_thread.grid_size)
+
+#define CUDA_ON_HOST_TEXT_(x) #x
+#define CUDA_ON_HOST_TEXT(x) CUDA_ON_HOST_TEXT_(x)
+#define CUDA_ON_HOST_HERE __FILE__ ":" CUDA_ON_HOST_TEXT(__LINE__)
+
+#define __syncthreads() ::cuda_on_host::block_barrier(CUDA_ON_HOST_HERE)
+#define __syncwarp(...) ::cuda_on_host::warp_barrier(0xffffffffu __VA_OPT__(&(__VA_ARGS__)), CUDA_ON_HOST_HERE)
+#define __ballot_sync(mask, vote) ::cuda_on_host::ballot(mask, vote, CUDA_ON_HOST_HERE)
+#define __any_sync(mask, vote) (__ballot_sync(mask, vote) != 0)
+#define __shfl_sync(mask, value, lane) ::cuda_on_host::shuffled(mask, value, (lane)&31, CUDA_ON_HOST_HERE)
+#define __shfl_xor_sync(mask, value, bits) \
+  ::cuda_on_host::shuffled(mask, value, ::cuda_on_host::this_thread.lane ^ (bits), CUDA_ON_HOST_HERE)
+// From a lane beyond the warp, a thread gets its own value back.
+#define __shfl_down_sync(mask, value, by)                                                                         \
+  ::cuda_on_host::shuffled(mask, value,                                                                           \
+                           ::cuda_on_host::this_thread.lane + (by) > 31 ? ::cuda_on_host::this_thread.lane        \
+                                                                        : ::cuda_on_host::this_thread.lane + (by), \
+                           CUDA_ON_HOST_HERE)
+
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+// atomics.cpp
+int atomicAdd(int* address, int value);
+unsigned atomicAdd(unsigned* address, unsigned value);
+float atomicAdd(float* address, float value);

@@ -1,0 +1,102 @@
+// What the op layer of the CUDA column shares. Its sources are compiled twice: into libdlkern.so, where they serve CUDA
+// tensors, and with DLKERN_CUDA_ON_HOST into the test library, where they serve CPU tensors (see csrc/cuda_on_host).
+#pragma once
+#include "common.h"
+
+#ifdef DLKERN_CUDA_ON_HOST
+#include <cstring>
+#include <mutex>
+
+#include "../cuda_on_host/control.h"
+#include "../cuda_on_host/cuda_on_host.h"
+#define DLKERN_CUDA_KEY CPU
+#else
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#define DLKERN_CUDA_KEY CUDA
+#endif
+#define DLKERN_REGISTER_(key, m) STABLE_TORCH_LIBRARY_IMPL(dlkern, key, m)
+#define DLKERN_REGISTER(key, m) DLKERN_REGISTER_(key, m)
+
+namespace dlkern::ops {
+
+inline size_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::Byte: return 1;
+    default: return 2;
+  }
+}
+
+// All tensors of a call must be where its first one is.
+inline void check_device(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+#ifdef DLKERN_CUDA_ON_HOST
+  (void)like;
+  check(x.is_cpu(), op, ": ", name, " is not on the CPU");
+#else
+  check(x.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
+        " is not on the same CUDA device as the first argument");
+#endif
+}
+
+// A dense x whose data begins at a multiple of 16 bytes, as kernels that load 16 at once need: a copy where it does not.
+inline Tensor aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
+}
+
+#ifdef DLKERN_CUDA_ON_HOST
+
+// One call of an op. On the host: announces to the checker what the kernels may touch, and makes results start as NaN.
+class Call {
+ public:
+  explicit Call(const Tensor&) : lock_(cuda_on_host::launch_mutex) {}
+  ~Call() { cuda_on_host::forget_tensors(); }
+  const void* reads(const Tensor& x) { return track(x, false); }
+  const void* reads(const std::optional<Tensor>& x) { return x ? track(*x, false) : nullptr; }
+  void* writes(const Tensor& x) {
+    std::memset(x.mutable_data_ptr(), 0xff, bytes(x));
+    track(x, true);
+    return x.mutable_data_ptr();
+  }
+  void* stream() const { return nullptr; }
+
+ private:
+  static size_t bytes(const Tensor& x) { return static_cast<size_t>(x.numel()) * element_bytes(x.scalar_type()); }
+  static const void* track(const Tensor& x, bool written) {
+    cuda_on_host::track_tensor(x.const_data_ptr(), bytes(x), written);
+    return x.const_data_ptr();
+  }
+  std::lock_guard<std::recursive_mutex> lock_;
+};
+
+#else
+
+// One call of an op: makes the tensors' device current and knows torch's current stream there.
+class Call {
+ public:
+  explicit Call(const Tensor& x) : guard_(x.get_device_index()), stream_(current_stream(x.get_device_index())) {}
+  const void* reads(const Tensor& x) { return x.const_data_ptr(); }
+  const void* reads(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+  void* writes(const Tensor& x) { return x.mutable_data_ptr(); }
+  void* stream() const { return stream_; }
+
+ private:
+  // Looked up when first needed: only CUDA builds of torch have it, and this library also loads with the others.
+  static void* current_stream(int32_t device) {
+    using Function = AOTITorchError (*)(int32_t, void**);
+    static const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    check(function != nullptr, "dlkern: this build of torch has no CUDA streams");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    return stream;
+  }
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+
+#endif
+
+}  // namespace dlkern::ops

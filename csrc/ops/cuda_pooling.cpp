@@ -1,0 +1,240 @@
+// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d and their backwards. float32 and
+// bfloat16.
+#include "../cuda/pooling.h"
+
+#include "cuda_common.h"
+
+namespace dlkern::ops {
+namespace {
+
+using cuda::Element;
+using cuda::PoolAxis;
+using cuda::PoolGeometry;
+using cuda::PoolIndices;
+
+constexpr int64_t kLargest = int64_t{1} << 31;  // exclusive: extents, and elements on the side that has a thread each
+
+Element element_of(const char* op, const Tensor& x) {
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, op,
+        ": expected float32 or bfloat16 (cuda column)");
+  check_device(op, "input", x, x);
+  return x.scalar_type() == ScalarType::Float ? Element::float32 : Element::bfloat16;
+}
+
+// Windows along one axis: rounded up in ceil_mode, but none starts beyond the input and the left padding.
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t last = size + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
+  if (last < 0) return 0;
+  const int64_t count = last / stride + 1;
+  return ceil_mode && (count - 1) * stride >= size + padding ? count - 1 : count;
+}
+
+struct Windows {
+  Ints kernel, stride, padding, dilation;
+};
+
+// Sizes N, C, H, W of the input, and the two axes with their windows.
+struct Pooling {
+  int64_t n, c;
+  PoolAxis height, width;
+  bool channels_last;
+
+  std::vector<int64_t> input_size() const { return {n, c, height.size, width.size}; }
+  std::vector<int64_t> output_size() const { return {n, c, height.out_size, width.out_size}; }
+  PoolGeometry geometry() const { return {channels_last ? n : n * c, channels_last ? c : 1, height, width}; }
+};
+
+void check_input_size(const char* op, Ints size) {
+  check<std::invalid_argument>(size.size() == 4, op, ": expected a 4-D tensor, got ", size.size(), " dimensions");
+  check(size[0] >= 0 && size[1] > 0 && size[2] > 0 && size[3] > 0 && size[2] < kLargest && size[3] < kLargest, op,
+        ": expected non-zero channels, rows and columns, got [", size[0], ", ", size[1], ", ", size[2], ", ", size[3], "]");
+}
+
+Pooling pooling(const char* op, Ints size, const Windows& windows, bool ceil_mode, bool channels_last) {
+  check_input_size(op, size);
+  for (const Ints& ints : {windows.kernel, windows.stride, windows.padding, windows.dilation}) {
+    check<std::invalid_argument>(ints.size() == 2, op, ": kernel_size, stride, padding and dilation take two ints each");
+    for (int64_t i : ints) check<std::invalid_argument>(i < kLargest, op, ": ", i, " is too large for a window");
+  }
+  PoolAxis axes[2];
+  for (int i : {0, 1}) {
+    const int64_t k = windows.kernel[i], s = windows.stride[i], p = windows.padding[i], d = windows.dilation[i];
+    check(k > 0, "kernel size should be greater than zero, but got ", k);
+    check(s > 0, "stride should be greater than zero, but got ", s);
+    check(d > 0, "dilation should be greater than zero, but got ", d);
+    check(p >= 0, "pad must be non-negative, but got pad: ", p);
+    check(2 * p <= k, "pad should be at most half of effective kernel size, but got pad=", p, ", kernel_size=", k,
+          " and dilation=", d);
+    const int64_t out = output_size(size[i + 2], k, s, p, d, ceil_mode);
+    check(out > 0, op, ": no window fits in the input: [", size[0], ", ", size[1], ", ", size[2], ", ", size[3], "]");
+    // So that no product in a kernel exceeds an int.
+    check(d * (k - 1) + size[i + 2] + 2 * p + s < kLargest, op, ": a window reaches over more than 2^31 - 1 positions");
+    axes[i] = {static_cast<int>(size[i + 2]), static_cast<int>(out), static_cast<int>(k),
+               static_cast<int>(s),           static_cast<int>(p),   static_cast<int>(d)};
+  }
+  return {size[0], size[1], axes[0], axes[1], channels_last};
+}
+
+Pooling adaptive_pooling(const char* op, Ints size, Ints output, bool channels_last) {
+  check_input_size(op, size);
+  check<std::invalid_argument>(output.size() == 2, op, ": output_size must be 2");
+  PoolAxis axes[2];
+  for (int i : {0, 1}) {
+    check(output[i] >= 0 && output[i] < kLargest, op, ": elements of output_size must be greater than or equal to 0");
+    axes[i] = {static_cast<int>(size[i + 2]), static_cast<int>(output[i]), 1, 1, 0, 1};
+  }
+  return {size[0], size[1], axes[0], axes[1], channels_last};
+}
+
+void check_size(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& size) {
+  check<std::invalid_argument>(to_vector(x.sizes()) == size, op, ": ", name, " has the wrong sizes for these windows");
+}
+
+// x with its elements in the order that `channels_last` says.
+Tensor ordered(const Tensor& x, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  return aligned(torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+}
+
+// An uninitialised result; a thread makes at least one of its elements.
+Tensor result(const char* op, const std::vector<int64_t>& size, const Tensor& like, bool channels_last) {
+  Tensor x = allocate(size, like.scalar_type(), like, channels_last);
+  check(x.numel() < kLargest, op, ": more than 2^31 - 1 elements (cuda column)");
+  return x;
+}
+
+// ---- max_pool2d ----
+
+std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints kernel_size, Ints stride, Ints padding,
+                                                   Ints dilation, bool ceil_mode, int64_t indices) {
+  const char* op = "max_pool2d";
+  const Element element = element_of(op, input);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = pooling(op, input.sizes(), {kernel_size, stride, padding, dilation}, ceil_mode, channels_last);
+  check<std::invalid_argument>(indices >= 0 && indices <= 2, op, ": indices must be 0, 1 or 2, got ", indices);
+  check<std::invalid_argument>(indices != 1 || kernel_size[0] * kernel_size[1] <= 256, op,
+                               ": a window of more than 256 elements needs int64 indices");
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = result(op, pool.output_size(), x, channels_last);
+  Tensor winners = indices == 0 ? allocate({0}, ScalarType::Byte, x)
+                                : allocate(pool.output_size(), indices == 1 ? ScalarType::Byte : ScalarType::Long, x,
+                                           channels_last);
+  if (output.numel() == 0) return {output, winners};
+  Call call(x);
+  cuda::max_pool2d_forward(element, pool.geometry(), call.reads(x), call.writes(output),
+                           static_cast<PoolIndices>(indices), call.writes(winners), call.stream());
+  return {output, winners};
+}
+
+Tensor max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices, Ints input_size, Ints kernel_size,
+                                Ints stride, Ints padding, Ints dilation, bool channels_last) {
+  const char* op = "max_pool2d_backward";
+  const Element element = element_of(op, grad_output);
+  check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
+  // ceil_mode is not an argument: the gradient's own sizes say it.
+  const Windows windows{kernel_size, stride, padding, dilation};
+  Pooling pool = pooling(op, input_size, windows, true, channels_last);
+  for (auto [axis, d] : {std::pair(&pool.height, 2), std::pair(&pool.width, 3)}) {
+    const int64_t rounded_down =
+        output_size(axis->size, axis->kernel, axis->stride, axis->padding, axis->dilation, false);
+    if (grad_output.size(d) == rounded_down) axis->out_size = static_cast<int>(rounded_down);
+  }
+  check_size(op, "grad_output", grad_output, pool.output_size());
+  check_size(op, "indices", indices, pool.output_size());
+  check_device(op, "indices", indices, grad_output);
+  const bool offsets = indices.scalar_type() == ScalarType::Byte;
+  check(offsets || indices.scalar_type() == ScalarType::Long, op, ": indices must be uint8 or int64");
+  const Tensor g = ordered(grad_output, channels_last), winners = ordered(indices, channels_last);
+  Tensor grad_input = result(op, pool.input_size(), g, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  Call call(g);
+  cuda::max_pool2d_backward(element, pool.geometry(), call.reads(g),
+                            offsets ? PoolIndices::window_offset : PoolIndices::flat, call.reads(winners),
+                            call.writes(grad_input), call.stream());
+  return grad_input;
+}
+
+// ---- avg_pool2d and adaptive_avg_pool2d ----
+
+constexpr int64_t kNoDilation[2] = {1, 1};
+
+Tensor average_forward(const char* op, const Tensor& input, const Pooling& pool, const cuda::AverageRule& rule) {
+  const Tensor x = ordered(input, pool.channels_last);
+  Tensor output = result(op, pool.output_size(), x, pool.channels_last);
+  if (output.numel() == 0) return output;
+  Call call(x);
+  cuda::avg_pool2d_forward(element_of(op, input), pool.geometry(), rule, call.reads(x), call.writes(output),
+                           call.stream());
+  return output;
+}
+
+Tensor average_backward(const char* op, const Tensor& grad_output, const Pooling& pool, const cuda::AverageRule& rule) {
+  check_size(op, "grad_output", grad_output, pool.output_size());
+  const Tensor g = ordered(grad_output, pool.channels_last);
+  Tensor grad_input = result(op, pool.input_size(), g, pool.channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  if (g.numel() == 0) return torch::stable::zero_(grad_input);
+  Call call(g);
+  cuda::avg_pool2d_backward(element_of(op, grad_output), pool.geometry(), rule, call.reads(g), call.writes(grad_input),
+                            call.stream());
+  return grad_input;
+}
+
+cuda::AverageRule average_rule(bool count_include_pad, std::optional<int64_t> divisor_override) {
+  const int64_t divisor = divisor_override.value_or(0);
+  check(!divisor_override || divisor != 0, "divisor must be not zero");
+  check(divisor > -kLargest && divisor < kLargest, "divisor is too large");
+  return {false, count_include_pad, static_cast<int>(divisor)};
+}
+
+Tensor avg_pool2d_forward_cuda(const Tensor& input, Ints kernel_size, Ints stride, Ints padding, bool ceil_mode,
+                               bool count_include_pad, std::optional<int64_t> divisor_override) {
+  const char* op = "avg_pool2d";
+  element_of(op, input);
+  return average_forward(op, input,
+                         pooling(op, input.sizes(), {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode,
+                                 suggests_channels_last(input)),
+                         average_rule(count_include_pad, divisor_override));
+}
+
+Tensor avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, Ints kernel_size, Ints stride,
+                                Ints padding, bool ceil_mode, bool count_include_pad,
+                                std::optional<int64_t> divisor_override, bool channels_last) {
+  const char* op = "avg_pool2d_backward";
+  element_of(op, grad_output);
+  return average_backward(op, grad_output,
+                          pooling(op, input_size, {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode,
+                                  channels_last),
+                          average_rule(count_include_pad, divisor_override));
+}
+
+constexpr cuda::AverageRule kAdaptive{true, false, 0};
+
+Tensor adaptive_avg_pool2d_forward_cuda(const Tensor& input, Ints output_size) {
+  const char* op = "adaptive_avg_pool2d";
+  element_of(op, input);
+  return average_forward(op, input, adaptive_pooling(op, input.sizes(), output_size, suggests_channels_last(input)),
+                         kAdaptive);
+}
+
+Tensor adaptive_avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, bool channels_last) {
+  const char* op = "adaptive_avg_pool2d_backward";
+  element_of(op, grad_output);
+  check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
+  const int64_t output_size[2] = {grad_output.size(2), grad_output.size(3)};
+  return average_backward(op, grad_output, adaptive_pooling(op, input_size, Ints(output_size, 2), channels_last),
+                          kAdaptive);
+}
+
+}  // namespace
+
+DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
+  m.impl("max_pool2d_forward_cuda", TORCH_BOX(&max_pool2d_forward_cuda));
+  m.impl("max_pool2d_backward_cuda", TORCH_BOX(&max_pool2d_backward_cuda));
+  m.impl("avg_pool2d_forward_cuda", TORCH_BOX(&avg_pool2d_forward_cuda));
+  m.impl("avg_pool2d_backward_cuda", TORCH_BOX(&avg_pool2d_backward_cuda));
+  m.impl("adaptive_avg_pool2d_forward_cuda", TORCH_BOX(&adaptive_avg_pool2d_forward_cuda));
+  m.impl("adaptive_avg_pool2d_backward_cuda", TORCH_BOX(&adaptive_avg_pool2d_backward_cuda));
+}
+
+}  // namespace dlkern::ops

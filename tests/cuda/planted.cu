@@ -1,0 +1,323 @@
+// Kernels for the tests of csrc/cuda_on_host itself (tests/test_cuda_on_host.py). Each of the first group is right, and
+// with BUG wrong in one way that the checked build must report; those of the second group compute something exactly.
+#include <array>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/block_reduce.cuh"
+#include "cuda/grid_sync.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda_on_host/control.h"
+
+using namespace dlkern::cuda;
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kSize = 4 * kThreads;  // elements of each tensor
+
+// ---- Right, or wrong in one way ----
+
+template <bool BUG> __global__ void barrier_before_read(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads]);
+  value[threadIdx.x] = in[threadIdx.x];
+  if (!BUG) __syncthreads();
+  out[threadIdx.x] = value[kThreads - 1 - threadIdx.x];
+}
+
+template <bool BUG> __global__ void barrier_before_overwrite(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads]);
+  float sum = 0;
+  for (int i = 0; i < 4; i++) {
+    value[threadIdx.x] = in[i * kThreads + threadIdx.x];
+    __syncthreads();
+    sum += value[(threadIdx.x + 1) % kThreads];
+    if (!BUG) __syncthreads();
+  }
+  out[threadIdx.x] = sum;
+}
+
+template <bool BUG> __global__ void syncwarp_before_read(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads]);
+  value[threadIdx.x] = in[threadIdx.x];
+  if (!BUG) __syncwarp();
+  out[threadIdx.x] = value[threadIdx.x ^ 1];
+}
+
+template <bool BUG> __global__ void cp_async_wait_for_all(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [2][4 * kThreads]);
+  for (int stage = 0; stage < 2; stage++) {
+    cp_async16(value[stage] + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
+    cp_async_commit();
+  }
+  cp_async_wait<BUG ? 1 : 0>();
+  __syncthreads();
+  const float read = value[1][4 * ((threadIdx.x + 1) % kThreads)];
+  cp_async_wait<0>();
+  out[threadIdx.x] = read;
+}
+
+template <bool BUG> __global__ void barrier_after_cp_async_wait(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [4 * kThreads]);
+  cp_async16(value + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (!BUG) __syncthreads();
+  out[threadIdx.x] = value[4 * ((threadIdx.x + 1) % kThreads)];
+}
+
+template <bool BUG> __global__ void ldmatrix_after_barrier(const float* in, float* out) {
+  DLKERN_DYNAMIC_SHARED(raw);
+  float* value = reinterpret_cast<float*>(raw);  // 64 rows of 16 bytes
+  for (int i = threadIdx.x; i < 256; i += kThreads) value[i] = in[i];
+  if (!BUG) __syncthreads();
+  uint32_t fragment[4];
+  ldmatrix_x4(fragment, raw + 16 * ((threadIdx.x + 32) % 64));
+  out[threadIdx.x] = static_cast<float>(fragment[0] & 0xff);
+}
+
+template <bool BUG> __global__ void all_of_shared_written(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads]);
+  if (!BUG || threadIdx.x != 77) value[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = value[threadIdx.x ^ 1];
+}
+
+template <bool BUG> __global__ void shared_read_inside(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads]);
+  value[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = value[threadIdx.x + (BUG ? 1 : 0)];
+}
+
+template <bool BUG> __global__ void shared_write_inside(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads]);
+  value[threadIdx.x + (BUG ? 1 : 0)] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = value[threadIdx.x == 0 ? 1 : threadIdx.x];
+}
+
+template <bool BUG> __global__ void global_read_inside(const float* in, float* out) {
+  out[threadIdx.x] = in[kSize - kThreads + threadIdx.x + (BUG ? 1 : 0)];
+}
+
+template <bool BUG> __global__ void global_write_inside(const float* in, float* out) {
+  const int at = threadIdx.x == kThreads - 1 && BUG ? kSize : static_cast<int>(threadIdx.x);
+  out[at] = in[threadIdx.x];
+}
+
+template <bool BUG> __global__ void vector_read_inside(const float* in, float* out) {
+  const auto pack = load_pack<float, 4>(in + kSize - 4 * kThreads + 4 * threadIdx.x + (BUG ? 4 : 0));
+  out[threadIdx.x] = pack.at[0] + pack.at[3];
+}
+
+template <bool BUG> __global__ void inputs_only_read(float* in, float* out) {
+  out[threadIdx.x] = in[threadIdx.x];
+  if (BUG && threadIdx.x == 5) in[5] = 1.0f;
+}
+
+template <bool BUG> __global__ void one_writer_a_result(const float* in, float* out) {  // two blocks
+  out[BUG ? threadIdx.x : blockIdx.x * kThreads + threadIdx.x] = in[threadIdx.x];
+}
+
+template <bool BUG> __global__ void grid_sync_before_read(const float* in, float* out) {  // two blocks, cooperative
+  const int self = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  out[self] = in[self];
+  if (!BUG) grid_sync();
+  out[2 * kThreads + self] = out[(self + kThreads) % (2 * kThreads)];
+}
+
+template <bool BUG> __global__ void atomic_counting(const float* in, float* out) {
+  if (threadIdx.x == 0) out[0] = 0.0f;
+  __syncthreads();
+  if (BUG) out[0] = out[0] + in[threadIdx.x];
+  else atomicAdd(out, in[threadIdx.x]);
+}
+
+template <bool BUG> __global__ void everybody_shuffles(const float* in, float* out) {
+  float value = in[threadIdx.x];
+  if (BUG && threadIdx.x == 3) __syncthreads();
+  else value = __shfl_xor_sync(0xffffffffu, value, 1);
+  out[threadIdx.x] = value;
+}
+
+template <bool BUG> __global__ void one_barrier_for_all(const float* in, float* out) {
+  if (BUG && threadIdx.x >= 64) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
+struct Case {
+  void (*kernel)(const float*, float*);
+  unsigned blocks = 1;
+  bool cooperative = false;
+  size_t shared = 0;
+};
+
+#define CASE(name, ...) {#name, {Case{name<false>, ##__VA_ARGS__}, Case{name<true>, ##__VA_ARGS__}}}
+const std::map<std::string, std::array<Case, 2>>& cases() {
+  static const std::map<std::string, std::array<Case, 2>> all = {
+      CASE(barrier_before_read), CASE(barrier_before_overwrite), CASE(syncwarp_before_read),
+      CASE(cp_async_wait_for_all), CASE(barrier_after_cp_async_wait), CASE(ldmatrix_after_barrier, 1, false, 1024),
+      CASE(all_of_shared_written), CASE(shared_read_inside), CASE(shared_write_inside), CASE(global_read_inside),
+      CASE(global_write_inside), CASE(vector_read_inside), CASE(one_writer_a_result, 2),
+      CASE(grid_sync_before_read, 2, true), CASE(atomic_counting), CASE(everybody_shuffles), CASE(one_barrier_for_all),
+      {"inputs_only_read",
+       {Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<false>)},
+        Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<true>)}}},
+  };
+  return all;
+}
+
+// ---- Exact ----
+
+__global__ void shuffles_kernel(const float* in, float* out) {
+  const float value = in[threadIdx.x];
+  out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, value, 5);
+  out[kThreads + threadIdx.x] = __shfl_down_sync(0xffffffffu, value, 3);
+  out[2 * kThreads + threadIdx.x] = __shfl_sync(0xffffffffu, value, (threadIdx.x * 7) % 32);
+  // Two halves of a warp apart from each other.
+  const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+  out[3 * kThreads + threadIdx.x] = __shfl_xor_sync(half, value, 9);
+}
+bool shuffles(const float* in, float* out) {
+  DLKERN_LAUNCH(shuffles_kernel, dim3(1), dim3(kThreads), 0, nullptr, in, out);
+  bool same = true;
+  for (int i = 0; i < kThreads; i++) {
+    const int warp = i / 32 * 32, lane = i % 32;
+    same &= out[i] == in[warp + (lane ^ 5)];
+    same &= out[kThreads + i] == in[warp + (lane + 3 > 31 ? lane : lane + 3)];
+    same &= out[2 * kThreads + i] == in[warp + i * 7 % 32];
+    same &= out[3 * kThreads + i] == in[warp + (lane ^ 9)];
+  }
+  return same;
+}
+
+__global__ void ballots_kernel(const float* in, float* out) {
+  const unsigned votes = __ballot_sync(0xffffffffu, in[threadIdx.x] > 0.0f);
+  out[threadIdx.x] = static_cast<float>(__popc(votes)) + (votes >> (threadIdx.x % 32) & 1 ? 100.0f : 0.0f);
+}
+bool ballots(const float* in, float* out) {
+  DLKERN_LAUNCH(ballots_kernel, dim3(1), dim3(kThreads), 0, nullptr, in, out);
+  bool same = true;
+  for (int i = 0; i < kThreads; i++) {
+    int votes = 0;
+    for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) votes += in[j] > 0.0f;
+    same &= out[i] == static_cast<float>(votes + (in[i] > 0.0f ? 100 : 0));
+  }
+  return same;
+}
+
+__global__ void zeros_kernel(float* out) { out[threadIdx.x] = 0.0f; }
+__global__ void atomics_kernel(const float* in, float* out) {
+  atomicAdd(reinterpret_cast<int*>(out) + threadIdx.x % 3, static_cast<int>(in[blockIdx.x * kThreads + threadIdx.x]));
+}
+bool atomics(const float* in, float* out) {
+  int expected[3] = {}, found[3];
+  DLKERN_LAUNCH(zeros_kernel, dim3(1), dim3(kThreads), 0, nullptr, out);
+  DLKERN_LAUNCH(atomics_kernel, dim3(4), dim3(kThreads), 0, nullptr, in, out);
+  for (int i = 0; i < kSize; i++) expected[i % kThreads % 3] += static_cast<int>(in[i]);
+  std::memcpy(found, out, sizeof found);
+  return std::memcmp(expected, found, sizeof found) == 0;
+}
+
+__global__ void sums_kernel(const float* in, float* out) {
+  DLKERN_SHARED(float, partial, [32]);
+  out[blockIdx.x * kThreads + threadIdx.x] =
+      block_sum<kThreads>(in[blockIdx.x * kThreads + threadIdx.x], partial);
+}
+bool block_sums(const float* in, float* out) {
+  DLKERN_LAUNCH(sums_kernel, dim3(4), dim3(kThreads), 0, nullptr, in, out);
+  bool same = true;
+  for (int block = 0; block < 4; block++) {
+    float sum = 0.0f;  // of small integers: exact in any order
+    for (int i = 0; i < kThreads; i++) sum += in[block * kThreads + i];
+    for (int i = 0; i < kThreads; i++) same &= out[block * kThreads + i] == sum;
+  }
+  return same;
+}
+
+// A persistent kernel: each step every thread takes half of its right neighbour's value, across blocks.
+constexpr int kSteps = 10;
+__global__ void persistent_kernel(const float* in, float* out) {
+  const int self = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), count = kSize / 2;
+  out[self] = in[self];
+  for (int step = 0; step < kSteps; step++) {
+    grid_sync();
+    const float* from = out + step % 2 * count;
+    float* to = out + (step + 1) % 2 * count;
+    to[self] = 0.5f * from[(self + 1) % count] + in[self];
+  }
+}
+bool cooperative_grid(const float* in, float* out) {
+  DLKERN_LAUNCH_COOPERATIVE(persistent_kernel, dim3(8), dim3(kSize / 16), 0, nullptr, in, out);
+  constexpr int count = kSize / 2;
+  std::vector<float> value(in, in + count), next(count);
+  for (int step = 0; step < kSteps; step++) {
+    for (int i = 0; i < count; i++) next[i] = 0.5f * value[(i + 1) % count] + in[i];
+    value.swap(next);
+  }
+  return std::memcmp(value.data(), out, count * sizeof(float)) == 0;
+}
+
+const std::map<std::string, bool (*)(const float*, float*)>& exact_cases() {
+  static const std::map<std::string, bool (*)(const float*, float*)> all = {{"shuffles", shuffles},
+                                                                           {"ballots", ballots},
+                                                                           {"atomics", atomics},
+                                                                           {"block_sums", block_sums},
+                                                                           {"cooperative_grid", cooperative_grid}};
+  return all;
+}
+
+// Calls f(in, out) on tracked tensors of kSize elements; `in` holds small integers. A little more is allocated than
+// announced, so that a planted access out of bounds harms nobody.
+template <class F> auto with_tensors(F&& f) {
+  struct alignas(16) Block { float value[4]; };
+  std::vector<Block> in_blocks(kSize / 4 + 1), out_blocks(kSize / 4 + 1);
+  float *in = in_blocks[0].value, *out = out_blocks[0].value;
+  for (int i = 0; i < kSize + 4; i++) in[i] = static_cast<float>(i * 37 % 19 - 9);
+  std::memset(out, 0xff, (kSize + 4) * sizeof(float));
+  cuda_on_host::track_tensor(in, kSize * sizeof(float), false);
+  cuda_on_host::track_tensor(out, kSize * sizeof(float), true);
+  const auto result = f(in, out);
+  cuda_on_host::forget_tensors();
+  return result;
+}
+
+#define EXPORT extern "C" [[gnu::visibility("default")]]
+
+// Runs a case, right or with its bug, and returns how many findings there are now; -1 for an unknown name.
+EXPORT int64_t run_case(const char* name, int bug) {
+  const auto found = cases().find(name);
+  if (found == cases().end()) return -1;
+  const Case& c = found->second[bug != 0];
+  return with_tensors([&](const float* in, float* out) {
+    launch(name, c.kernel, dim3(c.blocks), dim3(kThreads), c.shared, nullptr, c.cooperative, in, out);
+    return cuda_on_host::findings();
+  });
+}
+
+// Whether the result is exact; -1 for an unknown name.
+EXPORT int run_exact(const char* name) {
+  const auto found = exact_cases().find(name);
+  if (found == exact_cases().end()) return -1;
+  return with_tensors([&](const float* in, float* out) { return found->second(in, out) ? 1 : 0; });
+}
+
+// Names of all cases ("right or wrong" first, then after a blank line the exact ones), a line each.
+EXPORT const char* case_names() {
+  static std::string names;
+  names.clear();
+  for (const auto& entry : cases()) names += entry.first + "\n";
+  names += "\n";
+  for (const auto& entry : exact_cases()) names += entry.first + "\n";
+  return names.c_str();
+}
+
+}  // namespace
