@@ -35,11 +35,16 @@ setup: $(SETUP_ENV)
 native: setup
 	DLKERN_CUDA=$${DLKERN_CUDA:-auto} $(PY) setup.py -q build_ext --inplace
 
+# The CUDA column compiled for the host, for tests: plain and checked.
+cuda-on-host: setup
+	for variant in cuda_on_host cuda_on_host_checked; do \
+	  $(PY) setup.py -q build_native --variant $$variant || exit 1; done
+
 install: native
 	@$(PY) -c "import importlib.metadata as m; m.distribution('dlkern')" 2>/dev/null || \
 	  DLKERN_CUDA=$${DLKERN_CUDA:-auto} $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 
-test: install lint
+test: install cuda-on-host lint
 	$(PY) -m pytest tests
 
 lint: setup
@@ -58,4 +63,4 @@ fuzz: install
 mutate: install
 	$(PY) tests/mutate.py
 
-.PHONY: help setup native install test lint wheel fuzz mutate
+.PHONY: help setup native cuda-on-host install test lint wheel fuzz mutate

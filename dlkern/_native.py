@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LIBRARY_ERROR", "facts", "library_loaded", "load"]
+__all__ = ["LIBRARY_ERROR", "cuda_unavailable", "facts", "library_loaded", "load"]
 
 LIBRARY_ERROR: str | None = None
 """Why libdlkern.so is not in use; None when it is loaded."""
@@ -42,6 +43,18 @@ def load() -> bool:
 
 def library_loaded() -> bool:
     return _loaded
+
+
+def cuda_unavailable() -> str | None:
+    """Why the cuda column cannot run on this machine, or None."""
+    if not load():
+        return LIBRARY_ERROR
+    try:
+        function = ctypes.CDLL(str(library_path())).dlkern_cuda_unavailable
+    except AttributeError:
+        return "no CUDA kernels in this build (it was made without nvcc, or with DLKERN_CUDA=0)"
+    function.restype = ctypes.c_char_p
+    return function().decode() or None
 
 
 def facts() -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _probe(column: str) -> str | None:
             return "triton is not installed"
         return None
     if column == "cuda":
-        return "no CUDA kernels in this build" if not _native.load() else None
+        return _native.cuda_unavailable()
     return None
 
 
@@ -96,7 +96,16 @@ def supported(op: str, column: str, device: str, dtype: torch.dtype, facts: tupl
         return f"cpu column serves CPU tensors, not {device}"
     if column in ("triton", "cuda") and device != "cuda" and not state.emulated:
         return f"{column} column serves CUDA tensors, not {device}"
+    if column == "cuda" and device == "cpu":
+        return check(dtype, facts) or _load_cuda_on_host()
     return unavailable(column) or check(dtype, facts)
+
+
+def _load_cuda_on_host() -> None:
+    """Makes CPU tensors run on the cuda column's kernels; raises RuntimeError where that library is not built."""
+    from dlkern.testing import cuda_on_host
+
+    cuda_on_host.load()
 
 
 def choose(

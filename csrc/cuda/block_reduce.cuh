@@ -13,7 +13,8 @@ DLKERN_DEVICE float warp_sum(float value) {
 
 // Sum over the block's THREADS threads (a multiple of 32); every thread receives it. `partial`: shared, 32 floats, free
 // again after the next barrier.
-template <int THREADS> DLKERN_DEVICE float block_sum(float value, float* partial) {
+template <int THREADS>
+DLKERN_DEVICE float block_sum(float value, float* partial) {
   static_assert(THREADS % 32 == 0 && THREADS <= 1024);
   value = warp_sum(value);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;

@@ -140,7 +140,8 @@ int main() {
   run("mma", mma_case, 128, 1, false);
   run("cp_async", cp_async_case, 384, 1, false);
   run("warp", warp_case, 256, 1, false);
-  for (int divisor : {1, 2, 3, 7, 224, 65537, 0x7fffffff}) run("divide", division_case, 2048, 1, false, FastDivide(divisor));
+  for (int divisor : {1, 2, 3, 7, 224, 65537, 0x7fffffff})
+    run("divide", division_case, 2048, 1, false, FastDivide(divisor));
   run("bfloat16", bfloat16_case, 1024, 1, false);
   run("grid_sync", grid_sync_case, 512, 8, true);
   return 0;

@@ -14,8 +14,14 @@ using LargeShape = MmaShape<128, 128, 2, 4, 4>;
 using SmallShape = MmaShape<64, 64, 2, 2, 4>;
 
 // A block per tile: blockIdx.x counts rows of C, of which there may be more than 65,535 tiles.
-template <class SHAPE> DLKERN_DEVICE int64_t tile_row() { return static_cast<int64_t>(blockIdx.x) * SHAPE::kBlockM; }
-template <class SHAPE> DLKERN_DEVICE int64_t tile_column() { return static_cast<int64_t>(blockIdx.y) * SHAPE::kBlockN; }
+template <class SHAPE>
+DLKERN_DEVICE int64_t tile_row() {
+  return static_cast<int64_t>(blockIdx.x) * SHAPE::kBlockM;
+}
+template <class SHAPE>
+DLKERN_DEVICE int64_t tile_column() {
+  return static_cast<int64_t>(blockIdx.y) * SHAPE::kBlockN;
+}
 
 // Stores two neighbouring elements of a [rows, columns] matrix, together where columns is even.
 DLKERN_DEVICE void store_pair(bf16* matrix, int64_t rows, int64_t columns, int64_t row, int64_t column, float first,
@@ -47,7 +53,8 @@ struct LinearArgs {
   int activation;
 };
 
-template <class SHAPE, bool ALIGNED> struct Forward {
+template <class SHAPE, bool ALIGNED>
+struct Forward {
   using A = Operand<SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
   using B = Operand<SHAPE::kBlockN, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
 };
@@ -71,7 +78,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_forwar
   });
 }
 
-template <class SHAPE, bool ALIGNED> struct BackwardInput {
+template <class SHAPE, bool ALIGNED>
+struct BackwardInput {
   using A = Operand<SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;   // grad_output [rows, out_features]
   using B = Operand<SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
 };
@@ -85,11 +93,13 @@ __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backwa
                   typename Operands::B{args.right, args.in_features, args.out_features}, tile_row<SHAPE>(),
                   tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [](const bf16*) {});
   sum.for_each_pair([&](int r, int c, float first, float second) {
-    store_pair(args.result, args.rows, args.in_features, tile_row<SHAPE>() + r, tile_column<SHAPE>() + c, first, second);
+    store_pair(args.result, args.rows, args.in_features, tile_row<SHAPE>() + r, tile_column<SHAPE>() + c, first,
+               second);
   });
 }
 
-template <class SHAPE, bool ALIGNED> struct BackwardWeight {
+template <class SHAPE, bool ALIGNED>
+struct BackwardWeight {
   using A = Operand<SHAPE::kBlockM, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // grad_output [rows, out_features]
   using B = Operand<SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
 };
@@ -155,8 +165,8 @@ void launch_tiles(const char* name, void (*kernel)(LinearArgs), int64_t rows, in
   // One column of blocks at least: a weight without columns still has a bias gradient.
   const int64_t tiles = columns == 0 ? 1 : ceil_div(columns, SHAPE::kBlockN);
   const dim3 grid(static_cast<unsigned>(ceil_div(rows, SHAPE::kBlockM)), static_cast<unsigned>(tiles));
-  launch(name, kernel, grid, dim3(SHAPE::kThreads), mma_shared_bytes<SHAPE, typename Operands::A, typename Operands::B>(),
-         stream, false, args);
+  launch(name, kernel, grid, dim3(SHAPE::kThreads),
+         mma_shared_bytes<SHAPE, typename Operands::A, typename Operands::B>(), stream, false, args);
 }
 
 // Large tiles once they fill half the multiprocessors of an A100 or H200; the choice looks at sizes alone.
@@ -178,27 +188,45 @@ bool enough_for_large(int64_t rows, int64_t columns) {
 
 void linear_forward(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
                     int64_t in_features, int64_t out_features, int activation, void* stream) {
-  const LinearArgs args{static_cast<const bf16*>(input), static_cast<const bf16*>(weight),
-                        static_cast<const bf16*>(bias), static_cast<bf16*>(output), nullptr,
-                        rows, in_features, out_features, activation};
+  const LinearArgs args{static_cast<const bf16*>(input),
+                        static_cast<const bf16*>(weight),
+                        static_cast<const bf16*>(bias),
+                        static_cast<bf16*>(output),
+                        nullptr,
+                        rows,
+                        in_features,
+                        out_features,
+                        activation};
   const bool aligned = aligned16(input) && aligned16(weight) && in_features % 8 == 0;
   DLKERN_LAUNCH_LINEAR(linear_forward_kernel, Forward, rows, out_features, aligned);
 }
 
 void linear_backward_input(const void* grad_output, const void* weight, void* grad_input, int64_t rows,
                            int64_t in_features, int64_t out_features, void* stream) {
-  const LinearArgs args{static_cast<const bf16*>(grad_output), static_cast<const bf16*>(weight), nullptr,
-                        static_cast<bf16*>(grad_input), nullptr, rows, in_features, out_features, 0};
-  const bool aligned =
-      aligned16(grad_output) && aligned16(weight) && in_features % 8 == 0 && out_features % 8 == 0;
+  const LinearArgs args{static_cast<const bf16*>(grad_output),
+                        static_cast<const bf16*>(weight),
+                        nullptr,
+                        static_cast<bf16*>(grad_input),
+                        nullptr,
+                        rows,
+                        in_features,
+                        out_features,
+                        0};
+  const bool aligned = aligned16(grad_output) && aligned16(weight) && in_features % 8 == 0 && out_features % 8 == 0;
   DLKERN_LAUNCH_LINEAR(linear_backward_input_kernel, BackwardInput, rows, in_features, aligned);
 }
 
 void linear_backward_weight(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
                             int64_t rows, int64_t in_features, int64_t out_features, void* stream) {
-  const LinearArgs args{static_cast<const bf16*>(grad_output), static_cast<const bf16*>(input), nullptr,
-                        static_cast<bf16*>(grad_weight), static_cast<bf16*>(grad_bias),
-                        rows, in_features, out_features, 0};
+  const LinearArgs args{static_cast<const bf16*>(grad_output),
+                        static_cast<const bf16*>(input),
+                        nullptr,
+                        static_cast<bf16*>(grad_weight),
+                        static_cast<bf16*>(grad_bias),
+                        rows,
+                        in_features,
+                        out_features,
+                        0};
   const bool aligned = aligned16(grad_output) && aligned16(input) && in_features % 8 == 0 && out_features % 8 == 0;
   DLKERN_LAUNCH_LINEAR(linear_backward_weight_kernel, BackwardWeight, out_features, in_features, aligned);
 }
@@ -207,8 +235,8 @@ void activation_backward(const void* grad_output, const void* output, void* grad
                          void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(count, kElementwiseThreads * 8)));
   DLKERN_LAUNCH(activation_backward_kernel, grid, dim3(kElementwiseThreads), 0, stream,
-                static_cast<const bf16*>(grad_output), static_cast<const bf16*>(output),
-                static_cast<bf16*>(grad_input), count, activation);
+                static_cast<const bf16*>(grad_output), static_cast<const bf16*>(output), static_cast<bf16*>(grad_input),
+                count, activation);
 }
 
 }  // namespace dlkern::cuda

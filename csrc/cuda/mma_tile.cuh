@@ -10,7 +10,8 @@ namespace dlkern::cuda {
 constexpr int kBlockK = 32;
 
 // BLOCK_M x BLOCK_N of C by WARPS_M x WARPS_N warps.
-template <int BLOCK_M, int BLOCK_N, int WARPS_M, int WARPS_N, int STAGES> struct MmaShape {
+template <int BLOCK_M, int BLOCK_N, int WARPS_M, int WARPS_N, int STAGES>
+struct MmaShape {
   static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
   static constexpr int kWarpsM = WARPS_M, kWarpsN = WARPS_N;
   static constexpr int kThreads = 32 * WARPS_M * WARPS_N;
@@ -22,7 +23,8 @@ template <int BLOCK_M, int BLOCK_N, int WARPS_M, int WARPS_N, int STAGES> struct
 enum class Stored { k_last, k_first };
 
 // One operand: OUTER rows of C (or columns, for B) a block.
-template <int OUTER, Stored STORED, bool ALIGNED, int THREADS> struct Operand {
+template <int OUTER, Stored STORED, bool ALIGNED, int THREADS>
+struct Operand {
   static constexpr bool kLast = STORED == Stored::k_last;
   using TileType = Tile<kLast ? OUTER : kBlockK, kLast ? kBlockK : OUTER>;
 
@@ -30,21 +32,25 @@ template <int OUTER, Stored STORED, bool ALIGNED, int THREADS> struct Operand {
   int64_t outer, k;  // sizes
 
   DLKERN_DEVICE void load(bf16* tile, int64_t outer_start, int64_t k_start) const {
-    if (kLast) load_tile<TileType, THREADS, ALIGNED>(tile, matrix, outer, k, outer_start, k_start);
-    else load_tile<TileType, THREADS, ALIGNED>(tile, matrix, k, outer, k_start, outer_start);
+    if (kLast)
+      load_tile<TileType, THREADS, ALIGNED>(tile, matrix, outer, k, outer_start, k_start);
+    else
+      load_tile<TileType, THREADS, ALIGNED>(tile, matrix, k, outer, k_start, outer_start);
   }
 
   // The address that a lane passes to ldmatrix for the 16 x 16 fragment at (outer_start, k_start); matrices 0..3 of
   // the fragment are ordered by `second`: the second 8 of "outer" first (A), or the second 8 of k first (B).
   enum class Second { outer, k };
-  template <Second SECOND> static DLKERN_DEVICE void fragment(uint32_t (&out)[4], const bf16* tile, int outer_start,
-                                                              int k_start) {
+  template <Second SECOND>
+  static DLKERN_DEVICE void fragment(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;  // of matrices 1 and 3; of matrices 2 and 3
     const int o = outer_start + (SECOND == Second::outer ? low : high);
     const int k_at = k_start + (SECOND == Second::outer ? high : low);
-    if (kLast) ldmatrix_x4(out, tile + (o + lane % 8) * TileType::kStride + k_at);
-    else ldmatrix_x4_transposed(out, tile + (k_at + lane % 8) * TileType::kStride + o);
+    if (kLast)
+      ldmatrix_x4(out, tile + (o + lane % 8) * TileType::kStride + k_at);
+    else
+      ldmatrix_x4_transposed(out, tile + (k_at + lane % 8) * TileType::kStride + o);
   }
   static DLKERN_DEVICE void a_fragment(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
     fragment<Second::outer>(out, tile, outer_start, k_start);
@@ -55,17 +61,20 @@ template <int OUTER, Stored STORED, bool ALIGNED, int THREADS> struct Operand {
   }
 };
 
-template <class SHAPE, class A, class B> constexpr int mma_shared_bytes() {
+template <class SHAPE, class A, class B>
+constexpr int mma_shared_bytes() {
   return SHAPE::kStages * (A::TileType::kElements + B::TileType::kElements) * static_cast<int>(sizeof(bf16));
 }
 
 // A warp's part of C: 16 x 8 pieces, four values a lane in each.
-template <class SHAPE> struct Accumulator {
+template <class SHAPE>
+struct Accumulator {
   static constexpr int kRows = SHAPE::kWarpM / 16, kColumns = SHAPE::kWarpN / 8;
   float value[kRows][kColumns][4] = {};
 
   // Calls f(row, column, value, next value) for each pair of neighbouring columns; row and column are of the block.
-  template <class F> DLKERN_DEVICE void for_each_pair(F&& f) const {
+  template <class F>
+  DLKERN_DEVICE void for_each_pair(F&& f) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int row = warp / SHAPE::kWarpsN * SHAPE::kWarpM + lane / 4;
     const int column = warp % SHAPE::kWarpsN * SHAPE::kWarpN + lane % 4 * 2;

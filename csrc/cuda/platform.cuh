@@ -19,9 +19,9 @@
 #include "../cuda_on_host/cuda_on_host.h"
 
 #define DLKERN_DEVICE inline
-#define DLKERN_SHARED(T, name, ...)     \
-  using name##_type = T __VA_ARGS__;    \
-  static const char name##_tag = 0;     \
+#define DLKERN_SHARED(T, name, ...)  \
+  using name##_type = T __VA_ARGS__; \
+  static const char name##_tag = 0;  \
   name##_type& name = *static_cast<name##_type*>(::cuda_on_host::static_shared(&name##_tag, sizeof(name##_type)))
 #define DLKERN_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::cuda_on_host::dynamic_shared())
@@ -33,15 +33,23 @@ using bf16 = __nv_bfloat16;
 
 DLKERN_DEVICE float to_float(float value) { return value; }
 DLKERN_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
-template <class T> DLKERN_DEVICE T from_float(float value);
-template <> DLKERN_DEVICE float from_float<float>(float value) { return value; }
-template <> DLKERN_DEVICE bf16 from_float<bf16>(float value) { return __float2bfloat16(value); }
+template <class T>
+DLKERN_DEVICE T from_float(float value);
+template <>
+DLKERN_DEVICE float from_float<float>(float value) {
+  return value;
+}
+template <>
+DLKERN_DEVICE bf16 from_float<bf16>(float value) {
+  return __float2bfloat16(value);
+}
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC__
 inline void throw_on_error(cudaError_t status, const char* kernel) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("dlkern: ") + kernel + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("dlkern: ") + kernel + ": " + cudaGetErrorString(status));
 }
 #endif
 
@@ -51,8 +59,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
             bool cooperative, const Arguments&... arguments) {
 #ifdef __CUDACC__
   if (shared_bytes > 48 * 1024) {
-    throw_on_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)), name);
+    throw_on_error(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name);
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
@@ -67,7 +76,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   throw_on_error(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 #else
   (void)stream;
-  ::cuda_on_host::launch(name, grid, block, shared_bytes, cooperative, [kernel, arguments...] { kernel(arguments...); });
+  ::cuda_on_host::launch(name, grid, block, shared_bytes, cooperative,
+                         [kernel, arguments...] { kernel(arguments...); });
 #endif
 }
 

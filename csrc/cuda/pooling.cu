@@ -58,7 +58,8 @@ DLKERN_DEVICE Covering covering_windows(const PoolAxis& axis, int position) {
           min(padded / axis.stride, axis.out_size - 1)};
 }
 
-template <bool ADAPTIVE> DLKERN_DEVICE Window window(const PoolAxis& axis, int index) {
+template <bool ADAPTIVE>
+DLKERN_DEVICE Window window(const PoolAxis& axis, int index) {
   if (ADAPTIVE) {
     const int begin = static_cast<int>(static_cast<int64_t>(index) * axis.size / axis.out_size);
     const int end = static_cast<int>((static_cast<int64_t>(index + 1) * axis.size + axis.out_size - 1) / axis.out_size);
@@ -69,7 +70,8 @@ template <bool ADAPTIVE> DLKERN_DEVICE Window window(const PoolAxis& axis, int i
   return {max(begin, 0), min(padded_end, axis.size), padded_end - begin};
 }
 
-template <bool ADAPTIVE> DLKERN_DEVICE Covering covering(const PoolAxis& axis, int position) {
+template <bool ADAPTIVE>
+DLKERN_DEVICE Covering covering(const PoolAxis& axis, int position) {
   if (ADAPTIVE) {
     return {static_cast<int>(static_cast<int64_t>(position) * axis.out_size / axis.size),
             static_cast<int>((static_cast<int64_t>(position + 1) * axis.out_size + axis.size - 1) / axis.size) - 1};
@@ -106,8 +108,8 @@ __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const 
     for (int s = s0; s < g.width.kernel; s++) {
       const int w = w0 + s * g.width.dilation;
       if (w >= g.width.size) break;
-      const auto pack = load_pack<T, VEC>(
-          input + pixel_offset(at.outer, h, w, g.height.size, g.width.size, g.inner) + channel);
+      const auto pack =
+          load_pack<T, VEC>(input + pixel_offset(at.outer, h, w, g.height.size, g.width.size, g.inner) + channel);
 #pragma unroll
       for (int v = 0; v < VEC; v++) {
         const float value = to_float(pack.at[v]);
@@ -117,7 +119,8 @@ __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const 
   }
 
   const int64_t to = pixel_offset(at.outer, static_cast<int>(at.y), static_cast<int>(at.x), g.height.out_size,
-                                  g.width.out_size, g.inner) + channel;
+                                  g.width.out_size, g.inner) +
+                     channel;
   Pack<T, VEC> result;
 #pragma unroll
   for (int v = 0; v < VEC; v++) result.at[v] = from_float<T>(best[v]);
@@ -140,7 +143,7 @@ __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const 
 
 template <class T, int VEC, class INDEX>
 __global__ void max_pool2d_backward_kernel(Pixels inputs, PoolGeometry g, const T* grad_output, const INDEX* indices,
-                               T* grad_input) {
+                                           T* grad_input) {
   const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
   if (item >= inputs.count) return;
   const auto at = inputs.at(item);
@@ -184,8 +187,8 @@ __global__ void avg_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, Averag
   float sum[VEC] = {};
   for (int h = rows.begin; h < rows.end; h++) {
     for (int w = columns.begin; w < columns.end; w++) {
-      const auto pack = load_pack<T, VEC>(
-          input + pixel_offset(at.outer, h, w, g.height.size, g.width.size, g.inner) + channel);
+      const auto pack =
+          load_pack<T, VEC>(input + pixel_offset(at.outer, h, w, g.height.size, g.width.size, g.inner) + channel);
 #pragma unroll
       for (int v = 0; v < VEC; v++) sum[v] += to_float(pack.at[v]);
     }
@@ -195,12 +198,16 @@ __global__ void avg_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, Averag
   Pack<T, VEC> result;
 #pragma unroll
   for (int v = 0; v < VEC; v++) result.at[v] = from_float<T>(sum[v] / by);
-  store_pack(output + pixel_offset(at.outer, static_cast<int>(at.y), static_cast<int>(at.x), g.height.out_size,
-                                   g.width.out_size, g.inner) + channel, result);
+  store_pack(output +
+                 pixel_offset(at.outer, static_cast<int>(at.y), static_cast<int>(at.x), g.height.out_size,
+                              g.width.out_size, g.inner) +
+                 channel,
+             result);
 }
 
 template <class T, int VEC, bool ADAPTIVE>
-__global__ void avg_pool2d_backward_kernel(Pixels inputs, PoolGeometry g, AverageRule rule, const T* grad_output, T* grad_input) {
+__global__ void avg_pool2d_backward_kernel(Pixels inputs, PoolGeometry g, AverageRule rule, const T* grad_output,
+                                           T* grad_input) {
   const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
   if (item >= inputs.count) return;
   const auto at = inputs.at(item);
@@ -228,15 +235,21 @@ __global__ void avg_pool2d_backward_kernel(Pixels inputs, PoolGeometry g, Averag
 // ---- Launchers ----
 
 // Calls f(T*, constant VEC): 16 bytes of channels a thread where every pixel's channels are a multiple of that.
-template <class T, class F> void with_width(int64_t inner, F&& f) {
+template <class T, class F>
+void with_width(int64_t inner, F&& f) {
   constexpr int kVec = 16 / sizeof(T);
-  if (inner % kVec == 0) f(static_cast<T*>(nullptr), std::integral_constant<int, kVec>{});
-  else f(static_cast<T*>(nullptr), std::integral_constant<int, 1>{});
+  if (inner % kVec == 0)
+    f(static_cast<T*>(nullptr), std::integral_constant<int, kVec>{});
+  else
+    f(static_cast<T*>(nullptr), std::integral_constant<int, 1>{});
 }
 
-template <class F> void with_type(Element element, int64_t inner, F&& f) {
-  if (element == Element::float32) with_width<float>(inner, f);
-  else with_width<bf16>(inner, f);
+template <class F>
+void with_type(Element element, int64_t inner, F&& f) {
+  if (element == Element::float32)
+    with_width<float>(inner, f);
+  else
+    with_width<bf16>(inner, f);
 }
 
 dim3 blocks_for(const Pixels& pixels) { return dim3(static_cast<unsigned>(ceil_div(pixels.count, kThreads))); }
@@ -280,7 +293,8 @@ void max_pool2d_backward(Element element, const PoolGeometry& geometry, const vo
     };
     if (kind == PoolIndices::window_offset)
       run(max_pool2d_backward_kernel<T, VEC, uint8_t>, static_cast<uint8_t*>(nullptr));
-    else run(max_pool2d_backward_kernel<T, VEC, int64_t>, static_cast<int64_t*>(nullptr));
+    else
+      run(max_pool2d_backward_kernel<T, VEC, int64_t>, static_cast<int64_t*>(nullptr));
   });
 }
 
@@ -294,8 +308,10 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
       launch("avg_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
              geometry, rule, static_cast<const T*>(input), static_cast<T*>(output));
     };
-    if (rule.adaptive) run(avg_pool2d_forward_kernel<T, VEC, true>);
-    else run(avg_pool2d_forward_kernel<T, VEC, false>);
+    if (rule.adaptive)
+      run(avg_pool2d_forward_kernel<T, VEC, true>);
+    else
+      run(avg_pool2d_forward_kernel<T, VEC, false>);
   });
 }
 
@@ -309,8 +325,10 @@ void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const Av
       launch("avg_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
              geometry, rule, static_cast<const T*>(grad_output), static_cast<T*>(grad_input));
     };
-    if (rule.adaptive) run(avg_pool2d_backward_kernel<T, VEC, true>);
-    else run(avg_pool2d_backward_kernel<T, VEC, false>);
+    if (rule.adaptive)
+      run(avg_pool2d_backward_kernel<T, VEC, true>);
+    else
+      run(avg_pool2d_backward_kernel<T, VEC, false>);
   });
 }
 

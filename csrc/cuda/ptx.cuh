@@ -33,7 +33,8 @@ DLKERN_DEVICE void cp_async_commit() {
 }
 
 // Waits until all but this thread's latest `GroupsLeft` groups have arrived.
-template <int GroupsLeft> DLKERN_DEVICE void cp_async_wait() {
+template <int GroupsLeft>
+DLKERN_DEVICE void cp_async_wait() {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
 #else
@@ -64,8 +65,9 @@ DLKERN_DEVICE void ldmatrix_x4_transposed(uint32_t (&fragment)[4], const void* r
 #endif
 }
 
-// c[16][8] += a[16][16] b[16][8] over a warp, bfloat16 with float sums. With g = lane / 4 and t = lane % 4, a lane holds
-// a: rows g, g + 8 of columns 2t.., then of 2t + 8..; b: rows 2t.., 2t + 8.. of column g; c: rows g, g + 8, columns 2t...
+// c[16][8] += a[16][16] b[16][8] over a warp, bfloat16 with float sums. With g = lane / 4 and t = lane % 4, a lane
+// holds a: rows g, g + 8 of columns 2t.., then of 2t + 8..; b: rows 2t.., 2t + 8.. of column g; c: rows g, g + 8,
+// columns 2t...
 DLKERN_DEVICE void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
   asm volatile(

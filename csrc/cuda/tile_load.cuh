@@ -6,7 +6,8 @@
 
 namespace dlkern::cuda {
 
-template <int ROWS, int COLUMNS> struct Tile {
+template <int ROWS, int COLUMNS>
+struct Tile {
   static constexpr int kRows = ROWS, kColumns = COLUMNS;
   static constexpr int kStride = COLUMNS + 8;
   static constexpr int kElements = ROWS * kStride;
@@ -29,8 +30,10 @@ DLKERN_DEVICE void load_tile(bf16* tile, const bf16* matrix, int64_t rows, int64
     const bool inside = row + r < rows && column + c < columns;
     const bf16* source = inside ? matrix + (row + r) * columns + column + c : matrix;
     bf16* destination = tile + r * TILE::kStride + c;
-    if (ALIGNED) cp_async16(destination, source, inside ? 16 : 0);
-    else *destination = inside ? *source : from_float<bf16>(0.0f);
+    if (ALIGNED)
+      cp_async16(destination, source, inside ? 16 : 0);
+    else
+      *destination = inside ? *source : from_float<bf16>(0.0f);
   }
 }
 

@@ -4,7 +4,8 @@
 
 namespace {
 
-template <class T> T add(T* address, T value) {
+template <class T>
+T add(T* address, T value) {
   using namespace cuda_on_host;
   check_atomic(*machine.current, address, sizeof(T));
   const T before = *address;

@@ -86,8 +86,10 @@ void check_bytes(Shadow* shadow, size_t bytes, const Thread& thread, Kind kind, 
   // One report an access, not one a byte.
   const int64_t before = findings();
   for (size_t i = 0; i < bytes; i++) {
-    if (findings() == before) check_byte(shadow[i], thread, kind, where);
-    else shadow[i].write = {thread.id, machine.clock}, shadow[i].arrived = true, shadow[i].read = Access{};
+    if (findings() == before)
+      check_byte(shadow[i], thread, kind, where);
+    else
+      shadow[i].write = {thread.id, machine.clock}, shadow[i].arrived = true, shadow[i].read = Access{};
   }
 }
 
@@ -116,8 +118,10 @@ void check(Thread& thread, const void* pointer, size_t bytes, Kind kind) {
   if (check_shared(thread, address, bytes, kind)) return;
   for (TrackedTensor& tensor : tensors) {
     if (address < tensor.begin || address + bytes > tensor.end) continue;
-    if (tensor.written) check_bytes(&tensor.shadow[address - tensor.begin], bytes, thread, kind, "a result");
-    else if (kind != Kind::read) report("write to an input");
+    if (tensor.written)
+      check_bytes(&tensor.shadow[address - tensor.begin], bytes, thread, kind, "a result");
+    else if (kind != Kind::read)
+      report("write to an input");
     return;
   }
   report("%s of global memory outside every tensor", kind_name(kind));
@@ -155,11 +159,11 @@ void forget_tensors() { tensors.clear(); }
 
 // The hooks. Hidden, so that they serve this library alone.
 #define HOOK(name, ...) extern "C" [[gnu::visibility("hidden")]] void name(__VA_ARGS__)
-#define ACCESS_HOOKS(form, bytes)                                                                      \
-  HOOK(__tsan_##form##read##bytes, void* p) {                                                          \
+#define ACCESS_HOOKS(form, bytes)                                                                           \
+  HOOK(__tsan_##form##read##bytes, void* p) {                                                               \
     if (cuda_on_host::machine.current) cuda_on_host::check_read(*cuda_on_host::machine.current, p, bytes);  \
-  }                                                                                                    \
-  HOOK(__tsan_##form##write##bytes, void* p) {                                                         \
+  }                                                                                                         \
+  HOOK(__tsan_##form##write##bytes, void* p) {                                                              \
     if (cuda_on_host::machine.current) cuda_on_host::check_write(*cuda_on_host::machine.current, p, bytes); \
   }
 #define ACCESS_HOOKS_OF_SIZE(bytes) ACCESS_HOOKS(, bytes) ACCESS_HOOKS(unaligned_, bytes) ACCESS_HOOKS(volatile_, bytes)

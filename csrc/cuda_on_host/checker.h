@@ -20,8 +20,8 @@ inline constexpr size_t kArenaBytes = 256 * 1024;  // shared memory of a block, 
 inline uint32_t thread_id(uint32_t block, uint32_t warps_per_block, uint32_t thread) {
   return (block * warps_per_block + thread / 32) * 64 + thread % 32;
 }
-inline constexpr uint32_t kSeveralLanes = 32;           // of that warp
-inline constexpr uint32_t kSeveralWarps = 33;           // of the block whose first warp that is
+inline constexpr uint32_t kSeveralLanes = 32;  // of that warp
+inline constexpr uint32_t kSeveralWarps = 33;  // of the block whose first warp that is
 inline constexpr uint32_t kSeveralBlocks = 0xffffffffu;
 
 struct Access {

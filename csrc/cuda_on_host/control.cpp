@@ -25,8 +25,8 @@ void report(const char* format, ...) {
   va_end(arguments);
   messages += std::string(machine.kernel) + ": " + text;
   if (const Thread* thread = machine.current) {
-    std::snprintf(text, sizeof text, " [block %u,%u,%u thread %u,%u,%u]", thread->block->index.x, thread->block->index.y,
-                  thread->block->index.z, thread->index.x, thread->index.y, thread->index.z);
+    std::snprintf(text, sizeof text, " [block %u,%u,%u thread %u,%u,%u]", thread->block->index.x,
+                  thread->block->index.y, thread->block->index.z, thread->index.x, thread->index.y, thread->index.z);
     messages += text;
   }
   messages += '\n';

@@ -17,18 +17,30 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 // bfloat16 as cuda_bf16.h has it; rounds to nearest even, NaN becomes the canonical one.
-struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
 inline float __bfloat162float(__nv_bfloat16 value) {
   const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
   float result;
@@ -56,7 +68,7 @@ extern ThisThread this_thread;
 void block_barrier(const char* where);
 void grid_barrier(const char* where);
 void yield(const char* where);
-extern std::recursive_mutex launch_mutex;           // one launch at a time
+extern std::recursive_mutex launch_mutex;        // one launch at a time
 inline constexpr size_t kParameterBytes = 4096;  // CUDA's limit for kernel arguments
 extern unsigned char parameters[kParameterBytes];
 void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, void (*body)(void*));
@@ -86,7 +98,8 @@ void cp_async16(void* destination, const void* source, int source_bytes);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 
-template <class T> T shuffled(unsigned mask, T value, int source_lane, const char* where) {
+template <class T>
+T shuffled(unsigned mask, T value, int source_lane, const char* where) {
   static_assert(sizeof(T) <= 16);
   shuffle(mask, &value, sizeof(T), source_lane, where);
   return value;
@@ -107,13 +120,13 @@ template <class T> T shuffled(unsigned mask, T value, int source_lane, const cha
 #define __syncwarp(...) ::cuda_on_host::warp_barrier(0xffffffffu __VA_OPT__(&(__VA_ARGS__)), CUDA_ON_HOST_HERE)
 #define __ballot_sync(mask, vote) ::cuda_on_host::ballot(mask, vote, CUDA_ON_HOST_HERE)
 #define __any_sync(mask, vote) (__ballot_sync(mask, vote) != 0)
-#define __shfl_sync(mask, value, lane) ::cuda_on_host::shuffled(mask, value, (lane)&31, CUDA_ON_HOST_HERE)
+#define __shfl_sync(mask, value, lane) ::cuda_on_host::shuffled(mask, value, (lane) & 31, CUDA_ON_HOST_HERE)
 #define __shfl_xor_sync(mask, value, bits) \
   ::cuda_on_host::shuffled(mask, value, ::cuda_on_host::this_thread.lane ^ (bits), CUDA_ON_HOST_HERE)
 // From a lane beyond the warp, a thread gets its own value back.
-#define __shfl_down_sync(mask, value, by)                                                                         \
-  ::cuda_on_host::shuffled(mask, value,                                                                           \
-                           ::cuda_on_host::this_thread.lane + (by) > 31 ? ::cuda_on_host::this_thread.lane        \
+#define __shfl_down_sync(mask, value, by)                                                                          \
+  ::cuda_on_host::shuffled(mask, value,                                                                            \
+                           ::cuda_on_host::this_thread.lane + (by) > 31 ? ::cuda_on_host::this_thread.lane         \
                                                                         : ::cuda_on_host::this_thread.lane + (by), \
                            CUDA_ON_HOST_HERE)
 

@@ -77,8 +77,8 @@ dlkern_switch_stack:
 
 void prepare_fiber(Fiber& fiber, void (*entry)(), unsigned stagger) {
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64 - (stagger % 48) * 192);
-  *--top = nullptr;                           // entry() has nowhere to return to; also aligns its stack
-  *--top = reinterpret_cast<void*>(entry);    // where the first switch "returns" to
+  *--top = nullptr;                              // entry() has nowhere to return to; also aligns its stack
+  *--top = reinterpret_cast<void*>(entry);       // where the first switch "returns" to
   for (int i = 0; i < 6; i++) *--top = nullptr;  // rbp, rbx, r12-r15
   fiber.stack_pointer = top;
 }

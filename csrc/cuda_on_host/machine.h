@@ -59,7 +59,7 @@ struct Block {
   int alive;
   std::vector<Thread*> at_barrier;
   const char* barrier_where;
-  uint32_t synced_at;  // the clock at the last __syncthreads
+  uint32_t synced_at;               // the clock at the last __syncthreads
   unsigned char* memory = nullptr;  // shared memory and its red zones
   size_t memory_used;
   std::vector<SharedArray> arrays;
@@ -75,7 +75,7 @@ struct Settings {
 
 struct Machine {
   const char* kernel = "";
-  Thread* current = nullptr;  // null outside a launch
+  Thread* current = nullptr;   // null outside a launch
   std::vector<Block*> blocks;  // those running now: one, or all of a cooperative launch
   uint32_t clock = 1;          // counts synchronisations of any kind; see checker.h
   uint32_t grid_synced_at = 1;
@@ -84,7 +84,7 @@ struct Machine {
 extern Settings settings;
 extern Machine machine;
 
-inline constexpr unsigned char kPoison = 0xff;  // NaN in float and bfloat16
+inline constexpr unsigned char kPoison = 0xff;      // NaN in float and bfloat16
 inline constexpr size_t kSharedLimit = 227 * 1024;  // of a block on sm_90
 
 // scheduler.cpp: puts the current thread to sleep at `where`; make_ready lets one run again.

@@ -32,8 +32,10 @@ Thread* next_thread() {
   if (settings.order == Order::random) i = random_source() % ready.size();
   std::swap(ready[i], i == 0 ? ready.front() : ready.back());
   Thread* thread = i == 0 ? ready.front() : ready.back();
-  if (i == 0) ready.pop_front();
-  else ready.pop_back();
+  if (i == 0)
+    ready.pop_front();
+  else
+    ready.pop_back();
   return thread;
 }
 
@@ -130,7 +132,8 @@ bool continues_after_sync() { return settings.order == Order::forward; }
 void block_barrier(const char* where) {
   Thread* thread = machine.current;
   Block& block = *thread->block;
-  if (!block.barrier_where) block.barrier_where = where;
+  if (!block.barrier_where)
+    block.barrier_where = where;
   else if (std::strcmp(block.barrier_where, where) != 0)
     report("threads of one block wait in different barriers: %s and %s", block.barrier_where, where);
   if (static_cast<int>(block.at_barrier.size()) + 1 == block.alive) {
@@ -168,7 +171,8 @@ void run_grid(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes,
   this_thread.block_size = block_size;
   this_thread.grid_size = grid;
   machine.grid_synced_at = ++machine.clock;
-  if (shared_bytes > kSharedLimit) return report("%zu bytes of shared memory; a block has %zu", shared_bytes, kSharedLimit);
+  if (shared_bytes > kSharedLimit)
+    return report("%zu bytes of shared memory; a block has %zu", shared_bytes, kSharedLimit);
   if (block_size.x * block_size.y * block_size.z > 1024) return report("more than 1024 threads a block");
 
   const uint32_t count = grid.x * grid.y * grid.z;

@@ -47,7 +47,8 @@ size_t carve(Block& block, const void* tag, size_t bytes) {
 
 void shared_begin(Block& block, size_t dynamic_bytes) {
   if (!block.memory) {
-    void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     block.memory = static_cast<unsigned char*>(memory);
   }

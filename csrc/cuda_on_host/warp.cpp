@@ -18,7 +18,8 @@ void collective(unsigned mask, void* argument, const char* where, Operation&& op
   Warp& warp = *thread.warp;
   const unsigned self = 1u << thread.lane;
   if (!(mask & self)) report("%s: a lane outside the mask", where), mask |= self;
-  if (mask & ~warp.alive) report("%s: the mask names lanes that do not exist or have returned", where), mask &= warp.alive;
+  if (mask & ~warp.alive)
+    report("%s: the mask names lanes that do not exist or have returned", where), mask &= warp.alive;
   warp.arrivals[thread.lane] = {mask, argument, where};
   warp.arrived |= self;
   if ((warp.arrived & mask) != mask) return sleep(where);

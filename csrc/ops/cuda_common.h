@@ -42,7 +42,8 @@ inline void check_device(const char* op, const char* name, const Tensor& x, cons
 #endif
 }
 
-// A dense x whose data begins at a multiple of 16 bytes, as kernels that load 16 at once need: a copy where it does not.
+// A dense x whose data begins at a multiple of 16 bytes, as kernels that load 16 at once need: a copy where it does
+// not.
 inline Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
 }

@@ -47,13 +47,15 @@ struct Pooling {
 void check_input_size(const char* op, Ints size) {
   check<std::invalid_argument>(size.size() == 4, op, ": expected a 4-D tensor, got ", size.size(), " dimensions");
   check(size[0] >= 0 && size[1] > 0 && size[2] > 0 && size[3] > 0 && size[2] < kLargest && size[3] < kLargest, op,
-        ": expected non-zero channels, rows and columns, got [", size[0], ", ", size[1], ", ", size[2], ", ", size[3], "]");
+        ": expected non-zero channels, rows and columns, got [", size[0], ", ", size[1], ", ", size[2], ", ", size[3],
+        "]");
 }
 
 Pooling pooling(const char* op, Ints size, const Windows& windows, bool ceil_mode, bool channels_last) {
   check_input_size(op, size);
   for (const Ints& ints : {windows.kernel, windows.stride, windows.padding, windows.dilation}) {
-    check<std::invalid_argument>(ints.size() == 2, op, ": kernel_size, stride, padding and dilation take two ints each");
+    check<std::invalid_argument>(ints.size() == 2, op,
+                                 ": kernel_size, stride, padding and dilation take two ints each");
     for (int64_t i : ints) check<std::invalid_argument>(i < kLargest, op, ": ", i, " is too large for a window");
   }
   PoolAxis axes[2];
@@ -116,9 +118,9 @@ std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints ker
                                ": a window of more than 256 elements needs int64 indices");
   const Tensor x = ordered(input, channels_last);
   Tensor output = result(op, pool.output_size(), x, channels_last);
-  Tensor winners = indices == 0 ? allocate({0}, ScalarType::Byte, x)
-                                : allocate(pool.output_size(), indices == 1 ? ScalarType::Byte : ScalarType::Long, x,
-                                           channels_last);
+  Tensor winners =
+      indices == 0 ? allocate({0}, ScalarType::Byte, x)
+                   : allocate(pool.output_size(), indices == 1 ? ScalarType::Byte : ScalarType::Long, x, channels_last);
   if (output.numel() == 0) return {output, winners};
   Call call(x);
   cuda::max_pool2d_forward(element, pool.geometry(), call.reads(x), call.writes(output),
@@ -197,15 +199,15 @@ Tensor avg_pool2d_forward_cuda(const Tensor& input, Ints kernel_size, Ints strid
                          average_rule(count_include_pad, divisor_override));
 }
 
-Tensor avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, Ints kernel_size, Ints stride,
-                                Ints padding, bool ceil_mode, bool count_include_pad,
-                                std::optional<int64_t> divisor_override, bool channels_last) {
+Tensor avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, Ints kernel_size, Ints stride, Ints padding,
+                                bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override,
+                                bool channels_last) {
   const char* op = "avg_pool2d_backward";
   element_of(op, grad_output);
-  return average_backward(op, grad_output,
-                          pooling(op, input_size, {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode,
-                                  channels_last),
-                          average_rule(count_include_pad, divisor_override));
+  return average_backward(
+      op, grad_output,
+      pooling(op, input_size, {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode, channels_last),
+      average_rule(count_include_pad, divisor_override));
 }
 
 constexpr cuda::AverageRule kAdaptive{true, false, 0};

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from dlkern import columns
+from dlkern.testing import cuda_on_host
 
 __all__ = ["emulated"]
 
@@ -16,7 +17,8 @@ def emulated() -> Iterator[None]:
 
     Raises:
         RuntimeError: on the first call of a column whose emulation is not there (no triton; the library of CUDA
-            kernels for the host not built: `make cuda-on-host`).
+            kernels for the host not built: `make cuda-on-host`); at the end, where a CUDA kernel did what it must not
+            (see dlkern.testing.cuda_on_host).
     """
     before = columns.state.emulated
     columns.state.emulated = True
@@ -24,3 +26,4 @@ def emulated() -> Iterator[None]:
         yield
     finally:
         columns.state.emulated = before
+    cuda_on_host.raise_if_errors()

@@ -21,14 +21,16 @@ constexpr int kSize = 4 * kThreads;  // elements of each tensor
 
 // ---- Right, or wrong in one way ----
 
-template <bool BUG> __global__ void barrier_before_read(const float* in, float* out) {
+template <bool BUG>
+__global__ void barrier_before_read(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
   value[threadIdx.x] = in[threadIdx.x];
   if (!BUG) __syncthreads();
   out[threadIdx.x] = value[kThreads - 1 - threadIdx.x];
 }
 
-template <bool BUG> __global__ void barrier_before_overwrite(const float* in, float* out) {
+template <bool BUG>
+__global__ void barrier_before_overwrite(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
   float sum = 0;
   for (int i = 0; i < 4; i++) {
@@ -40,14 +42,16 @@ template <bool BUG> __global__ void barrier_before_overwrite(const float* in, fl
   out[threadIdx.x] = sum;
 }
 
-template <bool BUG> __global__ void syncwarp_before_read(const float* in, float* out) {
+template <bool BUG>
+__global__ void syncwarp_before_read(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
   value[threadIdx.x] = in[threadIdx.x];
   if (!BUG) __syncwarp();
   out[threadIdx.x] = value[threadIdx.x ^ 1];
 }
 
-template <bool BUG> __global__ void cp_async_wait_for_all(const float* in, float* out) {
+template <bool BUG>
+__global__ void cp_async_wait_for_all(const float* in, float* out) {
   DLKERN_SHARED(float, value, [2][4 * kThreads]);
   for (int stage = 0; stage < 2; stage++) {
     cp_async16(value[stage] + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
@@ -60,7 +64,8 @@ template <bool BUG> __global__ void cp_async_wait_for_all(const float* in, float
   out[threadIdx.x] = read;
 }
 
-template <bool BUG> __global__ void barrier_after_cp_async_wait(const float* in, float* out) {
+template <bool BUG>
+__global__ void barrier_after_cp_async_wait(const float* in, float* out) {
   DLKERN_SHARED(float, value, [4 * kThreads]);
   cp_async16(value + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
   cp_async_commit();
@@ -69,7 +74,8 @@ template <bool BUG> __global__ void barrier_after_cp_async_wait(const float* in,
   out[threadIdx.x] = value[4 * ((threadIdx.x + 1) % kThreads)];
 }
 
-template <bool BUG> __global__ void ldmatrix_after_barrier(const float* in, float* out) {
+template <bool BUG>
+__global__ void ldmatrix_after_barrier(const float* in, float* out) {
   DLKERN_DYNAMIC_SHARED(raw);
   float* value = reinterpret_cast<float*>(raw);  // 64 rows of 16 bytes
   for (int i = threadIdx.x; i < 256; i += kThreads) value[i] = in[i];
@@ -79,72 +85,88 @@ template <bool BUG> __global__ void ldmatrix_after_barrier(const float* in, floa
   out[threadIdx.x] = static_cast<float>(fragment[0] & 0xff);
 }
 
-template <bool BUG> __global__ void all_of_shared_written(const float* in, float* out) {
+template <bool BUG>
+__global__ void all_of_shared_written(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
   if (!BUG || threadIdx.x != 77) value[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = value[threadIdx.x ^ 1];
 }
 
-template <bool BUG> __global__ void shared_read_inside(const float* in, float* out) {
+template <bool BUG>
+__global__ void shared_read_inside(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
   value[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = value[threadIdx.x + (BUG ? 1 : 0)];
 }
 
-template <bool BUG> __global__ void shared_write_inside(const float* in, float* out) {
+template <bool BUG>
+__global__ void shared_write_inside(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
   value[threadIdx.x + (BUG ? 1 : 0)] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = value[threadIdx.x == 0 ? 1 : threadIdx.x];
 }
 
-template <bool BUG> __global__ void global_read_inside(const float* in, float* out) {
+template <bool BUG>
+__global__ void global_read_inside(const float* in, float* out) {
   out[threadIdx.x] = in[kSize - kThreads + threadIdx.x + (BUG ? 1 : 0)];
 }
 
-template <bool BUG> __global__ void global_write_inside(const float* in, float* out) {
+template <bool BUG>
+__global__ void global_write_inside(const float* in, float* out) {
   const int at = threadIdx.x == kThreads - 1 && BUG ? kSize : static_cast<int>(threadIdx.x);
   out[at] = in[threadIdx.x];
 }
 
-template <bool BUG> __global__ void vector_read_inside(const float* in, float* out) {
+template <bool BUG>
+__global__ void vector_read_inside(const float* in, float* out) {
   const auto pack = load_pack<float, 4>(in + kSize - 4 * kThreads + 4 * threadIdx.x + (BUG ? 4 : 0));
   out[threadIdx.x] = pack.at[0] + pack.at[3];
 }
 
-template <bool BUG> __global__ void inputs_only_read(float* in, float* out) {
+template <bool BUG>
+__global__ void inputs_only_read(float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x];
   if (BUG && threadIdx.x == 5) in[5] = 1.0f;
 }
 
-template <bool BUG> __global__ void one_writer_a_result(const float* in, float* out) {  // two blocks
+template <bool BUG>
+__global__ void one_writer_a_result(const float* in, float* out) {  // two blocks
   out[BUG ? threadIdx.x : blockIdx.x * kThreads + threadIdx.x] = in[threadIdx.x];
 }
 
-template <bool BUG> __global__ void grid_sync_before_read(const float* in, float* out) {  // two blocks, cooperative
+template <bool BUG>
+__global__ void grid_sync_before_read(const float* in, float* out) {  // two blocks, cooperative
   const int self = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   out[self] = in[self];
   if (!BUG) grid_sync();
   out[2 * kThreads + self] = out[(self + kThreads) % (2 * kThreads)];
 }
 
-template <bool BUG> __global__ void atomic_counting(const float* in, float* out) {
+template <bool BUG>
+__global__ void atomic_counting(const float* in, float* out) {
   if (threadIdx.x == 0) out[0] = 0.0f;
   __syncthreads();
-  if (BUG) out[0] = out[0] + in[threadIdx.x];
-  else atomicAdd(out, in[threadIdx.x]);
+  if (BUG)
+    out[0] = out[0] + in[threadIdx.x];
+  else
+    atomicAdd(out, in[threadIdx.x]);
 }
 
-template <bool BUG> __global__ void everybody_shuffles(const float* in, float* out) {
+template <bool BUG>
+__global__ void everybody_shuffles(const float* in, float* out) {
   float value = in[threadIdx.x];
-  if (BUG && threadIdx.x == 3) __syncthreads();
-  else value = __shfl_xor_sync(0xffffffffu, value, 1);
+  if (BUG && threadIdx.x == 3)
+    __syncthreads();
+  else
+    value = __shfl_xor_sync(0xffffffffu, value, 1);
   out[threadIdx.x] = value;
 }
 
-template <bool BUG> __global__ void one_barrier_for_all(const float* in, float* out) {
+template <bool BUG>
+__global__ void one_barrier_for_all(const float* in, float* out) {
   if (BUG && threadIdx.x >= 64) {
     __syncthreads();
   } else {
@@ -160,14 +182,31 @@ struct Case {
   size_t shared = 0;
 };
 
-#define CASE(name, ...) {#name, {Case{name<false>, ##__VA_ARGS__}, Case{name<true>, ##__VA_ARGS__}}}
+#define CASE(name, ...)                                                    \
+  {                                                                        \
+    #name, {                                                               \
+      Case{name<false>, ##__VA_ARGS__}, Case { name<true>, ##__VA_ARGS__ } \
+    }                                                                      \
+  }
 const std::map<std::string, std::array<Case, 2>>& cases() {
   static const std::map<std::string, std::array<Case, 2>> all = {
-      CASE(barrier_before_read), CASE(barrier_before_overwrite), CASE(syncwarp_before_read),
-      CASE(cp_async_wait_for_all), CASE(barrier_after_cp_async_wait), CASE(ldmatrix_after_barrier, 1, false, 1024),
-      CASE(all_of_shared_written), CASE(shared_read_inside), CASE(shared_write_inside), CASE(global_read_inside),
-      CASE(global_write_inside), CASE(vector_read_inside), CASE(one_writer_a_result, 2),
-      CASE(grid_sync_before_read, 2, true), CASE(atomic_counting), CASE(everybody_shuffles), CASE(one_barrier_for_all),
+      CASE(barrier_before_read),
+      CASE(barrier_before_overwrite),
+      CASE(syncwarp_before_read),
+      CASE(cp_async_wait_for_all),
+      CASE(barrier_after_cp_async_wait),
+      CASE(ldmatrix_after_barrier, 1, false, 1024),
+      CASE(all_of_shared_written),
+      CASE(shared_read_inside),
+      CASE(shared_write_inside),
+      CASE(global_read_inside),
+      CASE(global_write_inside),
+      CASE(vector_read_inside),
+      CASE(one_writer_a_result, 2),
+      CASE(grid_sync_before_read, 2, true),
+      CASE(atomic_counting),
+      CASE(everybody_shuffles),
+      CASE(one_barrier_for_all),
       {"inputs_only_read",
        {Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<false>)},
         Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<true>)}}},
@@ -229,8 +268,7 @@ bool atomics(const float* in, float* out) {
 
 __global__ void sums_kernel(const float* in, float* out) {
   DLKERN_SHARED(float, partial, [32]);
-  out[blockIdx.x * kThreads + threadIdx.x] =
-      block_sum<kThreads>(in[blockIdx.x * kThreads + threadIdx.x], partial);
+  out[blockIdx.x * kThreads + threadIdx.x] = block_sum<kThreads>(in[blockIdx.x * kThreads + threadIdx.x], partial);
 }
 bool block_sums(const float* in, float* out) {
   DLKERN_LAUNCH(sums_kernel, dim3(4), dim3(kThreads), 0, nullptr, in, out);
@@ -268,17 +306,20 @@ bool cooperative_grid(const float* in, float* out) {
 
 const std::map<std::string, bool (*)(const float*, float*)>& exact_cases() {
   static const std::map<std::string, bool (*)(const float*, float*)> all = {{"shuffles", shuffles},
-                                                                           {"ballots", ballots},
-                                                                           {"atomics", atomics},
-                                                                           {"block_sums", block_sums},
-                                                                           {"cooperative_grid", cooperative_grid}};
+                                                                            {"ballots", ballots},
+                                                                            {"atomics", atomics},
+                                                                            {"block_sums", block_sums},
+                                                                            {"cooperative_grid", cooperative_grid}};
   return all;
 }
 
 // Calls f(in, out) on tracked tensors of kSize elements; `in` holds small integers. A little more is allocated than
 // announced, so that a planted access out of bounds harms nobody.
-template <class F> auto with_tensors(F&& f) {
-  struct alignas(16) Block { float value[4]; };
+template <class F>
+auto with_tensors(F&& f) {
+  struct alignas(16) Block {
+    float value[4];
+  };
   std::vector<Block> in_blocks(kSize / 4 + 1), out_blocks(kSize / 4 + 1);
   float *in = in_blocks[0].value, *out = out_blocks[0].value;
   for (int i = 0; i < kSize + 4; i++) in[i] = static_cast<float>(i * 37 % 19 - 9);

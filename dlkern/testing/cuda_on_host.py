@@ -1,0 +1,96 @@
+"""The CUDA column's kernels on the host (csrc/cuda_on_host): which library serves, thread orders, what it found.
+
+dlkern.testing.emulated() loads the library on the first call of the cuda column. The environment variable
+DLKERN_CUDA_ON_HOST chooses: "plain" (default), "checked" (races, uninitialised reads, accesses out of bounds) or
+"asan"; one process uses one. Build them with `make cuda-on-host`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+__all__ = ["ORDERS", "clear", "errors", "library_path", "load", "loaded", "messages", "raise_if_errors", "thread_order"]
+
+ORDERS = ("forward", "reverse", "random")
+
+_VARIANTS = {"plain": "cuda_on_host", "checked": "cuda_on_host_checked", "asan": "cuda_on_host_asan"}
+_library: ctypes.CDLL | None = None
+
+
+def library_path() -> Path:
+    """Where the library that DLKERN_CUDA_ON_HOST names is, built or not."""
+    variant = os.environ.get("DLKERN_CUDA_ON_HOST", "plain")
+    if variant not in _VARIANTS:
+        raise RuntimeError(f"DLKERN_CUDA_ON_HOST: expected one of {tuple(_VARIANTS)}, got {variant!r}")
+    root = Path(__file__).resolve().parent.parent.parent
+    return root / "build" / _VARIANTS[variant] / "libdlkern_cuda_on_host.so"
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """A library over csrc/cuda_on_host, with the types of its functions told to ctypes."""
+    library = ctypes.CDLL(str(path))
+    library.cuda_on_host_errors.restype = ctypes.c_int64
+    library.cuda_on_host_messages.restype = ctypes.c_char_p
+    library.cuda_on_host_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
+    return library
+
+
+def loaded() -> bool:
+    return _library is not None
+
+
+def load() -> ctypes.CDLL:
+    """Registers the cuda column's ops for CPU tensors, once.
+
+    Raises:
+        RuntimeError: the library is not built, or does not load.
+    """
+    global _library
+    if _library is None:
+        path = library_path()
+        if not path.exists():
+            raise RuntimeError(f"the CUDA column on the host is not built ({path.parent.name}): run `make cuda-on-host`")
+        try:
+            torch.ops.load_library(str(path))
+            _library = open_library(path)
+        except OSError as error:
+            raise RuntimeError(f"the CUDA column on the host does not load: {error}") from error
+    return _library
+
+
+def errors() -> int:
+    """How many findings there were since clear()."""
+    return int(load().cuda_on_host_errors())
+
+
+def messages() -> str:
+    """The first of the findings, a line each: kernel, what, block and thread."""
+    return load().cuda_on_host_messages().decode()
+
+
+def clear() -> None:
+    load().cuda_on_host_clear()
+
+
+def raise_if_errors() -> None:
+    """Raises RuntimeError with the findings, where there are any, and forgets them."""
+    if _library is not None and errors():
+        count, text = errors(), messages()
+        clear()
+        raise RuntimeError(f"CUDA on the host found {count} errors:\n{text}")
+
+
+@contextlib.contextmanager
+def thread_order(order: str, seed: int = 1) -> Iterator[None]:
+    """Inside, blocks and threads run in this order: "forward", "reverse" or "random" (by `seed`)."""
+    load().cuda_on_host_set_order(ORDERS.index(order), seed)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_order(0, 1)

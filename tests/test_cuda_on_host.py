@@ -1,0 +1,171 @@
+"""The tool that runs CUDA kernels on the host: planted bugs are found in every thread order, right kernels are not
+accused, and what the emulated instructions compute is exact."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlkern.testing import cuda_on_host
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDERS = [("forward", 1), ("reverse", 1), *[("random", seed) for seed in range(1, 6)]]
+
+# What the checked build must say of each planted bug; where it depends on the order, either.
+FINDINGS = {
+    "all_of_shared_written": ["read of shared memory nobody wrote"],
+    "atomic_counting": ["race in a result"],
+    "barrier_after_cp_async_wait": ["race in shared memory", "nobody wrote", "cp.async is still to fill"],
+    "barrier_before_overwrite": ["race in shared memory: write after another thread's read", "race in shared memory"],
+    "barrier_before_read": ["race in shared memory", "read of shared memory nobody wrote"],
+    "cp_async_wait_for_all": ["read of shared memory that cp.async is still to fill"],
+    "everybody_shuffles": ["deadlock"],
+    "global_read_inside": ["read of global memory outside every tensor"],
+    "global_write_inside": ["write of global memory outside every tensor"],
+    "grid_sync_before_read": ["race in a result", "read of a result nobody wrote"],
+    "inputs_only_read": ["write to an input"],
+    "ldmatrix_after_barrier": ["race in shared memory", "read of shared memory nobody wrote"],
+    "one_barrier_for_all": ["different barriers"],
+    "one_writer_a_result": ["race in a result"],
+    "shared_read_inside": ["read of shared memory outside every array"],
+    "shared_write_inside": ["write of shared memory outside every array"],
+    "syncwarp_before_read": ["race in shared memory", "read of shared memory nobody wrote"],
+    "vector_read_inside": ["read of global memory outside every tensor"],
+}
+EXACT = ["atomics", "ballots", "block_sums", "cooperative_grid", "shuffles"]
+
+
+def built(variant: str) -> Path:
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_native", "--variant", variant], cwd=ROOT, check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return ROOT / "build" / variant
+
+
+@pytest.fixture(scope="module", params=["cuda_on_host", "cuda_on_host_checked"])
+def planted(request):
+    library = cuda_on_host.open_library(built(request.param) / "libplanted.so")
+    library.case_names.restype = library.cuda_on_host_messages.restype
+    library.run_case.restype = library.cuda_on_host_errors.restype
+    yield library
+    library.cuda_on_host_set_order(0, 1)
+
+
+@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}{order[1]}")
+def in_order(request, planted):
+    order, seed = request.param
+    planted.cuda_on_host_set_order(cuda_on_host.ORDERS.index(order), seed)
+    planted.cuda_on_host_clear()
+    return planted
+
+
+def test_every_planted_bug_is_listed_here(planted):
+    bugs, exact = planted.case_names().decode().split("\n\n")
+    assert bugs.split() == sorted(FINDINGS)
+    assert exact.split() == EXACT
+
+
+@pytest.mark.parametrize("name", sorted(FINDINGS))
+def test_planted_bug_is_reported_and_the_right_kernel_is_not(in_order, name):
+    assert in_order.run_case(name.encode(), 0) == 0, in_order.cuda_on_host_messages().decode()
+    if not in_order.cuda_on_host_is_checked():
+        return
+    assert in_order.run_case(name.encode(), 1) > 0
+    first = in_order.cuda_on_host_messages().decode().splitlines()[0]
+    assert first.startswith(f"{name}: ")
+    assert any(text in first for text in FINDINGS[name]), first
+
+
+@pytest.mark.parametrize("name", ["everybody_shuffles", "one_barrier_for_all", "shared_write_inside"])
+def test_the_plain_build_sees_some(in_order, name):
+    in_order.run_case(name.encode(), 1)
+    assert in_order.cuda_on_host_errors() > 0
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(in_order, name):
+    assert in_order.run_exact(name.encode()) == 1
+    assert in_order.cuda_on_host_errors() == 0, in_order.cuda_on_host_messages().decode()
+
+
+def conformance(directory: Path) -> dict[str, list[int]]:
+    """Words each case of csrc/cuda/conformance.cu printed."""
+    text = subprocess.run([directory / "conformance"], capture_output=True, text=True, check=True).stdout
+    words: dict[str, list[int]] = {}
+    for line in text.splitlines():
+        head, tail = line.split(": ")
+        words.setdefault(head.split()[0], []).extend(int(word, 16) for word in tail.split())
+    return words
+
+
+def inputs(count: int) -> list[int]:
+    state, words = 12345, []
+    for _ in range(count):
+        state = (state * 1664525 + 1013904223) % 2**32
+        words.append(state)
+    return words
+
+
+def test_instruction_twins():
+    """The conformance program's ldmatrix, mma and cp.async against plain Python, from the PTX manual's layouts."""
+    found = conformance(ROOT / "build" / "cuda_on_host")
+    assert found == conformance(ROOT / "build" / "cuda_on_host_checked")
+    x = inputs(4096)
+
+    halves = [half for word in x[:128] for half in (word & 0xFFFF, word >> 16)]
+    rows = [halves[8 * r : 8 * r + 8] for r in range(32)]
+    expected, transposed = [], []
+    for lane in range(32):
+        for matrix in range(4):
+            block = [rows[(8 * matrix + r) * 5 % 32] for r in range(8)]
+            r, c = lane // 4, 2 * (lane % 4)
+            expected.append(block[r][c] | block[r][c + 1] << 16)
+            transposed.append(block[c][r] | block[c + 1][r] << 16)
+    assert found["ldmatrix"] == expected + transposed
+
+    def integer(lane: int, i: int) -> int:
+        return x[16 * lane + i] % 31 - 15
+
+    a, b, c = ([[0] * width for _ in range(16)] for width in (16, 8, 8))
+    for lane in range(32):
+        g, t = lane // 4, 2 * (lane % 4)
+        for i, (row, column) in enumerate([(g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8)]):
+            a[row][column], a[row][column + 1] = integer(lane, 2 * i), integer(lane, 2 * i + 1)
+        for i, row in enumerate([t, t + 8]):
+            b[row][g], b[row + 1][g] = integer(lane, 8 + 2 * i), integer(lane, 9 + 2 * i)
+        for i, row in enumerate([g, g + 8]):
+            c[row][t], c[row][t + 1] = integer(lane, 12 + 2 * i), integer(lane, 13 + 2 * i)
+    swapped = [b[(k + 8) % 16] for k in range(16)]
+    for row in range(16):
+        for column in range(8):
+            c[row][column] += sum(a[row][k] * (b[k][column] + swapped[k][column]) for k in range(16))
+    import struct
+
+    for lane in range(32):
+        g, t = lane // 4, 2 * (lane % 4)
+        exact = [c[g][t], c[g][t + 1], c[g + 8][t], c[g + 8][t + 1]]
+        got = struct.unpack("4f", struct.pack("4I", *found["mma"][4 * lane : 4 * lane + 4]))
+        assert list(got) == exact
+
+    staged = [[x[4 * (32 * stage + 31 - lane) + i] if i < 4 - 2 * stage else 0 for lane in range(32) for i in range(4)]
+              for stage in range(3)]
+    assert found["cp_async"] == [word for stage in staged for word in stage]
+
+    for case, divisor in enumerate([1, 2, 3, 7, 224, 65537, 0x7FFFFFFF]):
+        for i in range(1024):
+            at = 2048 * case + 2 * i
+            assert tuple(found["divide"][at : at + 2]) == divmod(x[i] & 0x7FFFFFFF, divisor)
+
+
+def test_fibers_on_ucontext(tmp_path):
+    """The portable switch between stacks serves as the assembly one does."""
+    compiler = os.environ.get("CXX", "g++").split()
+    program = tmp_path / "conformance"
+    sources = [*sorted(str(path) for path in (ROOT / "csrc" / "cuda_on_host").glob("*.cpp"))]
+    subprocess.run(
+        [*compiler, "-std=c++20", "-O0", "-w", "-fno-strict-aliasing", "-DDLKERN_UCONTEXT", *sources, "-x", "c++",
+         str(ROOT / "csrc" / "cuda" / "conformance.cu"), "-o", str(program)], check=True)
+    assert conformance(tmp_path) == conformance(built("cuda_on_host"))
