@@ -2,10 +2,12 @@
 
 from dlkern import _native, nn, testing
 from dlkern.columns import backend
+from dlkern.convert import conversion_report, convert, revert
 from dlkern.ops._activation import Activation
+from dlkern.overrides import enabled
 from dlkern.trace import trace
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "backend", "nn", "testing", "trace"]
+__all__ = ["Activation", "backend", "conversion_report", "convert", "enabled", "nn", "revert", "testing", "trace"]
 
 _native.load()
