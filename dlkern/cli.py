@@ -1,0 +1,474 @@
+"""The `dlkern` command: info, check, compare, train, bench, demo."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import dlkern
+from dlkern import _native, columns, models
+from dlkern import report as reports
+from dlkern.report import Section, Table
+from dlkern.testing._parity import Certificate, Row
+from dlkern.testing._training import check_training
+
+__all__ = ["main"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_COLUMN = click.Choice(["auto", *columns.COLUMNS])
+
+
+def _console() -> Console:
+    # Into a file or a pipe: wide enough for the tables, no colours.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """Turns an error that the user's arguments caused into a message and exit code 1."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dlkern.__version__, prog_name="dlkern")
+def main() -> None:
+    """dlkern: fast kernels for the classic deep-learning layers, as drop-in PyTorch ops that train."""
+
+
+# info ----------------------------------------------------------------------------------------------------------------
+
+
+def _versions() -> Table:
+    facts = _native.facts()
+    build: dict[str, str] = facts.get("build", {})
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    rows = [
+        ("dlkern", dlkern.__version__),
+        ("native library", "loaded" if _native.load() else str(_native.LIBRARY_ERROR)),
+        ("built with", ", ".join(filter(None, (build.get("compiler"), f"torch {build['torch']}" if build else ""))))
+        if build
+        else ("built with", facts.get("error", "")),
+        ("CUDA kernels built for", build.get("cuda_architectures") or "none: built without nvcc, or left out"),
+        ("torch", torch.__version__),
+        ("triton", triton_version),
+        ("python", platform.python_version()),
+        ("CPU", f"{facts.get('cpu_isa', 'unknown')} code, {torch.get_num_threads()} threads"),
+        ("CPU features", ", ".join(k for k, v in facts.get("cpu_features", {}).items() if v) or "none of those looked at"),
+        ("GPU", _gpu()),
+    ]
+    return Table(("what", "here"), rows)
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch sees"
+    capability = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, sm_{capability[0]}{capability[1]}"
+
+
+def _why_not(column: str) -> str | None:
+    """Why a column cannot serve any call on this machine, or None."""
+    reason = columns.unavailable(column)
+    if reason is None and column in ("triton", "cuda") and not torch.cuda.is_available():
+        reason = "serves CUDA tensors, and torch sees no GPU"
+    return reason
+
+
+def _columns() -> Table:
+    rows = []
+    for column in columns.COLUMNS:
+        reason = _why_not(column)
+        rows.append((column, "no" if reason else "yes", reason or ""))
+    return Table(("column", "available", "why not"), rows)
+
+
+@main.command()
+def info() -> None:
+    """What this machine and this build have, and which columns can run."""
+    console = _console()
+    console.print(_versions().rich("dlkern on this machine"))
+    console.print(_columns().rich("columns"))
+    kernels = _native.facts().get("cuda_kernels", [])
+    if kernels:
+        names = list(dict.fromkeys(key for kernel in kernels for key in kernel))
+        rows = [[kernel.get(name, "") for name in names] for kernel in kernels]
+        console.print(Table(names, rows).rich("CUDA kernels"))
+
+
+# check ---------------------------------------------------------------------------------------------------------------
+
+
+def _with_layout(inputs: list[Any], channels_last: bool) -> list[Any]:
+    if channels_last:
+        inputs[0] = inputs[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    return inputs
+
+
+def _certify(case: Any, column: str, dtype: torch.dtype, device: torch.device) -> tuple[list[Certificate], str]:
+    """Certificates of a case in its layouts, and why the column did not serve it ("" where it did)."""
+    certificates = []
+    for channels_last in (False, True) if case.images else (False,):
+
+        def inputs(channels_last: bool = channels_last) -> list[Any]:
+            drawn = [
+                x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+                for x in case.inputs()
+            ]
+            return _with_layout(drawn, channels_last)
+
+        with columns.backend(column), dlkern.trace() as calls:
+            label = f"{case.name}{', channels_last' if channels_last else ''}"
+            certificate = dlkern.testing.check(
+                case.ours, case.theirs, inputs, dtype=dtype, draws=case.draws, name=label
+            )
+        handed_on = {call.reason for call in calls if call.backend != column}
+        if handed_on:
+            return [], "; ".join(sorted(handed_on))
+        certificates.append(certificate)
+    return certificates, ""
+
+
+@main.command()
+@click.argument("op", required=False)
+@click.option("--column", "only_column", type=click.Choice(columns.COLUMNS), help="One column instead of all there are.")
+@click.option("--dtype", "only_dtype", type=click.Choice(list(_DTYPES)), help="One dtype instead of three.")
+@click.option("-v", "--verbose", is_flag=True, help="List every case.")
+def check(op: str | None, only_column: str | None, only_dtype: str | None, verbose: bool) -> None:
+    """Parity certificates: every op, or OP, in every column and dtype, against float64.
+
+    The rule: an error of at most twice torch's own in the same dtype, or one unit roundoff; outputs, gradients and
+    their borders. The exit code is 1 where it is broken.
+    """
+    from dlkern.testing import CASES
+
+    ops = list(dict.fromkeys(case.op for case in CASES))
+    if op is not None and op not in ops:
+        raise click.BadParameter(f"no op {op!r}; there are {', '.join(ops)}", param_hint="OP")
+    if only_column and (reason := _why_not(only_column)):
+        raise click.ClickException(f"the {only_column} column is not available: {reason}")
+    chosen = [only_column] if only_column else [c for c in columns.COLUMNS if not _why_not(c)]
+    dtypes = [only_dtype] if only_dtype else list(_DTYPES)
+    console, failures, rows = _console(), [], []
+    with _progress(console) as progress:
+        task = progress.add_task("checking", total=len(chosen) * len(dtypes) * sum(op in (None, c.op) for c in CASES))
+        for name in ops if op is None else [op]:
+            for column in chosen:
+                device = torch.device("cuda") if column in ("triton", "cuda") else torch.device("cpu")
+                for dtype in dtypes:
+                    certificates: list[Certificate] = []
+                    left_out: set[str] = set()
+                    for case in (c for c in CASES if c.op == name):
+                        torch.manual_seed(0)
+                        found, why = _certify(case, column, _DTYPES[dtype], device)
+                        certificates += found
+                        left_out |= {why} if why else set()
+                        progress.advance(task)
+                    failures += [c for c in certificates if not c.ok]
+                    rows.append(_check_row(name, column, dtype, certificates, left_out))
+                    if verbose:
+                        rows += [_check_row(f"  {c.name}", column, dtype, [c], set()) for c in certificates]
+    heads = ("op", "column", "dtype", "cases", "error / limit, worst", "where", "result")
+    console.print(Table(heads, rows).rich("parity against float64"))
+    for certificate in failures:
+        console.print(str(certificate), markup=False)
+    console.print(f"{len(failures)} failed" if failures else "all keep the rule")
+    if failures:
+        sys.exit(1)
+
+
+def _ratio(row: Row) -> float:
+    return float("inf") if row.error != row.error else row.error / (row.limit or 1e-300)
+
+
+def _check_row(op: str, column: str, dtype: str, certificates: list[Certificate], left_out: set[str]) -> list[str]:
+    if not certificates:
+        return [op, column, dtype, "0", "-", "", "; ".join(sorted(left_out))]
+    measured = [c.worst() for c in certificates if c.rows]
+    worst = max(measured, key=_ratio) if measured else None
+    failed = sum(not c.ok for c in certificates)
+    result = f"{failed} FAILED" if failed else "ok"
+    if left_out:
+        result += f" (not here: {'; '.join(sorted(left_out))})"
+    return [
+        op, column, dtype, str(len(certificates)), f"{_ratio(worst):.2f}" if worst else "-",
+        f"{worst.tensor}, {worst.region}" if worst else "", result,
+    ]  # fmt: skip
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+# compare -------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model")
+@click.option("--input", "inputs", multiple=True, required=True, metavar="SIZES[:DTYPE[:BELOW]]",
+              help="Sizes of a random input, 8,3,224,224; or 8,128:int64:1000 for integers below 1000. Once an argument.")
+@click.option("--forward-only", is_flag=True, help="No gradients.")
+@click.option("--seconds", default=2.0, show_default=True, help="How long to time the whole model.")
+@click.option("--layer-seconds", default=0.1, show_default=True, help="How long to time each different layer.")
+def compare(model: str, inputs: Sequence[str], forward_only: bool, seconds: float, layer_seconds: float) -> None:
+    """What dlkern would do for MODEL (package.module:factory): what it swaps, parity, speed, a table by layer."""
+    from dlkern.comparison import compare_models, load_model, parse_input
+
+    console, device = _console(), _device()
+    generator = torch.Generator().manual_seed(0)
+    with _errors_as_messages():
+        loaded = load_model(model).to(device)
+        tensors = [parse_input(text, generator).to(device) for text in inputs]
+        try:
+            found = compare_models(
+                loaded, tensors, backward=not forward_only, seconds=seconds, layer_seconds=layer_seconds
+            )
+        except Exception as error:
+            raise ValueError(f"{model} on inputs {', '.join(inputs)}: {type(error).__name__}: {error}") from error
+    from dlkern.convert import report_table
+
+    console.print(report_table(found.modules))
+    if found.functional:
+        ops = ", ".join(f"{op} ×{n}" for op, n in _count(call.op for call in found.functional))
+        console.print(f"called as functions, which `with dlkern.enabled():` would take as well: {ops}")
+    elsewhere = [call for call in found.calls if call.backend in ("torch", "reference")]
+    for op, reason in dict.fromkeys((call.op, call.reason) for call in elsewhere):
+        console.print(f"handed on: {op}, because {reason}")
+    layers = Table(
+        ("layer", "class", "input", "column", "torch ms", "dlkern ms", "ratio", "train torch", "train dlkern", "ratio"),
+        [
+            [layer.name, layer.kind, "×".join(map(str, layer.shape)), layer.backends, *_timing(layer.forward),
+             *(_timing(layer.training) if layer.training else ("-", "-", "-"))]
+            for layer in found.layers
+        ],
+    )  # fmt: skip
+    if found.layers:
+        console.print(layers.rich("by layer: forward, and forward + backward"))
+    console.print(_whole_model(found.forward, found.training).rich("the whole model"))
+    console.print(_parity_line(found.rows))
+    if not found.ok:
+        sys.exit(1)
+
+
+def _count(names: Iterator[str]) -> list[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return list(counts.items())
+
+
+def _timing(timing: Any) -> tuple[str, str, str]:
+    return f"{timing.torch_ms:.3g}", f"{timing.dlkern_ms:.3g}", f"{timing.ratio:.2f}×"
+
+
+def _whole_model(forward: Any, training: Any) -> Table:
+    rows = [["forward, no grad", *_timing(forward)]]
+    if training is not None:
+        rows.append(["forward + backward", *_timing(training)])
+    return Table(("", "torch ms", "dlkern ms", "torch / dlkern"), rows)
+
+
+def _parity_line(rows: Sequence[Row]) -> str:
+    failed = [row for row in rows if not row.ok]
+    worst = max(rows, key=_ratio)
+    head = f"parity: {'ok' if not failed else 'FAILED'}, {len({r.tensor for r in rows})} tensors against float64; "
+    at = f"worst {worst.tensor} ({worst.measure}): error {worst.error:.2g}, limit {worst.limit:.2g}"
+    return "\n".join([head + at, *(f"  {r.tensor} ({r.measure}): error {r.error:.3g}, limit {r.limit:.3g}" for r in failed)])
+
+
+# train ---------------------------------------------------------------------------------------------------------------
+
+_NETWORKS = {"lenet": lambda nn: models.lenet(nn=nn)}
+
+
+@main.command()
+@click.argument("network", type=click.Choice(list(_NETWORKS)))
+@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--column", type=_COLUMN, default="auto", show_default=True)
+@click.option("--report", "folder", type=click.Path(file_okay=False), help="Write DIR/index.html with the plots.")
+def train(network: str, steps: int, batch: int, seed: int, column: str, folder: str | None) -> None:
+    """Train NETWORK on scikit-learn's digits with torch and with dlkern side by side, from the same seed."""
+    console = _console()
+    with _errors_as_messages():
+        section = _train(console, network, steps, batch, seed, column)[0]
+        if folder:
+            path = reports.write(folder, f"dlkern: training {network}", _stamp(), [section])
+            console.print(f"report: {path}")
+
+
+def _train(
+    console: Console, network: str, steps: int, batch: int, seed: int, column: str
+) -> tuple[Section, float]:
+    """Trains, prints, and returns the report's section and dlkern's accuracy."""
+    from dlkern.training import digits, train_side_by_side
+
+    data = digits()
+    with _progress(console) as progress:
+        task = progress.add_task(f"{network}, torch and dlkern", total=steps, note="")
+
+        def show(step: int, so_far: Any) -> None:
+            note = f"loss {so_far.torch.losses[-1]:.4f} | {so_far.dlkern.losses[-1]:.4f}"
+            progress.update(task, completed=step, note=note)
+
+        result = train_side_by_side(
+            _NETWORKS[network], data, steps=steps, batch=batch, seed=seed, column=column, device=_device(), progress=show
+        )
+    theirs, ours = result.torch, result.dlkern
+    curve = Table(
+        ("step", "loss, torch", "loss, dlkern", "accuracy, torch", "accuracy, dlkern"),
+        [
+            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
+             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{100 * a:.2f}%", f"{100 * b:.2f}%"]
+            for (step, a), (_, b) in zip(theirs.accuracy, ours.accuracy)
+        ],
+    )  # fmt: skip
+    summary = Table(
+        ("", "torch", "dlkern"),
+        [
+            ["accuracy, held out", f"{100 * theirs.accuracy[-1][1]:.2f}%", f"{100 * ours.accuracy[-1][1]:.2f}%"],
+            ["median ms per step", f"{theirs.median_ms:.2f}", f"{ours.median_ms:.2f}"],
+            ["torch / dlkern", "", f"{result.speedup:.2f}×"],
+        ],
+    )
+    title = f"{network} on scikit-learn's digits"
+    console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and accuracy"))
+    console.print(summary.rich())
+    plot = reports.training_plot(result)
+    if plot is None:
+        console.print("no plots: matplotlib is not installed")
+    note = (
+        f"{steps} steps of {batch} images, both from seed {seed}, a step of each in turn; "
+        f"{len(data.test_labels)} digits held out; column {column}."
+    )
+    return Section(title, note, [summary, curve], [plot] if plot else []), ours.accuracy[-1][1]
+
+
+def _stamp() -> str:
+    facts = _native.facts()
+    where = _gpu() if torch.cuda.is_available() else f"CPU, {facts.get('cpu_isa', 'no')} code, {torch.get_num_threads()} threads"
+    return f"dlkern {dlkern.__version__}, torch {torch.__version__}, {where}"
+
+
+# bench ---------------------------------------------------------------------------------------------------------------
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: Sequence[str]) -> None:
+    """Benchmarks with floors; `dlkern bench --help` lists what it takes."""
+    raise click.ClickException("dlkern.bench is not in this build")
+
+
+# demo ----------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=1), help="Of LeNet's training.")
+@click.option("--report", "folder", default="report", show_default=True, type=click.Path(file_okay=False))
+@click.option("--bench/--no-bench", "with_bench", default=True, help="End with the quick benchmark.")
+def demo(steps: int, folder: str, with_bench: bool) -> None:
+    """Everything at a glance: train LeNet, a ResNet-18 step, a quick benchmark, and a report."""
+    console = _console()
+    versions, available = _versions(), _columns()
+    console.print(versions.rich("dlkern on this machine"))
+    console.print(available.rich("columns"))
+    with _errors_as_messages():
+        lenet, accuracy = _train(console, "lenet", steps, 64, 0, "auto")
+    sections = [lenet]
+    ok = True
+    for section, good in (_lenet_parity(console), _resnet_step(console)):
+        sections.append(section)
+        ok &= good
+    if with_bench:
+        section = _quick_bench(console)
+        if section is not None:
+            sections.append(section)
+    sections.append(Section("This machine", tables=[versions, available]))
+    path = reports.write(folder, "dlkern demo", _stamp(), sections)
+    console.print(f"accuracy on held-out digits: {100 * accuracy:.2f}%; parity: {'ok' if ok else 'FAILED'}")
+    console.print(f"report: {path}")
+    if not ok:
+        sys.exit(1)
+
+
+def _certificate_section(console: Console, title: str, note: str, certificate: Any) -> Section:
+    console.print(f"{title}: {_parity_line(certificate.rows)}", markup=False)
+    worst = sorted(certificate.rows, key=_ratio, reverse=True)[:5]
+    rows = [[r.tensor, r.measure, f"{r.error:.2e}", f"{r.limit:.2e}", "ok" if r.ok else "FAILED"] for r in worst]
+    return Section(title, note, [Table(("nearest to its limit", "measure", "error", "limit", "result"), rows)])
+
+
+_RULE = (
+    "The rule: our distance to torch's float64 run is at most twice the largest of five torch float32 runs whose "
+    "inputs were moved by one unit in the last place."
+)
+
+
+def _lenet_parity(console: Console) -> tuple[Section, bool]:
+    from dlkern.training import batches, digits
+
+    device = _device()
+    stream = batches(digits(), 32, 1)
+    drawn = [tuple(t.to(device) for t in next(stream)) for _ in range(20)]
+    torch.manual_seed(0)
+    certificate = check_training(lambda nn: models.lenet(nn=nn).to(device), drawn, name="LeNet, 20 steps")
+    note = f"Output, gradients, loss curve and final weights. {_RULE}"
+    return _certificate_section(console, "LeNet, 20 training steps: parity", note, certificate), certificate.ok
+
+
+def _resnet_step(console: Console, batch: int = 8) -> tuple[Section, bool]:
+    from dlkern.comparison import interleave
+
+    device = _device()
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch, 3, 64, 64, device=device), torch.randint(0, 10, (batch,), device=device)
+    make = lambda nn: models.resnet18(10, nn=nn).to(device)  # noqa: E731
+    certificate = check_training(make, [(images, labels)], name="ResNet-18, one step")
+    note = f"{batch} images of 3×64×64: output, every gradient, weights and running statistics after. {_RULE}"
+    section = _certificate_section(console, "ResNet-18, one training step: parity", note, certificate)
+
+    def stepper(nn: Any) -> Any:
+        model = make(nn)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+        return step
+
+    timing = interleave(stepper(torch.nn), stepper(dlkern.nn), device, seconds=3.0)
+    times = Table(("", "torch ms", "dlkern ms", "torch / dlkern"), [["ResNet-18 training step", *_timing(timing)]])
+    console.print(times.rich())
+    section.tables.insert(0, times)
+    return section, certificate.ok
+
+
+def _quick_bench(console: Console) -> Section | None:
+    return None
