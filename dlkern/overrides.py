@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 import dlkern.nn.functional as F
@@ -74,12 +75,38 @@ def _table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 _TABLE = _table()
 
+# Tensors that leave torch functions as they are: what types may hold without anybody else having a say.
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _edges(tensors, gradients):
+    """`tensors` as gradient edges and their gradients filled in, or None where torch is to say what is wrong."""
+    tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    if gradients is None or isinstance(gradients, torch.Tensor):
+        gradients = (gradients,) * len(tensors)
+    if len(gradients) != len(tensors):
+        return None
+    for t, g in zip(tensors, gradients):
+        if not t.requires_grad or (t.numel() != 1 if g is None else g.shape != t.shape):
+            return None
+    filled = tuple(torch.ones_like(t) if g is None else g for t, g in zip(tensors, gradients))
+    return tuple(get_gradient_edge(t) for t in tensors), filled
+
 
 class _Enabled(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        # `types` names tensor subclasses and fx proxies among the arguments: those know themselves what to do.
-        ours = None if types else _TABLE.get(func)
-        return (func if ours is None else ours)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # Tensor subclasses and fx proxies among the arguments know themselves what to do.
+        plain = all(t in _PLAIN for t in types)
+        if plain and func in (torch.Tensor.backward, torch.autograd.backward) and kwargs.get("inputs") is None:
+            # torch leaves the mode while it runs an intercepted backward, and checkpointed forwards that run again
+            # in it would be torch's. On gradient edges instead of tensors there is nothing to intercept.
+            edges = _edges(args[0], kwargs.get("gradient", kwargs.get("grad_tensors")))
+            if edges is not None:
+                with self:
+                    return torch.autograd.backward(*edges, kwargs.get("retain_graph"), kwargs.get("create_graph", False))
+        ours = _TABLE.get(func) if plain else None
+        return (func if ours is None else ours)(*args, **kwargs)
 
 
 def enabled() -> TorchFunctionMode:
@@ -87,8 +114,11 @@ def enabled() -> TorchFunctionMode:
 
     Covers every function of dlkern.nn.functional, under all names torch has for it (torch.conv2d,
     torch.nn.functional.conv2d, an alias imported earlier …), also inside torch.nn modules and under torch.compile.
-    Holds for the calling thread. A backward pass needs it only where it runs forwards again: checkpointing.
-    It costs about 1 µs on every torch call inside.
+    Holds for the calling thread, and costs about 1 µs on every torch call inside.
+
+    A backward pass may be called inside or outside. Only where it runs forwards again, under checkpointing, must
+    `loss.backward()` stand inside, too (torch.autograd.grad leaves the mode before it runs; checkpoint then says
+    that the two forwards differ).
 
     Example:
         >>> with dlkern.enabled():
