@@ -1,0 +1,3 @@
+from dlkern.bench.runner import main
+
+raise SystemExit(main())
