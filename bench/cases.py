@@ -45,8 +45,12 @@ class Case:
 
 def missing(op: str) -> str | None:
     """Why an op cannot be measured in this build, or None."""
-    name = {"batch_norm_eval": "batch_norm", "batch_norm_relu": "batch_norm_act", "batch_norm_add_relu": "batch_norm_act",
-            "linear_relu": "linear"}.get(op, op)
+    name = {
+        "batch_norm_eval": "batch_norm",
+        "batch_norm_relu": "batch_norm_act",
+        "batch_norm_add_relu": "batch_norm_act",
+        "linear_relu": "linear",
+    }.get(op, op)
     return None if hasattr(dlkern.nn.functional, name) else f"dlkern.nn.functional has no {name}"
 
 
@@ -83,8 +87,10 @@ def build(shape: Shape, dtype: torch.dtype, layout: str, device: str, training: 
         )
         args = (shape.stride, shape.padding, shape.dilation, shape.groups)
         return Case(
-            lambda x, w: F.conv2d(x, w, None, *args), lambda x, w: TF.conv2d(x, w, None, *args),
-            [image(), weight], [weight],
+            lambda x, w: F.conv2d(x, w, None, *args),
+            lambda x, w: TF.conv2d(x, w, None, *args),
+            [image(), weight],
+            [weight],
         )
     if op in ("linear", "linear_relu"):
         x = tensor(shape.batch, shape.channels, grad=shape.input_grad)
@@ -95,8 +101,11 @@ def build(shape: Shape, dtype: torch.dtype, layout: str, device: str, training: 
         from dlkern.ops._activation import Activation
 
         return Case(
-            lambda x, w, b: F.linear(x, w, b, activation=Activation.RELU), lambda x, w, b: TF.relu(TF.linear(x, w, b)),
-            [x, weight, bias], [weight, bias], TF.linear,
+            lambda x, w, b: F.linear(x, w, b, activation=Activation.RELU),
+            lambda x, w, b: TF.relu(TF.linear(x, w, b)),
+            [x, weight, bias],
+            [weight, bias],
+            TF.linear,
         )
     if op == "max_pool2d":
         window = (shape.kernel, shape.stride, shape.padding)
@@ -106,9 +115,7 @@ def build(shape: Shape, dtype: torch.dtype, layout: str, device: str, training: 
         return Case(lambda x: F.avg_pool2d(x, *window), lambda x: TF.avg_pool2d(x, *window), [image()], [])
     if op == "adaptive_avg_pool2d":
         size = shape.kernel
-        return Case(
-            lambda x: F.adaptive_avg_pool2d(x, size), lambda x: TF.adaptive_avg_pool2d(x, size), [image()], []
-        )
+        return Case(lambda x: F.adaptive_avg_pool2d(x, size), lambda x: TF.adaptive_avg_pool2d(x, size), [image()], [])
     if op.startswith("batch_norm"):
         return _batch_norm(shape, image, tensor)
     if op == "dropout":
@@ -134,19 +141,22 @@ def _batch_norm(shape: Shape, image: Callable[..., torch.Tensor], tensor: Callab
         return Case(
             lambda x, w, b, m, v: F.batch_norm(x, m, v, w, b, train, MOMENTUM, EPS),
             lambda x, w, b, m, v: TF.batch_norm(x, m, v, w, b, train, MOMENTUM, EPS),
-            inputs, [weight, bias],
+            inputs,
+            [weight, bias],
         )
     if shape.op == "batch_norm_relu":
         return Case(
             lambda x, w, b, m, v: F.batch_norm_act(x, m, v, w, b, True, MOMENTUM, EPS, activation="relu"),
             lambda x, w, b, m, v: TF.relu(TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS)),
-            inputs, [weight, bias],
+            inputs,
+            [weight, bias],
             lambda x, w, b, m, v: TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS),
         )
     return Case(
         lambda x, w, b, m, v, r: F.batch_norm_act(x, m, v, w, b, True, MOMENTUM, EPS, activation="relu", residual=r),
         lambda x, w, b, m, v, r: TF.relu(TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS) + r),
-        [*inputs, image()], [weight, bias],
+        [*inputs, image()],
+        [weight, bias],
         lambda x, w, b, m, v, r: TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS) + r,
     )
 
@@ -154,6 +164,11 @@ def _batch_norm(shape: Shape, image: Callable[..., torch.Tensor], tensor: Callab
 def _dropout(x: torch.Tensor) -> Case:
     seed = torch.tensor(12345, device=x.device)
     return Case(
-        lambda x: dlkern.nn.functional.dropout(x, 0.5), lambda x: TF.dropout(x, 0.5), [x], [], None,
-        lambda x: dlkern.ops.dropout.dropout(x, 0.5, seed), lambda x: dlkern.reference.dropout.dropout(x, 0.5, seed),
+        lambda x: dlkern.nn.functional.dropout(x, 0.5),
+        lambda x: TF.dropout(x, 0.5),
+        [x],
+        [],
+        None,
+        lambda x: dlkern.ops.dropout.dropout(x, 0.5, seed),
+        lambda x: dlkern.reference.dropout.dropout(x, 0.5, seed),
     )

@@ -180,7 +180,8 @@ def _parity_shape(shape: Shape, plan: Plan, training: bool) -> Shape:
     """The shape, or with as many images as float64 arithmetic gets through in reasonable time."""
     counted = work.count(shape, 4, "forward")
     share = min(
-        1.0, plan.parity_flops / max(1, counted.flops),
+        1.0,
+        plan.parity_flops / max(1, counted.flops),
         plan.parity_elements / max(shape.input_numel, shape.output_numel),
     )
     return shape.with_batch(max(1, int(shape.batch * share))) if share < 1.0 else shape
@@ -190,8 +191,17 @@ def measure(shape: Shape, dtype: torch.dtype, layout: str, direction: str, colum
     """One row. Errors in the call become the row's note: a benchmark run goes on."""
     training = direction == "training"
     row = Row(
-        shape.op, str(shape), str(dtype).removeprefix("torch."), layout, direction, column, family=shape.family,
-        group=shape.group, name=shape.name, table=shape.table, repeat=shape.repeat,
+        shape.op,
+        str(shape),
+        str(dtype).removeprefix("torch."),
+        layout,
+        direction,
+        column,
+        family=shape.family,
+        group=shape.group,
+        name=shape.name,
+        table=shape.table,
+        repeat=shape.repeat,
     )
     reason = cases.missing(shape.op)
     if reason is not None:
@@ -240,7 +250,11 @@ def _measure(row: Row, shape: Shape, dtype: torch.dtype, layout: str, training: 
         except Exception as error:
             row.note = "; ".join(filter(None, (row.note, f"torch.compile: {type(error).__name__}")))
     samples = timing.interleave(
-        functions, device=plan.device, seconds=plan.seconds, minimum=plan.minimum, maximum=plan.maximum,
+        functions,
+        device=plan.device,
+        seconds=plan.seconds,
+        minimum=plan.minimum,
+        maximum=plan.maximum,
         between=_change(case.parameters),
     )
     own, theirs = samples["ours"], samples["torch"]
@@ -281,8 +295,19 @@ def overhead(op: str, device: str, quick: bool = False) -> list[Row]:
         for direction in ("forward", "training"):
             training = direction == "training"
             case = cases.build(shape, torch.float32, "contiguous", device, training)
-            row = Row(op, str(shape), "float32", "contiguous", direction, "auto", family=shape.family, group="overhead",
-                      name="host time of a call, µs", table="overhead", parity="not needed")
+            row = Row(
+                op,
+                str(shape),
+                "float32",
+                "contiguous",
+                direction,
+                "auto",
+                family=shape.family,
+                group="overhead",
+                name="host time of a call, µs",
+                table="overhead",
+                parity="not needed",
+            )
             try:
                 with dlkern.trace() as calls:
                     output = case.ours(*case.inputs)
@@ -290,7 +315,8 @@ def overhead(op: str, device: str, quick: bool = False) -> list[Row]:
                 cotangent = torch.randn_like(output) if training else None
                 samples = timing.per_call(
                     {"ours": _step(case.ours, case, cotangent), "torch": _step(case.theirs, case, cotangent)},
-                    calls=50 if quick else 200, rounds=7 if quick else 15,
+                    calls=50 if quick else 200,
+                    rounds=7 if quick else 15,
                 )
             except Exception as error:
                 row.note = f"{type(error).__name__}: {error}"[:200]
@@ -325,18 +351,31 @@ class Comparison:
         header = ("function", "ms", "20–80 %", "floor", "% of floor", f"× {self.baseline}", "parity")
         body = []
         for row in self.rows:
-            body.append((
-                row.name, report.number(row.ms), f"{report.number(row.ms_p20)}–{report.number(row.ms_p80)}",
-                report.number(row.floor_ms), report.number(row.floor_percent, 0),
-                report.number(row.ratio) if row.ratio is not None else "–", f"{row.parity} {row.note}".strip(),
-            ))
+            body.append(
+                (
+                    row.name,
+                    report.number(row.ms),
+                    f"{report.number(row.ms_p20)}–{report.number(row.ms_p80)}",
+                    report.number(row.floor_ms),
+                    report.number(row.floor_percent, 0),
+                    report.number(row.ratio) if row.ratio is not None else "–",
+                    f"{row.parity} {row.note}".strip(),
+                )
+            )
         return "\n".join(lines + report.table(header, body))
 
 
 def compare(
-    functions: Mapping[str, Callable[..., Any]], inputs: Sequence[Any] | Callable[[], Sequence[Any]], *,
-    reference: Callable[..., Any] | None = None, backward: bool = False, parameters: Sequence[int] = (),
-    flops: int = 0, bytes: int = 0, seconds: float = 1.0, quick: bool = False,
+    functions: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[Any] | Callable[[], Sequence[Any]],
+    *,
+    reference: Callable[..., Any] | None = None,
+    backward: bool = False,
+    parameters: Sequence[int] = (),
+    flops: int = 0,
+    bytes: int = 0,
+    seconds: float = 1.0,
+    quick: bool = False,
 ) -> Comparison:
     """Compares your own functions: correctness-gated, interleaved, with a floor where you say how much work there is.
 
@@ -375,13 +414,17 @@ def compare(
             cotangent = torch.randn_like(oracle(*arguments))
     rows = []
     for name in names:
-        row = Row(name, "", str(dtype).removeprefix("torch."), "", "training" if backward else "forward", name, name=name)
+        row = Row(
+            name, "", str(dtype).removeprefix("torch."), "", "training" if backward else "forward", name, name=name
+        )
         ok, detail = parity(case, dtype, backward, ours=functions[name])
         row.parity = "ok" if ok else "FAILED"
         row.note = "" if ok else detail
         rows.append(row)
     samples = timing.interleave(
-        {name: _step(functions[name], case, cotangent) for name in names}, device=device, seconds=seconds,
+        {name: _step(functions[name], case, cotangent) for name in names},
+        device=device,
+        seconds=seconds,
         between=_change(case.parameters),
     )
     for row in rows:

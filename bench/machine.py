@@ -26,7 +26,14 @@ import dlkern
 from dlkern import _native
 
 __all__ = [
-    "CONTROLLED", "Floors", "commit", "describe", "device_slug", "environment_for", "page_faults_controlled", "settings",
+    "CONTROLLED",
+    "Floors",
+    "commit",
+    "describe",
+    "device_slug",
+    "environment_for",
+    "page_faults_controlled",
+    "settings",
 ]
 
 # glibc: never give memory back and never map it anew, so that a large result does not cost page faults on every call.
@@ -96,7 +103,10 @@ def commit() -> str:
             ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=20
         )
         changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=20
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("DLKERN_COMMIT", "")
@@ -109,7 +119,10 @@ def _nvidia_smi(*fields: str) -> dict[str, str]:
     try:
         out = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
@@ -140,8 +153,11 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {
-            "gpu": properties.name, "sm_count": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
-            "compute_capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+            "gpu": properties.name,
+            "sm_count": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "clocks": _nvidia_smi("clocks.sm", "clocks.mem", "clocks.max.sm", "driver_version", "power.limit"),
         }
@@ -214,7 +230,9 @@ class Floors:
     def bandwidths(self) -> list[tuple[int, float]]:
         """(bytes moved, bytes a second), by rising size. On a GPU one size, beyond its caches."""
         if self._bandwidths is None:
-            sizes = [1 << 30] if self.device == "cuda" else [1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28]
+            sizes = (
+                [1 << 30] if self.device == "cuda" else [1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28]
+            )
             rates = [self._copy(size) for size in sizes]
             # A smaller copy is never slower for the memory system, only for the overhead of its call.
             for i in range(len(rates) - 2, -1, -1):

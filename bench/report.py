@@ -55,8 +55,17 @@ def progress_line(row: Row) -> str:
     ratio = f"{number(row.ratio)}x" if row.ratio is not None else "–"
     remark = row.parity + (f": {row.note}" if row.note else "")
     return _PROGRESS.format(
-        row.op, row.shape[:38], _SHORT.get(row.dtype, row.dtype), _LAYOUT.get(row.layout, row.layout)[:4], row.direction,
-        row.column[:9], number(row.ms), number(row.torch_ms), number(row.floor_percent, 0), ratio, remark[:120],
+        row.op,
+        row.shape[:38],
+        _SHORT.get(row.dtype, row.dtype),
+        _LAYOUT.get(row.layout, row.layout)[:4],
+        row.direction,
+        row.column[:9],
+        number(row.ms),
+        number(row.torch_ms),
+        number(row.floor_percent, 0),
+        ratio,
+        remark[:120],
     )
 
 
@@ -68,11 +77,21 @@ def summary_table(summaries: Sequence[Summary]) -> list[str]:
             verdict = ""
         else:
             verdict = "reached" if s.ratio >= s.target else f"{100 * (1 - s.ratio / s.target):.0f} % short"
-        body.append((
-            s.group, _SHORT.get(s.dtype, s.dtype), _LAYOUT.get(s.layout, s.layout), s.direction, str(s.rows),
-            f"{number(s.ratio)}x", number(s.target) + ("x" if s.target else ""), verdict, f"{number(s.worst)}x",
-            number(s.floor_percent, 0), str(s.left_out or ""),
-        ))
+        body.append(
+            (
+                s.group,
+                _SHORT.get(s.dtype, s.dtype),
+                _LAYOUT.get(s.layout, s.layout),
+                s.direction,
+                str(s.rows),
+                f"{number(s.ratio)}x",
+                number(s.target) + ("x" if s.target else ""),
+                verdict,
+                f"{number(s.worst)}x",
+                number(s.floor_percent, 0),
+                str(s.left_out or ""),
+            )
+        )
     return table(
         ("class", "type", "form", "direction", "rows", "ratio", "target", "", "worst", "% floor", "left out"), body
     )
@@ -147,19 +166,34 @@ def compare_results(old: str | Path | dict[str, Any], new: dict[str, Any]) -> li
             apart = row["ratio_p20"] > past["ratio_p80"] or row["ratio_p80"] < past["ratio_p20"]
             if abs(change - 1) > 0.05 and apart:
                 verdict = "faster" if change > 1 else "slower"
-        changes.append({
-            "key": _key(row), "old_ms": past["ms"], "new_ms": row["ms"], "old_ratio": past["ratio"],
-            "new_ratio": row["ratio"], "change": change, "verdict": verdict,
-        })
+        changes.append(
+            {
+                "key": _key(row),
+                "old_ms": past["ms"],
+                "new_ms": row["ms"],
+                "old_ratio": past["ratio"],
+                "new_ratio": row["ratio"],
+                "change": change,
+                "verdict": verdict,
+            }
+        )
     return changes
 
 
 def changes_table(changes: Sequence[dict[str, Any]]) -> list[str]:
     """The rows that changed, then a count."""
     body = [
-        (c["key"].replace("|", " "), number(c["old_ms"]), number(c["new_ms"]), number(c["old_ratio"]),
-         number(c["new_ratio"]), number(c["change"]), c["verdict"])
-        for c in changes if c["verdict"] != "same"
+        (
+            c["key"].replace("|", " "),
+            number(c["old_ms"]),
+            number(c["new_ms"]),
+            number(c["old_ratio"]),
+            number(c["new_ratio"]),
+            number(c["change"]),
+            c["verdict"],
+        )
+        for c in changes
+        if c["verdict"] != "same"
     ]
     lines = table(("row", "old ms", "new ms", "old ratio", "new ratio", "change", ""), body) if body else []
     same = sum(c["verdict"] == "same" for c in changes)
@@ -168,10 +202,13 @@ def changes_table(changes: Sequence[dict[str, Any]]) -> list[str]:
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 82rem; padding: 0 1rem; color: #1b1f24 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px } th, td { padding: .2rem .6rem; text-align: right }
-th { border-bottom: 2px solid #1b1f24; position: sticky; top: 0; background: #fff } tr:nth-child(even) { background: #f4f6f8 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
+th, td { padding: .2rem .6rem; text-align: right }
+th { border-bottom: 2px solid #1b1f24; position: sticky; top: 0; background: #fff }
+tr:nth-child(even) { background: #f4f6f8 }
 td:first-child, th:first-child, td.text { text-align: left } .good { color: #0a6b2d } .bad { color: #a4161a }
-img { max-width: 100% } dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt { font-weight: 600 }
+img { max-width: 100% } dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
+dt { font-weight: 600 }
 """
 
 
@@ -180,42 +217,68 @@ def _html(result: dict[str, Any], plots: Sequence[str]) -> str:
         return f"<td{f' class={kind}' if kind else ''}>{html.escape(str(value))}</td>"
 
     def facts(title: str, entries: dict[str, Any]) -> str:
-        items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in entries.items() if v)
+        items = "".join(
+            f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in entries.items() if v
+        )
         return f"<details><summary>{title}</summary><dl>{items}</dl></details>"
 
     machine = result["machine"]
     parts = [
-        "<!doctype html><meta charset=utf-8><title>dlkern benchmark</title>", f"<style>{_STYLE}</style>",
+        "<!doctype html><meta charset=utf-8><title>dlkern benchmark</title>",
+        f"<style>{_STYLE}</style>",
         "<h1>dlkern benchmark</h1>",
         f"<p>{html.escape(machine.get('gpu') or machine['cpu'])}, torch {html.escape(machine['torch'])}, commit "
-        f"{html.escape(machine['commit'] or 'unknown')}, {html.escape(machine['date'])}. The ratio is torch's time over "
-        "ours, the median of interleaved pairs; a row whose parity failed shows none. The floor is what the machine's "
+        f"{html.escape(machine['commit'] or 'unknown')}, {html.escape(machine['date'])}. The ratio is torch's time "
+        "over ours, the median of interleaved pairs; a row whose parity failed shows none. The floor is what the machine's "
         "own copy bandwidth and arithmetic rate allow.</p>",
-        facts("Machine", machine), facts("Settings of both sides", result["settings"]), facts("Ceilings measured", result["floors"]),
-        "<h2>By class</h2><table><tr><th>class<th>dtype<th>layout<th>direction<th>rows<th>ratio<th>target<th>worst<th>% of floor</tr>",
+        facts("Machine", machine),
+        facts("Settings of both sides", result["settings"]),
+        facts("Ceilings measured", result["floors"]),
+        "<h2>By class</h2><table><tr><th>class<th>dtype<th>layout<th>direction<th>rows<th>ratio<th>target<th>worst"
+        "<th>% of floor</tr>",
     ]
     for s in result["summary"]:
         kind = "" if s["target"] is None else "good" if s["ratio"] >= s["target"] else "bad"
         parts.append(
-            "<tr>" + cell(s["group"]) + cell(s["dtype"]) + cell(s["layout"]) + cell(s["direction"]) + cell(s["rows"])
-            + cell(number(s["ratio"]), kind) + cell(number(s["target"])) + cell(f"{number(s['worst'])} ({s['worst_row']})")
-            + cell(number(s["floor_percent"], 0)) + "</tr>"
+            "<tr>"
+            + cell(s["group"])
+            + cell(s["dtype"])
+            + cell(s["layout"])
+            + cell(s["direction"])
+            + cell(s["rows"])
+            + cell(number(s["ratio"]), kind)
+            + cell(number(s["target"]))
+            + cell(f"{number(s['worst'])} ({s['worst_row']})")
+            + cell(number(s["floor_percent"], 0))
+            + "</tr>"
         )
     parts.append("</table>" + "".join(f"<p><img src={name} alt={name.split('.')[0]}></p>" for name in plots))
     parts.append(
-        "<h2>Rows</h2><table><tr><th>op<th>problem<th>dtype<th>layout<th>direction<th>column<th>ms<th>20–80 %<th>floor ms"
-        "<th>% of floor<th>torch ms<th>compile ms<th>ratio<th>20–80 %<th>parity<th>note</tr>"
+        "<h2>Rows</h2><table><tr><th>op<th>problem<th>dtype<th>layout<th>direction<th>column<th>ms<th>20–80 %"
+        "<th>floor ms<th>% of floor<th>torch ms<th>compile ms<th>ratio<th>20–80 %<th>parity<th>note</tr>"
     )
     for row in result["rows"]:
         kind = "" if row["ratio"] is None else "good" if row["ratio"] >= 1 else "bad"
         spread = f"{number(row['ratio_p20'])}–{number(row['ratio_p80'])}" if row["ratio"] is not None else ""
         parts.append(
-            "<tr>" + cell(row["op"]) + cell(f"{row['name']} {row['shape']}", "text") + cell(row["dtype"]) + cell(row["layout"])
-            + cell(row["direction"]) + cell(row["column"]) + cell(number(row["ms"]))
+            "<tr>"
+            + cell(row["op"])
+            + cell(f"{row['name']} {row['shape']}", "text")
+            + cell(row["dtype"])
+            + cell(row["layout"])
+            + cell(row["direction"])
+            + cell(row["column"])
+            + cell(number(row["ms"]))
             + cell(f"{number(row['ms_p20'])}–{number(row['ms_p80'])}")
-            + cell(number(row["floor_ms"])) + cell(number(row["floor_percent"], 0)) + cell(number(row["torch_ms"]))
-            + cell(number(row["compile_ms"])) + cell(number(row["ratio"]), kind) + cell(spread)
-            + cell(row["parity"], "" if row["parity"].startswith(("ok", "not")) else "bad") + cell(row["note"], "text") + "</tr>"
+            + cell(number(row["floor_ms"]))
+            + cell(number(row["floor_percent"], 0))
+            + cell(number(row["torch_ms"]))
+            + cell(number(row["compile_ms"]))
+            + cell(number(row["ratio"]), kind)
+            + cell(spread)
+            + cell(row["parity"], "" if row["parity"].startswith(("ok", "not")) else "bad")
+            + cell(row["note"], "text")
+            + "</tr>"
         )
     return "\n".join(parts) + "</table>\n"
 
@@ -231,10 +294,16 @@ def _plots(rows: Sequence[dict[str, Any]], result: dict[str, Any], directory: Pa
     written = []
     summary = result["summary"]
     if summary:
-        labels = [f"{s['group']}, {s['dtype']} {_LAYOUT.get(s['layout'], s['layout'])}, {s['direction']}" for s in summary]
+        labels = [
+            f"{s['group']}, {s['dtype']} {_LAYOUT.get(s['layout'], s['layout'])}, {s['direction']}" for s in summary
+        ]
         figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.24 * len(summary)), layout="constrained")
         positions = range(len(summary))
-        axes.barh(positions, [s["ratio"] for s in summary], color=["#2f6f4f" if s["ratio"] >= 1 else "#b3403a" for s in summary])
+        axes.barh(
+            positions,
+            [s["ratio"] for s in summary],
+            color=["#2f6f4f" if s["ratio"] >= 1 else "#b3403a" for s in summary],
+        )
         aims = [(i, s["target"]) for i, s in enumerate(summary) if s["target"]]
         axes.plot([t for _, t in aims], [i for i, _ in aims], "k|", markersize=9, markeredgewidth=2, label="target")
         axes.axvline(1.0, color="black", linewidth=0.8)
@@ -252,8 +321,11 @@ def _plots(rows: Sequence[dict[str, Any]], result: dict[str, Any], directory: Pa
         for family in dict.fromkeys(row["family"] for row in timed):
             own = [row for row in timed if row["family"] == family]
             axes.scatter(
-                [100 * row["floor_ms"] / row["torch_ms"] for row in own], [row["floor_percent"] for row in own],
-                s=14, alpha=0.7, label=family,
+                [100 * row["floor_ms"] / row["torch_ms"] for row in own],
+                [row["floor_percent"] for row in own],
+                s=14,
+                alpha=0.7,
+                label=family,
             )
         largest = max(max(row["floor_percent"], 100 * row["floor_ms"] / row["torch_ms"]) for row in timed)
         axes.plot([1, max(100, largest)], [1, max(100, largest)], color="black", linewidth=0.8)

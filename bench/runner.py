@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass
 class Result:
-    """What a run found. `rows` are Rows; `summary` the classes beside their targets; `directory` where it was written."""
+    """What a run found: its Rows, the classes beside their targets, and where it was written."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -46,8 +46,12 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "schema": 1, "machine": self.machine, "settings": self.settings, "floors": self.floors,
-            "summary": [s.as_dict() for s in self.summary], "rows": [row.as_dict() for row in self.rows],
+            "schema": 1,
+            "machine": self.machine,
+            "settings": self.settings,
+            "floors": self.floors,
+            "summary": [s.as_dict() for s in self.summary],
+            "rows": [row.as_dict() for row in self.rows],
         }
 
     def __getitem__(self, name: str) -> Any:
@@ -55,12 +59,24 @@ class Result:
 
 
 def run(
-    families: Sequence[str] | None = None, *, device: str | None = None, quick: bool = False,
-    dtype: str | Sequence[str] | None = None, layout: str | Sequence[str] | None = None,
-    output: str | Path | None = None, compile: bool = False, threads: int | None = None,
-    tables: Sequence[str] | None = None, batch: int | None = None, directions: Sequence[str] = ("forward", "training"),
-    columns: Sequence[str] = ("auto",), seconds: float | None = None, limit: float | None = None,
-    overhead: bool = True, write: bool = True, echo: Callable[[str], None] | None = print,
+    families: Sequence[str] | None = None,
+    *,
+    device: str | None = None,
+    quick: bool = False,
+    dtype: str | Sequence[str] | None = None,
+    layout: str | Sequence[str] | None = None,
+    output: str | Path | None = None,
+    compile: bool = False,
+    threads: int | None = None,
+    tables: Sequence[str] | None = None,
+    batch: int | None = None,
+    directions: Sequence[str] = ("forward", "training"),
+    columns: Sequence[str] = ("auto",),
+    seconds: float | None = None,
+    limit: float | None = None,
+    overhead: bool = True,
+    write: bool = True,
+    echo: Callable[[str], None] | None = print,
 ) -> Result:
     """Measures dlkern beside torch.
 
@@ -92,9 +108,20 @@ def run(
         RuntimeError: the measuring process failed.
     """
     request = _Request(
-        families=_as_list(families), device=device or ("cuda" if torch.cuda.is_available() else "cpu"), quick=quick,
-        dtype=_as_list(dtype), layout=_as_list(layout), compile=compile, threads=threads, tables=_as_list(tables), batch=batch,
-        directions=list(directions), columns=list(columns), seconds=seconds, limit=limit, overhead=overhead,
+        families=_as_list(families),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        quick=quick,
+        dtype=_as_list(dtype),
+        layout=_as_list(layout),
+        compile=compile,
+        threads=threads,
+        tables=_as_list(tables),
+        batch=batch,
+        directions=list(directions),
+        columns=list(columns),
+        seconds=seconds,
+        limit=limit,
+        overhead=overhead,
     )
     request.resolve()
     if request.device == "cpu" and not _settled(request):
@@ -137,7 +164,9 @@ class _Request:
         self.seconds = self.seconds or (0.15 if self.quick else 0.7 if cpu else 0.5)
         known = {*shapes.FAMILIES, *shapes.FAMILIES.values()}
         for what, given, allowed in (
-            ("family", self.families, known), ("dtype", self.dtype, set(DTYPES)), ("layout", self.layout, set(LAYOUTS)),
+            ("family", self.families, known),
+            ("dtype", self.dtype, set(DTYPES)),
+            ("layout", self.layout, set(LAYOUTS)),
             ("direction", self.directions, {"forward", "training"}),
         ):
             for name in given:
@@ -172,7 +201,9 @@ def _settled(request: _Request) -> bool:
 
 
 def here(
-    request: _Request, echo: Callable[[str], None] | None, have: dict[str, Row] | None = None,
+    request: _Request,
+    echo: Callable[[str], None] | None,
+    have: dict[str, Row] | None = None,
     keep: Callable[[Row], None] | None = None,
 ) -> Result:
     """Measures in this process.
@@ -189,8 +220,12 @@ def here(
         torch.backends.cudnn.benchmark = True  # torch's best, not its first guess
     floors = machine.Floors(device, quick=request.quick)
     plan = harness.Plan(
-        device=device, seconds=request.seconds or 1.0, minimum=5 if request.quick else 9, with_compile=request.compile,
-        parity_flops=1e9 if request.quick else 4e9 if device == "cpu" else 2e11, floors=floors,
+        device=device,
+        seconds=request.seconds or 1.0,
+        minimum=5 if request.quick else 9,
+        with_compile=request.compile,
+        parity_flops=1e9 if request.quick else 4e9 if device == "cpu" else 2e11,
+        floors=floors,
         parity_elements=1 << 24 if device == "cpu" else 1 << 23,
     )
     deadline = harness.Deadline(request.limit)
@@ -223,6 +258,12 @@ def here(
     say("")
     for line in report.summary_table(summary):
         say(line)
+    if (
+        device == "cpu"
+        and any(s.target for s in summary)
+        and (machine.isa() != "avx512" or torch.get_num_threads() != 2)
+    ):
+        say("the targets are for two cores with AVX-512; this machine has others")
     failed = [row for row in rows if row.parity.startswith("FAILED")]
     if failed:
         say(f"\n{len(failed)} rows FAILED parity and show no speed-up")
@@ -241,8 +282,7 @@ def job_key(job: tuple[shapes.Shape, torch.dtype, str, str, str]) -> str:
 
 def _overhead_rows(request: _Request, device: str, say: Callable[[str], None]) -> list[Row]:
     wanted = [
-        shape.op for shape in harness.TINY
-        if not request.families or {shape.op, shape.family} & set(request.families)
+        shape.op for shape in harness.TINY if not request.families or {shape.op, shape.family} & set(request.families)
     ]
     rows = [row for op in wanted for row in harness.overhead(op, device, request.quick)]
     if rows:
@@ -267,7 +307,15 @@ def _elsewhere(request: _Request, echo: Callable[[str], None] | None) -> Result:
     """Measures in a process that was started with the allocator settled."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "dlkern.bench", "--worker", json.dumps(asdict(request)), "--worker-output", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "dlkern.bench",
+            "--worker",
+            json.dumps(asdict(request)),
+            "--worker-output",
+            str(path),
+        ]
         process = subprocess.Popen(
             command, env=machine.environment_for(request.threads), stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -288,12 +336,16 @@ def row_from_dict(values: dict[str, Any]) -> Row:
 def _from_dict(content: dict[str, Any]) -> Result:
     rows = [row_from_dict(row) for row in content["rows"]]
     summary = [targets.Summary(**s) for s in content["summary"]]
-    return Result(content["machine"], content["settings"], content["floors"], rows, summary, left=content.get("left", 0))
+    return Result(
+        content["machine"], content["settings"], content["floors"], rows, summary, left=content.get("left", 0)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """python -m dlkern.bench; the exit status is 1 where parity failed."""
-    parser = argparse.ArgumentParser(prog="dlkern bench", description="dlkern beside torch, and beside the machine's floor")
+    parser = argparse.ArgumentParser(
+        prog="dlkern bench", description="dlkern beside torch, and beside the machine's floor"
+    )
     parser.add_argument("families", nargs="*", help="conv, pooling, batch_norm, linear, dropout, loss, or single ops")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small problems, under a minute")
@@ -323,10 +375,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old = report.load(given.compare) if given.compare else None  # read before a run that may overwrite it
     try:
         result = run(
-            given.families or None, device=given.device, quick=given.quick, dtype=given.dtype, layout=given.layout,
-            output=given.output, compile=given.compile, threads=given.threads, tables=given.table, batch=given.batch,
-            directions=given.direction or ("forward", "training"), columns=given.column or ("auto",), seconds=given.seconds,
-            limit=given.limit, overhead=not given.no_overhead, echo=lambda line: print(line, flush=True),
+            given.families or None,
+            device=given.device,
+            quick=given.quick,
+            dtype=given.dtype,
+            layout=given.layout,
+            output=given.output,
+            compile=given.compile,
+            threads=given.threads,
+            tables=given.table,
+            batch=given.batch,
+            directions=given.direction or ("forward", "training"),
+            columns=given.column or ("auto",),
+            seconds=given.seconds,
+            limit=given.limit,
+            overhead=not given.no_overhead,
+            echo=lambda line: print(line, flush=True),
         )
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -125,7 +125,9 @@ class Shape:
         if self.family in ("conv", "pooling"):
             text += (" to " if self.op.startswith("adaptive") else " k") + pair(self.kernel)
             for letter, value, default in (
-                ("s", self.stride, (1, 1)), ("p", self.padding, (0, 0)), ("d", self.dilation, (1, 1))
+                ("s", self.stride, (1, 1)),
+                ("p", self.padding, (0, 0)),
+                ("d", self.dilation, (1, 1)),
             ):
                 if value != default:
                     text += f" {letter}{pair(value)}"
@@ -196,7 +198,14 @@ def _parse(row: dict[str, str]) -> Shape:
 def _deepbench(row: dict[str, str]) -> Shape:
     cell = {key: int(value) for key, value in row.items() if key != "set"}
     return Shape(
-        op="conv2d", name="deepbench", batch=cell["batch"], channels=cell["in_channels"], height=cell["height"],
-        width=cell["width"], out_channels=cell["out_channels"], kernel=(cell["kernel_h"], cell["kernel_w"]),
-        stride=(cell["stride_h"], cell["stride_w"]), padding=(cell["pad_h"], cell["pad_w"]),
+        op="conv2d",
+        name="deepbench",
+        batch=cell["batch"],
+        channels=cell["in_channels"],
+        height=cell["height"],
+        width=cell["width"],
+        out_channels=cell["out_channels"],
+        kernel=(cell["kernel_h"], cell["kernel_w"]),
+        stride=(cell["stride_h"], cell["stride_w"]),
+        padding=(cell["pad_h"], cell["pad_w"]),
     )

@@ -23,10 +23,12 @@ CPU: dict[str, dict[str, dict[str, float]]] = {
     "conv grouped, dilated": {"forward": {"": 1.5}, "training": {"": 1.7}},
     "conv depthwise": {"forward": {"": 1.5}, "training": {"": 2.5}},
     "pooling": {
-        "forward": {"contiguous": 8.0, "channels_last": 1.5}, "training": {"contiguous": 5.0, "channels_last": 1.5},
+        "forward": {"contiguous": 8.0, "channels_last": 1.5},
+        "training": {"contiguous": 5.0, "channels_last": 1.5},
     },
     "batch_norm": {
-        "forward": {"contiguous": 3.0, "channels_last": 1.3}, "training": {"contiguous": 2.5, "channels_last": 1.3},
+        "forward": {"contiguous": 3.0, "channels_last": 1.3},
+        "training": {"contiguous": 2.5, "channels_last": 1.3},
     },
     "batch_norm fused": {"forward": {"": 4.0}, "training": {"": 3.0}},
     "linear": {"forward": {"": 1.6}, "training": {"": 1.6}},
@@ -93,9 +95,19 @@ def summarize(rows: Iterable[Row], device: str) -> list[Summary]:
             continue
         worst = min(timed, key=lambda row: row.ratio or 0.0)
         floors = [row.floor_percent for row in timed if row.floor_percent]
-        found.append(Summary(
-            group, dtype, layout, direction, len(timed), geometric_mean(row.ratio or 1.0 for row in timed),
-            worst.ratio or 0.0, f"{worst.name}: {worst.shape}", geometric_mean(floors) if floors else 0.0,
-            target(device, group, direction, layout), len(members) - len(timed),
-        ))
+        found.append(
+            Summary(
+                group,
+                dtype,
+                layout,
+                direction,
+                len(timed),
+                geometric_mean(row.ratio or 1.0 for row in timed),
+                worst.ratio or 0.0,
+                f"{worst.name}: {worst.shape}",
+                geometric_mean(floors) if floors else 0.0,
+                target(device, group, direction, layout),
+                len(members) - len(timed),
+            )
+        )
     return found

@@ -83,8 +83,13 @@ def ratio(theirs: Samples, ours: Samples) -> Ratio:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], *, device: str = "cpu", seconds: float = 1.0, minimum: int = 7,
-    maximum: int = 200, between: Callable[[], None] | None = None,
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    device: str = "cpu",
+    seconds: float = 1.0,
+    minimum: int = 7,
+    maximum: int = 200,
+    between: Callable[[], None] | None = None,
 ) -> dict[str, Samples]:
     """Times the functions in turn, A B C A B C, after a warm-up.
 

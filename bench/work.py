@@ -26,9 +26,7 @@ class Work:
 
 def covered(size: int, kernel: int, stride: int, padding: int, dilation: int, out: int) -> int:
     """Pairs (output position, filter tap) along one axis whose input element is inside the image."""
-    return sum(
-        sum(0 <= p * stride - padding + r * dilation < size for r in range(kernel)) for p in range(out)
-    )
+    return sum(sum(0 <= p * stride - padding + r * dilation < size for r in range(kernel)) for p in range(out))
 
 
 def count(shape: Shape, itemsize: int, direction: str, cache: int = 0) -> Work:
@@ -47,8 +45,12 @@ def count(shape: Shape, itemsize: int, direction: str, cache: int = 0) -> Work:
     x = shape.input_numel * itemsize
     y = shape.output_numel * itemsize
     if op == "conv2d":
-        taps_h = covered(shape.height, shape.kernel[0], shape.stride[0], shape.padding[0], shape.dilation[0], shape.out_height)
-        taps_w = covered(shape.width, shape.kernel[1], shape.stride[1], shape.padding[1], shape.dilation[1], shape.out_width)
+        taps_h = covered(
+            shape.height, shape.kernel[0], shape.stride[0], shape.padding[0], shape.dilation[0], shape.out_height
+        )
+        taps_w = covered(
+            shape.width, shape.kernel[1], shape.stride[1], shape.padding[1], shape.dilation[1], shape.out_width
+        )
         flops = 2 * shape.batch * shape.out_channels * (shape.channels // shape.groups) * taps_h * taps_w
         return _matrix_product(flops, x, y, shape.weight_numel * itemsize, shape.input_grad, training)
     if op in ("linear", "linear_relu"):

@@ -17,8 +17,20 @@ import torch
 from torch import nn
 
 COLUMNS = (
-    "op", "name", "repeat", "batch", "channels", "height", "width", "out_channels", "kernel", "stride", "padding",
-    "dilation", "groups", "input_grad",
+    "op",
+    "name",
+    "repeat",
+    "batch",
+    "channels",
+    "height",
+    "width",
+    "out_channels",
+    "kernel",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "input_grad",
 )
 BATCH = 64
 
@@ -37,16 +49,24 @@ def describe(module: nn.Module, input: torch.Tensor, output: torch.Tensor) -> di
         row |= {"height": input.shape[2], "width": input.shape[3]}
     if isinstance(module, nn.Conv2d):
         row |= {
-            "op": "conv2d", "out_channels": module.out_channels, "kernel": pair(module.kernel_size),
-            "stride": pair(module.stride), "padding": pair(module.padding), "dilation": pair(module.dilation),
-            "groups": module.groups, "input_grad": int(input.shape[1] > 3),
+            "op": "conv2d",
+            "out_channels": module.out_channels,
+            "kernel": pair(module.kernel_size),
+            "stride": pair(module.stride),
+            "padding": pair(module.padding),
+            "dilation": pair(module.dilation),
+            "groups": module.groups,
+            "input_grad": int(input.shape[1] > 3),
         }
     elif isinstance(module, nn.MaxPool2d):
         padding = 1 if module.ceil_mode and module.kernel_size == 3 and module.stride == 2 else module.padding
         if module.ceil_mode and module.kernel_size == 2:
             padding = 0
         row |= {
-            "op": "max_pool2d", "kernel": pair(module.kernel_size), "stride": pair(module.stride), "padding": pair(padding),
+            "op": "max_pool2d",
+            "kernel": pair(module.kernel_size),
+            "stride": pair(module.stride),
+            "padding": pair(padding),
         }
     elif isinstance(module, nn.AvgPool2d):
         row |= {"op": "avg_pool2d", "kernel": pair(module.kernel_size), "stride": pair(module.stride)}
@@ -87,8 +107,16 @@ def rows_of(model: nn.Module, size: tuple[int, ...]) -> list[dict]:
 
 def lenet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2), nn.Sigmoid(), nn.AvgPool2d(2, 2), nn.Conv2d(6, 16, 5), nn.Sigmoid(),
-        nn.AvgPool2d(2, 2), nn.Flatten(), nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, 10),
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.Sigmoid(),
+        nn.AvgPool2d(2, 2),
+        nn.Conv2d(6, 16, 5),
+        nn.Sigmoid(),
+        nn.AvgPool2d(2, 2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.Linear(120, 84),
+        nn.Linear(84, 10),
     )
 
 
