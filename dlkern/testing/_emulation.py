@@ -21,9 +21,14 @@ def emulated() -> Iterator[None]:
             (see dlkern.testing.cuda_on_host).
     """
     before = columns.state.emulated
-    columns.state.emulated = True
-    try:
-        yield
-    finally:
-        columns.state.emulated = before
+    with contextlib.ExitStack() as stack:
+        if columns.unavailable("triton") is None:
+            from dlkern.testing.triton_interpreter import interpreted
+
+            stack.enter_context(interpreted())
+        columns.state.emulated = True
+        try:
+            yield
+        finally:
+            columns.state.emulated = before
     cuda_on_host.raise_if_errors()

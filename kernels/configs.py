@@ -1,0 +1,74 @@
+"""Block sizes, warps and pipeline stages by architecture and shape class: heuristics, nothing is timed on a first call.
+
+`architecture` is 75, 80, 90, 100, ... for NVIDIA (compute capability), "gfx942" and the like for AMD, and 0 where
+there is no GPU: the smallest sensible tiles. Every function returns the keyword arguments of a launch.
+"""
+
+import functools
+
+import torch
+import triton
+
+
+@functools.cache
+def _device_architecture(index):
+    properties = torch.cuda.get_device_properties(index)
+    name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    return name.split(":")[0] or 10 * properties.major + properties.minor
+
+
+def architecture(tensor):
+    """Architecture of the tensor's device."""
+    return _device_architecture(tensor.device.index) if tensor.is_cuda else 0
+
+
+def elementwise(x):
+    """One element (or one random counter) a lane, several a thread."""
+    if architecture(x) == 0:
+        return {"BLOCK": 1024}
+    return {"BLOCK": 1024 if x.numel() >= 1 << 20 else 256, "num_warps": 4}
+
+
+def _block(size, smallest, largest):
+    return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))
+
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a full-size tile: 16-bit floats, TF32 or float32, float64.
+_MATMUL = {
+    75: ((64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
+    80: ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 16, 4, 2)),
+    90: ((128, 128, 64, 8, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
+    100: ((128, 128, 64, 8, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
+    "gfx": ((128, 128, 32, 8, 2), (64, 64, 32, 4, 2), (32, 32, 16, 4, 2)),
+    0: ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
+}
+
+
+def _row(table, arch):
+    if isinstance(arch, str):
+        return table["gfx"]
+    return table[max(key for key in table if isinstance(key, int) and key <= max(arch, 0 if arch < 75 else 75))]
+
+
+def _kind(dtype):
+    return {torch.float64: 2, torch.float32: 1}.get(dtype, 0)
+
+
+def matmul(a, M, N, K):
+    """Tile of an [M, K] x [K, N] product; shrinks to the matrix, never below what tensor cores take."""
+    block_m, block_n, block_k, warps, stages = _row(_MATMUL, architecture(a))[_kind(a.dtype)]
+    block_m, block_n, block_k = _block(M, 16, block_m), _block(N, 16, block_n), _block(K, 16, block_k)
+    if block_m * block_n <= 64 * 64:
+        warps = min(warps, 4)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+
+
+def split(a, M, N, K, tile=None):
+    """How many parts to cut a long contraction into, so that few output tiles still fill the machine."""
+    tile = tile or matmul(a, M, N, K)
+    tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
+    if architecture(a) == 0:
+        return min(2, triton.cdiv(K, tile["BLOCK_K"]))
+    wanted = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 256
+    steps = triton.cdiv(K, tile["BLOCK_K"])
+    return max(1, min(wanted // tiles, steps // 4, 64))
