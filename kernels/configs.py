@@ -63,12 +63,37 @@ def matmul(a, M, N, K):
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
 
 
-def split(a, M, N, K, tile=None):
+def split(a, M, N, K, tile=None, groups=1):
     """How many parts to cut a long contraction into, so that few output tiles still fill the machine."""
     tile = tile or matmul(a, M, N, K)
-    tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
+    tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]) * groups
     if architecture(a) == 0:
         return min(2, triton.cdiv(K, tile["BLOCK_K"]))
     wanted = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 256
     steps = triton.cdiv(K, tile["BLOCK_K"])
     return max(1, min(wanted // tiles, steps // 4, 64))
+
+
+# The same for convolutions, whose address arithmetic wants registers: four warps.
+_CONV = {
+    75: ((64, 64, 32, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)),
+    80: ((128, 64, 32, 4, 3), (64, 64, 16, 4, 3), (32, 32, 16, 4, 2)),
+    90: ((128, 128, 64, 4, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
+    100: ((128, 128, 64, 4, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
+    "gfx": ((128, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
+    0: ((32, 32, 16, 4, 1), (32, 32, 16, 4, 1), (32, 32, 16, 4, 1)),
+}
+
+
+def conv(x, M, N, channels, taps):
+    """Tile of M pixels x N channels; a tile is as deep as the channels of a group, or cuts (r, s, c) as one range."""
+    block_m, block_n, block_k, warps, stages = _row(_CONV, architecture(x))[_kind(x.dtype)]
+    block_m, block_n, block_k = _block(M, 16, block_m), _block(N, 16, block_n), _block(channels * taps, 16, block_k)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+
+
+def conv_weight(x, K, columns, M):
+    """Tile of K output channels x columns filter elements; the contraction is over pixels."""
+    block_m, block_n, block_k, warps, stages = _row(_CONV, architecture(x))[_kind(x.dtype)]
+    block_m, block_n, block_k = _block(K, 16, min(block_m, 64)), _block(columns, 16, block_n), _block(M, 16, min(block_k, 32))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}

@@ -16,6 +16,7 @@ from dlkern.kernels._activation import activate, activation_gradient
 from dlkern.kernels._launch import (
     accumulator, accumulator_dtype, allow_tf32_matmul, check, check_tensors, dot_precision, is_large, launch,
 )
+from dlkern.kernels._parts import sum_parts
 
 
 @triton.jit
@@ -73,16 +74,6 @@ def matmul_kernel(
 
 
 @triton.jit
-def sum_parts_kernel(parts_ptr, out_ptr, count, PARTS, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    # out[i] = parts[0, i] + parts[1, i] + ..., in that order; one program adds BLOCK elements.
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), ACC)
-    for part in range(PARTS):
-        total += tl.load(parts_ptr + part * count.to(tl.int64) + i, mask=i < count, other=0.0)
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < count)
-
-
-@triton.jit
 def activation_backward_kernel(
     grad_output_ptr, output_ptr, grad_ptr, count, ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -106,15 +97,6 @@ def _matmul(a, b, out, bias=None, activation=0, parts=1, row_sums=None):
         M, N, K, part_length, a.stride(0), a.stride(1), b.stride(0), b.stride(1), M * N, N,
         HAS_BIAS=bias is not None, ACTIVATION=activation, SUM_ROWS=row_sums is not None, ACC=accumulator(a.dtype),
         PRECISION=dot_precision(a.dtype, allow_tf32_matmul()), LARGE=is_large(a, b), **config,
-    )
-
-
-def sum_parts(parts, out):
-    """out = parts.sum(0) in the order of the parts."""
-    config = configs.elementwise(out)
-    launch(
-        sum_parts_kernel, (triton.cdiv(out.numel(), config["BLOCK"]),), parts, out, out.numel(), parts.shape[0],
-        ACC=accumulator(out.dtype), **config,
     )
 
 
