@@ -13,7 +13,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, PARTS, ACC: tl.constexpr, BLOCK:
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
     for part in range(PARTS):
-        total += tl.load(parts_ptr + part * count.to(tl.int64) + i, mask=i < count, other=0.0)
+        total += tl.load(parts_ptr + part * tl.cast(count, tl.int64) + i, mask=i < count, other=0.0)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < count)
 
 

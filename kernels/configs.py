@@ -97,3 +97,40 @@ def conv_weight(x, K, columns, M):
     block_m, block_n, block_k, warps, stages = _row(_CONV, architecture(x))[_kind(x.dtype)]
     block_m, block_n, block_k = _block(K, 16, min(block_m, 64)), _block(columns, 16, block_n), _block(M, 16, min(block_k, 32))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+
+
+def batch_norm(x, rows, channels, channels_innermost):
+    """Tile of rows x channels, long in the contiguous direction."""
+    if architecture(x) == 0:
+        return {"BLOCK_M": 32, "BLOCK_C": 16}
+    long, short = (128, 16) if x.element_size() <= 2 else (64, 16)
+    if channels_innermost:
+        block_c = _block(channels, 8, long)
+        return {"BLOCK_M": max(short, 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
+    block_m = _block(rows, 64, 1024)
+    return {"BLOCK_M": block_m, "BLOCK_C": max(1, min(4, 2048 // block_m)), "num_warps": 4}
+
+
+def row_blocks(x, rows, channels, tile):
+    """How many blocks of rows, and rows a block: enough programs for the machine, few enough partials to merge."""
+    tiles = triton.cdiv(rows, tile["BLOCK_M"])
+    if architecture(x) == 0:
+        wanted = 3
+    else:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+        wanted = max(1, 8 * processors // triton.cdiv(channels, tile["BLOCK_C"]))
+    rows_per_block = triton.cdiv(tiles, min(wanted, tiles, 1024)) * tile["BLOCK_M"]
+    return triton.cdiv(rows, rows_per_block), rows_per_block
+
+
+def finalize(x):
+    """Tile of partials x channels, merged by one program."""
+    return {"BLOCK_B": 32 if architecture(x) else 4, "BLOCK_C": 32, "num_warps": 4}
+
+
+def cross_entropy(x, positions, classes):
+    """Tile of positions x classes; few classes share a program among many positions."""
+    if architecture(x) == 0:
+        return {"BLOCK_M": 16, "BLOCK_C": 16}
+    block_c = _block(classes, 16, 2048)
+    return {"BLOCK_M": max(1, min(64, 2048 // block_c)), "BLOCK_C": block_c, "num_warps": 4}

@@ -140,6 +140,19 @@ def _builder_methods(memory: Memory) -> dict[str, Callable[..., Any]]:
     return {f.__name__: f for f in (create_dot, cast_impl, create_masked_load, create_masked_store)}
 
 
+def _tree_sum(self: Any, input: Any) -> Any:
+    """tl.sum by halves, as a GPU adds: NumPy would add the rows of a matrix one after another, and round more."""
+    data = input.handle.data
+    axes = range(data.ndim) if self.axis is None else [self.axis]
+    for axis in axes:
+        while data.shape[axis] > 1:
+            low, high = np.split(data, 2, axis)
+            data = low + high
+    if not self.keep_dims:
+        data = data.reshape(()) if self.axis is None else data.squeeze(self.axis)
+    return self.to_tensor(data if data.ndim else data.item(), input.dtype)
+
+
 class _Libdevice:
     """triton.language.extra.libdevice, as far as our kernels use it."""
 
@@ -188,6 +201,7 @@ def _language_patches() -> list[tuple[Any, str, Any]]:
         targets = {(id(obj), name): (obj, name) for obj, name, _ in scope._changes}
         _patches.extend((obj, name, vars(obj)[name]) for obj, name in targets.values())
         scope.restore()
+        _patches.append((backend.ReduceOps, "sum", _tree_sum))
         _patches.append((JITFunction, "__call__", lambda self, *args, **named: _python(self)(*args, **named)))
     return _patches
 
@@ -216,6 +230,8 @@ def _scalar(value: Any, numpy_type: type, triton_type: Any) -> Any:
 
 def _argument(value: Any, annotation: str) -> Any:
     """A kernel argument as the interpreter's tensor: pointers, integers, and floats in the type a GPU would get."""
+    if type(value) is int and value == 1:
+        return value  # the compiler makes it a constant, which has no methods
     if isinstance(value, float):
         return _scalar(value, np.float64, tl.float64) if annotation == "fp64" else _scalar(value, np.float32, tl.float32)
     return backend._implicit_cvt(value)

@@ -1,0 +1,237 @@
+"""cross_entropy: softmax and negative log-likelihood in one pass, and its gradient.
+
+Forward: one program takes a few positions and runs over their classes once, keeping a running maximum and a sum of
+exponentials (online softmax), so that the probabilities are never stored; only log-sum-exp per position is kept for
+the backward, which recomputes them. Class weights, label smoothing and ignored targets are part of the same pass.
+The sum over positions is made of one partial a program, added by one last program in a fixed order. A target outside
+[0, C) that is not ignore_index gives NaN. Floor: the logits read once forward, read and written once backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dlkern.kernels import configs
+from dlkern.kernels._launch import accumulator, accumulator_dtype, check, check_tensors, is_large, launch
+
+
+@triton.jit
+def _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    # Targets of a program's positions, and their weights: 0 where ignored, NaN where there is no such class.
+    target = tl.load(target_ptr + position, mask=position < POSITIONS, other=0)
+    used = (position < POSITIONS) & (target != ignore_index)
+    exists = (target >= 0) & (target < C)
+    share = tl.where(used, 1.0, 0.0).to(ACC)
+    if HAS_WEIGHT:
+        share = tl.load(weight_ptr + target, mask=used & exists, other=0.0).to(ACC)
+    share = tl.where(used & (exists == 0), float("nan"), share)
+    return target, share, used, exists
+
+
+@triton.jit
+def cross_entropy_forward_kernel(
+    x_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, loss_parts_ptr, weight_parts_ptr,
+    POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, ignore_index, smoothing: tl.float64,
+    HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    # One program: BLOCK_M positions, all their classes. position = n * PIXELS + pixel.
+    position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if LARGE:
+        position = position.to(tl.int64)
+    row = x_ptr + (position // PIXELS * stride_n + position % PIXELS * stride_pixel)  # [BLOCK_M]
+    target, share, used, exists = _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WEIGHT, ACC)
+    most = tl.full((BLOCK_M,), -float("inf"), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    weighted = tl.zeros((BLOCK_M,), ACC)  # sum of weight * x, for label smoothing
+    weights = tl.zeros((BLOCK_M,), ACC)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (position < POSITIONS)[:, None] & (c < C)[None, :]
+        x = tl.load(row[:, None] + (c * stride_c)[None, :], mask=inside, other=-float("inf")).to(ACC)  # [BLOCK_M, BLOCK_C]
+        higher = tl.maximum(most, tl.max(x, axis=1))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(most - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        most = higher
+        if SMOOTH:
+            class_weight = tl.where(c < C, 1.0, 0.0).to(ACC)
+            if HAS_WEIGHT:
+                class_weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC)
+            weighted += tl.sum(tl.where(inside, x, 0.0) * class_weight[None, :], axis=1)
+            weights += tl.sum(class_weight, axis=0)
+    lse = most + tl.log(total)
+    at_target = tl.load(row + target * stride_c, mask=used & exists, other=0.0).to(ACC)
+    loss = share * (lse - at_target)
+    if SMOOTH:
+        uniform = weights * lse - weighted
+        loss = (1.0 - smoothing).to(ACC) * loss + (smoothing / C).to(ACC) * uniform
+    loss = tl.where(used, loss, 0.0)
+    tl.store(lse_ptr + position, lse, mask=position < POSITIONS)
+    if REDUCE:
+        tl.store(loss_parts_ptr + tl.program_id(0), tl.sum(loss, axis=0))
+    else:
+        tl.store(loss_ptr + position, loss.to(loss_ptr.dtype.element_ty), mask=position < POSITIONS)
+    tl.store(weight_parts_ptr + tl.program_id(0), tl.sum(share, axis=0))
+
+
+@triton.jit
+def cross_entropy_reduce_kernel(
+    loss_parts_ptr, weight_parts_ptr, loss_ptr, weight_ptr, COUNT,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # One program adds all partials in order.
+    loss = tl.zeros((BLOCK,), ACC)
+    weight = tl.zeros((BLOCK,), ACC)
+    for start in range(0, COUNT, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        weight += tl.load(weight_parts_ptr + i, mask=i < COUNT, other=0.0)
+        if REDUCE:
+            loss += tl.load(loss_parts_ptr + i, mask=i < COUNT, other=0.0)
+    total_weight = tl.sum(weight, axis=0)
+    tl.store(weight_ptr, total_weight)
+    if REDUCE:
+        total = tl.sum(loss, axis=0)
+        if MEAN:
+            total = total / total_weight
+        tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    grad_ptr, x_ptr, target_ptr, weight_ptr, lse_ptr, total_weight_ptr, dx_ptr,
+    POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, ignore_index, smoothing: tl.float64,
+    HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    # One program: BLOCK_M positions; dx = grad * share * (softmax - onehot), and the same towards the uniform target.
+    position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if LARGE:
+        position = position.to(tl.int64)
+    row = position // PIXELS * stride_n + position % PIXELS * stride_pixel  # [BLOCK_M]
+    target, share, used, exists = _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WEIGHT, ACC)
+    lse = tl.load(lse_ptr + position, mask=position < POSITIONS, other=0.0)
+    if REDUCE:
+        grad = tl.zeros((BLOCK_M,), ACC) + tl.load(grad_ptr).to(ACC)
+        if MEAN:
+            grad = grad / tl.load(total_weight_ptr)
+    else:
+        grad = tl.load(grad_ptr + position, mask=position < POSITIONS, other=0.0).to(ACC)
+    grad = tl.where(used, grad, 0.0)
+    hard = grad * tl.where(used, share, 0.0)  # an ignored position gets 0, whatever the gradient
+    soft = tl.zeros((BLOCK_M,), ACC)
+    weights = tl.full((), 0, ACC)
+    if SMOOTH:
+        hard = hard * (1.0 - smoothing).to(ACC)
+        soft = grad * (smoothing / C).to(ACC)
+        if HAS_WEIGHT:
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                weights += tl.sum(tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC), axis=0)
+        else:
+            weights += tl.cast(C, ACC)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (position < POSITIONS)[:, None] & (c < C)[None, :]
+        offset = row[:, None] + (c * stride_c)[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=-float("inf")).to(ACC)  # [BLOCK_M, BLOCK_C]
+        if ONE_BLOCK:  # all classes are here: made anew, without the rounding of lse
+            most = tl.max(x, axis=1)
+            softmax = tl.exp(x - tl.where(most == -float("inf"), 0.0, most)[:, None])
+            softmax = softmax / tl.sum(softmax, axis=1)[:, None]
+        else:
+            softmax = tl.exp(x - lse[:, None])
+        onehot = tl.where(c[None, :] == target[:, None], 1.0, 0.0)
+        dx = hard[:, None] * (softmax - onehot)
+        if SMOOTH:
+            class_weight = tl.where(c < C, 1.0, 0.0).to(ACC)
+            if HAS_WEIGHT:
+                class_weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC)
+            dx += soft[:, None] * (softmax * weights - class_weight[None, :])
+        dx = tl.where(used[:, None], dx, 0.0)
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+_NONE, _MEAN, _SUM = 0, 1, 2
+
+
+def _check(op, input, target, weight, reduction, label_smoothing):
+    check_tensors(op, input)
+    check(input.dim() >= 2, f"{op}: expected input [N, C, ...], got {tuple(input.shape)}")
+    check(target.dtype == torch.int64 and target.device == input.device, f"{op}: target must be int64 on the same device")
+    check(tuple(target.shape) == (input.shape[0], *input.shape[2:]), f"{op}: input {tuple(input.shape)}, target {tuple(target.shape)}")
+    check(reduction in (_NONE, _MEAN, _SUM), f"{op}: no reduction {reduction}")
+    check(0.0 <= label_smoothing <= 1.0, f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if weight is not None:
+        check(weight.device == input.device and weight.is_floating_point(), f"{op}: weight of another device or kind")
+        check(tuple(weight.shape) == (input.shape[1],), f"{op}: expected weight [{input.shape[1]}], got {tuple(weight.shape)}")
+
+
+def _layout(x):
+    """x where positions and classes have one stride each, else a contiguous copy; (PIXELS, n, pixel, class) strides."""
+    pixels = x[0, 0].numel() if x.shape[0] else 1
+    if x.dim() == 2:
+        return x, (1, x.stride(0), 0, x.stride(1))
+    flat = x.movedim(1, -1)
+    if flat.is_contiguous():
+        return x, (pixels, pixels * x.shape[1], x.shape[1], 1)
+    x = x.contiguous()
+    return x, (pixels, x.shape[1] * pixels, 1, pixels)
+
+
+def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing):
+    """torch.nn.functional.cross_entropy for class targets; also log-sum-exp per position and the sum of weights."""
+    _check("cross_entropy", input, target, weight, reduction, label_smoothing)
+    dtype = accumulator_dtype(input.dtype)
+    reduce = reduction != _NONE
+    loss = torch.empty(() if reduce else target.shape, dtype=input.dtype, device=input.device)
+    lse = torch.empty(target.shape, dtype=dtype, device=input.device)
+    total_weight = torch.empty((), dtype=dtype, device=input.device)
+    positions, C = target.numel(), input.shape[1]
+    x, strides = _layout(input)
+    config = configs.cross_entropy(x, positions, C)
+    programs = triton.cdiv(positions, config["BLOCK_M"])
+    loss_parts, weight_parts = (torch.empty(programs, dtype=dtype, device=x.device) for _ in range(2))
+    acc = accumulator(x.dtype)
+    weight = weight.contiguous() if weight is not None else None
+    if positions:
+        launch(
+            cross_entropy_forward_kernel, (programs,), x, target.contiguous(), weight if weight is not None else x,
+            loss, lse, loss_parts, weight_parts, positions, C, *strides, ignore_index, float(label_smoothing),
+            HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=acc, LARGE=is_large(x), **config,
+        )
+    launch(
+        cross_entropy_reduce_kernel, (1,), loss_parts, weight_parts, loss if reduce else total_weight, total_weight, programs,
+        REDUCE=reduce, MEAN=reduction == _MEAN, ACC=acc, BLOCK=1024,
+    )
+    return loss, lse, total_weight
+
+
+def cross_entropy_backward(
+    grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+):
+    """Gradient of cross_entropy by its input."""
+    op = "cross_entropy_backward"
+    _check(op, input, target, weight, reduction, label_smoothing)
+    dtype = accumulator_dtype(input.dtype)
+    expected = () if reduction != _NONE else tuple(target.shape)
+    check(tuple(grad_loss.shape) == expected, f"{op}: expected grad_loss {expected}, got {tuple(grad_loss.shape)}")
+    check(lse.shape == target.shape and lse.dtype == dtype, f"{op}: lse does not match target")
+    check(total_weight.numel() == 1 and total_weight.dtype == dtype, f"{op}: total_weight must be one {dtype}")
+    check(grad_loss.device == lse.device == total_weight.device == input.device, f"{op}: tensors on several devices")
+    x, strides = _layout(input)
+    grad_input = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    positions, C = target.numel(), input.shape[1]
+    if grad_input.numel() == 0:
+        return grad_input
+    config = configs.cross_entropy(x, positions, C)
+    weight = weight.contiguous() if weight is not None else None
+    launch(
+        cross_entropy_backward_kernel, (triton.cdiv(positions, config["BLOCK_M"]),), grad_loss.contiguous(), x,
+        target.contiguous(), weight if weight is not None else x, lse.contiguous(), total_weight, grad_input,
+        positions, C, *strides, ignore_index, float(label_smoothing),
+        HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduction != _NONE, MEAN=reduction == _MEAN,
+        ONE_BLOCK=C <= config["BLOCK_C"], ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
+    )
+    return grad_input
