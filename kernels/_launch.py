@@ -5,6 +5,8 @@ import contextlib
 import torch
 import triton.language as tl
 
+from dlkern.ops._layout import suggests_channels_last  # noqa: F401  (launchers import it from here)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,11 +51,6 @@ def launch(kernel, grid, *args, **options):
 def is_channels_last(x):
     """Whether x is dense with channels innermost, and not contiguous as well."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def suggests_channels_last(x):
-    """Whether torch would give an op's result channels_last for this input."""
-    return x.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last
 
 
 def dense(x):

@@ -29,7 +29,7 @@ def matmul_kernel(
 ):
     # out[part] = act(a[M, K of part] @ b[K of part, N] + bias); one program computes one tile of one part.
     # Programs run down GROUP_M tiles of rows before the next column, so that tiles in flight share operands in L2.
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(N, BLOCK_N), 1)
     tile = tl.program_id(0)
     part = tl.program_id(1)
     group = tile // (GROUP_M * tiles_n)
@@ -91,7 +91,7 @@ def _matmul(a, b, out, bias=None, activation=0, parts=1, row_sums=None):
     (M, K), N = a.shape, b.shape[1]
     config = configs.matmul(a, M, N, K)
     part_length = triton.cdiv(triton.cdiv(K, parts), config["BLOCK_K"]) * config["BLOCK_K"] if parts > 1 else max(K, 1)
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * max(triton.cdiv(N, config["BLOCK_N"]), 1)  # no columns: only sums
     launch(
         matmul_kernel, (tiles, parts), a, b, bias if bias is not None else a, out, row_sums if row_sums is not None else out,
         M, N, K, part_length, a.stride(0), a.stride(1), b.stride(0), b.stride(1), M * N, N,
@@ -139,8 +139,8 @@ def linear_backward_weight(grad_output, input, bias):
     (rows, N), K = dy.shape, x.shape[1]
     grad_weight = torch.empty((N, K), dtype=x.dtype, device=x.device)
     grad_bias = torch.empty((N if bias else 0,), dtype=x.dtype, device=x.device)
-    if grad_weight.numel() == 0:
-        return grad_weight, dy.sum(0) if bias else grad_bias
+    if N == 0 or (K == 0 and not bias):
+        return grad_weight, grad_bias
     parts = configs.split(x, N, K, rows)
     if parts == 1:
         _matmul(dy.t(), x, grad_weight, row_sums=grad_bias if bias else None)
@@ -160,11 +160,8 @@ def activation_backward(grad_output, output, activation):
     check_tensors("activation_backward", grad_output, output)
     check(0 <= activation <= 3, f"activation_backward: no activation {activation}")
     check(grad_output.shape == output.shape, "activation_backward: grad_output and output differ in shape")
+    grad_output, output = grad_output.contiguous(), output.contiguous()
     grad = torch.empty_like(output)
-    if not (output.is_contiguous() and grad_output.is_contiguous()) and grad_output.stride() != grad.stride():
-        grad_output = torch.empty_like(grad).copy_(grad_output)
-    if output.stride() != grad.stride():
-        output = torch.empty_like(grad).copy_(output)
     if grad.numel():
         config = configs.elementwise(grad)
         launch(

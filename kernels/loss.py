@@ -1,8 +1,8 @@
 """cross_entropy: softmax and negative log-likelihood in one pass, and its gradient.
 
 Forward: one program takes a few positions and runs over their classes once, keeping a running maximum and a sum of
-exponentials (online softmax), so that the probabilities are never stored; only log-sum-exp per position is kept for
-the backward, which recomputes them. Class weights, label smoothing and ignored targets are part of the same pass.
+exponentials (online softmax), so that the probabilities are never stored; only the maximum and the logarithm of the
+sum are kept for the backward, which recomputes them (apart, because their sum would round). Class weights, label smoothing and ignored targets are part of the same pass.
 The sum over positions is made of one partial a program, added by one last program in a fixed order. A target outside
 [0, C) that is not ignore_index gives NaN. Floor: the logits read once forward, read and written once backward.
 """
@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from dlkern.kernels import configs
-from dlkern.kernels._launch import accumulator, accumulator_dtype, check, check_tensors, is_large, launch
+from dlkern.kernels._launch import (
+    accumulator, accumulator_dtype, check, check_tensors, empty, is_large, launch, suggests_channels_last,
+)
 
 
 @triton.jit
@@ -59,14 +61,15 @@ def cross_entropy_forward_kernel(
                 class_weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC)
             weighted += tl.sum(tl.where(inside, x, 0.0) * class_weight[None, :], axis=1)
             weights += tl.sum(class_weight, axis=0)
-    lse = most + tl.log(total)
+    log_total = tl.log(total)
     at_target = tl.load(row + target * stride_c, mask=used & exists, other=0.0).to(ACC)
-    loss = share * (lse - at_target)
+    loss = share * (most - at_target + log_total)
     if SMOOTH:
-        uniform = weights * lse - weighted
+        uniform = weights * (most + log_total) - weighted
         loss = (1.0 - smoothing).to(ACC) * loss + (smoothing / C).to(ACC) * uniform
     loss = tl.where(used, loss, 0.0)
-    tl.store(lse_ptr + position, lse, mask=position < POSITIONS)
+    tl.store(lse_ptr + position, most, mask=position < POSITIONS)
+    tl.store(lse_ptr + POSITIONS + position, log_total, mask=position < POSITIONS)
     if REDUCE:
         tl.store(loss_parts_ptr + tl.program_id(0), tl.sum(loss, axis=0))
     else:
@@ -99,17 +102,19 @@ def cross_entropy_reduce_kernel(
 @triton.jit
 def cross_entropy_backward_kernel(
     grad_ptr, x_ptr, target_ptr, weight_ptr, lse_ptr, total_weight_ptr, dx_ptr,
-    POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, ignore_index, smoothing: tl.float64,
+    POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, dx_stride_n, dx_stride_pixel, dx_stride_c, ignore_index, smoothing: tl.float64,
     HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # One program: BLOCK_M positions; dx = grad * share * (softmax - onehot), and the same towards the uniform target.
     position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if LARGE:
         position = position.to(tl.int64)
-    row = position // PIXELS * stride_n + position % PIXELS * stride_pixel  # [BLOCK_M]
+    row = x_ptr + (position // PIXELS * stride_n + position % PIXELS * stride_pixel)  # [BLOCK_M]
+    dx_row = dx_ptr + (position // PIXELS * dx_stride_n + position % PIXELS * dx_stride_pixel)
     target, share, used, exists = _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WEIGHT, ACC)
-    lse = tl.load(lse_ptr + position, mask=position < POSITIONS, other=0.0)
+    most = tl.load(lse_ptr + position, mask=position < POSITIONS, other=0.0)
+    log_total = tl.load(lse_ptr + POSITIONS + position, mask=position < POSITIONS, other=0.0)
     if REDUCE:
         grad = tl.zeros((BLOCK_M,), ACC) + tl.load(grad_ptr).to(ACC)
         if MEAN:
@@ -132,14 +137,8 @@ def cross_entropy_backward_kernel(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (position < POSITIONS)[:, None] & (c < C)[None, :]
-        offset = row[:, None] + (c * stride_c)[None, :]
-        x = tl.load(x_ptr + offset, mask=inside, other=-float("inf")).to(ACC)  # [BLOCK_M, BLOCK_C]
-        if ONE_BLOCK:  # all classes are here: made anew, without the rounding of lse
-            most = tl.max(x, axis=1)
-            softmax = tl.exp(x - tl.where(most == -float("inf"), 0.0, most)[:, None])
-            softmax = softmax / tl.sum(softmax, axis=1)[:, None]
-        else:
-            softmax = tl.exp(x - lse[:, None])
+        x = tl.load(row[:, None] + (c * stride_c)[None, :], mask=inside, other=-float("inf")).to(ACC)  # [BLOCK_M, BLOCK_C]
+        softmax = tl.exp(x - most[:, None] - log_total[:, None])
         onehot = tl.where(c[None, :] == target[:, None], 1.0, 0.0)
         dx = hard[:, None] * (softmax - onehot)
         if SMOOTH:
@@ -148,7 +147,7 @@ def cross_entropy_backward_kernel(
                 class_weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC)
             dx += soft[:, None] * (softmax * weights - class_weight[None, :])
         dx = tl.where(used[:, None], dx, 0.0)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_row[:, None] + (c * dx_stride_c)[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -169,27 +168,33 @@ def _check(op, input, target, weight, reduction, label_smoothing):
 
 
 def _layout(x):
-    """x where positions and classes have one stride each, else a contiguous copy; (PIXELS, n, pixel, class) strides."""
-    pixels = x[0, 0].numel() if x.shape[0] else 1
+    """x where positions and classes have one stride each, else a contiguous copy; and the number of pixels."""
+    pixels = x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
+    if x.dim() == 2 or x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x, pixels
+    return x.contiguous(), pixels
+
+
+def _strides(x, pixels):
+    """Strides of image, pixel and class."""
     if x.dim() == 2:
-        return x, (1, x.stride(0), 0, x.stride(1))
-    flat = x.movedim(1, -1)
-    if flat.is_contiguous():
-        return x, (pixels, pixels * x.shape[1], x.shape[1], 1)
-    x = x.contiguous()
-    return x, (pixels, x.shape[1] * pixels, 1, pixels)
+        return x.stride(0), 0, x.stride(1)
+    if x.is_contiguous():
+        return x.shape[1] * pixels, 1, pixels
+    return x.shape[1] * pixels, x.shape[1], 1
 
 
 def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing):
-    """torch.nn.functional.cross_entropy for class targets; also log-sum-exp per position and the sum of weights."""
+    """torch.nn.functional.cross_entropy for class targets; also, a position, the largest logit and
+    log(sum(exp(x - largest))) as [2, ...], and the sum of the weights."""
     _check("cross_entropy", input, target, weight, reduction, label_smoothing)
     dtype = accumulator_dtype(input.dtype)
     reduce = reduction != _NONE
     loss = torch.empty(() if reduce else target.shape, dtype=input.dtype, device=input.device)
-    lse = torch.empty(target.shape, dtype=dtype, device=input.device)
+    lse = torch.empty((2, *target.shape), dtype=dtype, device=input.device)
     total_weight = torch.empty((), dtype=dtype, device=input.device)
     positions, C = target.numel(), input.shape[1]
-    x, strides = _layout(input)
+    x, pixels = _layout(input)
     config = configs.cross_entropy(x, positions, C)
     programs = triton.cdiv(positions, config["BLOCK_M"])
     loss_parts, weight_parts = (torch.empty(programs, dtype=dtype, device=x.device) for _ in range(2))
@@ -198,8 +203,8 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
     if positions:
         launch(
             cross_entropy_forward_kernel, (programs,), x, target.contiguous(), weight if weight is not None else x,
-            loss, lse, loss_parts, weight_parts, positions, C, *strides, ignore_index, float(label_smoothing),
-            HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=acc, LARGE=is_large(x), **config,
+            loss, lse, loss_parts, weight_parts, positions, C, pixels, *_strides(x, pixels), ignore_index,
+            float(label_smoothing), HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=acc, LARGE=is_large(x), **config,
         )
     launch(
         cross_entropy_reduce_kernel, (1,), loss_parts, weight_parts, loss if reduce else total_weight, total_weight, programs,
@@ -217,11 +222,11 @@ def cross_entropy_backward(
     dtype = accumulator_dtype(input.dtype)
     expected = () if reduction != _NONE else tuple(target.shape)
     check(tuple(grad_loss.shape) == expected, f"{op}: expected grad_loss {expected}, got {tuple(grad_loss.shape)}")
-    check(lse.shape == target.shape and lse.dtype == dtype, f"{op}: lse does not match target")
+    check(tuple(lse.shape) == (2, *target.shape) and lse.dtype == dtype, f"{op}: lse does not match target")
     check(total_weight.numel() == 1 and total_weight.dtype == dtype, f"{op}: total_weight must be one {dtype}")
     check(grad_loss.device == lse.device == total_weight.device == input.device, f"{op}: tensors on several devices")
-    x, strides = _layout(input)
-    grad_input = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    x, pixels = _layout(input)
+    grad_input = empty(tuple(x.shape), x, suggests_channels_last(input))
     positions, C = target.numel(), input.shape[1]
     if grad_input.numel() == 0:
         return grad_input
@@ -230,8 +235,8 @@ def cross_entropy_backward(
     launch(
         cross_entropy_backward_kernel, (triton.cdiv(positions, config["BLOCK_M"]),), grad_loss.contiguous(), x,
         target.contiguous(), weight if weight is not None else x, lse.contiguous(), total_weight, grad_input,
-        positions, C, *strides, ignore_index, float(label_smoothing),
+        positions, C, pixels, *_strides(x, pixels), *_strides(grad_input, pixels), ignore_index, float(label_smoothing),
         HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduction != _NONE, MEAN=reduction == _MEAN,
-        ONE_BLOCK=C <= config["BLOCK_C"], ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
+        ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
     )
     return grad_input
