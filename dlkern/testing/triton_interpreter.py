@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import textwrap
@@ -194,6 +195,18 @@ _visible = FunctionType(_visible.__code__, {"tl": tl, "core": tl.core})
 _patches: list[tuple[Any, str, Any]] = []
 
 
+_original_numpy_dtype = backend._get_np_dtype
+_numpy_dtypes: dict[str, Any] = {}
+
+
+def _numpy_dtype(dtype: Any) -> Any:
+    """The interpreter's own, which builds a table at each call, remembered."""
+    name = dtype.scalar.name
+    if name not in _numpy_dtypes:
+        _numpy_dtypes[name] = _original_numpy_dtype(dtype)
+    return _numpy_dtypes[name]
+
+
 def _language_patches() -> list[tuple[Any, str, Any]]:
     """What the interpreter puts in the place of triton.language's functions: found once, set at each launch."""
     if not _patches:
@@ -201,6 +214,9 @@ def _language_patches() -> list[tuple[Any, str, Any]]:
         targets = {(id(obj), name): (obj, name) for obj, name, _ in scope._changes}
         _patches.extend((obj, name, vars(obj)[name]) for obj, name in targets.values())
         scope.restore()
+        options = dataclasses.replace(backend.interpreter_builder.options, sanitize_overflow=False)  # two thirds of the time
+        _patches.append((backend.interpreter_builder, "options", options))
+        _patches.append((backend, "_get_np_dtype", _numpy_dtype))
         _patches.append((backend.ReduceOps, "sum", _tree_sum))
         _patches.append((JITFunction, "__call__", lambda self, *args, **named: _python(self)(*args, **named)))
     return _patches

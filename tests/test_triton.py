@@ -1,0 +1,228 @@
+"""The Triton column, interpreted on the CPU: parity of every op by the rule, gradients, and the interpreter itself.
+
+Every launch here also runs under the memory and race checks of dlkern.testing.triton_interpreter, and results start
+as NaN. A tl operation costs 0.1 ms, so shapes are tiny: a new case should stay under half a second.
+"""
+
+import math
+
+import pytest
+import torch
+
+import dlkern
+import dlkern.nn.functional as F
+from dlkern.ops._registry import raw
+from dlkern.testing import CASES as ALL_CASES
+from dlkern.testing import check, unit_roundoff
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from dlkern.kernels import configs  # noqa: E402
+from dlkern.testing.triton_interpreter import RaceError  # noqa: E402
+
+CASES = [case for case in ALL_CASES if hasattr(F, case.op)]
+IDS = [f"{case.family}-{case.name}".replace(" ", "_") for case in CASES]
+FIRST = {case.op: case for case in reversed(CASES)}  # one case an op
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def _emulated():
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
+    try:
+        with dlkern.testing.emulated(), dlkern.backend("triton"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def certify(case, dtype, layout=torch.contiguous_format, draws=None):
+    def inputs():
+        drawn = case.inputs()
+        if case.images:
+            drawn[0] = drawn[0].detach().contiguous(memory_format=layout).requires_grad_()
+        return drawn
+
+    with dlkern.trace() as calls:
+        certificate = check(case.ours, case.theirs, inputs, dtype=dtype, draws=draws or case.draws, name=case.name)
+    certificate.raise_if_failed()
+    assert {call.backend for call in calls} == {"triton"}, calls
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_float32(case):
+    certify(case, torch.float32, LAYOUTS[CASES.index(case) % 2], draws=max(case.draws, 3))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_bfloat16(case):
+    certify(case, torch.bfloat16, LAYOUTS[(CASES.index(case) + 1) % 2], draws=min(case.draws, 4))
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys())
+def test_float16(case):
+    if case.op == "dropout":
+        pytest.skip("its reference is torch expressions in float16; test_dropout_drops_the_same_elements has it")
+    certify(case, torch.float16)
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys())
+def test_float64(case):
+    """Values far nearer to torch's than a float32 anywhere on the way would leave them, and gradcheck."""
+    inputs = case.inputs()
+    ours, theirs = case.ours(*inputs), case.theirs(*inputs)
+    between = math.sqrt(unit_roundoff(torch.float32) * unit_roundoff(torch.float64))
+    assert ((ours - theirs).norm() <= between * theirs.norm()).item()
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def of_leaves(*values):
+        values = iter(values)
+        return case.ours(*(next(values) if any(x is leaf for leaf in leaves) else x for x in inputs))
+
+    assert torch.autograd.gradcheck(of_leaves, leaves, fast_mode=True)
+
+
+# --- what the catalogue does not hold ---------------------------------------------------------------------------------
+
+
+def test_dropout_drops_the_same_elements():
+    seed = torch.tensor(2**61 + 123456789)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(2, 5, 31, 17).to(dtype)
+        for layout in LAYOUTS:
+            z = x.contiguous(memory_format=layout)
+            assert torch.equal(raw["dropout"]["triton"](z, 0.3, seed), raw["dropout"]["cpu"](z, 0.3, seed))
+
+
+@pytest.mark.parametrize("activation", [0, 1, 2, 3])
+def test_linear_activations(activation):
+    function = [lambda y: y, torch.relu, torch.tanh, torch.sigmoid][activation]
+    certificate = check(
+        lambda x, w, b: dlkern.ops.linear.linear(x, w, b, activation),
+        lambda x, w, b: function(torch.nn.functional.linear(x, w, b)),
+        lambda: [torch.randn(40, 35).requires_grad_(), torch.randn(34, 35).requires_grad_(), torch.randn(34).requires_grad_()],
+    )
+    certificate.raise_if_failed()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_conv_deeper_than_a_tile(layout):
+    """More channels than a tile is deep, in groups: the other loop of the kernels, with a tail."""
+    options = dict(stride=(1, 2), padding=1, groups=2)
+    certificate = check(
+        lambda *t: F.conv2d(*t, **options), lambda *t: torch.nn.functional.conv2d(*t, **options),
+        lambda: [torch.randn(1, 38, 5, 6).contiguous(memory_format=layout).requires_grad_(),
+                 torch.randn(36, 19, 2, 3).requires_grad_(), torch.randn(36).requires_grad_()],
+    )
+    certificate.raise_if_failed()
+
+
+def test_results_have_torchs_layout():
+    x = torch.randn(2, 4, 6, 5)
+    for layout in LAYOUTS:
+        z = x.contiguous(memory_format=layout).requires_grad_()
+        for ours, theirs in ((F.conv2d, torch.nn.functional.conv2d),):
+            w = torch.randn(3, 4, 3, 3)
+            a, b = ours(z, w), theirs(z, w)
+            assert a.stride() == b.stride()
+            (g,) = torch.autograd.grad(a.sum(), z)
+            (h,) = torch.autograd.grad(b.sum(), z)
+            assert g.stride() == h.stride()
+
+
+def test_empty_batch():
+    x = torch.randn(0, 3, 6, 5, requires_grad=True)
+    w = torch.randn(4, 3, 3, 3, requires_grad=True)
+    y = F.conv2d(x, w)
+    assert y.shape == (0, 4, 4, 3)
+    assert (torch.autograd.grad(y.sum(), w)[0] == 0).all()
+    assert F.linear(torch.randn(0, 7), torch.randn(5, 7)).shape == (0, 5)
+
+
+def test_wrong_arguments_raise():
+    linear, conv = raw["linear_forward"]["triton"], raw["conv2d_forward"]["triton"]
+    x, w = torch.randn(2, 4), torch.randn(3, 5)
+    with pytest.raises(RuntimeError, match="linear: input"):
+        linear(x, w, None, 0)
+    with pytest.raises(RuntimeError, match="tensors of"):
+        linear(x, torch.randn(3, 4).double(), None, 0)
+    with pytest.raises(RuntimeError, match="no activation"):
+        linear(x, torch.randn(3, 4), None, 9)
+    image = torch.randn(1, 4, 5, 5)
+    for arguments in (
+        (image, torch.randn(2, 3, 3, 3), None, [1, 1], [0, 0], [1, 1], 1),
+        (image, torch.randn(2, 4, 9, 3), None, [1, 1], [0, 0], [1, 1], 1),
+        (image, torch.randn(2, 4, 3, 3), torch.randn(3), [1, 1], [0, 0], [1, 1], 1),
+        (image, torch.randn(2, 4, 3, 3), None, [0, 1], [0, 0], [1, 1], 1),
+        (image, torch.randn(2, 4, 3, 3), None, [1, 1], [-1, 0], [1, 1], 1),
+        (image, torch.randn(3, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], 2),
+    ):
+        with pytest.raises(RuntimeError, match="conv2d"):
+            conv(*arguments)
+
+
+# --- the interpreter --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if MASKED:
+        tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < count), mask=i < count)
+    else:
+        tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+@triton.jit
+def _race_kernel(x_ptr, y_ptr, READ: tl.constexpr):
+    if READ:  # the last program reads what the first one wrote
+        tl.store(y_ptr + tl.program_id(0), tl.load(y_ptr + 0))
+    else:
+        tl.store(y_ptr, tl.program_id(0).to(tl.float32))
+
+
+@triton.jit
+def _scalar_kernel(y_ptr, single, double: tl.float64):
+    tl.store(y_ptr, single.to(tl.float64))
+    tl.store(y_ptr + 1, double)
+
+
+def test_a_lost_mask_is_seen():
+    x, y = torch.randn(10), torch.empty(10)
+    _copy_kernel[(2,)](x, y, 10, MASKED=True, BLOCK=8)
+    assert torch.equal(x, y)
+    with pytest.raises(MemoryError, match="reads 6 elements outside"):
+        _copy_kernel[(2,)](x, y, 10, MASKED=False, BLOCK=8)
+    with pytest.raises(MemoryError, match="writes"):
+        _copy_kernel[(2,)](torch.randn(16), y, 10, MASKED=False, BLOCK=8)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_race_is_seen(read):
+    with pytest.raises(RaceError):
+        _race_kernel[(3,)](torch.zeros(3), torch.zeros(3), READ=read)
+
+
+def test_float_arguments_are_rounded_as_on_a_gpu():
+    y = torch.empty(2, dtype=torch.float64)
+    _scalar_kernel[(1,)](y, 0.1, 0.1)
+    assert y[0] == torch.tensor(0.1, dtype=torch.float32).double() and y[1] == 0.1
+
+
+def test_nothing_leaks():
+    """After a launch, Triton is as it was: nothing is patched, and kernels do not run outside emulated()."""
+    before = {name: getattr(tl, name) for name in ("load", "sum", "range", "dot")}
+    x = torch.randn(8)
+    _copy_kernel[(1,)](x, torch.empty(8), 8, MASKED=True, BLOCK=8)
+    assert before == {name: getattr(tl, name) for name in before}
+    with pytest.raises(RuntimeError, match="Cannot call"):
+        tl.sum(x)
+    assert "interpreter_semantic" not in globals() and not hasattr(configs, "interpreter_semantic")
+
+
+def test_cpu_tensors_are_refused_outside_emulated(monkeypatch):
+    monkeypatch.setattr(dlkern.columns.state, "emulated", False)
+    with pytest.raises(RuntimeError, match="emulated"):
+        F.linear(torch.randn(2, 3), torch.randn(4, 3))
