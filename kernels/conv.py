@@ -17,7 +17,16 @@ import triton.language as tl
 
 from dlkern.kernels import configs
 from dlkern.kernels._launch import (
-    accumulator, accumulator_dtype, allow_tf32_conv, check, check_tensors, dense, dot_precision, empty, is_large, launch,
+    accumulator,
+    accumulator_dtype,
+    allow_tf32_conv,
+    check,
+    check_tensors,
+    dense,
+    dot_precision,
+    empty,
+    is_large,
+    launch,
     suggests_channels_last,
 )
 from dlkern.kernels._parts import sum_parts

@@ -14,7 +14,14 @@ import triton.language as tl
 from dlkern.kernels import configs
 from dlkern.kernels._activation import activate, activation_gradient
 from dlkern.kernels._launch import (
-    accumulator, accumulator_dtype, allow_tf32_matmul, check, check_tensors, dot_precision, is_large, launch,
+    accumulator,
+    accumulator_dtype,
+    allow_tf32_matmul,
+    check,
+    check_tensors,
+    dot_precision,
+    is_large,
+    launch,
 )
 from dlkern.kernels._parts import sum_parts
 

@@ -13,7 +13,14 @@ import triton.language as tl
 
 from dlkern.kernels import configs
 from dlkern.kernels._launch import (
-    accumulator, accumulator_dtype, check, check_tensors, empty, is_large, launch, suggests_channels_last,
+    accumulator,
+    accumulator_dtype,
+    check,
+    check_tensors,
+    empty,
+    is_large,
+    launch,
+    suggests_channels_last,
 )
 
 

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from dlkern.kernels import configs
-from dlkern.kernels._launch import accumulator, check, check_tensors, dense, empty, is_large, launch, suggests_channels_last
+from dlkern.kernels._launch import (
+    accumulator,
+    check,
+    check_tensors,
+    dense,
+    empty,
+    is_large,
+    launch,
+    suggests_channels_last,
+)
 
 
 @triton.jit
