@@ -1,0 +1,269 @@
+"""Random arguments: dlkern agrees with torch by the rule, or raises where torch raises.
+
+100 examples an op here; `make fuzz` runs 2,000.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as tF
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dlkern.nn.functional as F
+from dlkern.testing import compare
+
+EXAMPLES = int(os.environ.get("DLKERN_FUZZ_EXAMPLES", "100"))
+fuzz = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 100,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64])
+# Mostly sensible, sometimes not: both sides must refuse the same calls.
+small = st.integers(-1, 4)
+pairs = st.one_of(small, st.tuples(small, small))
+
+
+def tensor(draw, shape, dtype):
+    """Random values in one of several layouts, some of them not dense."""
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "transposed", "sliced", "expanded"]))
+    if layout == "sliced":
+        return torch.randn(*shape[:-1], shape[-1] * 2 + 1, dtype=torch.float64).to(dtype)[..., : shape[-1] * 2 : 2]
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed" and x.dim() >= 2:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded" and shape[0] > 0:
+        return x[:1].expand(shape)
+    return x
+
+
+def run(function, inputs, dtype):
+    """Outputs and gradients, or the exception."""
+    leaves = [
+        x.detach().to(dtype).requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
+    ]
+    try:
+        output = function(*leaves)
+        outputs = list(output) if isinstance(output, tuple) else [output]
+        differentiable = [o for o in outputs if o.is_floating_point()]
+        torch.manual_seed(5)
+        cotangents = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in differentiable]
+        wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+        return [*outputs, *torch.autograd.grad(differentiable, wanted, cotangents)]
+    except Exception as error:
+        return error
+
+
+def redrawn(x):
+    """New random values at the same place in memory's order: same sizes, strides and offset."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    elements = x.untyped_storage().nbytes() // x.element_size()
+    return torch.randn(elements, dtype=torch.float64).to(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def rows_over_draws(ours_function, theirs_function, inputs, dtype, draws):
+    """The rule over several draws of the inputs: of a handful of elements in one draw, chance decides."""
+    columns = {}
+    for _ in range(draws):
+        drawn = [redrawn(x) for x in inputs]
+        ours, exact = run(ours_function, drawn, dtype), run(theirs_function, drawn, torch.float64)
+        narrow = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in drawn]
+        double = dtype == torch.float64
+        theirs = run(theirs_function, narrow if double else drawn, torch.float32 if double else dtype)
+        theirs_exact = run(theirs_function, narrow, torch.float64) if double else exact
+        for i, (a, b, r, s) in enumerate(zip(ours, theirs, exact, theirs_exact, strict=True)):
+            assert a.shape == b.shape
+            if not a.is_floating_point():
+                assert torch.equal(a, b)
+                continue
+            assert a.dtype == r.dtype if double else a.dtype == b.dtype
+            if double:  # no wider reference: errors in units of roundoff, and the reference has one too
+                a, b = r + (a - r) * 2.0**29, r + 1.5 * (b.double() - s)
+            columns.setdefault(i, []).append((a, b, r))
+    rows = []
+    for i, triples in columns.items():
+        found = compare(f"result {i}", *zip(*triples), torch.float32 if dtype == torch.float64 else dtype)
+        rows += [row for row in found if row.region == "whole"]
+    return rows
+
+
+def agree(ours_function, theirs_function, inputs, dtype):
+    ours, theirs = run(ours_function, inputs, dtype), run(theirs_function, inputs, dtype)
+    if isinstance(theirs, Exception):
+        assert isinstance(ours, Exception), f"torch raised {theirs!r}, dlkern returned"
+        assert isinstance(ours, type(theirs)) or isinstance(theirs, type(ours)), f"torch: {theirs!r}; dlkern: {ours!r}"
+        return
+    assert not isinstance(ours, Exception), f"torch returned, dlkern raised {ours!r}"
+    assert ours[0].stride() == theirs[0].stride() or ours[0].numel() <= 1
+    rows = rows_over_draws(ours_function, theirs_function, inputs, dtype, 4)
+    if not all(row.ok for row in rows):  # chance, or a fault: more draws tell
+        rows = rows_over_draws(ours_function, theirs_function, inputs, dtype, 64)
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+@st.composite
+def conv_calls(draw):
+    dtype = draw(dtypes)
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    c, k = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 5))
+    if draw(st.integers(0, 9)) == 0:
+        c += 1
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    size = (draw(st.integers(0, 2)), c, draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    weight = tensor(draw, (k, c // groups, *kernel), dtype)
+    x = tensor(draw, size[1:] if draw(st.booleans()) and size[0] else size, dtype)
+    bias = [torch.randn(k + (draw(st.integers(0, 9)) == 0), dtype=dtype)] if draw(st.booleans()) else [None]
+    options = dict(
+        stride=draw(pairs), dilation=draw(pairs), groups=groups,
+        padding=draw(st.one_of(pairs, st.sampled_from(["same", "valid", "SAME"]))),
+    )
+    return [x, weight, *bias], options, dtype
+
+
+@fuzz
+@given(conv_calls())
+def test_conv2d(call):
+    inputs, options, dtype = call
+    present = [x for x in inputs if x is not None]
+    agree(lambda *t: F.conv2d(*t, **options), lambda *t: tF.conv2d(*t, **options), present, dtype)
+
+
+@st.composite
+def pool_calls(draw, average):
+    dtype = draw(dtypes)
+    size = (draw(st.integers(0, 2)), draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    x = tensor(draw, size[1:] if draw(st.booleans()) else size, dtype)
+    options = dict(kernel_size=draw(pairs), stride=draw(st.one_of(st.none(), pairs)), ceil_mode=draw(st.booleans()))
+    options["padding"] = draw(st.sampled_from([0, 0, 1, (1, 0), 2, -1]))
+    if average:
+        options |= dict(count_include_pad=draw(st.booleans()), divisor_override=draw(st.sampled_from([None, 3, 0])))
+    else:
+        options |= dict(dilation=draw(st.sampled_from([1, 1, 2, (2, 1), 0])), return_indices=draw(st.booleans()))
+    return [x], options, dtype
+
+
+@fuzz
+@given(pool_calls(False))
+def test_max_pool2d(call):
+    inputs, options, dtype = call
+    agree(lambda x: F.max_pool2d(x, **options), lambda x: tF.max_pool2d(x, **options), inputs, dtype)
+
+
+@fuzz
+@given(pool_calls(True))
+def test_avg_pool2d(call):
+    inputs, options, dtype = call
+    agree(lambda x: F.avg_pool2d(x, **options), lambda x: tF.avg_pool2d(x, **options), inputs, dtype)
+
+
+@st.composite
+def adaptive_calls(draw):
+    dtype = draw(dtypes)
+    size = (draw(st.integers(1, 2)), draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    target = st.one_of(st.integers(1, 9), st.none())
+    return [tensor(draw, size, dtype)], draw(st.one_of(st.integers(1, 5), st.tuples(target, target))), dtype
+
+
+@fuzz
+@given(adaptive_calls())
+def test_adaptive_avg_pool2d(call):
+    inputs, size, dtype = call
+    agree(lambda x: F.adaptive_avg_pool2d(x, size), lambda x: tF.adaptive_avg_pool2d(x, size), inputs, dtype)
+
+
+@st.composite
+def batch_norm_calls(draw):
+    dtype = draw(dtypes)
+    c = draw(st.integers(1, 6))
+    shape = draw(st.sampled_from([(5, c), (3, c, 4), (2, c, 3, 5), (2, c, 2, 3, 2), (1, c), (1, c, 1, 1), (0, c, 2, 2)]))
+    x = tensor(draw, shape, dtype)
+    affine = [torch.randn(c, dtype=dtype), torch.randn(c, dtype=dtype)] if draw(st.booleans()) else []
+    return [x, *affine], draw(st.booleans()), draw(st.sampled_from([1e-5, 0.1])), dtype
+
+
+@fuzz
+@given(batch_norm_calls())
+def test_batch_norm(call):
+    inputs, training, eps, dtype = call
+    c = inputs[0].shape[1]
+
+    def on(namespace):
+        def f(x, weight=None, bias=None):
+            mean, var = torch.zeros(c, dtype=x.dtype), torch.full((c,), 0.7, dtype=x.dtype)
+            return namespace.batch_norm(x, mean, var, weight, bias, training, 0.3, eps)
+
+        return f
+
+    agree(on(F), on(tF), inputs, dtype)
+
+
+@st.composite
+def linear_calls(draw):
+    dtype = draw(dtypes)
+    k, n = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    lead = draw(st.sampled_from([(), (1,), (7,), (2, 3), (0,), (13,)]))
+    x = tensor(draw, (*lead, k), dtype)
+    w = tensor(draw, (n, k + (draw(st.integers(0, 9)) == 0)), dtype)
+    return [x, w, *([torch.randn(n, dtype=dtype)] if draw(st.booleans()) else [])], dtype
+
+
+@fuzz
+@given(linear_calls())
+def test_linear(call):
+    inputs, dtype = call
+    agree(F.linear, tF.linear, inputs, dtype)
+
+
+@st.composite
+def loss_calls(draw):
+    dtype = draw(dtypes)
+    classes = draw(st.integers(1, 9))
+    shape = draw(st.sampled_from([(5, classes), (classes,), (2, classes, 3), (2, classes, 2, 3), (0, classes), (1, classes)]))
+    x = tensor(draw, shape, dtype)
+    lead = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    target = torch.randint(0, classes, lead)
+    options = dict(
+        reduction=draw(st.sampled_from(["mean", "sum", "none", "nonsense"])),
+        ignore_index=draw(st.sampled_from([-100, 0, 1])), label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0, 1.5])),
+    )
+    if draw(st.booleans()):
+        options["weight"] = torch.rand(classes) + 0.1
+    return x, target, options, dtype
+
+
+@fuzz
+@given(loss_calls())
+def test_cross_entropy(call):
+    x, target, options, dtype = call
+
+    def on(namespace):
+        def f(x):
+            weight = options.get("weight")
+            return namespace.cross_entropy(x, target, **{**options, "weight": None if weight is None else weight.to(x.dtype)})
+
+        return f
+
+    agree(on(F), on(tF), [x], dtype)
+
+
+@fuzz
+@given(st.lists(st.integers(0, 9), min_size=0, max_size=4), st.floats(-0.5, 1.5), dtypes)
+def test_dropout(shape, p, dtype):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    try:
+        tF.dropout(x, p)
+    except ValueError:
+        with pytest.raises(ValueError):
+            F.dropout(x, p)
+        return
+    y = F.dropout(x, p)
+    kept = y != 0
+    scaled = (x.double() / (1 - p) if p < 1 else torch.zeros_like(x, dtype=torch.float64)).to(dtype)
+    assert torch.equal(y[kept], scaled[kept]) or compare(
+        "kept", [y[kept]], [(x[kept] * (1 / (1 - p)))], [x[kept].double() / (1 - p)], dtype
+    )[0].ok
