@@ -35,15 +35,21 @@ inline void check(bool ok, const Parts&... parts) {
   throw Error(message.str());
 }
 
-// NCHW-contiguous or channels_last, for 4-D tensors; `other` needs a copy first.
+// Dimensions from the innermost outwards when channels are innermost: 1, the spatial ones backwards, 0.
+inline int64_t channels_last_dim(int64_t position, int64_t dim) {
+  return position == 0 ? 1 : position == dim - 1 ? 0 : dim - position;
+}
+
+// Contiguous, or channels_last (channels_last_3d) for 4-D (5-D) tensors; `other` needs a copy first.
 enum class Layout { contiguous, channels_last, other };
 
 inline Layout layout_of(const Tensor& x) {
   if (x.is_contiguous()) return Layout::contiguous;
-  if (x.dim() != 4) return Layout::other;
+  if (x.dim() != 4 && x.dim() != 5) return Layout::other;
   auto size = x.sizes(), stride = x.strides();
   int64_t expected = 1;
-  for (int d : {1, 3, 2, 0}) {
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t d = channels_last_dim(i, x.dim());
     if (size[d] == 0) return Layout::contiguous;
     if (size[d] != 1) {
       if (stride[d] != expected) return Layout::other;
@@ -56,11 +62,12 @@ inline Layout layout_of(const Tensor& x) {
 // Whether torch would give an op's result channels_last for this input (torch's suggest_memory_format):
 // strides say channels_last, and sizes of 1 are resolved as torch resolves them.
 inline bool suggests_channels_last(const Tensor& x) {
-  if (x.dim() != 4) return false;
+  if (x.dim() != 4 && x.dim() != 5) return false;
   auto size = x.sizes(), stride = x.strides();
   int64_t least = 0;
   if (stride[1] == 0) return false;
-  for (int d : {1, 3, 2, 0}) {
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t d = channels_last_dim(i, x.dim());
     if (size[d] == 0) return false;
     if (stride[d] < least) return false;
     if (d == 0 && least == stride[1]) return false;  // N111 is contiguous
@@ -73,11 +80,13 @@ inline bool suggests_channels_last(const Tensor& x) {
 inline std::vector<int64_t> strides_for(const std::vector<int64_t>& size, bool channels_last) {
   std::vector<int64_t> stride(size.size());
   auto at_least_one = [](int64_t n) { return n > 1 ? n : 1; };
-  if (channels_last) {  // size is N, C, H, W
-    stride[1] = 1;
-    stride[3] = at_least_one(size[1]);
-    stride[2] = stride[3] * at_least_one(size[3]);
-    stride[0] = stride[2] * at_least_one(size[2]);
+  if (channels_last) {
+    int64_t running = 1;
+    for (size_t i = 0; i < size.size(); ++i) {
+      const auto d = static_cast<size_t>(channels_last_dim(static_cast<int64_t>(i), static_cast<int64_t>(size.size())));
+      stride[d] = running;
+      running *= at_least_one(size[d]);
+    }
   } else {
     int64_t running = 1;
     for (size_t d = size.size(); d-- > 0;) {

@@ -1,8 +1,21 @@
 """torch.nn.functional's names and signatures, on dlkern's kernels. A file a family."""
 
+from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
 from dlkern.nn.functional.conv import conv2d
 from dlkern.nn.functional.dropout import dropout
 from dlkern.nn.functional.linear import linear
 from dlkern.nn.functional.loss import cross_entropy
+from dlkern.nn.functional.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d, max_pool2d_with_indices
 
-__all__ = ["conv2d", "cross_entropy", "dropout", "linear"]
+__all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "batch_norm",
+    "batch_norm_act",
+    "conv2d",
+    "cross_entropy",
+    "dropout",
+    "linear",
+    "max_pool2d",
+    "max_pool2d_with_indices",
+]

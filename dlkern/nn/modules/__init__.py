@@ -1,12 +1,36 @@
 """Subclasses of torch.nn's modules, a file a family: constructors, repr, state_dict and isinstance are torch's."""
 
+from dlkern.nn.modules.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
 from dlkern.nn.modules.conv import Conv2d, LazyConv2d
 from dlkern.nn.modules.dropout import Dropout
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
+from dlkern.nn.modules.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from dlkern.nn.modules.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
-    "Conv2d", "CrossEntropyLoss", "Dropout", "LazyConv2d", "LazyLinear", "Linear", "TransformerEncoder",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Conv2d",
+    "CrossEntropyLoss",
+    "Dropout",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyConv2d",
+    "LazyLinear",
+    "Linear",
+    "MaxPool2d",
+    "TransformerEncoder",
     "TransformerEncoderLayer",
-]  # fmt: skip
+]

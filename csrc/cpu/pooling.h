@@ -1,0 +1,60 @@
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+#include "scalar.h"
+
+namespace dlkern::cpu {
+
+// A [n, c, h, w] input and its [n, c, out_h, out_w] windows, both contiguous or both channels_last.
+struct PoolShape {
+  int64_t n, c, h, w, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool channels_last;
+};
+
+enum class IndexKind { none, offset8, flat64 };  // r * kernel_w + s as a byte; y * w + x as int64
+
+template <class T> struct MaxPoolArgs {
+  PoolShape shape;
+  const T* input;
+  T* output;
+  IndexKind kind;
+  void* indices;
+};
+template <class T> struct MaxPoolBackwardArgs {
+  PoolShape shape;
+  const T* grad_output;
+  IndexKind kind;
+  const void* indices;
+  T* grad_input;
+};
+// Divides by `divisor` where it is not 0, else by the window's extent (clipped to h + pad), with or without padding.
+// Forward: input -> output. Backward: input is grad_output, output is grad_input.
+template <class T> struct AvgPoolArgs {
+  PoolShape shape;
+  bool count_include_pad;
+  int64_t divisor;
+  const T* input;
+  T* output;
+};
+// Window i covers [floor(i h / out_h), ceil((i + 1) h / out_h)). Only n, c, h, w, out_h, out_w of shape are read.
+template <class T> struct AdaptivePoolArgs {
+  PoolShape shape;
+  const T* input;
+  T* output;
+};
+
+#define DLKERN_DECLARE_POOLING(T)                                             \
+  DLKERN_DECLARE(void, max_pool2d_forward, const MaxPoolArgs<T>&)             \
+  DLKERN_DECLARE(void, max_pool2d_backward, const MaxPoolBackwardArgs<T>&)    \
+  DLKERN_DECLARE(void, avg_pool2d_forward, const AvgPoolArgs<T>&)             \
+  DLKERN_DECLARE(void, avg_pool2d_backward, const AvgPoolArgs<T>&)            \
+  DLKERN_DECLARE(void, adaptive_avg_pool2d_forward, const AdaptivePoolArgs<T>&) \
+  DLKERN_DECLARE(void, adaptive_avg_pool2d_backward, const AdaptivePoolArgs<T>&)
+DLKERN_DECLARE_POOLING(float)
+DLKERN_DECLARE_POOLING(double)
+DLKERN_DECLARE_POOLING(bfloat16)
+#undef DLKERN_DECLARE_POOLING
+
+}  // namespace dlkern::cpu

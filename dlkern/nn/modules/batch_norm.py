@@ -1,0 +1,65 @@
+"""Batch norm modules. Their forward is torch's, line for line in effect: which statistics, which momentum, when
+num_batches_tracked counts."""
+
+from __future__ import annotations
+
+import torch
+
+from dlkern.nn import functional as F
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
+
+
+def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: torch.Tensor) -> torch.Tensor:
+    self._check_input_dim(input)
+    momentum = 0.0 if self.momentum is None else self.momentum
+    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:  # a cumulative average: the mean over all batches so far
+            momentum = 1.0 / float(self.num_batches_tracked)
+    # Without buffers the batch's own statistics serve in evaluation too; buffers that are not tracked stay as they are.
+    training = self.training or (self.running_mean is None and self.running_var is None)
+    use_buffers = not self.training or self.track_running_stats
+    return F.batch_norm(
+        input, self.running_mean if use_buffers else None, self.running_var if use_buffers else None, self.weight,
+        self.bias, training, momentum, self.eps,
+    )
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d on dlkern's kernels."""
+
+    forward = _forward
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d on dlkern's kernels."""
+
+    forward = _forward
+
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d on dlkern's kernels."""
+
+    forward = _forward
+
+
+class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
+    """torch.nn.LazyBatchNorm1d; becomes dlkern's BatchNorm1d on the first call."""
+
+    cls_to_become = BatchNorm1d
+    forward = _forward
+
+
+class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
+    """torch.nn.LazyBatchNorm2d; becomes dlkern's BatchNorm2d on the first call."""
+
+    cls_to_become = BatchNorm2d
+    forward = _forward
+
+
+class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
+    """torch.nn.LazyBatchNorm3d; becomes dlkern's BatchNorm3d on the first call."""
+
+    cls_to_become = BatchNorm3d
+    forward = _forward

@@ -1,0 +1,288 @@
+"""Pooling: schemas, fake kernels, autograd, dispatch.
+
+Max pooling keeps one byte a window for its backward, the offset of the winner inside its window; torch's int64
+indices are made only where they are asked for, or where a window has more than 256 elements. All backwards are
+linear in grad_output, so each op's backward is differentiated by its adjoint: a gather for the maximum, the forward
+op itself for the averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dlkern import columns
+from dlkern import trace as tracing
+from dlkern.ops import _autograd
+from dlkern.ops._layout import memory_format, suggests_channels_last
+from dlkern.ops._registry import define, raw
+from dlkern.reference import pooling as reference
+
+__all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "output_size"]
+
+# What max_pool2d_forward's `indices` asks for.
+NO_INDICES, WINDOW_OFFSETS, FLAT_INDICES = 0, 1, 2
+_INDEX_DTYPE = {WINDOW_OFFSETS: torch.uint8, FLAT_INDICES: torch.int64}
+
+
+def output_size(size, kernel_size, stride, padding, dilation, ceil_mode):
+    """Windows along one dimension; arithmetic only, so that symbolic sizes pass through."""
+    last = size + 2 * padding - dilation * (kernel_size - 1) - 1  # where the last window may start, from -padding
+    if not ceil_mode:
+        return last // stride + 1
+    # Rounded up, but a window must start inside the input or the left padding.
+    return torch.sym_min((last + stride - 1) // stride, (size + padding - 1) // stride) + 1
+
+
+def _empty(size, like, channels_last, dtype=None):
+    return torch.empty(
+        size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last)
+    )
+
+
+def _pooled(input, kernel_size, stride, padding, dilation, ceil_mode):
+    extents = [
+        output_size(input.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
+    ]
+    return [input.shape[0], input.shape[1], *extents]
+
+
+def _max_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, indices):
+    size = _pooled(input, kernel_size, stride, padding, dilation, ceil_mode)
+    channels_last = suggests_channels_last(input)
+    output = _empty(size, input, channels_last)
+    if indices == NO_INDICES:
+        return output, torch.empty([0], dtype=torch.uint8, device=input.device)
+    return output, _empty(size, input, channels_last, _INDEX_DTYPE[indices])
+
+
+def _max_backward_fake(
+    grad_output, indices, input_size, kernel_size, stride, padding, dilation, channels_last
+):
+    return _empty(input_size, grad_output, channels_last)
+
+
+def _avg_forward_fake(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+    size = _pooled(input, kernel_size, stride, padding, (1, 1), ceil_mode)
+    return _empty(size, input, suggests_channels_last(input))
+
+
+def _avg_backward_fake(
+    grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+    channels_last,
+):
+    return _empty(input_size, grad_output, channels_last)
+
+
+def _adaptive_forward_fake(input, output_size):
+    return _empty([input.shape[0], input.shape[1], *output_size], input, suggests_channels_last(input))
+
+
+def _adaptive_backward_fake(grad_output, input_size, channels_last):
+    return _empty(input_size, grad_output, channels_last)
+
+
+for _op, _schema, _fake in (
+    (
+        "max_pool2d_forward",
+        "(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, int indices)"
+        " -> (Tensor, Tensor)",
+        _max_forward_fake,
+    ),
+    (
+        "max_pool2d_backward",
+        "(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding,"
+        " int[] dilation, bool channels_last) -> Tensor",
+        _max_backward_fake,
+    ),
+    (
+        "avg_pool2d_forward",
+        "(Tensor input, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad,"
+        " int? divisor_override) -> Tensor",
+        _avg_forward_fake,
+    ),
+    (
+        "avg_pool2d_backward",
+        "(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode,"
+        " bool count_include_pad, int? divisor_override, bool channels_last) -> Tensor",
+        _avg_backward_fake,
+    ),
+    ("adaptive_avg_pool2d_forward", "(Tensor input, SymInt[] output_size) -> Tensor", _adaptive_forward_fake),
+    (
+        "adaptive_avg_pool2d_backward",
+        "(Tensor grad_output, SymInt[] input_size, bool channels_last) -> Tensor",
+        _adaptive_backward_fake,
+    ),
+):
+    define(_op, _schema, _fake, triton=f"dlkern.kernels.pooling:{_op}")
+for _column, _dtypes in {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}.items():
+    for _op in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"):
+        columns.declare(_op, _column, _dtypes)
+
+
+class MaxPool2dBackward(_autograd.Function):
+    """grad_input of grad_output; its adjoint picks the winners' elements."""
+
+    @staticmethod
+    def forward(grad_output, indices, input_size, window, channels_last, column):
+        return raw["max_pool2d_backward"][column](grad_output, indices, input_size, *window, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, indices, ctx.input_size, ctx.window, _, _ = inputs
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        flat = reference.flat_indices(indices, ctx.input_size[-1], *ctx.window)
+        picked = grad.flatten(2).gather(2, flat.flatten(2)).reshape(flat.shape)
+        return picked, None, None, None, None, None
+
+
+class MaxPool2d(_autograd.Function):
+    @staticmethod
+    def forward(input, window, ceil_mode, indices, column):
+        return raw["max_pool2d_forward"][column](input, *window, ceil_mode, indices)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.window, _, _, ctx.column = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+        ctx.input_size = input.shape
+        ctx.channels_last = suggests_channels_last(input)
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        grad_input = None
+        if grad_output is not None:
+            (indices,) = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                grad_input = _autograd.apply(
+                    MaxPool2dBackward, grad_output, indices, ctx.input_size, ctx.window, ctx.channels_last, ctx.column
+                )
+            else:
+                grad_input = raw["max_pool2d_backward"][ctx.column](
+                    grad_output, indices, ctx.input_size, *ctx.window, ctx.channels_last
+                )
+        return grad_input, None, None, None, None
+
+
+class _Linear(_autograd.Function):
+    """An op whose backward is its adjoint and the other way round; `op` and `adjoint` are named by subclasses."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            gradient = _autograd.apply(ctx.adjoint, grad_output, *ctx.args)
+        else:
+            gradient = ctx.adjoint.forward(grad_output, *ctx.args)
+        return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+class AvgPool2d(_Linear):
+    @staticmethod
+    def forward(input, settings, column):
+        return raw["avg_pool2d_forward"][column](input, *settings)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, settings, column = inputs
+        ctx.adjoint = AvgPool2dBackward
+        ctx.args = input.shape, settings, suggests_channels_last(input), column
+
+
+class AvgPool2dBackward(_Linear):
+    @staticmethod
+    def forward(grad_output, input_size, settings, channels_last, column):
+        return raw["avg_pool2d_backward"][column](grad_output, input_size, *settings, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, settings, _, column = inputs
+        ctx.adjoint = AvgPool2d
+        ctx.args = settings, column
+
+
+class AdaptiveAvgPool2d(_Linear):
+    @staticmethod
+    def forward(input, output_size, column):
+        return raw["adaptive_avg_pool2d_forward"][column](input, output_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, _, column = inputs
+        ctx.adjoint = AdaptiveAvgPool2dBackward
+        ctx.args = input.shape, suggests_channels_last(input), column
+
+
+class AdaptiveAvgPool2dBackward(_Linear):
+    @staticmethod
+    def forward(grad_output, input_size, channels_last, column):
+        return raw["adaptive_avg_pool2d_backward"][column](grad_output, input_size, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, _, _, column = inputs
+        ctx.adjoint = AdaptiveAvgPool2d
+        ctx.args = grad_output.shape[2:], column
+
+
+def _choose(op: str, input: torch.Tensor) -> str:
+    """The column for a call, recorded where a trace is open."""
+    choice = columns.choose(op, input.device.type, input.dtype, columns.state.forced, columns.state.emulated)
+    if tracing.active:
+        tracing.record(op, choice.column, choice.reason, input)
+    return choice.column
+
+
+def max_pool2d(
+    input: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, return_indices: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum of each window of a 4-D input, and int64 indices (of no use unless return_indices)."""
+    window = (kernel_size, stride, padding, dilation)
+    if _autograd.use_reference():
+        return reference.max_pool2d(input, *window, ceil_mode)
+    column = _choose("max_pool2d", input)
+    if column == "reference":
+        return reference.max_pool2d(input, *window, ceil_mode)
+    if _autograd.needs_grad(input):
+        small = kernel_size[0] * kernel_size[1] <= 256
+        indices = WINDOW_OFFSETS if small and not return_indices else FLAT_INDICES
+        return _autograd.apply(MaxPool2d, input, window, ceil_mode, indices, column)
+    return raw["max_pool2d_forward"][column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+
+
+def avg_pool2d(
+    input: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool,
+    count_include_pad: bool, divisor_override: int | None,
+) -> torch.Tensor:
+    """Average of each window of a 4-D input."""
+    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if _autograd.use_reference():
+        return reference.avg_pool2d(input, *settings)
+    column = _choose("avg_pool2d", input)
+    if column == "reference":
+        return reference.avg_pool2d(input, *settings)
+    if _autograd.needs_grad(input):
+        return _autograd.apply(AvgPool2d, input, settings, column)
+    return raw["avg_pool2d_forward"][column](input, *settings)
+
+
+def adaptive_avg_pool2d(input: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
+    """Averages of output_size windows that cover a 4-D input."""
+    if _autograd.use_reference():
+        return reference.adaptive_avg_pool2d(input, output_size)
+    column = _choose("adaptive_avg_pool2d", input)
+    if column == "reference":
+        return reference.adaptive_avg_pool2d(input, output_size)
+    if _autograd.needs_grad(input):
+        return _autograd.apply(AdaptiveAvgPool2d, input, output_size, column)
+    return raw["adaptive_avg_pool2d_forward"][column](input, output_size)
