@@ -82,7 +82,8 @@ template <class T, NormActivation activation> void backward(const BatchNormBackw
   parallel_for(args.shape.c, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const Channel channel(args.shape, c);
-      const A mean = args.mean[c], invstd = args.invstd[c];
+      const A mean = args.mean[c];
+      const double invstd = args.invstd[c];
       auto gradient = [&](int64_t i) {
         const A y = activation == NormActivation::none ? A(0) : static_cast<A>(args.output[i]);
         return activate_backward<activation>(static_cast<A>(args.grad_output[i]), y);
@@ -95,10 +96,10 @@ template <class T, NormActivation activation> void backward(const BatchNormBackw
       });
       const double count = static_cast<double>(channel.count());
       args.grad_bias[c] = static_cast<A>(sum);
-      args.grad_weight[c] = static_cast<A>(product * static_cast<double>(invstd));
-      const A scale = args.weight ? invstd * args.weight[c] : invstd;
+      args.grad_weight[c] = static_cast<A>(product * invstd);
+      const A scale = static_cast<A>(args.weight ? invstd * static_cast<double>(args.weight[c]) : invstd);
       const A mean_gradient = args.train ? static_cast<A>(sum / count) : A(0);
-      const A slope = args.train ? static_cast<A>(product / count * static_cast<double>(invstd) * static_cast<double>(invstd)) : A(0);
+      const A slope = args.train ? static_cast<A>(product / count * invstd * invstd) : A(0);
       channel.each([&](int64_t i) {
         const A g = gradient(i);
         if (args.grad_residual) args.grad_residual[i] = static_cast<T>(g);

@@ -38,7 +38,7 @@ template <class T> struct BatchNormBackwardArgs {
   const T* output;
   const acc_t<T>* weight;
   const acc_t<T>* mean;
-  const acc_t<T>* invstd;
+  const double* invstd;
   bool train;
   NormActivation activation;
   T* grad_input;

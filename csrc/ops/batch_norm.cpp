@@ -167,22 +167,23 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
   std::optional<Tensor> r;
   if (residual) r = ordered(*residual, channels_last);
   Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
-  Tensor mean = allocate({shape.c}, accumulate_dtype(x.scalar_type()), x);
-  Tensor invstd = allocate({shape.c}, accumulate_dtype(x.scalar_type()), x);
+  Tensor mean = allocate({shape.c}, ScalarType::Double, x);
+  Tensor invstd = allocate({shape.c}, ScalarType::Double, x);
+  const auto old_mean = per_channel<double>(running_mean), old_var = per_channel<double>(running_var);
+  double* m = mutable_data<double>(mean);
+  double* s = mutable_data<double>(invstd);
+  for (int64_t i = 0; i < shape.c; ++i) {
+    m[i] = old_mean[static_cast<size_t>(i)];
+    s[i] = 1.0 / std::sqrt(old_var[static_cast<size_t>(i)] + eps);
+  }
+  if (output.numel() == 0) return {output, mean, invstd};
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
-    const auto w = per_channel<A>(weight), b = per_channel<A>(bias), old_mean = per_channel<A>(running_mean),
-               old_var = per_channel<A>(running_var);
-    A* m = mutable_data<A>(mean);
-    A* s = mutable_data<A>(invstd);
-    for (int64_t i = 0; i < shape.c; ++i) {
-      m[i] = old_mean[static_cast<size_t>(i)];
-      s[i] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(old_var[static_cast<size_t>(i)]) + eps));
-    }
-    if (output.numel() == 0) return;
-    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, nullptr, eps, false,
-                               static_cast<NormActivation>(activation), mutable_data<T>(output)};
+    const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
+    auto narrow_mean = per_channel<A>(mean), narrow_invstd = per_channel<A>(invstd);
+    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), narrow_mean.data(), narrow_invstd.data(),
+                               nullptr, eps, false, static_cast<NormActivation>(activation), mutable_data<T>(output)};
     DLKERN_CALL(batch_norm_forward, args);
   });
   return {output, mean, invstd};
@@ -202,7 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
   const ScalarType accumulated = accumulate_dtype(input.scalar_type());
   for (const Tensor& t : {mean, invstd}) {
     check(t.numel() == input.size(1), op, ": mean and invstd should contain ", input.size(1), " elements");
-    check(t.scalar_type() == accumulated && t.is_cpu(), op, ": mean and invstd must be in the accumulation dtype, on the CPU");
+    check((t.scalar_type() == accumulated || t.scalar_type() == ScalarType::Double) && t.is_cpu(), op,
+          ": mean and invstd must be float64 or in the dtype sums are carried in, on the CPU");
   }
   const bool channels_last = suggests_channels_last(input);
   const NormShape shape = norm_shape(op, input, channels_last);
@@ -216,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
-    const auto w = per_channel<A>(weight), m = per_channel<A>(mean), s = per_channel<A>(invstd);
+    const auto w = per_channel<A>(weight), m = per_channel<A>(mean);
+    const auto s = per_channel<double>(invstd);
     std::vector<A> sums(static_cast<size_t>(2 * shape.c), A(0));
     A* sum_weight = sums.data();
     A* sum_bias = sum_weight + shape.c;

@@ -1,8 +1,10 @@
 """Batch norm, with an activation and a residual sum in the same pass: schemas, fake kernels, autograd, dispatch.
 
 output = activation(batch_norm(input) + residual). The ops change nothing in place: new running statistics are
-results, and nn.functional copies them into the buffers. The backward needs input, the batch's mean and 1 / standard
-deviation, and output where there is an activation.
+results, and nn.functional copies them into the buffers. The backward needs input, mean and invstd (1 / standard
+deviation), and output where there is an activation. mean and invstd are in the dtype sums are carried in when training;
+in evaluation they are float64 copies of what the buffers say, because there torch's own gradient is exact but for
+one rounding.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ def _train_forward_fake(input, residual, weight, bias, running_mean, running_var
 
 
 def _eval_forward_fake(input, residual, weight, bias, running_mean, running_var, eps, activation):
-    return (_like(input), *(input.new_empty([input.shape[1]], dtype=_accumulate(input.dtype)) for _ in range(2)))
+    return (_like(input), *(input.new_empty([input.shape[1]], dtype=torch.float64) for _ in range(2)))
 
 
 def _backward_fake(grad_output, input, output, weight, mean, invstd, train, activation, residual):
-    parameter = mean.dtype if weight is None else weight.dtype
+    parameter = _accumulate(input.dtype) if weight is None else weight.dtype
     sums = [input.new_empty([input.shape[1]], dtype=parameter) for _ in range(2)]
     return (_like(input), *sums, _like(input) if residual else input.new_empty([0]))
 

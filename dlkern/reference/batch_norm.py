@@ -1,18 +1,16 @@
 """Batch norm in plain torch expressions, forward and backward, differentiable to any order.
 
-Computed in float32 (float64 for float64 inputs), as torch does; torch's own batch norm is not used, so that it can
-be the second, independent reference of the tests.
+Computed in float64, as torch's CPU kernels sum; torch's own batch norm is not used, so that the tests have two
+independent references.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["activation_backward", "apply_activation", "batch_norm_backward", "batch_norm_eval", "batch_norm_train"]
+from dlkern.reference.linear import activate, activation_backward
 
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = ["batch_norm_backward", "batch_norm_eval", "batch_norm_train"]
 
 
 def _per_channel(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -24,21 +22,6 @@ def _other_dims(x: torch.Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 
 
-def apply_activation(x: torch.Tensor, activation: int) -> torch.Tensor:
-    return (lambda x: x, torch.relu, torch.tanh, torch.sigmoid)[activation](x)
-
-
-def activation_backward(grad_output: torch.Tensor, output: torch.Tensor | None, activation: int) -> torch.Tensor:
-    """Gradient before the activation, from its output."""
-    if activation == 0 or output is None:
-        return grad_output
-    if activation == 1:
-        return torch.where(output <= 0, torch.zeros_like(grad_output), grad_output)
-    if activation == 2:
-        return grad_output * (1 - output * output)
-    return grad_output * output * (1 - output)
-
-
 def _finish(x, residual, weight, bias, mean, invstd, activation, dtype):
     y = (x - _per_channel(mean, x.dim())) * _per_channel(invstd, x.dim())
     if weight is not None:
@@ -47,7 +30,7 @@ def _finish(x, residual, weight, bias, mean, invstd, activation, dtype):
         y = y + _per_channel(bias.to(y.dtype), x.dim())
     if residual is not None:
         y = y + residual.to(y.dtype)
-    return apply_activation(y, activation).to(dtype)
+    return activate(y, activation).to(dtype)
 
 
 def batch_norm_train(
@@ -55,7 +38,7 @@ def batch_norm_train(
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, momentum: float, eps: float, activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output and the new running statistics (of size 0 where there are none)."""
-    x = input.to(_accumulate(input.dtype))
+    x = input.double()
     dims = _other_dims(x)
     count = x.numel() // max(x.shape[1], 1)
     empty = x.new_empty(0)
@@ -80,7 +63,7 @@ def batch_norm_eval(
     input: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor, running_var: torch.Tensor, eps: float, activation: int,
 ) -> torch.Tensor:
-    x = input.to(_accumulate(input.dtype))
+    x = input.double()
     invstd = torch.rsqrt(running_var.to(x.dtype) + eps)
     return _finish(x, residual, weight, bias, running_mean.to(x.dtype), invstd, activation, input.dtype)
 
@@ -94,10 +77,13 @@ def batch_norm_backward(
     When training, mean and invstd are functions of input and are made from it again, so that this expression can be
     differentiated; with frozen statistics they are the constants passed in.
     """
-    dtype = _accumulate(input.dtype)
-    grad = activation_backward(grad_output.to(dtype), None if output is None else output.to(dtype), activation)
+    dtype = torch.float64
+    grad = grad_output.to(dtype)
+    if output is not None:
+        grad = activation_backward(grad, output.to(dtype), activation)
     x = input.to(dtype)
     dims = _other_dims(x)
+    mean, invstd = mean.double(), invstd.double()
     if train:
         mean = x.mean(dims)
         invstd = torch.rsqrt((x - _per_channel(mean, x.dim())).square().mean(dims) + eps)
@@ -110,5 +96,5 @@ def batch_norm_backward(
         count = x.numel() // max(x.shape[1], 1)
         grad_input = grad - _per_channel(grad_bias / count, x.dim()) - normalised * _per_channel(grad_weight / count, x.dim())
     grad_input = (grad_input * _per_channel(scale, x.dim())).to(input.dtype)
-    parameter = dtype if weight is None else weight.dtype
+    parameter = (dtype if input.dtype == dtype else torch.float32) if weight is None else weight.dtype
     return grad_input, grad_weight.to(parameter), grad_bias.to(parameter), grad.to(input.dtype)

@@ -8,10 +8,10 @@ import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.ops._activation import Activation
 
 __all__ = ["batch_norm", "batch_norm_act"]
 
-_ACTIVATIONS = {None: 0, "relu": 1, "tanh": 2, "sigmoid": 3}
 _REDUCED = (torch.bfloat16, torch.float16)
 
 
@@ -61,20 +61,19 @@ def batch_norm(
 def batch_norm_act(
     input: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
     weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5, *, activation: str | None = None, residual: torch.Tensor | None = None,
+    momentum: float = 0.1, eps: float = 1e-5, *, activation: Activation | None = None, residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(batch_norm(input) + residual) in one pass over memory; torch has no such function.
 
     Args:
         input, ..., eps: as in batch_norm.
-        activation: None, "relu", "tanh" or "sigmoid".
+        activation: dlkern.Activation to apply at the end, or None.
         residual: tensor of input's shape and dtype that is added before the activation.
 
     Raises:
         ValueError: an unknown activation, a residual of another shape or dtype, and what batch_norm raises.
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {tuple(_ACTIVATIONS)}, got {activation!r}")
+    code = 0 if activation is None else int(Activation(activation))
     reason = _reason_for_torch(input, running_mean, running_var, weight, bias)
     if training or eps <= 0.0 or running_mean is None or running_var is None or reason is not None:
         reason = _check(input, running_mean, running_var, training, eps, reason)
@@ -88,7 +87,7 @@ def batch_norm_act(
             tracing.record("batch_norm", "torch", reason, input)
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     output, new_mean, new_var = ops.batch_norm.batch_norm(
-        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, _ACTIVATIONS[activation]
+        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code
     )
     if training and running_mean is not None:
         running_mean.copy_(new_mean)
