@@ -10,6 +10,17 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
+// A sum that carries its rounding error along (Neumaier).
+struct Sum {
+  double value = 0, lost = 0;
+  void operator+=(double x) {
+    const double next = value + x;
+    lost += (value < 0 ? -value : value) >= (x < 0 ? -x : x) ? (value - next) + x : (x - next) + value;
+    value = next;
+  }
+  double total() const { return lost - lost == 0.0 ? value + lost : value; }
+};
+
 inline double finite_or_zero(double x) { return x - x == 0.0 ? x : 0.0; }
 
 template <NormActivation activation, class A> inline A activate(A y) {
@@ -53,12 +64,13 @@ template <class T, NormActivation activation> void forward(const BatchNormArgs<T
       const Channel channel(args.shape, c);
       if (args.train) {
         const double shift = finite_or_zero(static_cast<double>(args.input[channel.begin]));
-        double sum = 0, squares = 0;
+        Sum sums, all_squares;
         channel.each([&](int64_t i) {
           const double d = static_cast<double>(args.input[i]) - shift;
-          sum += d;
-          squares += d * d;
+          sums += d;
+          all_squares += d * d;
         });
+        const double sum = sums.total(), squares = all_squares.total();
         const double count = static_cast<double>(channel.count());
         double var = (squares - sum * (sum / count)) / count;
         if (var < 0) var = 0;
@@ -88,12 +100,13 @@ template <class T, NormActivation activation> void backward(const BatchNormBackw
         const A y = activation == NormActivation::none ? A(0) : static_cast<A>(args.output[i]);
         return activate_backward<activation>(static_cast<A>(args.grad_output[i]), y);
       };
-      double sum = 0, product = 0;
+      Sum sums, products;
       channel.each([&](int64_t i) {
         const double g = static_cast<double>(gradient(i));
-        sum += g;
-        product += g * static_cast<double>(static_cast<A>(args.input[i]) - mean);
+        sums += g;
+        products += g * static_cast<double>(static_cast<A>(args.input[i]) - mean);
       });
+      const double sum = sums.total(), product = products.total();
       const double count = static_cast<double>(channel.count());
       args.grad_bias[c] = static_cast<A>(sum);
       args.grad_weight[c] = static_cast<A>(product * invstd);
