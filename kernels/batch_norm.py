@@ -325,7 +325,7 @@ def batch_norm_train_forward(input, residual, weight, bias, running_mean, runnin
 
 
 def batch_norm_eval_forward(input, residual, weight, bias, running_mean, running_var, eps, activation):
-    """act(batch_norm(input) + residual) by the running statistics."""
+    """act(batch_norm(input) + residual) by the running statistics, which come back as float64 mean and invstd."""
     per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check("batch_norm", input, per_channel, {"residual": residual}, activation)
     x = _dense(input)
@@ -336,7 +336,7 @@ def batch_norm_eval_forward(input, residual, weight, bias, running_mean, running
             running_mean.contiguous(), running_var.contiguous(), output, extra=(float(eps),), VARIANCE=True,
             RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=activation,
         )
-    return output
+    return output, running_mean.double(), torch.rsqrt(running_var.double() + eps)
 
 
 def batch_norm_backward(grad_output, input, output, weight, mean, invstd, train, activation, residual):
