@@ -273,7 +273,7 @@ def _measure(row: Row, shape: Shape, dtype: torch.dtype, layout: str, training: 
         row.ratio, row.ratio_p20, row.ratio_p80 = found.median, found.p20, found.p80
         if "compile" in samples:
             row.ratio_compile = timing.ratio(samples["compile"], own).median
-    if torch.compiler is not None and plan.with_compile:
+    if plan.with_compile:
         torch._dynamo.reset()
 
 

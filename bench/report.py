@@ -97,7 +97,7 @@ def summary_table(summaries: Sequence[Summary]) -> list[str]:
     )
 
 
-def write(result: dict[str, Any], directory: Path) -> list[Path]:
+def write(result: dict[str, Any], directory: Path, plots: bool = True) -> list[Path]:
     """Writes results.json, results.csv, index.html and, where matplotlib is, speedup.png and floor.png."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "results.json"]
@@ -110,10 +110,10 @@ def write(result: dict[str, Any], directory: Path) -> list[Path]:
             writer.writeheader()
             writer.writerows(rows)
         written.append(path)
-        plots = _plots(rows, result, directory)
-        written += plots
+        drawn = _plots(rows, result, directory) if plots else []
+        written += drawn
         path = directory / "index.html"
-        path.write_text(_html(result, [plot.name for plot in plots]))
+        path.write_text(_html(result, [plot.name for plot in drawn]))
         written.append(path)
     return written
 
@@ -229,8 +229,8 @@ def _html(result: dict[str, Any], plots: Sequence[str]) -> str:
         "<h1>dlkern benchmark</h1>",
         f"<p>{html.escape(machine.get('gpu') or machine['cpu'])}, torch {html.escape(machine['torch'])}, commit "
         f"{html.escape(machine['commit'] or 'unknown')}, {html.escape(machine['date'])}. The ratio is torch's time "
-        "over ours, the median of interleaved pairs; a row whose parity failed shows none. The floor is what the machine's "
-        "own copy bandwidth and arithmetic rate allow.</p>",
+        "over ours, the median of interleaved pairs; a row whose parity failed shows none. The floor is what the "
+        "machine's own copy bandwidth and arithmetic rate allow.</p>",
         facts("Machine", machine),
         facts("Settings of both sides", result["settings"]),
         facts("Ceilings measured", result["floors"]),

@@ -204,7 +204,7 @@ def here(
     request: _Request,
     echo: Callable[[str], None] | None,
     have: dict[str, Row] | None = None,
-    keep: Callable[[Row], None] | None = None,
+    keep: Callable[[str, Row], None] | None = None,
 ) -> Result:
     """Measures in this process.
 
@@ -251,7 +251,7 @@ def here(
         rows.append(row)
         say(report.progress_line(row))
         if keep is not None:
-            keep(row)
+            keep(key, row)
     if request.overhead and not deadline.passed:
         rows += _overhead_rows(request, device, say)
     summary = targets.summarize([row for row in rows if row.group != "overhead"], device)

@@ -1,7 +1,9 @@
 """The benchmark harness: its arithmetic, that it shows no speed-up for a wrong answer, its tables and files."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -355,6 +357,7 @@ def test_gpu_script_rehearses(tmp_path):
         pytest.skip("not a checkout")
     done = subprocess.run(
         ["bash", str(script), "--dry-run", "--work", str(tmp_path)],
+        env=dict(os.environ, PYTHON=sys.executable),
         capture_output=True,
         text=True,
         timeout=300,
