@@ -810,12 +810,14 @@ def rehearse(options: argparse.Namespace) -> int:
     failed = []
     for name in STAGES:
         say(f"\n== {name} (rehearsal)")
+        began = time.time()
         try:
             if not RUN[name](Stage(name, options, 60.0)):
                 failed.append(name)
         except Exception as error:
             say(f"{name}: {type(error).__name__}: {error}")
             failed.append(name)
+        say(f"{name}: {time.time() - began:.1f} s")
     say(
         "\nrehearsed "
         + (f"with failures: {', '.join(failed)}" if failed else "without a failure; nothing ran on a GPU")
