@@ -1,0 +1,159 @@
+"""Machine code of the CUDA column, compiled here for sm_80 and sm_90a: registers within the committed budgets
+(tests/budgets/nvcc-<version>/<family>.json), no stack, no spills, the tensor-core and asynchronous-copy instructions
+there, wide loads where the layout allows them.
+
+After a deliberate change: python tests/test_cuda_aot.py --write, and say in the commit what the change bought.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+FAMILIES = sorted(path.stem for path in CUDA.glob("*.cu") if path.name not in ("device.cu", "conformance.cu"))
+ARCHITECTURES = ("80", "90a")
+
+# family -> pattern of kernel names -> opcodes each such kernel must have.
+REQUIRED = {
+    "linear": {
+        r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
+        r"linear_\w+_kernel<.*false>": ["HMMA.16816.F32.BF16", "LDSM.16"],
+        r"linear_backward_weight_kernel<.*": ["LDSM.16.MT88.4"],
+        r"activation_backward_kernel": ["LDG.E.128", "STG.E.128"],
+    },
+    "pooling": {
+        r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|__nv_bfloat16, 8).*": ["LDG.E.128", "STG.E.128"],
+        r"max_pool2d_forward_kernel<__nv_bfloat16, 8, 1>": ["STG.E.64"],
+        r"max_pool2d_backward_kernel<__nv_bfloat16, 8, unsigned char>": ["LDG.E.64"],
+    },
+}
+FORBIDDEN = ("LDL", "STL")
+
+nvcc = shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(nvcc is None, reason="nvcc is not installed")
+
+
+def nvcc_version() -> str:
+    return re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout).group(1)
+
+
+def build_script():
+    spec = importlib.util.spec_from_file_location("dlkern_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled(name: str, architecture: str) -> tuple[Path, str]:
+    """cubin of csrc/cuda/<name>.cu and what ptxas said; kept in build/cuda_aot until a source changes."""
+    digest = hashlib.sha256(nvcc_version().encode())
+    for path in sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA / f"{name}.cu"]):
+        digest.update(path.read_bytes())
+    directory = ROOT / "build" / "cuda_aot"
+    directory.mkdir(parents=True, exist_ok=True)
+    cubin = directory / f"{name}_sm_{architecture}_{digest.hexdigest()[:16]}.cubin"
+    report = cubin.with_suffix(".ptxas")
+    if not report.exists():
+        result = subprocess.run(
+            [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
+             "-cubin", str(CUDA / f"{name}.cu"), "-o", str(cubin)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        report.write_text(result.stdout + result.stderr)
+    return cubin, report.read_text()
+
+
+def resources(family: str, architecture: str) -> dict[str, dict[str, int]]:
+    rows = build_script().kernel_resources(compiled(family, architecture)[1], family)
+    assert rows, "ptxas's report was not understood"
+    keys = ("registers", "shared", "stack", "spill_stores", "spill_loads")
+    return {row["kernel"]: {key: row[key] for key in keys} for row in rows}
+
+
+def budget_path(family: str) -> Path:
+    return ROOT / "tests" / "budgets" / f"nvcc-{nvcc_version()}" / f"{family}.json"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budgets(family, architecture):
+    if not budget_path(family).exists():
+        pytest.skip(f"no budgets for nvcc {nvcc_version()}: python tests/test_cuda_aot.py --write")
+    budgets = json.loads(budget_path(family).read_text())[f"sm_{architecture}"]
+    found = resources(family, architecture)
+    assert sorted(found) == sorted(budgets), "kernels came or went: write new budgets"
+    over = {
+        kernel: {key: (value, budgets[kernel][key]) for key, value in row.items() if value > budgets[kernel][key]}
+        for kernel, row in found.items()
+    }
+    assert not {kernel: row for kernel, row in over.items() if row}
+    for row in found.values():
+        assert row["stack"] == row["spill_stores"] == row["spill_loads"] == 0
+
+
+def disassembler() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("nvdisasm")
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return str(path) if path.exists() else shutil.which("nvdisasm")
+
+
+def opcodes(cubin: Path) -> dict[str, set[str]]:
+    """Opcodes of each kernel, by its name with template arguments."""
+    text = subprocess.run([disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found: dict[str, set[str]] = {}
+    for part in re.split(r"\.section\s+\.text\.", text)[1:]:
+        name = build_script().demangled(re.match(r"[\w$]+", part).group(0))
+        found[name] = set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", part, re.MULTILINE))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_instructions(family, architecture):
+    if disassembler() is None:
+        pytest.skip("no nvdisasm (Triton's wheel carries one)")
+    kernels = opcodes(compiled(family, architecture)[0])
+    assert sorted(kernels) == sorted(resources(family, architecture))
+    for pattern, required in REQUIRED[family].items():
+        matching = {name: ops for name, ops in kernels.items() if re.fullmatch(pattern, name)}
+        assert matching, f"no kernel matches {pattern}"
+        for name, ops in matching.items():
+            for opcode in required:
+                assert any(op.startswith(opcode) for op in ops), f"{name} has no {opcode}"
+    for name, ops in kernels.items():
+        assert not [op for op in ops if op.startswith(FORBIDDEN)], f"{name} uses local memory"
+
+
+def test_conformance_program_compiles():
+    cubin, _ = compiled("conformance", "80")
+    assert cubin.stat().st_size > 0
+
+
+def write_budgets() -> None:
+    for family in FAMILIES:
+        path = budget_path(family)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = {f"sm_{architecture}": resources(family, architecture) for architecture in ARCHITECTURES}
+        lines = [
+            f'  "{architecture}": {{\n'
+            + ",\n".join(f"    {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in kernels.items())
+            + "\n  }"
+            for architecture, kernels in rows.items()
+        ]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(__doc__)
+    write_budgets()
