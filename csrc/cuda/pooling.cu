@@ -186,12 +186,15 @@ __global__ void avg_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, Averag
 
   float sum[VEC] = {};
   for (int h = rows.begin; h < rows.end; h++) {
+    float row_sum[VEC] = {};  // row by row, so that the rounding errors of a large window stay small
     for (int w = columns.begin; w < columns.end; w++) {
       const auto pack =
           load_pack<T, VEC>(input + pixel_offset(at.outer, h, w, g.height.size, g.width.size, g.inner) + channel);
 #pragma unroll
-      for (int v = 0; v < VEC; v++) sum[v] += to_float(pack.at[v]);
+      for (int v = 0; v < VEC; v++) row_sum[v] += to_float(pack.at[v]);
     }
+#pragma unroll
+    for (int v = 0; v < VEC; v++) sum[v] += row_sum[v];
   }
   const bool empty = rows.begin >= rows.end || columns.begin >= columns.end;  // a window of padding alone
   const float by = empty ? 1.0f : divisor(rule, rows, columns);

@@ -26,7 +26,7 @@ void cp_async_wait(int groups_left) {
       continue;
     }
     check_write(thread, copy.destination, 16);
-    std::memcpy(copy.destination, copy.source, copy.source_bytes);
+    if (copy.source_bytes) std::memcpy(copy.destination, copy.source, copy.source_bytes);
     std::memset(static_cast<char*>(copy.destination) + copy.source_bytes, 0, 16 - copy.source_bytes);
   }
   thread.copies.resize(kept);

@@ -58,7 +58,7 @@ class Call {
   const void* reads(const Tensor& x) { return track(x, false); }
   const void* reads(const std::optional<Tensor>& x) { return x ? track(*x, false) : nullptr; }
   void* writes(const Tensor& x) {
-    std::memset(x.mutable_data_ptr(), 0xff, bytes(x));
+    if (x.numel() != 0) std::memset(x.mutable_data_ptr(), 0xff, bytes(x));
     track(x, true);
     return x.mutable_data_ptr();
   }

@@ -119,6 +119,7 @@ for _op, _schema, _fake in (
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16),
 }.items():
     for _op in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"):
         columns.declare(_op, _column, _dtypes)
