@@ -34,14 +34,20 @@ def _block(size, smallest, largest):
 
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a full-size tile: 16-bit floats, TF32 or float32, float64.
+# Triton makes no tensor-core code for sm_75: small tiles there, or the products spill.
 _MATMUL = {
-    75: ((64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
+    75: ((64, 64, 16, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
     80: ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (32, 32, 16, 4, 2)),
     90: ((128, 128, 64, 8, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
     100: ((128, 128, 64, 8, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
     "gfx": ((128, 128, 32, 8, 2), (64, 64, 32, 4, 2), (32, 32, 16, 4, 2)),
     0: ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
 }
+
+
+def _tile(blocks, warps, stages):
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return dict(zip(names, (*blocks, warps, stages)))
 
 
 def _row(table, arch):
@@ -60,7 +66,7 @@ def matmul(a, M, N, K):
     block_m, block_n, block_k = _block(M, 16, block_m), _block(N, 16, block_n), _block(K, 16, block_k)
     if block_m * block_n <= 64 * 64:
         warps = min(warps, 4)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+    return {**_tile((block_m, block_n, block_k), warps, stages), "GROUP_M": 8}
 
 
 def split(a, M, N, K, tile=None, groups=1):
@@ -76,27 +82,34 @@ def split(a, M, N, K, tile=None, groups=1):
 
 # The same for convolutions, whose address arithmetic wants registers: four warps.
 _CONV = {
-    75: ((64, 64, 32, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)),
+    75: ((64, 32, 16, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)),
     80: ((128, 64, 32, 4, 3), (64, 64, 16, 4, 3), (32, 32, 16, 4, 2)),
     90: ((128, 128, 64, 4, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
-    100: ((128, 128, 64, 4, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
+    100: ((128, 64, 64, 4, 3), (64, 64, 32, 4, 3), (64, 32, 16, 4, 2)),
     "gfx": ((128, 64, 32, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
     0: ((32, 32, 16, 4, 1), (32, 32, 16, 4, 1), (32, 32, 16, 4, 1)),
 }
 
 
 def conv(x, M, N, channels, taps):
-    """Tile of M pixels x N channels; a tile is as deep as the channels of a group, or cuts (r, s, c) as one range."""
+    """Tile of M pixels x N channels, and FLAT: whether the contraction's (r, s, channel) is cut as one range.
+
+    A group with fewer channels than a tile is deep is cut flat; every element then has its own address, and the tile
+    is smaller to keep those in registers.
+    """
     block_m, block_n, block_k, warps, stages = _row(_CONV, architecture(x))[_kind(x.dtype)]
-    block_m, block_n, block_k = _block(M, 16, block_m), _block(N, 16, block_n), _block(channels * taps, 16, block_k)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    flat = channels < block_k
+    if flat:
+        block_m, block_k = min(block_m, 64), min(block_k, 32)
+    blocks = _block(M, 16, block_m), _block(N, 16, block_n), _block(channels * taps, 16, block_k)
+    return {**_tile(blocks, warps, stages), "FLAT": flat}
 
 
 def conv_weight(x, K, columns, M):
     """Tile of K output channels x columns filter elements; the contraction is over pixels."""
     block_m, block_n, block_k, warps, stages = _row(_CONV, architecture(x))[_kind(x.dtype)]
-    block_m, block_n, block_k = _block(K, 16, min(block_m, 64)), _block(columns, 16, block_n), _block(M, 16, min(block_k, 32))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    blocks = _block(K, 16, min(block_m, 64)), _block(columns, 16, block_n), _block(M, 16, min(block_k, 32))
+    return _tile(blocks, warps, stages)
 
 
 def batch_norm(x, rows, channels, channels_innermost):

@@ -302,7 +302,7 @@ def conv2d_forward(input, weight, bias, stride, padding, dilation, groups):
     launch(
         conv2d_forward_kernel, (tiles, groups), x, w, bias.contiguous() if bias is not None else w, output,
         M, C, K // groups, H, W, P, Q, *x.stride(), *w.stride(), *output.stride(),
-        **_constants(weight.shape, stride, padding, dilation), HAS_BIAS=bias is not None, FLAT=C < config["BLOCK_K"],
+        **_constants(weight.shape, stride, padding, dilation), HAS_BIAS=bias is not None,
         ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_conv()), LARGE=is_large(x, w, output), **config,
     )
     return output
@@ -329,7 +329,7 @@ def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dila
     launch(
         conv2d_backward_input_kernel, (tiles, groups, classes), dy, w, grad_input,
         N, C, K // groups, H, W, P, Q, *dy.stride(), *w.stride(), *grad_input.stride(),
-        **_constants(weight.shape, stride, padding, dilation), **steps, FLAT=K // groups < config["BLOCK_K"],
+        **_constants(weight.shape, stride, padding, dilation), **steps,
         ACC=accumulator(dy.dtype), PRECISION=dot_precision(dy.dtype, allow_tf32_conv()),
         LARGE=is_large(dy, w, grad_input), **config,
     )

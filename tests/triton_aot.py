@@ -1,0 +1,219 @@
+"""Triton kernels compiled ahead of time for GPUs that are not here, and what the machine code uses.
+
+A fake driver names the target, and the real launchers run on CPU tensors whose launch is turned into `warmup`: so
+grid, block sizes, constants and specialisation (alignment, ones) are the ones the JIT would use on such a GPU.
+tests/test_triton_aot.py holds the results to tests/budgets/triton-<version>/<family>.json; after a change that is
+meant, write those again with
+
+    python tests/triton_aot.py [family ...]
+
+and read the difference: more registers, a lost tensor-core instruction or a spill is a regression. Budgets are keyed
+by Triton's version, because compilers differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from dlkern.kernels import batch_norm, configs, conv, dropout, linear, loss, pooling
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = ROOT / "tests" / "budgets" / f"triton-{triton.__version__}"
+TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Tensor-core instruction of a target for 16-bit floats (Triton makes none for Turing), and what shows that loads are
+# pipelined.
+MATRIX = {"sm_75": "", "sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+PIPELINED = {"sm_80": "LDGSTS", "sm_90": "LDGSTS", "sm_100": "LDGSTS"}
+COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "v_mfma")
+
+
+class _FakeDriver:
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling(target: GPUTarget) -> Iterator[list]:
+    """Launches inside compile for the target instead of running; the list fills with (kernel name, compiled kernel)."""
+    compiled: list = []
+    run, architecture, active = JITFunction.run, configs.architecture, driver._active
+    cache = os.environ.get("TRITON_CACHE_DIR")
+
+    def compile_only(self, *args, grid, warmup, **named):
+        self.device_caches.clear()  # they belong to another target
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **named)))
+
+    JITFunction.run = compile_only
+    configs.architecture = lambda tensor: target.arch
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-aot")
+    driver.set_active(_FakeDriver(target))
+    try:
+        yield compiled
+    finally:
+        for kernel, _ in compiled:
+            getattr(kernel, "device_caches", {}).clear()
+        JITFunction.run, configs.architecture, driver._active = run, architecture, active
+        os.environ.pop("TRITON_CACHE_DIR")
+        if cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache
+
+
+# --- representative calls ---------------------------------------------------------------------------------------------
+
+
+def _empty(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=layout)  # never touched: costs no memory
+
+
+def _dropout(half):
+    dropout.dropout(_empty(1 << 22, dtype=half), 0.3, torch.tensor(1))
+
+
+def _linear(half):
+    x, w, b = _empty(4096, 1024, dtype=half), _empty(2048, 1024, dtype=half), _empty(2048, dtype=half)
+    dy = _empty(4096, 2048, dtype=half)
+    linear.linear_forward(x, w, b, 1)
+    linear.linear_backward_input(dy, w)
+    linear.linear_backward_weight(dy, x, True)
+    linear.activation_backward(dy, dy, 2)
+    x, w = _empty(4096, 1024, dtype=torch.float32), _empty(2048, 1024, dtype=torch.float32)
+    linear.linear_forward(x, w, None, 0)
+
+
+def _conv(half):
+    one, two = (1, 1), (2, 2)
+    image = functools.partial(_empty, dtype=half, channels_last=True)
+    x, w, y = image(32, 128, 56, 56), image(128, 128, 3, 3), image(32, 128, 56, 56)
+    b = _empty(128, dtype=half)
+    conv.conv2d_forward(x, w, b, one, one, one, 1)
+    conv.conv2d_backward_weight(y, x, w.shape, one, one, one, 1, True, True)
+    conv.conv2d_backward_input(image(32, 128, 28, 28), w, x.shape, two, one, one, 1, True)
+    conv.conv2d_forward(image(32, 3, 224, 224), image(64, 3, 7, 7), None, two, (3, 3), one, 1)
+    single = _empty(32, 128, 56, 56, dtype=torch.float32)
+    conv.conv2d_forward(single, _empty(128, 128, 3, 3, dtype=torch.float32), None, one, one, one, 1)
+
+
+def _pooling(half):
+    window = ((3, 3), (2, 2), (1, 1))
+    x = _empty(32, 64, 112, 112, dtype=half, channels_last=True)
+    y, place = pooling.max_pool2d_forward(x, *window, (1, 1), False, 1)
+    pooling.max_pool2d_backward(y, place, x.shape, *window, (1, 1), True)
+    y = pooling.avg_pool2d_forward(x, *window, False, True, None)
+    pooling.avg_pool2d_backward(y, x.shape, *window, False, True, None, True)
+    y = pooling.adaptive_avg_pool2d_forward(x, (7, 7))
+    pooling.adaptive_avg_pool2d_backward(y, x.shape, True)
+
+
+def _batch_norm(half):
+    channel = torch.empty(64)
+    for dtype, channels_last in ((half, True), (torch.float32, False)):
+        x = _empty(32, 64, 56, 56, dtype=dtype, channels_last=channels_last)
+        batch_norm.batch_norm_train_forward(x, x, channel, channel, channel, channel, 0.1, 1e-5, 1)
+        batch_norm.batch_norm_backward(x, x, x, channel, channel, channel, True, 1, True)
+
+
+def _loss(half):
+    x, target = _empty(4096, 32000, dtype=half), torch.empty(4096, dtype=torch.int64)
+    value, lse, total = loss.cross_entropy_forward(x, target, None, 1, -100, 0.1)
+    loss.cross_entropy_backward(value, x, target, None, lse, total, 1, -100, 0.1)
+
+
+CALLS = {
+    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "linear": _linear, "loss": _loss, "pooling": _pooling,
+}
+
+
+# --- what the machine code uses ---------------------------------------------------------------------------------------
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def usage(compiled) -> dict:
+    """Registers, shared memory, stack, local memory, spills, and counts of the instructions that matter."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
+        result = {
+            "registers": number("vgpr_count"), "stack": number("private_segment_fixed_size"), "local": 0,
+            "spills": number("vgpr_spill_count"),  # scalar registers spill into vector ones, not into memory
+        }
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
+            text = _tool("nvdisasm", "-c", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
+        registers, stack, local = map(int, found.groups())
+        # A spilled kernel may show few registers: the stack and its loads and stores tell.
+        result = {
+            "registers": registers, "stack": stack, "local": local, "spills": len(re.findall(r"\b(?:STL|LDL)\b", text)),
+        }
+    result["shared"] = compiled.metadata.shared
+    result["warps"] = compiled.metadata.num_warps
+    counts = {name: len(re.findall(rf"\b{name}", text)) for name in COUNTED}
+    result["instructions"] = {name: n for name, n in counts.items() if n}
+    return result
+
+
+def measure(family: str, target: str) -> dict[str, dict]:
+    """Usage of every kernel the family's calls launch, by kernel name and number of the launch."""
+    half = torch.float16 if target == "sm_75" else torch.bfloat16  # Turing's tensor cores have no bfloat16
+    with compiling(TARGETS[target]) as compiled:
+        CALLS[family](half)
+    rows: dict[str, dict] = {}
+    for name, kernel in compiled:
+        number = sum(row.split(" ")[0] == name for row in rows)
+        rows[f"{name} {number}" if number else name] = usage(kernel)
+    return rows
+
+
+def write(families: list[str]) -> None:
+    BUDGETS.mkdir(parents=True, exist_ok=True)
+    for family in families or CALLS:
+        rows = {target: measure(family, target) for target in TARGETS}
+        (BUDGETS / f"{family}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        for target, kernels in rows.items():
+            for name, row in kernels.items():
+                print(f"{target:7s} {name:42s} {row}", flush=True)
+
+
+if __name__ == "__main__":
+    write(sys.argv[1:])
