@@ -98,10 +98,8 @@ def build(shape: Shape, dtype: torch.dtype, layout: str, device: str, training: 
         bias = tensor(shape.out_channels)
         if op == "linear":
             return Case(F.linear, TF.linear, [x, weight, bias], [weight, bias])
-        from dlkern.ops._activation import Activation
-
         return Case(
-            lambda x, w, b: F.linear(x, w, b, activation=Activation.RELU),
+            lambda x, w, b: F.linear(x, w, b, activation=dlkern.Activation.RELU),
             lambda x, w, b: TF.relu(TF.linear(x, w, b)),
             [x, weight, bias],
             [weight, bias],
@@ -146,14 +144,18 @@ def _batch_norm(shape: Shape, image: Callable[..., torch.Tensor], tensor: Callab
         )
     if shape.op == "batch_norm_relu":
         return Case(
-            lambda x, w, b, m, v: F.batch_norm_act(x, m, v, w, b, True, MOMENTUM, EPS, activation="relu"),
+            lambda x, w, b, m, v: F.batch_norm_act(
+                x, m, v, w, b, True, MOMENTUM, EPS, activation=dlkern.Activation.RELU
+            ),
             lambda x, w, b, m, v: TF.relu(TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS)),
             inputs,
             [weight, bias],
             lambda x, w, b, m, v: TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS),
         )
     return Case(
-        lambda x, w, b, m, v, r: F.batch_norm_act(x, m, v, w, b, True, MOMENTUM, EPS, activation="relu", residual=r),
+        lambda x, w, b, m, v, r: F.batch_norm_act(
+            x, m, v, w, b, True, MOMENTUM, EPS, activation=dlkern.Activation.RELU, residual=r
+        ),
         lambda x, w, b, m, v, r: TF.relu(TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS) + r),
         [*inputs, image()],
         [weight, bias],

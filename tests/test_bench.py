@@ -222,22 +222,20 @@ def test_parameters_change_between_calls():
 def test_every_op_of_the_tables_keeps_parity(op, dtype):
     if cases.missing(op) is not None:
         pytest.skip(cases.missing(op))
-    channels = 16
+    # Large enough that the largest error of a border is no chance.
     shape = {
-        "conv2d": Shape(
-            op, batch=2, channels=8, height=7, width=7, out_channels=channels, kernel=(3, 3), padding=(1, 1)
-        ),
-        "linear": Shape(op, batch=9, channels=16, out_channels=5),
-        "linear_relu": Shape(op, batch=9, channels=16, out_channels=5),
-        "adaptive_avg_pool2d": Shape(op, batch=2, channels=8, height=7, width=7),
+        "conv2d": Shape(op, batch=8, channels=8, height=7, width=7, out_channels=16, kernel=(3, 3), padding=(1, 1)),
+        "linear": Shape(op, batch=16, channels=64, out_channels=48),
+        "linear_relu": Shape(op, batch=16, channels=64, out_channels=48),
+        "adaptive_avg_pool2d": Shape(op, batch=8, channels=16, height=7, width=7),
         "dropout": Shape(op, batch=8, channels=64),
         "cross_entropy": Shape(op, batch=64, channels=10),
-    }.get(op, Shape(op, batch=4, channels=8, height=6, width=6, kernel=(2, 2), stride=(2, 2)))
+    }.get(op, Shape(op, batch=32, channels=16, height=8, width=8, kernel=(2, 2), stride=(2, 2)))
     for layout in ("contiguous", "channels_last") if shape.spatial else ("contiguous",):
-        case = cases.build(shape, dtype, layout, "cpu", training=True)
-        ok, detail = harness.parity(case, dtype, training=True)
+        draws = [cases.build(shape, dtype, layout, "cpu", training=True, seed=seed) for seed in range(4)]
+        ok, detail = harness.parity(draws, dtype, training=True)
         assert ok, detail
-        assert all(p.grad is None for p in case.parameters)
+        assert all(p.grad is None for case in draws for p in case.parameters)
 
 
 # --- tables
