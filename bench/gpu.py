@@ -245,8 +245,10 @@ def parity_items(stage: Stage) -> Iterator[tuple[str, Any, Any, str, str]]:
 
     seen = set()
     sample = stage.options.sample or stage.dry
-    dtypes = (torch.bfloat16, torch.float32) if sample else (torch.bfloat16, torch.float16, torch.float32)
-    layouts = ("contiguous", "channels_last")
+    dtypes: tuple[torch.dtype, ...] = (
+        (torch.bfloat16, torch.float32) if sample else (torch.bfloat16, torch.float16, torch.float32)
+    )
+    layouts: tuple[str, ...] = ("contiguous", "channels_last")
     if stage.dry:
         dtypes, layouts = dtypes[1:], layouts[1:]
     for case in testing.cases():
@@ -308,7 +310,7 @@ def parity(stage: Stage) -> bool:
                 ]
                 first = case.ours(*fixed)
                 same = all(torch.equal(case.ours(*fixed), first) for _ in range(2 if stage.dry else 20))
-            ok = bool(certificate.ok and same)
+            ok: bool | None = bool(certificate.ok and same)
             detail = "" if ok else str(certificate) + ("" if same else "\n  20 runs gave different bits")
         except Exception as error:
             ok, served, detail = False, "", f"{type(error).__name__}: {error}"[:2000]
