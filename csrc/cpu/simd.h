@@ -41,7 +41,7 @@ template <class T> using Vec = typename vector_of<T>::type;
 // Lanes of Vec<T>.
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
-template <class T> inline Vec<T> broadcast(acc_t<T> value) { return Vec<T>{} + value; }
+template <class T> inline Vec<T> broadcast(acc_t<T> value) { return value - Vec<T>{}; }  // x - 0 is x, for -0 too: no addition is left
 
 // Unaligned loads and stores of a whole vector.
 inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
