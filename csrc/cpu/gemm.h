@@ -2,9 +2,10 @@
 // that multiplies matrices in the CPU column stands on it.
 //
 // BLIS's plan: blocks of KC along k and NC along n; a block of B is packed into panels of NR columns, zero-padded,
-// A is read in place through its two strides, and one micro-kernel holds an MR x NR tile of C in registers, one
-// broadcast of A and NV vectors of B a step. Threads split C, never k, and a split falls between tiles: the bits do
-// not depend on the number of threads. Floor: 2 M N K over the FMA peak.
+// and one micro-kernel holds an MR x NR tile of C in registers, one broadcast of A and NV vectors of B a step. Short
+// A, where packing B would not pay, has two ways of its own: dot products where rows of A and columns of B lie along k,
+// B in place where its rows lie along n. Which way is taken depends on the whole problem, threads split C, never k,
+// and a split falls between tiles: the bits do not depend on the number of threads. Floor: 2 M N K over the FMA peak.
 //
 // gemm() uses all threads; gemm_block() only the calling one, for use inside a parallel region.
 #pragma once
@@ -34,15 +35,14 @@ struct NoEpilogue {
 namespace gemm_detail {
 
 constexpr int kMR = 6;
-#if defined(__AVX512F__)
-constexpr int kNV = 4;
-#else
-constexpr int kNV = 2;
-#endif
+constexpr int kNV = kVectorBytes == 64 ? 4 : 2;  // 32 vector registers, or 16
 template <class T> constexpr int kNR = kNV * kLanes<T>;
-constexpr int64_t kKC = 256;
-constexpr int64_t kMC = 16 * kMR;  // rows of A that stay in the second-level cache: MC x KC
-constexpr int64_t kNC = 1024;      // columns of B packed at a time: KC x NC
+constexpr int64_t kKC = 128;       // also bounds the rounding error: at most 128 products in one sum
+constexpr int64_t kMC = 32 * kMR;  // rows of A packed at a time
+constexpr int64_t kNC = 768;       // columns of B packed at a time; KC x NC fits the second-level cache
+// B is read where it is, a few rows at a time, when A has so few rows that packing would cost more than it saves.
+constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
+
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -97,13 +97,36 @@ template <class T> inline Kernel<T> kernel_for(int rows, int vectors) {
 // B[k, n] into panels of NR columns: panel j holds rows p at panel + p * NR, zero beyond column n.
 template <class T, class P>
 inline void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column, P* packed) {
-  constexpr int64_t width = kNR<P>;
+  constexpr int64_t width = kNR<P>, lanes = kLanes<P>;
   for (int64_t j = 0; j < n; j += width, packed += k * width) {
     const int64_t columns = smaller(width, n - j);
     const T* from = b + j * b_column;
-    if (b_column == 1 && columns == width) {
+    if (b_column == 1) {
       for (int64_t p = 0; p < k; ++p)
-        for (int64_t v = 0; v < width; v += kLanes<P>) store(packed + p * width + v, load(from + p * b_row + v));
+        for (int64_t v = 0; v < width; v += lanes) {
+          const T* row = from + p * b_row + v;
+          Vec<P> value{};
+          if (v + lanes <= columns)
+            value = load(row);
+          else if (v < columns)
+            value = load_partial<T>(row, static_cast<int>(columns - v));
+          store(packed + p * width + v, value);
+        }
+    } else if (b_row == 1) {
+      // lanes x lanes squares, transposed in registers.
+      for (int64_t v = 0; v < width; v += lanes)
+        for (int64_t p = 0; p < k; p += lanes) {
+          Vec<P> square[lanes];
+          const int64_t steps = smaller(lanes, k - p);
+          for (int64_t c = 0; c < lanes; ++c) {
+            const T* column = from + (v + c) * b_column + p;
+            square[c] = v + c >= columns   ? Vec<P>{}
+                        : steps == lanes   ? load(column)
+                                           : load_partial<T>(column, static_cast<int>(steps));
+          }
+          transpose(square);
+          for (int64_t step = 0; step < steps; ++step) store(packed + (p + step) * width + v, square[step]);
+        }
     } else {
       for (int64_t p = 0; p < k; ++p) {
         for (int64_t c = 0; c < columns; ++c) packed[p * width + c] = static_cast<P>(from[p * b_row + c * b_column]);
@@ -113,11 +136,36 @@ inline void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_co
   }
 }
 
-// A[m, k] as it is, row by row, in the type sums are carried in (bfloat16 only: the others are read in place).
+// rows x columns values, side by side along columns, into a dense block.
 template <class T, class P>
-inline void pack_a(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, P* packed) {
+inline void copy_rows(int64_t rows, int64_t columns, const T* from, int64_t row_stride, P* to) {
+  constexpr int64_t lanes = kLanes<P>;
+  for (int64_t i = 0; i < rows; ++i, from += row_stride, to += columns) {
+    int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) store(to + j, load(from + j));
+    for (; j < columns; ++j) to[j] = static_cast<P>(from[j]);
+  }
+}
+
+// A block of A made dense in the type sums are carried in: rows stay rows, columns columns. Rows a power of two
+// apart, as weights' and activations' often are, fight for the same few sets of a cache; a dense block does not.
+template <class P> struct Block {
+  const P* a;
+  int64_t row, column;
+};
+template <class T, class P>
+inline Block<P> pack_a(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, P* packed) {
+  if (a_column == 1) {
+    copy_rows(m, k, a, a_row, packed);
+    return {packed, k, 1};
+  }
+  if (a_row == 1) {
+    copy_rows(k, m, a, a_column, packed);
+    return {packed, 1, m};
+  }
   for (int64_t i = 0; i < m; ++i)
     for (int64_t p = 0; p < k; ++p) packed[i * k + p] = static_cast<P>(a[i * a_row + p * a_column]);
+  return {packed, k, 1};
 }
 
 // A finished tile into C: C (+)= tile, then the epilogue where this is the last block of k.
@@ -142,65 +190,190 @@ inline void finish(const P* tile, int64_t tile_row, int rows, int64_t columns, C
 template <class A, class B> struct same { static constexpr bool value = false; };
 template <class A> struct same<A, A> { static constexpr bool value = true; };
 
+// Where rows of A and columns of B both lie along k, as in a linear layer's forward, and A is short, nothing is
+// packed: vectors run along k, a tile holds one sum a pair of row and column, and its lanes are added at the end.
+constexpr int kDotRows = kNV == 4 ? 6 : 3;
+constexpr int kDotColumns = 4;
+constexpr int64_t kDotMaxM = 96, kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
+
+// The lanes of four vectors added up: result lane l holds sum l of 4.
+template <class V> [[gnu::always_inline]] inline V add_lanes(V v0, V v1, V v2, V v3) {
+  constexpr int N = sizeof(V) / sizeof(v0[0]);
+  using I = decltype(v0 > v0);
+  I even, odd, low, high;
+#pragma GCC unroll 16
+  for (int l = 0; l < N; ++l) {
+    even[l] = l % 2 ? N + l - 1 : l;
+    odd[l] = l % 2 ? N + l : l + 1;
+    low[l] = l % 4 < 2 ? l : N + l - 2;
+    high[l] = l % 4 < 2 ? l + 2 : N + l;
+  }
+  const V s01 = __builtin_shuffle(v0, v1, even) + __builtin_shuffle(v0, v1, odd);
+  const V s23 = __builtin_shuffle(v2, v3, even) + __builtin_shuffle(v2, v3, odd);
+  return __builtin_shuffle(s01, s23, low) + __builtin_shuffle(s01, s23, high);
+}
+
+// out[i, 0..3] = sum_p A[i, p] B[p, j..j+3], over k steps; rows of A and columns of B are strides apart.
+template <int ROWS, int COLUMNS, class T, class P>
+[[gnu::always_inline]] inline void dot_tile(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_column, P* out,
+                                            int64_t out_row) {
+  using V = Vec<P>;
+  constexpr int lanes = kLanes<P>;
+  V sum[ROWS][COLUMNS] = {};
+  int64_t p = 0;
+  for (; p + lanes <= k; p += lanes) {
+    V bv[COLUMNS];
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; ++j) bv[j] = load(b + j * b_column + p);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const V av = load(a + i * a_row + p);
+#pragma GCC unroll 8
+      for (int j = 0; j < COLUMNS; ++j) sum[i][j] += av * bv[j];
+    }
+  }
+  if (p < k) {
+    const int rest = static_cast<int>(k - p);
+    V bv[COLUMNS];
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; ++j) bv[j] = load_partial<T>(b + j * b_column + p, rest);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const V av = load_partial<T>(a + i * a_row + p, rest);
+#pragma GCC unroll 8
+      for (int j = 0; j < COLUMNS; ++j) sum[i][j] += av * bv[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+    V total = add_lanes(sum[i][0], sum[i][COLUMNS > 1 ? 1 : 0], sum[i][COLUMNS > 2 ? 2 : 0], sum[i][COLUMNS > 3 ? 3 : 0]);
+    for (int j = 0; j < COLUMNS; ++j) {
+      P value = total[j % lanes];
+      for (int l = 4; l < lanes; l += 4) value += total[l + j];
+      if (lanes < 4) value = reduce_add(sum[i][j]);
+      out[i * out_row + j] = value;
+    }
+  }
+}
+
+template <class T, class P>
+using DotKernel = void (*)(int64_t, const T*, int64_t, const T*, int64_t, P*, int64_t);
+template <int ROWS, int COLUMNS, class T, class P>
+void dot_kernel(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_column, P* out, int64_t out_row) {
+  dot_tile<ROWS, COLUMNS, T, P>(k, a, a_row, b, b_column, out, out_row);
+}
+template <class T, class P> inline DotKernel<T, P> dot_kernel_for(int rows, int columns) {
+#define DLKERN_ROW(r) {dot_kernel<r, 1, T, P>, dot_kernel<r, 2, T, P>, dot_kernel<r, 3, T, P>, dot_kernel<r, 4, T, P>}
+  constexpr int most = kDotRows;
+  static constexpr DotKernel<T, P> table[6][4] = {
+      DLKERN_ROW(1), DLKERN_ROW(2), DLKERN_ROW(3), DLKERN_ROW((most < 4 ? 1 : 4)), DLKERN_ROW((most < 5 ? 1 : 5)),
+      DLKERN_ROW((most < 6 ? 1 : 6))};
+#undef DLKERN_ROW
+  return table[rows - 1][columns - 1];
+}
+
+template <class T, class C, class Epilogue>
+void run_dot(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
+             int64_t j_end) {
+  using P = acc_t<T>;
+  constexpr int64_t group = 16;  // columns whose sums are finished together
+  // A block of A stays in the second-level cache, 16 columns of B in the first.
+  int64_t kc_max = 32768 / g.m / 64 * 64;
+  if (kc_max < 256) kc_max = 256;
+  const int64_t m = i_end - i_begin, n = j_end - j_begin;
+  P* sums = same<C, P>::value || g.k <= kc_max ? nullptr : scratch<P>(Slot::gemm_c, m * n);
+  P tile[kDotRows * group];
+  for (int64_t pc = 0; pc == 0 || pc < g.k; pc += kc_max) {
+    const int64_t kc = smaller(kc_max, g.k - pc);
+    const bool first = pc == 0, last = pc + kc_max >= g.k;
+    for (int64_t j = j_begin; j < j_end; j += group) {
+      const int64_t columns = smaller(group, j_end - j);
+      for (int64_t i = i_begin; i < i_end; i += kDotRows) {
+        const int rows = static_cast<int>(smaller(kDotRows, i_end - i));
+        for (int64_t c = 0; c < columns; c += kDotColumns) {
+          const int some = static_cast<int>(smaller(kDotColumns, columns - c));
+          dot_kernel_for<T, P>(rows, some)(kc, g.a + i * g.a_row + pc, g.a_row,
+                                           g.b + (j + c) * g.b_column + pc, g.b_column, tile + c, group);
+        }
+        C* c_tile = g.c + i * g.c_row + j;
+        if (!sums) {
+          finish(tile, group, rows, columns, c_tile, g.c_row, g.accumulate || !first, last, epilogue, i, j);
+          continue;
+        }
+        P* sum = sums + (i - i_begin) * n + (j - j_begin);
+        finish(tile, group, rows, columns, sum, n, !first, false, NoEpilogue{}, i, j);
+        if (last) finish(sum, n, rows, columns, c_tile, g.c_row, g.accumulate, true, epilogue, i, j);
+      }
+    }
+  }
+}
+
 // Rows [i_begin, i_end) and columns [j_begin, j_end) of C, on this thread.
 template <class T, class C, class Epilogue>
 void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
          int64_t j_end) {
+  if (g.a_column == 1 && g.b_row == 1 && g.m <= kDotMaxM && (g.k >= kDotMinK || g.m == 1)) {
+    run_dot(g, epilogue, i_begin, i_end, j_begin, j_end);
+    return;
+  }
   using P = acc_t<T>;  // what is packed, multiplied and summed
   constexpr int64_t width = kNR<P>;
-  constexpr bool c_is_sum = same<C, P>::value;      // C can hold sums between blocks of k
-  constexpr bool a_in_place = same<T, P>::value;
+  constexpr bool c_is_sum = same<C, P>::value;  // C can hold sums between blocks of k
+  constexpr bool same_type = same<T, P>::value;
   constexpr bool plain = same<Epilogue, NoEpilogue>::value;
+  const int64_t m = i_end - i_begin, nc_max = smaller(kNC, blocks(j_end - j_begin, width) * width);
+  // Copies pay where they are read often enough. B in place is walked a few rows at a time.
+  const bool b_in_place = same_type && g.b_column == 1 && g.m <= kInPlaceM;
+  const int64_t kc_block = b_in_place ? kInPlaceKC : kKC, kc_max = smaller(kc_block, g.k);
+  const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
-  const int64_t nc_max = smaller(kNC, blocks(j_end - j_begin, width) * width);
-  P* packed_b = scratch<P>(Slot::gemm_b, smaller(kKC, g.k) * nc_max);
-  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, smaller(kKC, g.k) * (i_end - i_begin));
+  P* packed_b = b_in_place ? nullptr : scratch<P>(Slot::gemm_b, kc_max * nc_max);
+  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_max * smaller(kMC, m));
   // Sums between blocks of k, where C's own type would round them.
-  const int64_t sums_row = nc_max;
-  P* sums = c_is_sum || g.k <= kKC ? nullptr : scratch<P>(Slot::gemm_c, (i_end - i_begin) * sums_row);
+  P* sums = c_is_sum || g.k <= kc_block ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
 
   for (int64_t jc = j_begin; jc < j_end; jc += kNC) {
     const int64_t nc = smaller(kNC, j_end - jc);
-    for (int64_t pc = 0; pc == 0 || pc < g.k; pc += kKC) {
-      const int64_t kc = smaller(kKC, g.k - pc);
-      const bool first = pc == 0, last = pc + kKC >= g.k;
-      pack_b(kc, nc, g.b + pc * g.b_row + jc * g.b_column, g.b_row, g.b_column, packed_b);
-      const P* a;
-      int64_t a_row, a_column;
-      if constexpr (a_in_place) {
-        a = g.a + i_begin * g.a_row + pc * g.a_column;
-        a_row = g.a_row;
-        a_column = g.a_column;
-      } else {
-        pack_a(i_end - i_begin, kc, g.a + i_begin * g.a_row + pc * g.a_column, g.a_row, g.a_column, packed_a);
-        a = packed_a;
-        a_row = kc;
-        a_column = 1;
-      }
+    for (int64_t pc = 0; pc == 0 || pc < g.k; pc += kc_block) {
+      const int64_t kc = smaller(kc_block, g.k - pc);
+      const bool first = pc == 0, last = pc + kc_block >= g.k;
+      const T* b = g.b + pc * g.b_row + jc * g.b_column;
+      if (!b_in_place) pack_b(kc, nc, b, g.b_row, g.b_column, packed_b);
       for (int64_t ic = i_begin; ic < i_end; ic += kMC) {
-        const int64_t i_stop = smaller(ic + kMC, i_end);
+        const int64_t mc = smaller(kMC, i_end - ic);
+        const T* a = g.a + ic * g.a_row + pc * g.a_column;
+        Block<P> block;
+        if constexpr (same_type) block = {a, g.a_row, g.a_column};
+        if (!a_in_place) block = pack_a(mc, kc, a, g.a_row, g.a_column, packed_a);
         for (int64_t j = 0; j < nc; j += width) {
           const int64_t columns = smaller(width, nc - j);
           const int vectors = static_cast<int>(blocks(columns, kLanes<P>));
-          for (int64_t i = ic; i < i_stop; i += kMR) {
-            const int rows = static_cast<int>(smaller(kMR, i_stop - i));
+          const P* b_panel = packed_b + j * kc;
+          int64_t b_row = width;
+          if constexpr (same_type)
+            if (b_in_place) {
+              b_panel = b + j;
+              b_row = g.b_row;
+            }
+          for (int64_t i = 0; i < mc; i += kMR) {
+            const int rows = static_cast<int>(smaller(kMR, mc - i));
             const Kernel<P> multiply = kernel_for<P>(rows, vectors);
-            const P* a_tile = a + (i - i_begin) * a_row;
-            const P* b_tile = packed_b + j * kc;
-            C* c_tile = g.c + i * g.c_row + jc + j;
+            const P* a_tile = block.a + i * block.row;
+            C* c_tile = g.c + (ic + i) * g.c_row + jc + j;
             if constexpr (c_is_sum) {
               const bool add = g.accumulate || !first;
               if ((plain || !last) && columns % kLanes<P> == 0) {
-                multiply(kc, a_tile, a_row, a_column, b_tile, width, c_tile, g.c_row, add);
+                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, c_tile, g.c_row, add);
               } else {
-                multiply(kc, a_tile, a_row, a_column, b_tile, width, tile, width, false);
-                finish(tile, width, rows, columns, c_tile, g.c_row, add, last, epilogue, i, jc + j);
+                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, tile, width, false);
+                finish(tile, width, rows, columns, c_tile, g.c_row, add, last, epilogue, ic + i, jc + j);
               }
             } else {
-              P* sum = sums ? sums + (i - i_begin) * sums_row + j : tile;
-              const int64_t sum_row = sums ? sums_row : width;
-              multiply(kc, a_tile, a_row, a_column, b_tile, width, sum, sum_row, !first);
-              if (last) finish(sum, sum_row, rows, columns, c_tile, g.c_row, g.accumulate, true, epilogue, i, jc + j);
+              P* sum = sums ? sums + (ic - i_begin + i) * nc_max + j : tile;
+              const int64_t sum_row = sums ? nc_max : width;
+              multiply(kc, a_tile, block.row, block.column, b_panel, b_row, sum, sum_row, !first);
+              if (last)
+                finish(sum, sum_row, rows, columns, c_tile, g.c_row, g.accumulate, true, epilogue, ic + i, jc + j);
             }
           }
         }
@@ -223,19 +396,28 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
   using namespace gemm_detail;
   if (g.m <= 0 || g.n <= 0) return;
   const int64_t threads = num_threads();
-  const int64_t row_tiles = blocks(g.m, kMR), column_tiles = blocks(g.n, kNR<T>);
-  if (threads == 1 || g.m * g.n * (g.k + 1) < 32768 || row_tiles * column_tiles == 1) {
+  if (threads == 1 || g.m * g.n * (g.k + 1) < 262144) {  // not worth waking a thread
     run(g, epilogue, 0, g.m, 0, g.n);
     return;
   }
-  // Each thread packs the B it needs: splitting n packs nothing twice, so n is split as far as it goes.
-  const int64_t across = smaller(threads, column_tiles);
-  const int64_t down = smaller(blocks(threads, across), row_tiles);
+  // A grid of across x down threads. Each packs the B it needs, which costs about as much as two tiles of rows.
+  const int64_t row_tiles = blocks(g.m, kMR), column_tiles = blocks(g.n, kNR<T>);
+  int64_t across = 1, least = -1;
+  for (int64_t a = 1; a <= threads; ++a) {
+    const int64_t cost = blocks(column_tiles, a) * (blocks(row_tiles, threads / a) + 2);
+    if (least < 0 || cost <= least) {
+      least = cost;
+      across = a;
+    }
+  }
+  const int64_t down = threads / across;
   parallel_for(across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t x = t % across, y = t / across;
-      run(g, epilogue, smaller(y * row_tiles / down * kMR, g.m), smaller((y + 1) * row_tiles / down * kMR, g.m),
-          smaller(x * column_tiles / across * kNR<T>, g.n), smaller((x + 1) * column_tiles / across * kNR<T>, g.n));
+      const int64_t i0 = smaller(y * row_tiles / down * kMR, g.m), i1 = smaller((y + 1) * row_tiles / down * kMR, g.m);
+      const int64_t j0 = smaller(x * column_tiles / across * kNR<T>, g.n);
+      const int64_t j1 = smaller((x + 1) * column_tiles / across * kNR<T>, g.n);
+      if (i0 < i1 && j0 < j1) run(g, epilogue, i0, i1, j0, j1);
     }
   });
 }

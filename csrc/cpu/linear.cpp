@@ -33,28 +33,25 @@ template <class T> void backward_input(const LinearBackwardInputArgs<T>& x) {
                x.weight, x.weight_row, x.weight_column, x.grad_input, x.k});
 }
 
-// Column sums of grad_output, in two levels so that the rounding error does not grow with m.
+// Column sums of grad_output, carried in double: a bias sees few enough numbers that this costs nothing.
 template <class T> void sum_rows(const LinearBackwardWeightArgs<T>& x) {
-  using A = acc_t<T>;
-  constexpr int64_t lanes = kLanes<T>, run = 64;
+  constexpr int64_t lanes = kLanes<T>;
+  using wide = Wide<T>;
   const int64_t vectors = (x.n + lanes - 1) / lanes;
   parallel_for(vectors, 1 + 16384 / (x.m + 1), [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
       const int64_t j = v * lanes;
       const int count = static_cast<int>(x.n - j < lanes ? x.n - j : lanes);
-      Vec<T> total{};
-      for (int64_t i0 = 0; i0 < x.m; i0 += run) {
-        Vec<T> sum{};
-        for (int64_t i = i0; i < x.m && i < i0 + run; ++i) {
-          const T* row = x.grad_output + i * x.grad_output_row + j * x.grad_output_column;
-          if (x.grad_output_column == 1) {
-            sum += count == lanes ? load(row) : load_partial<T>(row, count);
-          } else {
-            for (int l = 0; l < count; ++l) sum[l] += static_cast<A>(row[l * x.grad_output_column]);
-          }
+      wide sum{};
+      for (int64_t i = 0; i < x.m; ++i) {
+        const T* row = x.grad_output + i * x.grad_output_row + j * x.grad_output_column;
+        if (x.grad_output_column == 1) {
+          sum += __builtin_convertvector(count == lanes ? load(row) : load_partial<T>(row, count), wide);
+        } else {
+          for (int l = 0; l < count; ++l) sum[l] += static_cast<double>(static_cast<acc_t<T>>(row[l * x.grad_output_column]));
         }
-        total += sum;
       }
+      const Vec<T> total = __builtin_convertvector(sum, Vec<T>);
       if (count == lanes)
         store(x.grad_bias + j, total);
       else

@@ -38,6 +38,11 @@ template <class T> struct vector_of { using type = vfloat; };
 template <> struct vector_of<double> { using type = vdouble; };
 // The vector in which elements of type T are computed: Vec<bfloat16> is a vector of float.
 template <class T> using Vec = typename vector_of<T>::type;
+// As many lanes of double.
+using vdouble_pair [[gnu::vector_size(2 * kVectorBytes)]] = double;
+template <class T> struct wide_of { using type = vdouble_pair; };
+template <> struct wide_of<double> { using type = vdouble; };
+template <class T> using Wide = typename wide_of<T>::type;
 // Lanes of Vec<T>.
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
@@ -77,6 +82,18 @@ template <class T> inline void store_partial(T* p, Vec<T> v, int count) {
   store(lanes, v);
   std::memcpy(static_cast<void*>(p), lanes, sizeof(T) * static_cast<size_t>(count));
 }
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
+inline __m256i lane_mask(int count) {
+  alignas(32) static constexpr int32_t kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - count));
+}
+template <> inline vfloat load_partial<float>(const float* p, int count) {
+  return (vfloat)_mm256_maskload_ps(p, lane_mask(count));
+}
+template <> inline void store_partial<float>(float* p, vfloat v, int count) {
+  _mm256_maskstore_ps(p, lane_mask(count), (__m256)v);
+}
+#endif
 #if defined(__AVX512F__)
 inline __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 template <> inline vfloat load_partial<float>(const float* p, int count) {
@@ -87,6 +104,29 @@ template <> inline void store_partial<float>(float* p, vfloat v, int count) {
 }
 #endif
 
+// A square of lanes x lanes elements, rows and columns exchanged: log2(lanes) rounds of exchanging halves.
+template <int HALF, class V, int N> [[gnu::always_inline]] inline void transpose_round(V (&row)[N]) {
+  using I = decltype(row[0] > row[0]);  // integer lanes of the same width
+  I low, high;                          // which lanes of (a, b) make the new a and the new b
+#pragma GCC unroll 16
+  for (int l = 0; l < N; ++l) {
+    low[l] = l & HALF ? N + l - HALF : l;
+    high[l] = l & HALF ? N + l : l + HALF;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    if (!(i & HALF)) {
+      const V a = row[i], b = row[i + HALF];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i + HALF] = __builtin_shuffle(a, b, high);
+    }
+}
+template <class V, int N> [[gnu::always_inline]] inline void transpose(V (&row)[N]) {
+  if constexpr (N > 8) transpose_round<8>(row);
+  if constexpr (N > 4) transpose_round<4>(row);
+  if constexpr (N > 2) transpose_round<2>(row);
+  transpose_round<1>(row);
+}
 // Sum of the lanes, in a fixed order.
 template <class V> inline auto reduce_add(V v) {
   constexpr int lanes = sizeof(V) / sizeof(v[0]);
@@ -131,7 +171,7 @@ inline vdouble exp(vdouble x) {
 }
 inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
 inline vdouble sigmoid(vdouble x) { return 1.0 / (1.0 + exp(-x)); }
-// tanh x = 1 - 2 / (e^{2x} + 1); an odd polynomial (Cephes) where |x| < 0.625, where that form cancels.
+// tanh |x| = 1 - 2 / (e^{2|x|} + 1); an odd polynomial (Cephes) where |x| < 0.625, where that form cancels.
 inline vfloat tanh(vfloat x) {
   vfloat z = x * x;
   vfloat p = broadcast<float>(-5.70498872745e-3f);
@@ -140,9 +180,9 @@ inline vfloat tanh(vfloat x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z + -3.33332819422e-1f;
   vfloat small = p * z * x + x;
-  vfloat large = 1.0f - 2.0f / (exp(x + x) + 1.0f);
   vfloat magnitude = x < 0.0f ? -x : x;
-  return magnitude < 0.625f ? small : large;
+  vfloat large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);  // of |x|: no cancellation near -1
+  return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
 }
 inline vdouble tanh(vdouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
