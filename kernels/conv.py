@@ -2,7 +2,8 @@
 
 Forward: rows are output pixels (n, p, q), columns output channels, and the contraction runs over (r, s, c) with the
 channels innermost, so that channels_last reads are contiguous; NCHW is read through its strides. Where a group has
-fewer channels than a tile is deep (stems, grouped convolutions), (r, s, c) is cut as one flat range.
+fewer channels than a tile is deep (stems, grouped convolutions), (r, s, c) is cut as one flat range; depthwise
+convolutions are _depthwise.py's.
 Input gradient: with stride s, input rows of one residue modulo s see only every s-th filter row, so each residue
 class is a dense convolution of its own: no zeros are multiplied, and where the stride exceeds the filter, zeros are
 written. Weight gradient: contracts over all pixels, split into parts that a second kernel adds in a fixed order; the
@@ -15,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dlkern.kernels import configs
+from dlkern.kernels import _depthwise, configs
 from dlkern.kernels._launch import (
     accumulator,
     accumulator_dtype,
@@ -295,14 +296,19 @@ def conv2d_forward(input, weight, bias, stride, padding, dilation, groups):
     output = empty((N, K, P, Q), input, channels_last)
     if output.numel() == 0:
         return output
+    bias = bias.contiguous() if bias is not None else None
+    constants = _constants(weight.shape, stride, padding, dilation)
+    if C == 1 and groups > 1:
+        _depthwise.forward(dense(input), weight, bias, output, groups, constants)
+        return output
     x, w = dense(input), _packed(weight)
     M = N * P * Q
     config = configs.conv(x, M, K // groups, C, R * S)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(K // groups, config["BLOCK_N"])
     launch(
-        conv2d_forward_kernel, (tiles, groups), x, w, bias.contiguous() if bias is not None else w, output,
+        conv2d_forward_kernel, (tiles, groups), x, w, bias if bias is not None else w, output,
         M, C, K // groups, H, W, P, Q, *x.stride(), *w.stride(), *output.stride(),
-        **_constants(weight.shape, stride, padding, dilation), HAS_BIAS=bias is not None,
+        **constants, HAS_BIAS=bias is not None,
         ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_conv()), LARGE=is_large(x, w, output), **config,
     )
     return output
@@ -320,6 +326,10 @@ def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dila
         return grad_input
     if K == 0:
         return grad_input.zero_()
+    constants = _constants(weight.shape, stride, padding, dilation)
+    if C == 1 and groups > 1:
+        _depthwise.backward_input(dense(grad_output), weight, grad_input, constants)
+        return grad_input
     dy, w = dense(grad_output), _packed(weight)
     classes = stride[0] * stride[1]
     largest = N * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])  # pixels of a residue class
@@ -329,7 +339,7 @@ def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dila
     launch(
         conv2d_backward_input_kernel, (tiles, groups, classes), dy, w, grad_input,
         N, C, K // groups, H, W, P, Q, *dy.stride(), *w.stride(), *grad_input.stride(),
-        **_constants(weight.shape, stride, padding, dilation), **steps,
+        **constants, **steps,
         ACC=accumulator(dy.dtype), PRECISION=dot_precision(dy.dtype, allow_tf32_conv()),
         LARGE=is_large(dy, w, grad_input), **config,
     )
@@ -348,6 +358,10 @@ def conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dil
     if N == 0 or grad_weight.numel() == 0:
         return grad_weight.zero_(), grad_bias.zero_()
     dy, x = dense(grad_output), dense(input)
+    constants = _constants(weight_size, stride, padding, dilation)
+    if C == 1 and groups > 1:
+        _depthwise.backward_weight(dy, x, grad_weight, grad_bias, bias, groups, constants)
+        return grad_weight, grad_bias
     M = N * P * Q
     config = configs.conv_weight(x, K // groups, R * S * C, M)
     parts = configs.split(x, K // groups, R * S * C, M, config, groups)
@@ -361,7 +375,7 @@ def conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dil
     launch(
         conv2d_backward_weight_kernel, (tiles, groups, parts), dy, x, weight_parts, bias_parts if bias else weight_parts,
         M, part_length, C, K // groups, groups, H, W, P, Q, *dy.stride(), *x.stride(), grad_weight.numel(),
-        *grad_weight.stride(), **_constants(weight_size, stride, padding, dilation), HAS_BIAS=bias,
+        *grad_weight.stride(), **constants, HAS_BIAS=bias,
         ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_conv()), LARGE=is_large(dy, x), **config,
     )
     if parts > 1:

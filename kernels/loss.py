@@ -70,10 +70,12 @@ def cross_entropy_forward_kernel(
             weights += tl.sum(class_weight, axis=0)
     log_total = tl.log(total)
     at_target = tl.load(row + target * stride_c, mask=used & exists, other=0.0).to(ACC)
-    loss = share * (most - at_target + log_total)
+    # A few numbers a position: in float64, so that the loss is rounded once.
+    lse = most.to(tl.float64) + log_total.to(tl.float64)
+    loss = share.to(tl.float64) * (lse - at_target.to(tl.float64))
     if SMOOTH:
-        uniform = weights * (most + log_total) - weighted
-        loss = (1.0 - smoothing).to(ACC) * loss + (smoothing / C).to(ACC) * uniform
+        uniform = weights.to(tl.float64) * lse - weighted.to(tl.float64)
+        loss = (1.0 - smoothing) * loss + (smoothing / C) * uniform
     loss = tl.where(used, loss, 0.0)
     tl.store(lse_ptr + position, most, mask=position < POSITIONS)
     tl.store(lse_ptr + POSITIONS + position, log_total, mask=position < POSITIONS)
@@ -81,24 +83,24 @@ def cross_entropy_forward_kernel(
         tl.store(loss_parts_ptr + tl.program_id(0), tl.sum(loss, axis=0))
     else:
         tl.store(loss_ptr + position, loss.to(loss_ptr.dtype.element_ty), mask=position < POSITIONS)
-    tl.store(weight_parts_ptr + tl.program_id(0), tl.sum(share, axis=0))
+    tl.store(weight_parts_ptr + tl.program_id(0), tl.sum(share.to(tl.float64), axis=0))
 
 
 @triton.jit
 def cross_entropy_reduce_kernel(
     loss_parts_ptr, weight_parts_ptr, loss_ptr, weight_ptr, COUNT,
-    REDUCE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # One program adds all partials in order.
-    loss = tl.zeros((BLOCK,), ACC)
-    weight = tl.zeros((BLOCK,), ACC)
+    loss = tl.zeros((BLOCK,), tl.float64)
+    weight = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, COUNT, BLOCK):
         i = start + tl.arange(0, BLOCK)
         weight += tl.load(weight_parts_ptr + i, mask=i < COUNT, other=0.0)
         if REDUCE:
             loss += tl.load(loss_parts_ptr + i, mask=i < COUNT, other=0.0)
     total_weight = tl.sum(weight, axis=0)
-    tl.store(weight_ptr, total_weight)
+    tl.store(weight_ptr, total_weight.to(weight_ptr.dtype.element_ty))
     if REDUCE:
         total = tl.sum(loss, axis=0)
         if MEAN:
@@ -119,7 +121,7 @@ def cross_entropy_backward_kernel(
         position = position.to(tl.int64)
     row = x_ptr + (position // PIXELS * stride_n + position % PIXELS * stride_pixel)  # [BLOCK_M]
     dx_row = dx_ptr + (position // PIXELS * dx_stride_n + position % PIXELS * dx_stride_pixel)
-    target, share, used, exists = _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WEIGHT, ACC)
+    target, share, used, _ = _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WEIGHT, ACC)
     most = tl.load(lse_ptr + position, mask=position < POSITIONS, other=0.0)
     log_total = tl.load(lse_ptr + POSITIONS + position, mask=position < POSITIONS, other=0.0)
     if REDUCE:
@@ -204,18 +206,17 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
     x, pixels = _layout(input)
     config = configs.cross_entropy(x, positions, C)
     programs = triton.cdiv(positions, config["BLOCK_M"])
-    loss_parts, weight_parts = (torch.empty(programs, dtype=dtype, device=x.device) for _ in range(2))
-    acc = accumulator(x.dtype)
+    loss_parts, weight_parts = (torch.empty(programs, dtype=torch.float64, device=x.device) for _ in range(2))
     weight = weight.contiguous() if weight is not None else None
     if positions:
         launch(
             cross_entropy_forward_kernel, (programs,), x, target.contiguous(), weight if weight is not None else x,
             loss, lse, loss_parts, weight_parts, positions, C, pixels, *_strides(x, pixels), ignore_index,
-            float(label_smoothing), HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=acc, LARGE=is_large(x), **config,
+            float(label_smoothing), HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
         )
     launch(
         cross_entropy_reduce_kernel, (1,), loss_parts, weight_parts, loss if reduce else total_weight, total_weight, programs,
-        REDUCE=reduce, MEAN=reduction == _MEAN, ACC=acc, BLOCK=1024,
+        REDUCE=reduce, MEAN=reduction == _MEAN, BLOCK=1024,
     )
     return loss, lse, total_weight
 

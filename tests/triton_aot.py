@@ -123,6 +123,10 @@ def _conv(half):
     conv.conv2d_backward_weight(y, x, w.shape, one, one, one, 1, True, True)
     conv.conv2d_backward_input(image(32, 128, 28, 28), w, x.shape, two, one, one, 1, True)
     conv.conv2d_forward(image(32, 3, 224, 224), image(64, 3, 7, 7), None, two, (3, 3), one, 1)
+    w = image(128, 1, 3, 3)
+    conv.conv2d_forward(x, w, b, one, one, one, 128)
+    conv.conv2d_backward_input(y, w, x.shape, one, one, one, 128, True)
+    conv.conv2d_backward_weight(y, x, w.shape, one, one, one, 128, True, True)
     single = _empty(32, 128, 56, 56, dtype=torch.float32)
     conv.conv2d_forward(single, _empty(128, 128, 3, 3, dtype=torch.float32), None, one, one, one, 1)
 
