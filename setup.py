@@ -170,8 +170,8 @@ def cuda_architectures():
 
 
 def cudart_directory(nvcc):
-    """Where libcudart_static.a lies: beside nvcc, which may be a script that calls another, or where CUDA usually is."""
-    homes = [Path(nvcc).resolve().parent.parent, *map(Path, filter(None, [os.environ.get("CUDA_HOME")])), Path("/usr/local/cuda")]
+    """Where libcudart_static.a lies: beside nvcc (which may be a script that calls another), or where CUDA usually is."""
+    homes = [Path(nvcc).resolve().parent.parent, Path(os.environ.get("CUDA_HOME", "/")), Path("/usr/local/cuda")]
     for directory in (home / part for home in homes for part in ("lib64", "lib", "targets/x86_64-linux/lib")):
         if (directory / "libcudart_static.a").exists():
             return directory
@@ -236,12 +236,13 @@ def write_cuda_kernels(build, kernels):
         report = Path(f"{item}.ptxas")
         if report.exists():
             rows += kernel_resources(report.read_text(), item.stem.removeprefix("cuda_"))
-    (build / "cuda_kernels.json").write_text(json.dumps(sorted(rows, key=lambda r: (r["family"], r["kernel"], r["arch"]))))
+    rows.sort(key=lambda row: (row["family"], row["kernel"], row["arch"]))
+    (build / "cuda_kernels.json").write_text(json.dumps(rows))
 
 
 def build_cuda_on_host(output, variant):
-    """Writes libdlkern_cuda_on_host.so: the CUDA column's kernels and op layer for CPU tensors. Beside it libplanted.so,
-    kernels with planted bugs (the tool's own tests), and the instruction-conformance program."""
+    """Writes libdlkern_cuda_on_host.so: the CUDA column's kernels and op layer for CPU tensors. Beside it
+    libplanted.so, kernels with planted bugs (the tool's own tests), and the instruction-conformance program."""
     compiler = os.environ.get("CXX", "g++")
     flags = HOST_VARIANTS[variant]
     objects = output / "objects"
@@ -252,8 +253,8 @@ def build_cuda_on_host(output, variant):
         f"-isystem {path}" for path in includes)
     ninja.rule(
         "host_cxx",
-        f"{compiler} -MMD -MF $out.d -std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-psabi "
-        f"-Wno-unknown-pragmas {flags['common']} -I{CSRC} $flags -c $in -o $out",
+        f"{compiler} -MMD -MF $out.d -std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra "
+        f"-Wno-psabi -Wno-unknown-pragmas {flags['common']} -I{CSRC} $flags -c $in -o $out",
     )
     ninja.rule("host_link", f"{compiler} -shared {flags['link']} -o $out $in $libs", depfile=False)
     ninja.rule("host_program", f"{compiler} {flags['link']} -o $out $in", depfile=False)
@@ -263,7 +264,8 @@ def build_cuda_on_host(output, variant):
 
     runtime = compiled(sorted((CSRC / "cuda_on_host").glob("*.cpp")), "runtime", "")
     kernel_flags = f"-x c++ {flags['kernels']}"
-    sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in CUDA_DEVICE_ONLY | CUDA_PROGRAMS]
+    not_kernels = CUDA_DEVICE_ONLY | CUDA_PROGRAMS
+    sources = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.name not in not_kernels]
     kernels = compiled(sources, "cuda", kernel_flags)
     layer = compiled(sorted((CSRC / "ops").glob("cuda_*.cpp")), "ops", torch_flags)
     planted = compiled([ROOT / "tests" / "cuda" / "planted.cu"], "planted", kernel_flags)

@@ -1,5 +1,5 @@
 """The CUDA column's kernels, run on the host (csrc/cuda_on_host): parity by the rule, thread orders, odd sizes, wrong
-arguments; the whole file again in a process of its own on the checked build, and part of it under AddressSanitizer."""
+arguments. tests/test_cuda_builds.py runs this file again on the checked build, and part of it under sanitizers."""
 
 import contextlib
 import os
@@ -17,22 +17,19 @@ from dlkern.ops._registry import raw
 from dlkern.testing import check, compare, cuda_on_host
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANT = os.environ.get("DLKERN_CUDA_ON_HOST", "plain")
 DTYPES = [torch.float32, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 dtype_name = lambda value: str(value).removeprefix("torch.")  # noqa: E731
 
 
-def build(variant: str) -> None:
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_native", "--variant", variant], cwd=ROOT, check=True,
-        stdout=subprocess.DEVNULL,
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
 def library():
-    build(cuda_on_host.library_path().parent.name)
+    if "DLKERN_BUILT" not in os.environ:  # test_cuda_builds.py has built what it wants
+        variant = cuda_on_host.library_path().parent.name
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_native", "--variant", variant], cwd=ROOT, check=True,
+            stdout=subprocess.DEVNULL,
+        )
     cuda_on_host.load()
 
 
@@ -322,33 +319,3 @@ def test_float32_linear_is_recorded_as_a_gap():
     with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
         F.linear(torch.randn(3, 4), torch.randn(5, 4))
     assert [(call.backend, call.reason) for call in calls] == [("reference", "cuda column has no float32 linear")]
-
-
-def in_process_of_its_own(variant: str, selection: str, **environment: str) -> None:
-    build({"checked": "cuda_on_host_checked", "asan": "cuda_on_host_asan"}[variant])
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-s", "-k", selection, "-p", "no:cacheprovider"], cwd=ROOT,
-        env={**os.environ, "DLKERN_CUDA_ON_HOST": variant, **environment}, capture_output=True, text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
-
-
-@pytest.mark.skipif(VARIANT != "plain", reason="this is the process of its own")
-def test_all_of_this_on_the_checked_build():
-    in_process_of_its_own("checked", "not large_tiles")
-
-
-def runtime_library(name: str) -> str:
-    compiler = os.environ.get("CXX", "g++").split()[-1]
-    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(VARIANT != "plain", reason="this is the process of its own")
-def test_some_of_this_under_sanitizers():
-    in_process_of_its_own(
-        "asan", "thread_order or views or out_of_range or wrong_arguments or nothing_to_do",
-        LD_PRELOAD=f"{runtime_library('libasan.so')} {runtime_library('libubsan.so')}",
-        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
-        OMP_NUM_THREADS="1",
-    )

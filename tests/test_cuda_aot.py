@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -137,6 +138,22 @@ def test_instructions(family, architecture):
 def test_conformance_program_compiles():
     cubin, _ = compiled("conformance", "80")
     assert cubin.stat().st_size > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_instructions_of_the_hardware_and_their_host_twins_agree(tmp_path):
+    """Each function of ptx.cuh on the GPU against its twin in csrc/cuda_on_host, word by word."""
+    device, host, source = tmp_path / "device", tmp_path / "host", str(CUDA / "conformance.cu")
+    runtime = [str(path) for path in sorted((ROOT / "csrc" / "cuda_on_host").glob("*.cpp"))]
+    subprocess.run([nvcc, "-std=c++20", "-O3", "-arch=native", source, "-o", str(device)], check=True)
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-w", "-fno-strict-aliasing", *runtime, "-x", "c++", source, "-o", str(host)],
+        check=True)
+    lines = [subprocess.run([p], capture_output=True, text=True, check=True).stdout.splitlines() for p in (device, host)]
+    assert len(lines[0]) == len(lines[1]) > 0
+    differing = [pair for pair in zip(*lines) if pair[0] != pair[1]]
+    assert not differing, differing[:20]
 
 
 def write_budgets() -> None:

@@ -103,33 +103,37 @@ __global__ void grid_sync_case(const uint32_t* in, uint32_t* out) {
   }
 }
 
-#ifdef __CUDACC__
-struct Memory {  // seen by host and device
-  uint32_t* words;
-  Memory() { throw_on_error(cudaMallocManaged(&words, kWords * 4), "cudaMallocManaged"); }
-  ~Memory() { cudaFree(words); }
-};
-void finish(const char* name) { throw_on_error(cudaDeviceSynchronize(), name); }
-#else
+// Words that a kernel sees, and their copy on the host.
 struct Memory {
   std::vector<uint4> blocks = std::vector<uint4>(kWords / 4);
-  uint32_t* words = &blocks[0].x;
-};
-void finish(const char*) {}
+  uint32_t* const host = &blocks[0].x;
+  uint32_t* device = host;
+
+#ifdef __CUDACC__
+  Memory() { throw_on_error(cudaMalloc(&device, kWords * 4), "cudaMalloc"); }
+  ~Memory() { cudaFree(device); }
+  void copy_to_device() { throw_on_error(cudaMemcpy(device, host, kWords * 4, cudaMemcpyHostToDevice), "copy"); }
+  void copy_from_device() { throw_on_error(cudaMemcpy(host, device, kWords * 4, cudaMemcpyDeviceToHost), "copy"); }
+#else
+  void copy_to_device() {}
+  void copy_from_device() {}
 #endif
+};
 
 template <class... Arguments>
 void run(const char* name, void (*kernel)(const uint32_t*, uint32_t*, Arguments...), int words, int blocks,
          bool cooperative, Arguments... arguments) {
   Memory in, out;
   uint32_t state = 12345;
-  for (int i = 0; i < kWords; i++) in.words[i] = state = state * 1664525u + 1013904223u, out.words[i] = 0;
-  launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(32), 0, nullptr, cooperative, in.words, out.words,
+  for (int i = 0; i < kWords; i++) in.host[i] = state = state * 1664525u + 1013904223u, out.host[i] = 0;
+  in.copy_to_device();
+  out.copy_to_device();
+  launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(32), 0, nullptr, cooperative, in.device, out.device,
          arguments...);
-  finish(name);
+  out.copy_from_device();
   for (int i = 0; i < words; i += 4) {
-    std::printf("%s %d: %08x %08x %08x %08x\n", name, i, out.words[i], out.words[i + 1], out.words[i + 2],
-                out.words[i + 3]);
+    std::printf("%s %d: %08x %08x %08x %08x\n", name, i, out.host[i], out.host[i + 1], out.host[i + 2],
+                out.host[i + 3]);
   }
 }
 

@@ -28,7 +28,7 @@ void collective(unsigned mask, void* argument, const char* where, Operation&& op
   for (int lane = 0; lane < 32; lane++) {
     if (!(mask >> lane & 1)) continue;
     const Arrival& arrival = warp.arrivals[lane];
-    if (arrival.mask != mask || std::strcmp(arrival.where, where) != 0)
+    if (arrival.mask != mask || (arrival.where != where && std::strcmp(arrival.where, where) != 0))
       report("lanes of one warp meet in different operations: %s and %s", arrival.where, where);
     arguments[lane] = arrival.argument;
   }

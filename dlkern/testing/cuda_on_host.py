@@ -55,7 +55,7 @@ def load() -> ctypes.CDLL:
     if _library is None:
         path = library_path()
         if not path.exists():
-            raise RuntimeError(f"the CUDA column on the host is not built ({path.parent.name}): run `make cuda-on-host`")
+            raise RuntimeError(f"the CUDA column on the host is not built ({path}): run `make cuda-on-host`")
         try:
             torch.ops.load_library(str(path))
             _library = open_library(path)

@@ -1,0 +1,55 @@
+"""Mutants of the CUDA column, killed by its tests on the host."""
+
+POOLING, LINEAR, TILE, LOAD = (f"csrc/cuda/{name}" for name in ("pooling.cu", "linear.cu", "mma_tile.cuh", "tile_load.cuh"))
+
+
+def _mutant(file: str, old: str, new: str, selection: str) -> dict:
+    return dict(file=file, old=old, new=new, tests=["tests/test_cuda.py", "-k", selection], build="cuda_on_host")
+
+
+_MAX = "test_max_pool2d and not 2x8x9x11"
+_AVERAGE = "avg_pool2d and float32 and channels_last"
+_LINEAR = "test_linear and (rows2 or rows3 or rows4)"
+_ACTIVATION = "test_linear_with_activation"
+
+MUTANTS = [
+    # max_pool2d_forward_kernel
+    _mutant(POOLING, "value > best[v] || value != value", "value > best[v]", "test_max_pool2d_special"),
+    _mutant(POOLING, "value > best[v] ||", "value >= best[v] ||", "test_max_pool2d_special"),
+    _mutant(POOLING, "const int s0 = w0 < 0 ? (-w0 + g.width.dilation - 1)", "const int s0 = w0 < 0 ? (-w0)", _MAX),
+    _mutant(POOLING, "      if (w >= g.width.size) break;", "      if (w >= g.width.size - 1) break;", _MAX),
+    # max_pool2d_backward_kernel
+    _mutant(POOLING, "if (down % g.height.dilation != 0) continue;", "", _MAX),
+    _mutant(POOLING, "(padded - reach + axis.stride - 1)", "(padded - reach + axis.stride)", _MAX),
+    _mutant(POOLING, "down / g.height.dilation * g.width.kernel", "down / g.height.dilation * g.height.kernel", _MAX),
+    # avg_pool2d_forward_kernel
+    _mutant(POOLING, "axis.size + axis.padding)", "axis.size + 2 * axis.padding)", "test_avg_pool2d and ceil"),
+    _mutant(POOLING, "sum[v] += row_sum[v]", "sum[v] = row_sum[v]", _AVERAGE),
+    _mutant(POOLING, "axis.size + axis.out_size - 1) / axis.out_size", "axis.size) / axis.out_size", _AVERAGE),
+    _mutant(POOLING, "return static_cast<float>(rule.divisor_override);", "return 1.0f;", "test_avg_pool2d and divisor"),
+    # avg_pool2d_backward_kernel
+    _mutant(POOLING, "to_float(grad.at[v]) / by", "to_float(grad.at[v]) * by", _AVERAGE),
+    _mutant(POOLING, "axis.size - 1) / axis.size) - 1}", "axis.size - 1) / axis.size) - 2}", _AVERAGE),
+    _mutant(POOLING, "window<ADAPTIVE>(g.width, ow)", "window<ADAPTIVE>(g.width, columns.first)", _AVERAGE),
+    # linear_forward_kernel
+    _mutant(LINEAR, "second += to_float(args.bias[column + 1])", "second += to_float(args.bias[column])", _LINEAR),
+    _mutant(LINEAR, "activated(second, args.activation)", "second", _ACTIVATION),
+    _mutant(LINEAR, "if (column + 1 < columns) at[1] = pair.at[1];", "", _LINEAR),
+    # linear_backward_input_kernel, and what all three share
+    _mutant(TILE, "ldmatrix_x4_transposed(out, tile + (k_at", "ldmatrix_x4(out, tile + (k_at", _LINEAR),
+    _mutant(TILE, "(SECOND == Second::outer ? low : high)", "(SECOND == Second::outer ? high : low)", _LINEAR),
+    _mutant(TILE, "static_cast<int>(ceil_div(a.k, kBlockK))", "static_cast<int>(a.k / kBlockK)", _LINEAR),
+    _mutant(TILE, "cp_async_wait<SHAPE::kStages - 2>();", "cp_async_wait<SHAPE::kStages - 1>();", _LINEAR),
+    _mutant(TILE, "    __syncthreads();", "    //", _LINEAR),
+    _mutant(LOAD, "inside ? 16 : 0", "16", _LINEAR),
+    _mutant(LOAD, "inside ? *source : from_float<bf16>(0.0f)", "*source", _LINEAR),
+    # linear_backward_weight_kernel
+    _mutant(LINEAR, "for (int k = 0; k < kBlockK; k++)", "for (int k = 1; k < kBlockK; k++)", _LINEAR),
+    _mutant(LINEAR, "args.grad_bias && blockIdx.y == 0", "args.grad_bias && blockIdx.y == 1", _LINEAR),
+    _mutant(TILE, "if (step + SHAPE::kStages - 1 < steps) load", "if (step + SHAPE::kStages < steps) load",
+            "test_linear and rows6"),
+    # activation_backward_kernel
+    _mutant(LINEAR, "from_float<bf16>(y > 0.0f ? g : 0.0f)", "from_float<bf16>(y >= 0.0f ? g : 0.0f)", _ACTIVATION),
+    _mutant(LINEAR, "g * (1.0f - y * y)", "g * (1.0f - y)", _ACTIVATION),
+    _mutant(LINEAR, "for (int64_t i = start; i < count; i++)", "for (int64_t i = start; i + 1 < count; i++)", _ACTIVATION),
+]

@@ -1,0 +1,46 @@
+"""tests/test_cuda.py again, each in a process of its own: on the checked build, which reports races, uninitialised reads
+and accesses out of bounds, and under AddressSanitizer and UBSan."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cuda_tests(variant: str, selection: str, **environment: str) -> None:
+    # Built here, without the environment (a sanitizer's LD_PRELOAD, say) that the tests run in.
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_native", "--variant", f"cuda_on_host_{variant}"], cwd=ROOT, check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-x", "-s", "-k", selection]
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "DLKERN_CUDA_ON_HOST": variant, "DLKERN_BUILT": "1", **environment},
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+
+
+@pytest.mark.slow
+def test_on_the_checked_build():
+    cuda_tests("checked", "not large_tiles and not no_bias and not reverse")
+
+
+def runtime_library(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++").split()[-1]
+    command = [compiler, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slow
+def test_under_address_and_undefined_behaviour_sanitizers():
+    cuda_tests(
+        "asan", "thread_order or views or out_of_range or wrong_arguments or nothing_to_do",
+        LD_PRELOAD=f"{runtime_library('libasan.so')} {runtime_library('libubsan.so')}",
+        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
+        OMP_NUM_THREADS="1",
+    )
