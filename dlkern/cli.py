@@ -63,18 +63,17 @@ def _versions() -> Table:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "not installed"
+    made_with = f"{build['compiler']}, torch {build['torch']}" if build else facts.get("error", "")
     rows = [
         ("dlkern", dlkern.__version__),
         ("native library", "loaded" if _native.load() else str(_native.LIBRARY_ERROR)),
-        ("built with", ", ".join(filter(None, (build.get("compiler"), f"torch {build['torch']}" if build else ""))))
-        if build
-        else ("built with", facts.get("error", "")),
+        ("built with", made_with),
         ("CUDA kernels built for", build.get("cuda_architectures") or "none: built without nvcc, or left out"),
         ("torch", torch.__version__),
         ("triton", triton_version),
         ("python", platform.python_version()),
         ("CPU", f"{facts.get('cpu_isa', 'unknown')} code, {torch.get_num_threads()} threads"),
-        ("CPU features", ", ".join(k for k, v in facts.get("cpu_features", {}).items() if v) or "none of those looked at"),
+        ("CPU features", ", ".join(k for k, v in facts.get("cpu_features", {}).items() if v) or "none looked at"),
         ("GPU", _gpu()),
     ]
     return Table(("what", "here"), rows)
@@ -151,7 +150,7 @@ def _certify(case: Any, column: str, dtype: torch.dtype, device: torch.device) -
 
 @main.command()
 @click.argument("op", required=False)
-@click.option("--column", "only_column", type=click.Choice(columns.COLUMNS), help="One column instead of all there are.")
+@click.option("--column", "only_column", type=click.Choice(columns.COLUMNS), help="One column instead of all.")
 @click.option("--dtype", "only_dtype", type=click.Choice(list(_DTYPES)), help="One dtype instead of three.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
 def check(op: str | None, only_column: str | None, only_dtype: str | None, verbose: bool) -> None:
@@ -171,7 +170,8 @@ def check(op: str | None, only_column: str | None, only_dtype: str | None, verbo
     dtypes = [only_dtype] if only_dtype else list(_DTYPES)
     console, failures, rows = _console(), [], []
     with _progress(console) as progress:
-        task = progress.add_task("checking", total=len(chosen) * len(dtypes) * sum(op in (None, c.op) for c in CASES))
+        total = len(chosen) * len(dtypes) * sum(op in (None, case.op) for case in CASES)
+        task = progress.add_task("checking", note="", total=total)
         for name in ops if op is None else [op]:
             for column in chosen:
                 device = torch.device("cuda") if column in ("triton", "cuda") else torch.device("cpu")
@@ -228,8 +228,10 @@ def _progress(console: Console) -> Progress:
 
 @main.command()
 @click.argument("model")
-@click.option("--input", "inputs", multiple=True, required=True, metavar="SIZES[:DTYPE[:BELOW]]",
-              help="Sizes of a random input, 8,3,224,224; or 8,128:int64:1000 for integers below 1000. Once an argument.")
+@click.option(
+    "--input", "inputs", multiple=True, required=True, metavar="SIZES[:DTYPE[:BELOW]]",
+    help="A random input of these sizes, 8,3,224,224; 8,128:int64:1000 for integers below 1000. Repeat for several.",
+)  # fmt: skip
 @click.option("--forward-only", is_flag=True, help="No gradients.")
 @click.option("--seconds", default=2.0, show_default=True, help="How long to time the whole model.")
 @click.option("--layer-seconds", default=0.1, show_default=True, help="How long to time each different layer.")
@@ -250,7 +252,7 @@ def compare(model: str, inputs: Sequence[str], forward_only: bool, seconds: floa
             raise ValueError(f"{model} on inputs {', '.join(inputs)}: {type(error).__name__}: {error}") from error
     from dlkern.convert import report_table
 
-    console.print(report_table(found.modules))
+    console.print(report_table(found.modules).rich("whose kernels each module runs on"))
     if found.functional:
         ops = ", ".join(f"{op} ×{n}" for op, n in _count(call.op for call in found.functional))
         console.print(f"called as functions, which `with dlkern.enabled():` would take as well: {ops}")
@@ -294,9 +296,10 @@ def _whole_model(forward: Any, training: Any) -> Table:
 def _parity_line(rows: Sequence[Row]) -> str:
     failed = [row for row in rows if not row.ok]
     worst = max(rows, key=_ratio)
-    head = f"parity: {'ok' if not failed else 'FAILED'}, {len({r.tensor for r in rows})} tensors against float64; "
-    at = f"worst {worst.tensor} ({worst.measure}): error {worst.error:.2g}, limit {worst.limit:.2g}"
-    return "\n".join([head + at, *(f"  {r.tensor} ({r.measure}): error {r.error:.3g}, limit {r.limit:.3g}" for r in failed)])
+    lines = [f"parity: {'FAILED' if failed else 'ok'}, {len({r.tensor for r in rows})} tensors against float64"]
+    for row in failed or [worst]:
+        lines.append(f"  {row.tensor} ({row.measure}): error {row.error:.3g}, limit {row.limit:.3g}")
+    return "\n".join(lines)
 
 
 # train ---------------------------------------------------------------------------------------------------------------
@@ -321,9 +324,7 @@ def train(network: str, steps: int, batch: int, seed: int, column: str, folder: 
             console.print(f"report: {path}")
 
 
-def _train(
-    console: Console, network: str, steps: int, batch: int, seed: int, column: str
-) -> tuple[Section, float]:
+def _train(console: Console, network: str, steps: int, batch: int, seed: int, column: str) -> tuple[Section, float]:
     """Trains, prints, and returns the report's section and dlkern's accuracy."""
     from dlkern.training import digits, train_side_by_side
 
@@ -336,8 +337,9 @@ def _train(
             progress.update(task, completed=step, note=note)
 
         result = train_side_by_side(
-            _NETWORKS[network], data, steps=steps, batch=batch, seed=seed, column=column, device=_device(), progress=show
-        )
+            _NETWORKS[network], data, steps=steps, batch=batch, seed=seed, column=column, device=_device(),
+            progress=show,
+        )  # fmt: skip
     theirs, ours = result.torch, result.dlkern
     curve = Table(
         ("step", "loss, torch", "loss, dlkern", "accuracy, torch", "accuracy, dlkern"),
@@ -369,8 +371,8 @@ def _train(
 
 
 def _stamp() -> str:
-    facts = _native.facts()
-    where = _gpu() if torch.cuda.is_available() else f"CPU, {facts.get('cpu_isa', 'no')} code, {torch.get_num_threads()} threads"
+    isa = _native.facts().get("cpu_isa", "no native")
+    where = _gpu() if torch.cuda.is_available() else f"CPU with {isa} code, {torch.get_num_threads()} threads"
     return f"dlkern {dlkern.__version__}, torch {torch.__version__}, {where}"
 
 
@@ -405,9 +407,7 @@ def demo(steps: int, folder: str, with_bench: bool) -> None:
         sections.append(section)
         ok &= good
     if with_bench:
-        section = _quick_bench(console)
-        if section is not None:
-            sections.append(section)
+        sections += _quick_bench(console)
     sections.append(Section("This machine", tables=[versions, available]))
     path = reports.write(folder, "dlkern demo", _stamp(), sections)
     console.print(f"accuracy on held-out digits: {100 * accuracy:.2f}%; parity: {'ok' if ok else 'FAILED'}")
@@ -434,7 +434,7 @@ def _lenet_parity(console: Console) -> tuple[Section, bool]:
 
     device = _device()
     stream = batches(digits(), 32, 1)
-    drawn = [tuple(t.to(device) for t in next(stream)) for _ in range(20)]
+    drawn = [(x.to(device), y.to(device)) for x, y in (next(stream) for _ in range(20))]
     torch.manual_seed(0)
     certificate = check_training(lambda nn: models.lenet(nn=nn).to(device), drawn, name="LeNet, 20 steps")
     note = f"Output, gradients, loss curve and final weights. {_RULE}"
@@ -470,5 +470,5 @@ def _resnet_step(console: Console, batch: int = 8) -> tuple[Section, bool]:
     return section, certificate.ok
 
 
-def _quick_bench(console: Console) -> Section | None:
-    return None
+def _quick_bench(console: Console) -> list[Section]:
+    return []

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.nn.utils import parametrize
 
 import dlkern.nn
+from dlkern.report import Table
 
 __all__ = ["ModuleReport", "conversion_report", "convert", "revert"]
 
@@ -173,23 +174,22 @@ def revert(model: Model) -> Model:
 def _print_report(model: torch.nn.Module) -> None:
     from rich.console import Console
 
-    Console().print(report_table(conversion_report(model)))
+    Console(highlight=False).print(report_table(conversion_report(model)).rich("whose kernels each module runs on"))
 
 
-def report_table(records: list[ModuleReport]) -> Any:
-    """A rich table of the records, one line a class and reason."""
-    from rich.table import Table
-
-    table = Table(title="whose kernels each module runs on")
-    for column in ("runs on", "class", "count", "first", "why not dlkern"):
-        table.add_column(column, justify="right" if column == "count" else "left")
-    groups = Counter((r.status, r.kind, r.reason) for r in records)
-    first = {(r.status, r.kind, r.reason): r.name for r in reversed(records)}
-    for key in sorted(groups, key=lambda k: (k[0] != "dlkern", k[0], k[1])):
-        status, kind, reason = key
-        runs_on = {"dlkern": "dlkern", "torch": "torch", "convertible": "torch"}[status]
-        table.add_row(runs_on, kind, str(groups[key]), first[key], reason or ("" if status == "dlkern" else "not converted"))
-    return table
+def report_table(records: list[ModuleReport]) -> Table:
+    """The records as a table, one line for each class and reason."""
+    first: dict[tuple[str, str, str], str] = {}
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for record in sorted(records, key=lambda r: (r.status != "dlkern", r.kind)):
+        key = (record.status, record.kind, record.reason)
+        first.setdefault(key, record.name)
+        counts[key] += 1
+    rows = []
+    for (status, kind, reason), count in counts.items():
+        why = "convert() takes it" if status == "convertible" else reason
+        rows.append(("dlkern" if status == "dlkern" else "torch", kind, count, first[status, kind, reason], why))
+    return Table(("runs on", "class", "count", "the first", "why not dlkern"), rows)
 
 
 def _make_our_modules_fx_leaves() -> None:

@@ -49,14 +49,17 @@ def _cross_entropy_loss(self, target, weight=None, reduction=1, ignore_index=-10
     )  # fmt: skip
 
 
-def _table() -> dict[Callable[..., Any], Callable[..., Any]]:
+_Function = Callable[..., Any]
+
+
+def _table() -> dict[_Function, _Function]:
     """torch's function -> ours, for every function dlkern.nn.functional has."""
-    table = {}
+    table: dict[_Function, _Function] = {}
     for name in F.__all__:
         theirs = getattr(torch.nn.functional, name, None)
         if theirs is not None:
             table[theirs] = getattr(F, name)
-    lower = {
+    lower: dict[str, dict[_Function, Any]] = {
         "max_pool2d": {
             torch.max_pool2d: _max_pool2d,
             torch.nn.functional.max_pool2d_with_indices: _max_pool2d_with_indices,
@@ -103,8 +106,9 @@ class _Enabled(TorchFunctionMode):
             # in it would be torch's. On gradient edges instead of tensors there is nothing to intercept.
             edges = _edges(args[0], kwargs.get("gradient", kwargs.get("grad_tensors")))
             if edges is not None:
+                retain, create = kwargs.get("retain_graph"), kwargs.get("create_graph", False)
                 with self:
-                    return torch.autograd.backward(*edges, kwargs.get("retain_graph"), kwargs.get("create_graph", False))
+                    return torch.autograd.backward(edges[0], edges[1], retain, create)
         ours = _TABLE.get(func) if plain else None
         return (func if ours is None else ours)(*args, **kwargs)
 

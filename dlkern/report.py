@@ -7,9 +7,10 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlkern.training import SideBySide
+if TYPE_CHECKING:
+    from dlkern.training import SideBySide
 
 __all__ = ["Section", "Table", "training_plot", "write"]
 
@@ -35,7 +36,7 @@ class Table:
 
     def numeric(self, i: int) -> bool:
         cells = [row[i] for row in self.rows if row[i] not in ("", "-")]
-        return bool(cells) and all(cell.lstrip("-+").rstrip("%×")[:1].isdigit() for cell in cells)
+        return bool(cells) and all(_is_number(cell) for cell in cells)
 
     def html(self) -> str:
         kinds = [' class="number"' if self.numeric(i) else "" for i in range(len(self.columns))]
@@ -55,6 +56,14 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.rstrip("%×"))
+    except ValueError:
+        return False
+    return True
 
 
 class Section:

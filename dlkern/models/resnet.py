@@ -41,6 +41,11 @@ class BasicBlock(torch.nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + shortcut)
 
 
+def _stage(blocks: int, channels_in: int, channels: int, stride: int, nn: Any) -> torch.nn.Sequential:
+    first = BasicBlock(channels_in, channels, stride, nn=nn)
+    return torch.nn.Sequential(first, *(BasicBlock(channels, channels, 1, nn=nn) for _ in range(blocks - 1)))
+
+
 class ResNet(torch.nn.Module):
     """A residual network of four stages of BasicBlocks, 64 to 512 channels.
 
@@ -53,21 +58,19 @@ class ResNet(torch.nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = torch.nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        channels = 64
-        for i, count in enumerate(blocks):
-            width, stride = 64 << i, 1 if i == 0 else 2
-            stage = [BasicBlock(channels if j == 0 else width, width, stride if j == 0 else 1, nn=nn) for j in range(count)]
-            setattr(self, f"layer{i + 1}", torch.nn.Sequential(*stage))
-            channels = width
+        self.layer1 = _stage(blocks[0], 64, 64, 1, nn)  # [batch, 64, height / 4, width / 4]
+        self.layer2 = _stage(blocks[1], 64, 128, 2, nn)  # [batch, 128, height / 8, width / 8]
+        self.layer3 = _stage(blocks[2], 128, 256, 2, nn)  # [batch, 256, height / 16, width / 16]
+        self.layer4 = _stage(blocks[3], 256, 512, 2, nn)  # [batch, 512, height / 32, width / 32]
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, classes)
+        self.fc = nn.Linear(512, classes)
         for module in self.modules():
             if isinstance(module, torch.nn.Conv2d):  # He et al. 2015, "Delving deep into rectifiers", equation 14
                 torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # [batch, 64, height / 4, width / 4]
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [batch, 512, height / 32, width / 32]
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
