@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -383,7 +384,9 @@ def _stamp() -> str:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: Sequence[str]) -> None:
     """Benchmarks with floors; `dlkern bench --help` lists what it takes."""
-    raise click.ClickException("dlkern.bench is not in this build")
+    from dlkern import bench as benchmark
+
+    sys.exit(benchmark.main(list(arguments)))
 
 
 # demo ----------------------------------------------------------------------------------------------------------------
@@ -407,7 +410,7 @@ def demo(steps: int, folder: str, with_bench: bool) -> None:
         sections.append(section)
         ok &= good
     if with_bench:
-        sections += _quick_bench(console)
+        sections.append(_quick_bench(console, Path(folder) / "bench"))
     sections.append(Section("This machine", tables=[versions, available]))
     path = reports.write(folder, "dlkern demo", _stamp(), sections)
     console.print(f"accuracy on held-out digits: {100 * accuracy:.2f}%; parity: {'ok' if ok else 'FAILED'}")
@@ -470,5 +473,21 @@ def _resnet_step(console: Console, batch: int = 8) -> tuple[Section, bool]:
     return section, certificate.ok
 
 
-def _quick_bench(console: Console) -> list[Section]:
-    return []
+def _quick_bench(console: Console, folder: Path) -> Section:
+    from dlkern import bench as benchmark
+
+    result = benchmark.run(
+        quick=True, output=folder, overhead=False, echo=lambda line: console.print(line, markup=False, soft_wrap=True)
+    )
+    rows = [
+        [row.op, row.shape, row.layout, row.direction, row.column, *(_number(x) for x in (row.ms, row.torch_ms)),
+         f"{row.ratio:.2f}×" if row.ratio else "-", f"{row.floor_percent:.0f}%" if row.floor_percent else "-", row.parity]
+        for row in result.rows
+    ]  # fmt: skip
+    heads = ("op", "shape", "layout", "direction", "column", "ms", "torch ms", "torch / dlkern", "of the floor", "parity")
+    note = "Small problems, a few runs each: a first impression, not the measurement `dlkern bench` makes."
+    return Section("Quick benchmark", note, [Table(heads, rows)], link="bench/index.html")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

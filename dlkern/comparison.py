@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from dlkern.bench import timing
 from dlkern.convert import ModuleReport, conversion_report, convert
 from dlkern.overrides import enabled
 from dlkern.testing._parity import Row
@@ -117,36 +116,13 @@ def parse_input(text: str, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, bound, shape, generator=generator).to(dtype)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def interleave(
-    theirs: Callable[[], Any], ours: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 5
+    theirs: Callable[[], Any], ours: Callable[[], Any], device: torch.device, seconds: float = 1.0
 ) -> Timing:
-    """Times two functions in turn, so that what else the machine does meets both.
-
-    Each pair is timed next to each other and in alternating order; runs for `seconds`, at least `least` pairs.
-    """
-    for _ in range(2):
-        theirs(), ours()
-    pairs: list[tuple[float, float]] = []
-    end = time.perf_counter() + seconds
-    while len(pairs) < least or time.perf_counter() < end:
-        order = (theirs, ours) if len(pairs) % 2 else (ours, theirs)
-        marks = [_now(device)]
-        for function in order:
-            function()
-            marks.append(_now(device))
-        first, second = marks[1] - marks[0], marks[2] - marks[1]
-        pairs.append((first, second) if order[0] is theirs else (second, first))
-    return Timing(
-        statistics.median(t for t, _ in pairs) * 1e3,
-        statistics.median(d for _, d in pairs) * 1e3,
-        statistics.median(t / d for t, d in pairs),
-    )
+    """Times two functions in turn, so that what else the machine does meets both alike."""
+    samples = timing.interleave({"torch": theirs, "dlkern": ours}, device=device.type, seconds=seconds, minimum=5)
+    ratio = timing.ratio(samples["torch"], samples["dlkern"]).median
+    return Timing(samples["torch"].median, samples["dlkern"].median, ratio)
 
 
 def _floats(output: Any) -> list[torch.Tensor]:

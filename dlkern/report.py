@@ -69,8 +69,10 @@ def _is_number(cell: str) -> bool:
 class Section:
     """A heading, a sentence, and what stands under it."""
 
-    def __init__(self, title: str, note: str = "", tables: Sequence[Table] = (), plots: Sequence[bytes] = ()) -> None:
-        self.title, self.note, self.tables, self.plots = title, note, list(tables), list(plots)
+    def __init__(
+        self, title: str, note: str = "", tables: Sequence[Table] = (), plots: Sequence[bytes] = (), link: str = ""
+    ) -> None:
+        self.title, self.note, self.tables, self.plots, self.link = title, note, list(tables), list(plots), link
 
     def html(self) -> str:
         parts = [f"<h2>{html.escape(self.title)}</h2>"]
@@ -80,6 +82,8 @@ class Section:
             data = base64.b64encode(png).decode()
             parts.append(f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{data}">')
         parts += [table.html() for table in self.tables]
+        if self.link:
+            parts.append(f'<p><a href="{html.escape(self.link)}">{html.escape(self.link)}</a></p>')
         return "\n".join(parts)
 
 
