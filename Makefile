@@ -44,6 +44,10 @@ install: native
 	@$(PY) -c "import importlib.metadata as m; m.distribution('dlkern')" 2>/dev/null || \
 	  DLKERN_CUDA=$${DLKERN_CUDA:-auto} $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 
+# The main job: what this machine has, LeNet and a ResNet-18 step both ways, a quick benchmark, report/index.html.
+demo: native
+	$(PY) -m dlkern demo --report report
+
 test: install cuda-on-host lint
 	$(PY) -m pytest tests
 
@@ -63,4 +67,4 @@ fuzz: install
 mutate: install
 	$(PY) tests/mutate.py
 
-.PHONY: help setup native cuda-on-host install test lint wheel fuzz mutate
+.PHONY: help setup native cuda-on-host install demo test lint wheel fuzz mutate

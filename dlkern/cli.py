@@ -260,16 +260,8 @@ def compare(model: str, inputs: Sequence[str], forward_only: bool, seconds: floa
     elsewhere = [call for call in found.calls if call.backend in ("torch", "reference")]
     for op, reason in dict.fromkeys((call.op, call.reason) for call in elsewhere):
         console.print(f"handed on: {op}, because {reason}")
-    layers = Table(
-        ("layer", "class", "input", "column", "torch ms", "dlkern ms", "ratio", "train torch", "train dlkern", "ratio"),
-        [
-            [layer.name, layer.kind, "×".join(map(str, layer.shape)), layer.backends, *_timing(layer.forward),
-             *(_timing(layer.training) if layer.training else ("-", "-", "-"))]
-            for layer in found.layers
-        ],
-    )  # fmt: skip
     if found.layers:
-        console.print(layers.rich("by layer: forward, and forward + backward"))
+        console.print(_layers(found.layers).rich("by layer"))
     console.print(_whole_model(found.forward, found.training).rich("the whole model"))
     console.print(_parity_line(found.rows))
     if not found.ok:
@@ -281,6 +273,17 @@ def _count(names: Iterator[str]) -> list[tuple[str, int]]:
     for name in names:
         counts[name] = counts.get(name, 0) + 1
     return list(counts.items())
+
+
+def _layers(layers: Sequence[Any]) -> Table:
+    heads = ["layer", "class", "input", "column", "forward ms, torch", "dlkern", "ratio"]
+    rows = [
+        [x.name, x.kind, "×".join(map(str, x.shape)), x.backends, *_timing(x.forward)] for x in layers
+    ]  # fmt: skip
+    if any(x.training for x in layers):
+        heads += ["with backward, torch", "dlkern", "ratio"]
+        rows = [row + list(_timing(x.training) if x.training else "---") for row, x in zip(rows, layers)]
+    return Table(heads, rows)
 
 
 def _timing(timing: Any) -> tuple[str, str, str]:
