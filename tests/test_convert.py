@@ -306,7 +306,7 @@ def test_distributed_data_parallel(first, tmp_path):
 def test_torchvision_resnet18():
     torch.manual_seed(0)
     model = torchvision().models.resnet18(num_classes=10)
-    converted, calls = assert_parity(model, [images(2, 3, 64, 64)])
+    converted, calls = assert_parity(model, [images(4, 3, 33, 33)])
     report = dlkern.conversion_report(converted)
     assert {r.kind for r in report if r.status == "torch"} == {"ReLU"}
     assert len(calls) == sum(r.status == "dlkern" for r in report) == 20 + 20 + 3
