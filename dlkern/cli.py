@@ -423,7 +423,7 @@ def demo(steps: int, folder: str, with_bench: bool) -> None:
 
 
 def _certificate_section(console: Console, title: str, note: str, certificate: Any) -> Section:
-    console.print(f"{title}: {_parity_line(certificate.rows)}", markup=False)
+    console.print(f"{title}, {_parity_line(certificate.rows)}", markup=False)
     worst = sorted(certificate.rows, key=_ratio, reverse=True)[:5]
     rows = [[r.tensor, r.measure, f"{r.error:.2e}", f"{r.limit:.2e}", "ok" if r.ok else "FAILED"] for r in worst]
     return Section(title, note, [Table(("nearest to its limit", "measure", "error", "limit", "result"), rows)])
@@ -444,7 +444,7 @@ def _lenet_parity(console: Console) -> tuple[Section, bool]:
     torch.manual_seed(0)
     certificate = check_training(lambda nn: models.lenet(nn=nn).to(device), drawn, name="LeNet, 20 steps")
     note = f"Output, gradients, loss curve and final weights. {_RULE}"
-    return _certificate_section(console, "LeNet, 20 training steps: parity", note, certificate), certificate.ok
+    return _certificate_section(console, "LeNet, 20 training steps", note, certificate), certificate.ok
 
 
 def _resnet_step(console: Console, batch: int = 8) -> tuple[Section, bool]:
@@ -452,11 +452,11 @@ def _resnet_step(console: Console, batch: int = 8) -> tuple[Section, bool]:
 
     device = _device()
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, 64, 64, device=device), torch.randint(0, 10, (batch,), device=device)
+    images, labels = torch.randn(batch, 3, 64, 64).to(device), torch.randint(0, 10, (batch,)).to(device)
     make = lambda nn: models.resnet18(10, nn=nn).to(device)  # noqa: E731
     certificate = check_training(make, [(images, labels)], name="ResNet-18, one step")
     note = f"{batch} images of 3×64×64: output, every gradient, weights and running statistics after. {_RULE}"
-    section = _certificate_section(console, "ResNet-18, one training step: parity", note, certificate)
+    section = _certificate_section(console, "ResNet-18, one training step", note, certificate)
 
     def stepper(nn: Any) -> Any:
         model = make(nn)

@@ -38,7 +38,7 @@ def test_twins_have_the_same_start_and_state(make):
     assert not any(r.status == "dlkern" for r in dlkern.conversion_report(twin))
 
 
-@pytest.mark.parametrize(("make", "size", "colour"), [(lenet, 32, False), (resnet18, 4, True)])
+@pytest.mark.parametrize(("make", "size", "colour"), [(lenet, 16, False), (resnet18, 4, True)])
 def test_twenty_training_steps(make, size, colour):
     """First output, every gradient, the loss curve, and weights and running statistics at the end."""
     drawn = list(digit_batches(20, size, colour))

@@ -73,29 +73,43 @@ def _cross_entropy(nn: Any, output: torch.Tensor, target: torch.Tensor) -> torch
     return nn.functional.cross_entropy(output, target)
 
 
-def _train(
-    model: torch.nn.Module, nn: Any, batches: Sequence[Batch], dtype: torch.dtype,
-    optimizer: Callable[..., torch.optim.Optimizer], loss: Callable[..., torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Trains a step a batch; the first output, its gradients, the curve, parameters and buffers after the last step."""
-    model = model.to(dtype).train()
-    steps = optimizer(model.parameters())
-    seen: dict[str, torch.Tensor] = {}
-    curve = []
-    for i, (x, target) in enumerate(batches):
-        output = model(x.to(dtype) if x.is_floating_point() else x)
-        value = loss(nn, output, target)
-        steps.zero_grad()
-        value.backward()
-        if i == 0:
-            seen["output"] = output.detach().clone()
-            seen |= {f"grad of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        steps.step()
-        curve.append(value.detach())
-    seen["loss curve"] = torch.stack(curve)
-    seen["parameters at the end"] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    seen |= {f"{n} at the end": b.detach().clone() for n, b in model.named_buffers() if b.is_floating_point()}
-    return seen
+@dataclass(frozen=True)
+class _Task:
+    """What every run does, whatever its network computes in."""
+
+    start: dict[str, torch.Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    loss: Callable[..., torch.Tensor]
+    draws: int
+
+    def run(self, model: torch.nn.Module, nn: Any, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Outputs and gradients at the start, then the loss curve, parameters and buffers of a training."""
+        model = model.to(dtype).train()
+        batches = [(x.to(dtype) if x.is_floating_point() else x, target) for x, target in batches]
+        parts: dict[str, list[torch.Tensor]] = {}
+        for x, target in batches[: self.draws]:
+            model.load_state_dict(self.start)
+            model.zero_grad()
+            output = model(x)
+            self.loss(nn, output, target).backward()
+            parts.setdefault("output", []).append(output.detach().reshape(-1))
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    parts.setdefault(f"grad of {name}", []).append(p.grad.reshape(-1).clone())
+        seen = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        model.load_state_dict(self.start)
+        steps = self.optimizer(model.parameters())
+        curve = []
+        for x, target in batches:
+            value = self.loss(nn, model(x), target)
+            steps.zero_grad()
+            value.backward()
+            steps.step()
+            curve.append(value.detach())
+        seen["loss curve"] = torch.stack(curve)
+        seen["parameters at the end"] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        seen |= {f"{n} at the end": b.detach().clone() for n, b in model.named_buffers() if b.is_floating_point()}
+        return seen
 
 
 def check_training(
@@ -106,6 +120,7 @@ def check_training(
     optimizer: Callable[..., torch.optim.Optimizer] = _sgd,
     loss: Callable[..., torch.Tensor] = _cross_entropy,
     runs: int = 5,
+    draws: int = 4,
     name: str = "training",
 ) -> TrainingCertificate:
     """Trains a network on dlkern and its torch twin, a step a batch, and compares both to the twin in float64.
@@ -117,26 +132,24 @@ def check_training(
         optimizer: makes the optimiser from the parameters.
         loss: function of (nn, output, target), nn being dlkern.nn or torch.nn; cross-entropy by default.
         runs: how many torch runs with moved inputs are the measure.
+        draws: how many of the batches the output and the gradients at the start are compared on; the ten numbers a
+            bias may have say little about an error.
         name: for the certificate's heading.
 
     Returns:
-        A certificate over the first output, every gradient of the first step, the loss curve, the parameters and
-        the buffers at the end. A network must not drop out at random: its two runs could not be compared.
+        A certificate over output and every gradient at the start, the loss curve, and the parameters and buffers at
+        the end. A network must not drop out at random: its two runs could not be compared.
     """
     ours, twin = make(dlkern.nn), make(torch.nn)
-    start = {n: t.clone() for n, t in twin.state_dict().items()}
-
-    def run(model: torch.nn.Module, nn: Any, data: Sequence[Batch], width: torch.dtype) -> dict[str, torch.Tensor]:
-        model.to(width).load_state_dict(start)
-        return _train(model, nn, data, width, optimizer, loss)
-
+    task = _Task({n: t.clone() for n, t in twin.state_dict().items()}, optimizer, loss, draws)
     rounded = [(x.to(dtype) if x.is_floating_point() else x, target) for x, target in batches]
     generator = torch.Generator().manual_seed(0)
-    exact = run(twin, torch.nn, rounded, torch.float64)
-    plain = run(twin, torch.nn, rounded, dtype)
-    moved = [run(twin, torch.nn, [(move(x, generator), t) for x, t in rounded], dtype) for _ in range(runs)]
-    mine = run(ours, dlkern.nn, rounded, dtype)
-    certificate = TrainingCertificate(name, dtype, distances(mine, moved, exact, dtype))
+    exact = task.run(twin, torch.nn, rounded, torch.float64)
+    plain = task.run(twin, torch.nn, rounded, dtype)
+    moved = [[(move(x, generator), t) for x, t in rounded] for _ in range(runs)]
+    theirs = [task.run(twin, torch.nn, data, dtype) for data in moved]
+    mine = task.run(ours, dlkern.nn, rounded, dtype)
+    certificate = TrainingCertificate(name, dtype, distances(mine, theirs, exact, dtype))
     for label, seen in (("dlkern", mine), ("torch", plain), ("float64", exact)):
         certificate.losses[label] = seen["loss curve"].tolist()
     return certificate
