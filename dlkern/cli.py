@@ -479,18 +479,19 @@ def _resnet_step(console: Console, batch: int = 8) -> tuple[Section, bool]:
 def _quick_bench(console: Console, folder: Path) -> Section:
     from dlkern import bench as benchmark
 
-    result = benchmark.run(
-        quick=True, output=folder, overhead=False, echo=lambda line: console.print(line, markup=False, soft_wrap=True)
-    )
+    def echo(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    result = benchmark.run(quick=True, output=folder, overhead=False, echo=echo)
     rows = [
-        [row.op, row.shape, row.layout, row.direction, row.column, *(_number(x) for x in (row.ms, row.torch_ms)),
-         f"{row.ratio:.2f}×" if row.ratio else "-", f"{row.floor_percent:.0f}%" if row.floor_percent else "-", row.parity]
+        [row.op, row.shape, row.layout, row.direction, row.column, _number(row.ms), _number(row.torch_ms),
+         _number(row.ratio, "×"), _number(row.floor_percent, "%"), row.parity]
         for row in result.rows
     ]  # fmt: skip
-    heads = ("op", "shape", "layout", "direction", "column", "ms", "torch ms", "torch / dlkern", "of the floor", "parity")
+    heads = ("op", "shape", "layout", "direction", "column", "ms", "torch ms", "ratio", "of the floor", "parity")
     note = "Small problems, a few runs each: a first impression, not the measurement `dlkern bench` makes."
     return Section("Quick benchmark", note, [Table(heads, rows)], link="bench/index.html")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.3g}{unit}"

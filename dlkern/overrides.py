@@ -53,27 +53,22 @@ _Function = Callable[..., Any]
 
 
 def _table() -> dict[_Function, _Function]:
-    """torch's function -> ours, for every function dlkern.nn.functional has."""
+    """torch's function -> ours, for every function dlkern.nn.functional has, under every name torch has for it."""
     table: dict[_Function, _Function] = {}
     for name in F.__all__:
         theirs = getattr(torch.nn.functional, name, None)
         if theirs is not None:
             table[theirs] = getattr(F, name)
-    lower: dict[str, dict[_Function, Any]] = {
-        "max_pool2d": {
-            torch.max_pool2d: _max_pool2d,
-            torch.nn.functional.max_pool2d_with_indices: _max_pool2d_with_indices,
-            torch._C._nn.max_pool2d_with_indices: _max_pool2d_with_indices,
-        },
-        "batch_norm": {torch.batch_norm: _batch_norm},
-        "dropout": {torch.dropout: _dropout, torch.dropout_: _dropout_},
-        "adaptive_avg_pool2d": {torch._C._nn.adaptive_avg_pool2d: getattr(F, "adaptive_avg_pool2d", None)},
-        "cross_entropy": {torch._C._nn.cross_entropy_loss: _cross_entropy_loss},
+    return table | {
+        torch.max_pool2d: _max_pool2d,
+        torch._C._nn.max_pool2d_with_indices: _max_pool2d_with_indices,
+        torch.nn.functional.max_pool2d_with_indices: _max_pool2d_with_indices,
+        torch.batch_norm: _batch_norm,
+        torch.dropout: _dropout,
+        torch.dropout_: _dropout_,
+        torch._C._nn.adaptive_avg_pool2d: F.adaptive_avg_pool2d,
+        torch._C._nn.cross_entropy_loss: _cross_entropy_loss,
     }
-    for name, forms in lower.items():
-        if name in F.__all__:
-            table.update(forms)
-    return table
 
 
 _TABLE = _table()

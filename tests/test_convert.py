@@ -13,9 +13,6 @@ from torchvision_stub import torchvision
 import dlkern
 from dlkern.testing._training import distances, move
 
-if not hasattr(dlkern.nn, "BatchNorm2d"):
-    pytest.skip("waits for batch norm and pooling", allow_module_level=True)
-
 
 class Scaled(nn.Conv2d):
     """A user's own layer, as timm's StdConv2d is one."""

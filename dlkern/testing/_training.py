@@ -82,7 +82,9 @@ class _Task:
     loss: Callable[..., torch.Tensor]
     draws: int
 
-    def run(self, model: torch.nn.Module, nn: Any, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def run(
+        self, model: torch.nn.Module, nn: Any, batches: Sequence[Batch], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         """Outputs and gradients at the start, then the loss curve, parameters and buffers of a training."""
         model = model.to(dtype).train()
         batches = [(x.to(dtype) if x.is_floating_point() else x, target) for x, target in batches]
