@@ -1,133 +1,434 @@
-// conv2d, its gradients: the plain loops.
+// conv2d forward and the gradient of its input: both are correlations of a source with a filter.
+//
+// Implicit matrix product: output pixels x output channels, summed over taps and input channels. A block of output
+// pixels, and the zero-padded window of the source that they see, stays in the second-level cache; the window is
+// copied once (padding, transposing and widening together), or read in place where it lies as [row][column][channel]
+// already. For each panel of output channels the micro-kernel then runs over the pixels with the panel's weights in
+// the first-level cache. The input gradient is, for each residue of the input position modulo the stride, a dense
+// correlation of grad_output with the taps of that residue: no multiplications by inserted zeros.
+// Floor: 2 N P Q K C R S / groups over the FMA peak.
 #include "conv.h"
 
+#include "conv_pack.h"
 #include "parallel.h"
-#include "simd.h"
+#include "scratch.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-// Element strides of a dense 4-D tensor.
-struct Strides {
-  int64_t a, b, c, d;
-};
-inline Strides strides_of(bool channels_last, int64_t b, int64_t c, int64_t d) {
-  return channels_last ? Strides{b * c * d, 1, d * b, b} : Strides{b * c * d, c * d, d, 1};
-}
-inline Strides input_strides(const ConvShape& z, bool last) { return strides_of(last, z.c, z.h, z.w); }
-inline Strides output_strides(const ConvShape& z, bool last) { return strides_of(last, z.k, z.p, z.q); }
-inline Strides weight_strides(const ConvShape& z, bool last) { return strides_of(last, z.c / z.groups, z.r, z.s); }
+constexpr int64_t kMostPixels = 384;           // output pixels of a block
+constexpr int64_t kWindowBytes = 192 * 1024;  // of the second-level cache, for the window
 
-template <class T> void forward(const ConvForwardArgs<T>& args) {
-  using A = double;
-  const ConvShape& z = args.shape;
-  const Strides x = input_strides(z, args.input_channels_last), y = output_strides(z, args.output_channels_last),
-                w = weight_strides(z, args.weight_channels_last);
-  const int64_t group_c = z.c / z.groups, group_k = z.k / z.groups;
-  parallel_for(z.n * z.k, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / z.k, k = i % z.k, c0 = k / group_k * group_c;
-      for (int64_t p = 0; p < z.p; ++p)
-        for (int64_t q = 0; q < z.q; ++q) {
-          A sum = 0;
-          for (int64_t r = 0; r < z.r; ++r) {
-            const int64_t h = p * z.stride_h - z.pad_h + r * z.dilation_h;
-            if (h < 0 || h >= z.h) continue;
-            for (int64_t s = 0; s < z.s; ++s) {
-              const int64_t v = q * z.stride_w - z.pad_w + s * z.dilation_w;
-              if (v < 0 || v >= z.w) continue;
-              const T* px = args.input + n * x.a + c0 * x.b + h * x.c + v * x.d;
-              const T* pw = args.weight + k * w.a + r * w.c + s * w.d;
-              for (int64_t c = 0; c < group_c; ++c) sum += static_cast<A>(px[c * x.b]) * static_cast<A>(pw[c * w.b]);
-            }
-          }
-          if (args.bias) sum += static_cast<A>(args.bias[k]);
-          args.output[n * y.a + k * y.b + p * y.c + q * y.d] = static_cast<T>(sum);
+// output[n, j, start + i * step] = bias[j] + sum over taps t and channels c of
+//   source[n, c, i * stride + tap[t]] weight[j, c, kernel[t]], in both dimensions; tap ascending; source 0 outside.
+template <class T> struct Correlation {
+  Images<T> source;
+  T* output;
+  bool output_channels_last;
+  int64_t out_channels, out_h, out_w;
+  int64_t rows, columns;  // i < rows, columns
+  int64_t start_h, start_w, step_h, step_w, stride_h, stride_w;
+  int64_t taps_h, taps_w;
+  const int64_t *tap_h, *tap_w, *kernel_h, *kernel_w;
+  const T* weight;
+  int64_t weight_out, weight_in, weight_h, weight_w, weight_group;  // strides
+  int64_t kernel_size;  // elements of one channel's filter
+  const T* bias;
+  int64_t groups;
+};
+
+// Hands out pieces of one scratch buffer.
+struct Arena {
+  char* next;
+  template <class E> E* take(int64_t count) {
+    E* result = reinterpret_cast<E*>(next);
+    next += (static_cast<size_t>(count) * sizeof(E) + 63) / 64 * 64;
+    return result;
+  }
+};
+
+// One call's plan: how the source is read, how the work is cut.
+template <class T> struct Plan {
+  using A = acc_t<T>;
+  int64_t channels, outputs;  // of a group
+  bool in_place;
+  int64_t min_h, min_w, span_h, span_w;   // first tap, last tap - first tap
+  int64_t copy_h, copy_w;                 // step of the copy: where there is one tap, only what it sees
+  int64_t local_h, local_w;               // stride within the copy
+  int64_t pixel, row;                     // elements from one source pixel (row) of the copy to the next
+  int64_t block_columns, column_blocks, block_rows, row_blocks, all_rows;
+  int64_t splits;                         // of the panels among tasks
+  int64_t panels, depth;                  // depth: steps of a whole sum
+  int64_t panel_width;                    // of all panels but the last
+  int64_t block_depth;                    // steps between two additions to memory
+  const Piece* pieces;
+  const int64_t* blocks;                  // first piece of each such block, and the end
+  int64_t block_count;
+  A *weights, *bias;                      // packed, for all groups
+
+  int64_t width_of(int64_t panel) const {
+    const int64_t count = smaller(panel_width, outputs - panel * panel_width);
+    return ceil_div(count, kLanes<A>) * kLanes<A>;
+  }
+  int64_t outputs_padded() const { return (panels - 1) * panel_width + width_of(panels - 1); }
+};
+
+template <class T> void plan_source(const Correlation<T>& z, Plan<T>& plan) {
+  plan.channels = z.source.channels / z.groups;
+  plan.outputs = z.out_channels / z.groups;
+  plan.min_h = z.tap_h[0];
+  plan.min_w = z.tap_w[0];
+  plan.span_h = z.tap_h[z.taps_h - 1] - plan.min_h;
+  plan.span_w = z.tap_w[z.taps_w - 1] - plan.min_w;
+  plan.in_place = sizeof(T) == sizeof(acc_t<T>) && z.source.channels_last && plan.min_h >= 0 && plan.min_w >= 0 &&
+                  (z.rows - 1) * z.stride_h + z.tap_h[z.taps_h - 1] < z.source.h &&
+                  (z.columns - 1) * z.stride_w + z.tap_w[z.taps_w - 1] < z.source.w;
+  const bool one_h = z.taps_h == 1 && !plan.in_place, one_w = z.taps_w == 1 && !plan.in_place;
+  plan.copy_h = one_h ? z.stride_h : 1;
+  plan.local_h = one_h ? 1 : z.stride_h;
+  plan.copy_w = one_w ? z.stride_w : 1;
+  plan.local_w = one_w ? 1 : z.stride_w;
+}
+
+template <class T> void plan_blocks(const Correlation<T>& z, Plan<T>& plan) {
+  const int64_t threads = num_threads();
+  plan.column_blocks = ceil_div(z.columns, kMostPixels);
+  plan.block_columns = ceil_div(z.columns, plan.column_blocks);
+  plan.column_blocks = ceil_div(z.columns, plan.block_columns);
+  plan.pixel = plan.in_place ? z.source.channels : plan.channels;
+  plan.row = plan.pixel * (plan.in_place ? z.source.w : (plan.block_columns - 1) * plan.local_w + plan.span_w + 1);
+  plan.all_rows = z.source.n * z.rows;
+  const int64_t most = larger(1, kMostPixels / plan.block_columns);
+  int64_t rows = most;
+  if (!plan.in_place) {
+    const int64_t row_bytes = plan.row * static_cast<int64_t>(sizeof(acc_t<T>));
+    rows = smaller(most, larger(1, (kWindowBytes / row_bytes - plan.span_h) / plan.local_h));
+    rows = larger(rows, smaller(most, ceil_div(8 * kTilePixels, plan.block_columns)));
+  }
+  plan.splits = 1;
+  int64_t blocks = ceil_div(plan.all_rows, rows) * plan.column_blocks * z.groups;
+  if (blocks % threads != 0) {
+    const int64_t pixels = plan.all_rows * plan.block_columns;
+    if (blocks < threads && pixels < 8 * kTilePixels * threads && plan.panels >= threads) {
+      plan.splits = threads;
+    } else if (blocks < 8 * threads) {
+      const int64_t target = ceil_div(ceil_div(blocks, threads) * threads, plan.column_blocks * z.groups);
+      rows = ceil_div(plan.all_rows, smaller(target, plan.all_rows));
+    }
+  }
+  plan.block_rows = rows;
+  plan.row_blocks = ceil_div(plan.all_rows, rows);
+}
+
+// The pieces a pixel's window consists of, in blocks of block_depth steps.
+template <class T> void plan_pieces(const Correlation<T>& z, Plan<T>& plan, Piece* pieces, int64_t* blocks) {
+  // Neighbouring taps of a row make one run where all channels of a pixel are read.
+  bool merged = plan.pixel == plan.channels;
+  for (int64_t s = 1; s < z.taps_w; ++s) merged = merged && z.tap_w[s] == z.tap_w[s - 1] + 1;
+  const int64_t runs = merged ? 1 : z.taps_w, length = merged ? z.taps_w * plan.channels : plan.channels;
+  int64_t count = 0, filled = 0;
+  plan.block_count = 0;
+  blocks[plan.block_count++] = 0;
+  for (int64_t r = 0; r < z.taps_h; ++r)
+    for (int64_t s = 0; s < runs; ++s) {
+      const int64_t offset = (z.tap_h[r] - plan.min_h) * plan.row + (z.tap_w[s] - plan.min_w) * plan.pixel;
+      for (int64_t done = 0; done < length;) {
+        if (filled == plan.block_depth) {
+          blocks[plan.block_count++] = count;
+          filled = 0;
         }
+        const int64_t part = smaller(length - done, plan.block_depth - filled);
+        pieces[count++] = Piece{offset + done, part};
+        done += part;
+        filled += part;
+      }
+    }
+  blocks[plan.block_count] = count;
+  plan.pieces = pieces;
+  plan.blocks = blocks;
+}
+
+// The weight's taps in the order of the pieces, and the table that packing needs.
+template <class T> Filter<T> plan_filter(const Correlation<T>& z, const Plan<T>& plan, int64_t* taps, int64_t* table) {
+  Filter<T> f{};
+  f.out_stride = z.weight_out;
+  f.in_stride = z.weight_in;
+  f.in_channels = plan.channels;
+  f.tap_count = z.taps_h * z.taps_w;
+  f.by_channel = z.weight_in > z.weight_out;
+  f.run = z.kernel_size * (f.by_channel ? 1 : plan.channels);
+  for (int64_t e = 0; e < f.run; ++e) table[e] = -1;
+  for (int64_t r = 0; r < z.taps_h; ++r)
+    for (int64_t s = 0; s < z.taps_w; ++s) {
+      const int64_t t = r * z.taps_w + s, at = z.kernel_h[r] * z.weight_h + z.kernel_w[s] * z.weight_w;
+      taps[t] = at;
+      if (f.out_stride == 1) continue;
+      for (int64_t c = 0; c < (f.by_channel ? 1 : plan.channels); ++c)
+        table[at + c * z.weight_in] = t * plan.channels + c;
+    }
+  f.taps = taps;
+  f.destination = table;
+  return f;
+}
+
+template <class T> void pack_weights(const Correlation<T>& z, const Plan<T>& plan, const Filter<T>& filter) {
+  const int64_t padded = plan.outputs_padded();
+  const int64_t grain = larger(1, 8192 / (plan.panel_width * plan.depth));
+  parallel_for(z.groups * plan.panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / plan.panels, panel = i % plan.panels, first = panel * plan.panel_width;
+      const int64_t width = plan.width_of(panel), count = smaller(width, plan.outputs - first);
+      Filter<T> f = filter;
+      f.data = z.weight + g * z.weight_group;
+      pack_filter(f, first, count, width, plan.weights + (g * padded + first) * plan.depth);
+      for (int64_t j = 0; j < width; ++j)
+        plan.bias[g * padded + first + j] =
+            z.bias && j < count ? static_cast<acc_t<T>>(z.bias[g * plan.outputs + first + j]) : acc_t<T>(0);
     }
   });
+}
+
+// A finished panel of a block's pixels, sums[pixel][width], to channels [first, first + count) of the output.
+template <class T, class A>
+void write_out(const Correlation<T>& z, const A* sums, int64_t width, int64_t first, int64_t count, int64_t row_begin,
+               int64_t row_end, int64_t column_begin, int64_t columns) {
+  const int64_t plane = z.out_h * z.out_w;
+  for (int64_t row = row_begin; row < row_end;) {
+    const int64_t image = row / z.rows, i = row % z.rows;
+    const int64_t h = z.start_h + i * z.step_h, w = z.start_w + column_begin * z.step_w;
+    int64_t together = 1;  // rows that follow each other in memory
+    if (columns == z.out_w && z.step_h == 1) together = smaller(row_end - row, z.rows - i);
+    const int64_t pixels = together * columns;
+    if (z.output_channels_last) {
+      T* to = z.output + ((image * z.out_h + h) * z.out_w + w) * z.out_channels + first;
+      for (int64_t p = 0; p < pixels; ++p) copy(sums + p * width, to + p * z.step_w * z.out_channels, count);
+    } else {
+      T* to = z.output + (image * z.out_channels + first) * plane + h * z.out_w + w;
+      if (z.step_w == 1) {
+        transpose(sums, width, pixels, count, to, plane);
+      } else {
+        for (int64_t j = 0; j < count; ++j)
+          for (int64_t p = 0; p < pixels; ++p) to[j * plane + p * z.step_w] = static_cast<T>(sums[p * width + j]);
+      }
+    }
+    sums += pixels * width;
+    row += together;
+  }
+}
+
+// One block of output pixels, for panels [panel_begin, panel_end) of one group.
+template <class T>
+void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end, int64_t column_begin,
+               int64_t column_end, int64_t group, int64_t panel_begin, int64_t panel_end) {
+  using A = acc_t<T>;
+  const int64_t columns = column_end - column_begin, pixels = (row_end - row_begin) * columns;
+  const A* windows[kMostPixels];
+  A* outs[kMostPixels];
+
+  // Source windows: in place, or copied image by image.
+  if (plan.in_place) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      for (int64_t row = row_begin, p = 0; row < row_end; ++row) {
+        const int64_t h = row % z.rows * z.stride_h + plan.min_h;
+        const A* start = z.source.data + ((row / z.rows * z.source.h + h) * z.source.w + plan.min_w) * plan.pixel +
+                         group * plan.channels;
+        for (int64_t q = column_begin; q < column_end; ++q) windows[p++] = start + q * z.stride_w * plan.pixel;
+      }
+    }
+  } else {
+    const int64_t images = (row_end - 1) / z.rows - row_begin / z.rows + 1;
+    const int64_t most_rows = (row_end - row_begin) * plan.local_h + images * (plan.span_h + 1);
+    A* copy = scratch<A>(Slot::family_1, most_rows * plan.row);
+    for (int64_t row = row_begin, p = 0; row < row_end;) {
+      const int64_t i = row % z.rows, count = smaller(row_end - row, z.rows - i);
+      const Window window{row / z.rows,
+                          i * z.stride_h + plan.min_h,
+                          (count - 1) * plan.local_h + plan.span_h + 1,
+                          plan.copy_h,
+                          column_begin * z.stride_w + plan.min_w,
+                          (columns - 1) * plan.local_w + plan.span_w + 1,
+                          plan.copy_w};
+      copy_window(z.source, window, group * plan.channels, plan.channels, copy, plan.row, plan.pixel);
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t q = 0; q < columns; ++q) windows[p++] = copy + k * plan.local_h * plan.row + q * plan.local_w * plan.pixel;
+      copy += window.rows * plan.row;
+      row += count;
+    }
+  }
+
+  // Sums go straight to the output where that holds sums, channel after channel.
+  const bool direct = sizeof(T) == sizeof(A) && z.output_channels_last;
+  A* sums = nullptr;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (direct)
+      for (int64_t row = row_begin, p = 0; row < row_end; ++row) {
+        const int64_t h = z.start_h + row % z.rows * z.step_h;
+        for (int64_t q = column_begin; q < column_end; ++q)
+          outs[p++] = z.output +
+                      ((row / z.rows * z.out_h + h) * z.out_w + z.start_w + q * z.step_w) * z.out_channels +
+                      group * plan.outputs;
+      }
+  }
+  const int64_t padded = plan.outputs_padded();
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first = panel * plan.panel_width, width = plan.width_of(panel),
+                  count = smaller(width, plan.outputs - first);
+    const A* weights = plan.weights + (group * padded + first) * plan.depth;
+    const A* bias = plan.bias + group * padded + first;
+    const bool here = direct && count == width;
+    A* own[kMostPixels];
+    if (!here) {
+      if (!sums) sums = scratch<A>(Slot::family_2, kMostPixels * kTileVectors * kLanes<A>);
+      for (int64_t p = 0; p < pixels; ++p) own[p] = sums + p * width;
+    }
+    for (int64_t block = 0; block < plan.block_count; ++block) {
+      const Piece* pieces = plan.pieces + plan.blocks[block];
+      const int64_t piece_count = plan.blocks[block + 1] - plan.blocks[block];
+      for (int64_t p = 0; p < pixels; p += kTilePixels) {
+        const auto tile = correlate_tile_for<A>(smaller(kTilePixels, pixels - p), width / kLanes<A>);
+        tile(pieces, piece_count, windows + p, weights, (here ? outs : own) + p, here ? first : 0,
+             block == 0 ? bias : nullptr);
+      }
+      for (int64_t t = 0; t < piece_count; ++t) weights += pieces[t].length * width;
+    }
+    if (!here)
+      write_out(z, sums, width, group * plan.outputs + first, count, row_begin, row_end, column_begin, columns);
+  }
+}
+
+template <class T> void correlate(const Correlation<T>& z) {
+  using A = acc_t<T>;
+  Plan<T> plan;
+  plan_source(z, plan);
+  plan.panel_width = kTileVectors * kLanes<A>;
+  plan.panels = ceil_div(plan.outputs, plan.panel_width);
+  plan.depth = z.taps_h * z.taps_w * plan.channels;
+  plan_blocks(z, plan);
+
+  plan.block_depth = sum_depth(plan.depth, static_cast<double>(plan.all_rows * z.columns) *
+                                               static_cast<double>(z.out_channels * plan.depth));
+  const int64_t most_blocks = plan.depth / plan.block_depth + 2;
+  const int64_t taps = z.taps_h * z.taps_w, most_pieces = taps + most_blocks;
+  const int64_t table = z.kernel_size * plan.channels, padded = z.groups * plan.outputs_padded();
+  Arena arena{scratch<char>(Slot::family_0, 64 * 8 + 16 * most_pieces + 8 * (most_blocks + taps + table) +
+                                                static_cast<int64_t>(sizeof(A)) * padded * (plan.depth + 1))};
+  Piece* pieces = arena.take<Piece>(most_pieces);
+  plan_pieces(z, plan, pieces, arena.take<int64_t>(most_blocks));
+  int64_t* tap_offsets = arena.take<int64_t>(taps);
+  const Filter<T> filter = plan_filter(z, plan, tap_offsets, arena.take<int64_t>(table));
+  plan.bias = arena.take<A>(padded);
+  plan.weights = arena.take<A>(padded * plan.depth);
+  pack_weights(z, plan, filter);
+
+  const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % plan.splits, block = task / plan.splits;
+      const int64_t group = block % z.groups, place = block / z.groups;
+      const int64_t row = place / plan.column_blocks * plan.block_rows,
+                    column = place % plan.column_blocks * plan.block_columns;
+      run_block(z, plan, row, smaller(row + plan.block_rows, plan.all_rows), column,
+                smaller(column + plan.block_columns, z.columns), group, split * plan.panels / plan.splits,
+                (split + 1) * plan.panels / plan.splits);
+    }
+  });
+}
+
+template <class T> void forward(const ConvForwardArgs<T>& args) {
+  const ConvShape& z = args.shape;
+  const int64_t channels = z.c / z.groups;
+  int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
+  int64_t *tap_h = lists, *kernel_h = tap_h + z.r, *tap_w = kernel_h + z.r, *kernel_w = tap_w + z.s;
+  for (int64_t r = 0; r < z.r; ++r) tap_h[r] = r * z.dilation_h - z.pad_h, kernel_h[r] = r;
+  for (int64_t s = 0; s < z.s; ++s) tap_w[s] = s * z.dilation_w - z.pad_w, kernel_w[s] = s;
+  const bool last = args.weight_channels_last;
+  Correlation<T> c{};
+  c.source = {args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
+  c.output = args.output;
+  c.output_channels_last = args.output_channels_last;
+  c.out_channels = z.k, c.out_h = c.rows = z.p, c.out_w = c.columns = z.q;
+  c.step_h = c.step_w = 1;
+  c.stride_h = z.stride_h, c.stride_w = z.stride_w;
+  c.taps_h = z.r, c.taps_w = z.s;
+  c.tap_h = tap_h, c.tap_w = tap_w, c.kernel_h = kernel_h, c.kernel_w = kernel_w;
+  c.weight = args.weight;
+  c.weight_out = channels * z.r * z.s;
+  c.weight_in = last ? 1 : z.r * z.s;
+  c.weight_h = last ? z.s * channels : z.s;
+  c.weight_w = last ? channels : 1;
+  c.weight_group = z.k / z.groups * c.weight_out;
+  c.kernel_size = z.r * z.s;
+  c.bias = args.bias;
+  c.groups = z.groups;
+  correlate(c);
+}
+
+// The taps that reach input positions of one residue, ascending in the grad_output position they read.
+int64_t residue_taps(int64_t residue, int64_t taps, int64_t stride, int64_t padding, int64_t dilation, int64_t* tap,
+                     int64_t* kernel) {
+  int64_t count = 0;
+  for (int64_t r = taps - 1; r >= 0; --r) {
+    const int64_t reach = residue + padding - r * dilation;  // stride times the position read
+    if (reach % stride == 0) tap[count] = reach / stride, kernel[count++] = r;
+  }
+  return count;
+}
+
+// Whether some residues of the stride are reached by no tap.
+bool leaves_gaps(int64_t stride, int64_t dilation, int64_t taps) {
+  for (int64_t a = 0; a < stride; ++a) {
+    bool reached = false;
+    for (int64_t r = 0; r < taps && r < stride; ++r) reached = reached || r * dilation % stride == a;
+    if (!reached) return true;
+  }
+  return false;
 }
 
 template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
-  using A = double;
   const ConvShape& z = args.shape;
-  const Strides x = input_strides(z, args.grad_input_channels_last),
-                y = output_strides(z, args.grad_output_channels_last),
-                w = weight_strides(z, args.weight_channels_last);
-  const int64_t group_c = z.c / z.groups, group_k = z.k / z.groups;
-  parallel_for(z.n * z.c, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / z.c, c = i % z.c, k0 = c / group_c * group_k;
-      for (int64_t h = 0; h < z.h; ++h)
-        for (int64_t v = 0; v < z.w; ++v) {
-          A sum = 0;
-          for (int64_t r = 0; r < z.r; ++r) {
-            const int64_t up = h + z.pad_h - r * z.dilation_h;
-            if (up < 0 || up % z.stride_h || up / z.stride_h >= z.p) continue;
-            for (int64_t s = 0; s < z.s; ++s) {
-              const int64_t left = v + z.pad_w - s * z.dilation_w;
-              if (left < 0 || left % z.stride_w || left / z.stride_w >= z.q) continue;
-              const T* py = args.grad_output + n * y.a + k0 * y.b + up / z.stride_h * y.c + left / z.stride_w * y.d;
-              const T* pw = args.weight + k0 * w.a + c % group_c * w.b + r * w.c + s * w.d;
-              for (int64_t k = 0; k < group_k; ++k) sum += static_cast<A>(py[k * y.b]) * static_cast<A>(pw[k * w.a]);
-            }
-          }
-          args.grad_input[n * x.a + c * x.b + h * x.c + v * x.d] = static_cast<T>(sum);
-        }
+  const int64_t channels = z.c / z.groups;
+  const bool last = args.weight_channels_last;
+  if (leaves_gaps(z.stride_h, z.dilation_h, z.r) || leaves_gaps(z.stride_w, z.dilation_w, z.s)) {
+    constexpr int64_t kRun = 16384;
+    const int64_t total = z.n * z.c * z.h * z.w;
+    parallel_for(ceil_div(total, kRun), 4, [&](int64_t begin, int64_t end) {
+      std::memset(static_cast<void*>(args.grad_input + begin * kRun), 0,
+                  sizeof(T) * static_cast<size_t>(smaller(end * kRun, total) - begin * kRun));
+    });
+  }
+  for (int64_t a = 0; a < smaller(z.stride_h, z.h); ++a)
+    for (int64_t b = 0; b < smaller(z.stride_w, z.w); ++b) {
+      int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
+      int64_t *tap_h = lists, *kernel_h = tap_h + z.r, *tap_w = kernel_h + z.r, *kernel_w = tap_w + z.s;
+      Correlation<T> c{};
+      c.taps_h = residue_taps(a, z.r, z.stride_h, z.pad_h, z.dilation_h, tap_h, kernel_h);
+      c.taps_w = residue_taps(b, z.s, z.stride_w, z.pad_w, z.dilation_w, tap_w, kernel_w);
+      if (c.taps_h == 0 || c.taps_w == 0) continue;
+      c.source = {args.grad_output, args.grad_output_channels_last, z.n, z.k, z.p, z.q};
+      c.output = args.grad_input;
+      c.output_channels_last = args.grad_input_channels_last;
+      c.out_channels = z.c, c.out_h = z.h, c.out_w = z.w;
+      c.rows = ceil_div(z.h - a, z.stride_h), c.columns = ceil_div(z.w - b, z.stride_w);
+      c.start_h = a, c.start_w = b, c.step_h = z.stride_h, c.step_w = z.stride_w;
+      c.stride_h = c.stride_w = 1;
+      c.tap_h = tap_h, c.tap_w = tap_w, c.kernel_h = kernel_h, c.kernel_w = kernel_w;
+      c.weight = args.weight;
+      c.weight_in = channels * z.r * z.s;
+      c.weight_out = last ? 1 : z.r * z.s;
+      c.weight_h = last ? z.s * channels : z.s;
+      c.weight_w = last ? channels : 1;
+      c.weight_group = z.k / z.groups * c.weight_in;
+      c.kernel_size = z.r * z.s;
+      c.groups = z.groups;
+      correlate(c);
     }
-  });
-}
-
-template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
-  using A = double;
-  const ConvShape& z = args.shape;
-  const Strides x = input_strides(z, args.input_channels_last), y = output_strides(z, args.grad_output_channels_last),
-                w = weight_strides(z, args.grad_weight_channels_last);
-  const int64_t group_c = z.c / z.groups, group_k = z.k / z.groups;
-  parallel_for(z.k, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t c0 = k / group_k * group_c;
-      for (int64_t c = 0; c < group_c; ++c)
-        for (int64_t r = 0; r < z.r; ++r)
-          for (int64_t s = 0; s < z.s; ++s) {
-            A sum = 0;
-            for (int64_t n = 0; n < z.n; ++n) {
-              A image = 0;
-              for (int64_t p = 0; p < z.p; ++p) {
-                const int64_t h = p * z.stride_h - z.pad_h + r * z.dilation_h;
-                if (h < 0 || h >= z.h) continue;
-                for (int64_t q = 0; q < z.q; ++q) {
-                  const int64_t v = q * z.stride_w - z.pad_w + s * z.dilation_w;
-                  if (v < 0 || v >= z.w) continue;
-                  image += static_cast<A>(args.grad_output[n * y.a + k * y.b + p * y.c + q * y.d]) *
-                           static_cast<A>(args.input[n * x.a + (c0 + c) * x.b + h * x.c + v * x.d]);
-                }
-              }
-              sum += image;
-            }
-            args.grad_weight[k * w.a + c * w.b + r * w.c + s * w.d] = static_cast<T>(sum);
-          }
-      if (args.grad_bias) {
-        A sum = 0;
-        for (int64_t n = 0; n < z.n; ++n) {
-          A image = 0;
-          for (int64_t p = 0; p < z.p; ++p)
-            for (int64_t q = 0; q < z.q; ++q)
-              image += static_cast<A>(args.grad_output[n * y.a + k * y.b + p * y.c + q * y.d]);
-          sum += image;
-        }
-        args.grad_bias[k] = static_cast<T>(sum);
-      }
-    }
-  });
 }
 
 }  // namespace
 
-#define DLKERN_DEFINE_CONV(T)                                                                      \
-  void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); }                           \
-  void conv2d_backward_input(const ConvBackwardInputArgs<T>& args) { backward_input(args); }       \
-  void conv2d_backward_weight(const ConvBackwardWeightArgs<T>& args) { backward_weight(args); }
+#define DLKERN_DEFINE_CONV(T)                                                                \
+  void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); }                     \
+  void conv2d_backward_input(const ConvBackwardInputArgs<T>& args) { backward_input(args); }
 DLKERN_DEFINE_CONV(float)
 DLKERN_DEFINE_CONV(double)
 DLKERN_DEFINE_CONV(bfloat16)

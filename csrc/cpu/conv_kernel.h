@@ -1,0 +1,119 @@
+// The two micro-kernels of convolution. Both hold a ROWS x NV-vector tile of sums in registers and take one broadcast
+// and NV vectors a step, so that a step is ROWS * NV multiply-adds for ROWS + NV loads.
+//
+// correlate_tile: ROWS output pixels x NV vectors of output channels. The pixels' windows are read where they lie: one
+//   pointer a pixel, and a list of pieces (offset, length) that a window consists of, the same for every pixel.
+// outer_tile: ROWS output channels x NV vectors of input channels (of one tap), summed over output pixels.
+#pragma once
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;  // output channels of correlate_tile, in vectors
+constexpr int kTilePixels = 6;
+constexpr int kOuterVectors = 2;  // input channels of outer_tile, in vectors
+constexpr int kOuterRows = kVectorBytes == 64 ? 12 : 6;
+constexpr int kOuterPitch = kVectorBytes == 64 ? 16 : 8;  // elements from one pixel's kOuterRows channels to the next's
+// Most steps between two additions of the sums to memory: so that a panel of weights stays in the first-level cache,
+// and because rounding errors grow with the length of an unbroken sum.
+constexpr int64_t kDepth = 64;
+
+// A run of consecutive elements in every pixel's window.
+struct Piece {
+  int64_t offset, length;
+};
+
+// outs[i][0, NV vectors) = start + sum over pieces and their elements e of rows[i][offset + e] * weights[step], where
+// weights holds NV vectors a step; start is `bias` or, where that is null, what outs[i] holds already.
+template <class A>
+using CorrelateTile = void (*)(const Piece* pieces, int64_t count, const A* const* rows, const A* weights,
+                               A* const* outs, int64_t out_offset, const A* bias);
+
+template <int ROWS, int NV, class A>
+void correlate_tile(const Piece* pieces, int64_t count, const A* const* rows, const A* weights, A* const* outs,
+                    int64_t out_offset, const A* bias) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  V sum[ROWS][NV] = {};
+  for (int64_t t = 0; t < count; ++t) {
+    const A* a[ROWS];
+    const int64_t length = pieces[t].length;
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) a[i] = rows[i] + pieces[t].offset;
+    for (int64_t e = 0; e < length; ++e) {
+      V b[NV];
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) b[j] = load(weights + j * lanes);
+      weights += NV * lanes;
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {
+        const V value = broadcast<A>(a[i][e]);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) sum[i][j] += value * b[j];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    A* out = outs[i] + out_offset;
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j)
+      store(out + j * lanes, (bias ? load(bias + j * lanes) : load(out + j * lanes)) + sum[i][j]);
+  }
+}
+
+// tile[i][0, NV vectors) (+)= sum over pixels p of left[p * kOuterPitch + i] * right[offsets[p] .. + NV vectors).
+template <class A>
+using OuterTile = void (*)(int64_t pixels, const A* left, const A* right, const int32_t* offsets, A* tile,
+                           int64_t tile_row, bool add);
+
+template <int ROWS, int NV, class A>
+void outer_tile(int64_t pixels, const A* left, const A* right, const int32_t* offsets, A* tile, int64_t tile_row,
+                bool add) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  V sum[ROWS][NV] = {};
+  for (int64_t p = 0; p < pixels; ++p) {
+    const A* from = right + offsets[p];
+    V b[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) b[j] = load(from + j * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const V value = broadcast<A>(left[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] += value * b[j];
+    }
+    left += kOuterPitch;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    A* out = tile + i * tile_row;
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j)
+      store(out + j * lanes, add ? load(out + j * lanes) + sum[i][j] : sum[i][j]);
+  }
+}
+
+// The instance for a tile of rows x vectors.
+template <class A> inline CorrelateTile<A> correlate_tile_for(int64_t rows, int64_t vectors) {
+#define DLKERN_ROW(r)                                                                                        \
+  {correlate_tile<r, 1, A>, correlate_tile<r, 2, A>, correlate_tile<r, kTileVectors < 3 ? 2 : 3, A>,         \
+   correlate_tile<r, kTileVectors, A>}
+  static constexpr CorrelateTile<A> table[kTilePixels][4] = {DLKERN_ROW(1), DLKERN_ROW(2), DLKERN_ROW(3),
+                                                             DLKERN_ROW(4), DLKERN_ROW(5), DLKERN_ROW(6)};
+#undef DLKERN_ROW
+  return table[rows - 1][vectors == kTileVectors ? 3 : vectors - 1];
+}
+
+template <int ROWS, class A> inline OuterTile<A> outer_tile_rows(int64_t rows, int64_t vectors) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return outer_tile_rows<ROWS - 1, A>(rows, vectors);
+  }
+  return vectors == 1 ? outer_tile<ROWS, 1, A> : outer_tile<ROWS, kOuterVectors, A>;
+}
+template <class A> inline OuterTile<A> outer_tile_for(int64_t rows, int64_t vectors) {
+  return outer_tile_rows<kOuterRows, A>(rows, vectors);
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA

@@ -1,0 +1,133 @@
+// What convolution's kernels read, laid out for them: windows of an image, zero-padded, as [row][column][channel]; and
+// weights as [panel of output channels][tap][input channel][the panel's width]. Both are made anew in every call.
+#pragma once
+#include "conv_kernel.h"
+#include "transpose.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Steps between two additions of a sum of `steps` terms to memory, cut evenly. In a small problem the square root,
+// which gives the smallest error and is what a library's short inner products come near; kDepth where speed counts.
+inline int64_t sum_depth(int64_t steps, double multiplications) {
+  int64_t most = kDepth;
+  if (multiplications < 4e6)
+    for (most = 4; most < kDepth && most * most < steps;) ++most;
+  return ceil_div(steps, ceil_div(steps, most));
+}
+
+// A batch of images, dense in either layout.
+template <class T> struct Images {
+  const T* data;
+  bool channels_last;
+  int64_t n, channels, h, w;
+};
+
+// Rows first_row + i * step_h and columns first_column + j * step_w of an image; zero where there is none.
+struct Window {
+  int64_t image, first_row, rows, step_h, first_column, columns, step_w;
+};
+
+// Channels [c0, c0 + channels) of a window to dst[i * dst_row + j * dst_pixel + c]; dst_pixel >= channels.
+template <class T, class A>
+inline void copy_window(const Images<T>& x, const Window& v, int64_t c0, int64_t channels, A* dst, int64_t dst_row,
+                        int64_t dst_pixel) {
+  // Columns [begin, end) of the window lie inside the image.
+  const int64_t begin = smaller(v.columns, v.first_column >= 0 ? 0 : ceil_div(-v.first_column, v.step_w));
+  const int64_t end =
+      v.first_column >= x.w ? begin : larger(begin, smaller(v.columns, (x.w - 1 - v.first_column) / v.step_w + 1));
+  const int64_t plane = x.h * x.w;
+  const auto zero = [&](A* row, int64_t from, int64_t to) {
+    if (dst_pixel == channels) {
+      std::memset(static_cast<void*>(row + from * dst_pixel), 0, sizeof(A) * static_cast<size_t>((to - from) * channels));
+    } else {
+      for (int64_t j = from; j < to; ++j)
+        for (int64_t c = 0; c < channels; ++c) row[j * dst_pixel + c] = A(0);
+    }
+  };
+  for (int64_t i = 0; i < v.rows; ++i) {
+    A* row = dst + i * dst_row;
+    const int64_t h = v.first_row + i * v.step_h;
+    if (h < 0 || h >= x.h || begin == end) {
+      zero(row, 0, v.columns);
+      continue;
+    }
+    zero(row, 0, begin);
+    zero(row, end, v.columns);
+    const int64_t w = v.first_column + begin * v.step_w;
+    A* to = row + begin * dst_pixel;
+    if (x.channels_last) {
+      const T* from = x.data + ((v.image * x.h + h) * x.w + w) * x.channels + c0;
+      const int64_t step = v.step_w * x.channels;
+      if (step == channels && dst_pixel == channels) {
+        copy(from, to, (end - begin) * channels);
+      } else {
+        for (int64_t j = 0; j < end - begin; ++j) copy(from + j * step, to + j * dst_pixel, channels);
+      }
+    } else {
+      const T* from = x.data + (v.image * x.channels + c0) * plane + h * x.w + w;
+      if (v.step_w == 1) {
+        transpose(from, plane, channels, end - begin, to, dst_pixel);
+      } else {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t j = 0; j < end - begin; ++j)
+            to[j * dst_pixel + c] = static_cast<A>(static_cast<acc_t<T>>(from[c * plane + j * v.step_w]));
+      }
+    }
+  }
+}
+
+// Where element (out, in, tap) of a group's weight lies: data + out * out_stride + in * in_stride + the tap's offset.
+template <class T> struct Filter {
+  const T* data;
+  int64_t out_stride, in_stride;
+  int64_t in_channels;
+  const int64_t* taps;  // offset of each tap
+  int64_t tap_count;
+  // For transposing: element e < run of a filter's consecutive memory (of one input channel's, where by_channel)
+  // belongs in row destination[e] (plus the input channel), or nowhere where that is negative.
+  const int64_t* destination;
+  int64_t run;
+  bool by_channel;
+};
+
+// Output channels [first, first + count) as packed[tap * in_channels + in][width], zero beyond count.
+template <class T, class A>
+inline void pack_filter(const Filter<T>& f, int64_t first, int64_t count, int64_t width, A* packed) {
+  const T* data = f.data + first * f.out_stride;
+  if (f.out_stride == 1) {
+    for (int64_t t = 0; t < f.tap_count; ++t)
+      for (int64_t c = 0; c < f.in_channels; ++c, packed += width) {
+        copy(data + f.taps[t] + c * f.in_stride, packed, count);
+        for (int64_t j = count; j < width; ++j) packed[j] = A(0);
+      }
+    return;
+  }
+  const int64_t outer = f.by_channel ? f.in_channels : 1;
+#if defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    for (int64_t c = 0; c < outer; ++c)
+      for (int64_t j = 0; j < width; j += 8) {
+        const int64_t rows = larger(0, smaller(8, count - j));
+        transpose_columns(data + c * f.in_stride + j * f.out_stride, f.out_stride, rows, f.run,
+                          [&](int64_t e, __m256 v) {
+                            if (f.destination[e] >= 0)
+                              transpose_detail::store8(packed + (f.destination[e] + c) * width + j, v);
+                          });
+      }
+    return;
+  }
+#endif
+  for (int64_t c = 0; c < outer; ++c)
+    for (int64_t e = 0; e < f.run; ++e) {
+      if (f.destination[e] < 0) continue;
+      A* row = packed + (f.destination[e] + c) * width;
+      for (int64_t j = 0; j < width; ++j)
+        row[j] = j < count ? static_cast<A>(static_cast<acc_t<T>>(data[c * f.in_stride + e + j * f.out_stride])) : A(0);
+    }
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA

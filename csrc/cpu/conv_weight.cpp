@@ -1,0 +1,315 @@
+// The gradients of conv2d's weight and bias.
+//
+// Matrix product with the output pixels as the summed dimension: output channels x (tap, input channels). For a band
+// of output rows, the input's zero-padded window is copied as [block of channels][row][column][channel] and
+// grad_output as [panel of output channels][pixel][channel], so that the micro-kernel reads both consecutively, out of
+// the first-level cache, for every tap. Where a pixel has few channels (first layers), neighbouring taps of a row are
+// one run of columns. Threads share out the pixels, each summing into a gradient of its own which are then added in
+// order of the threads, or, where the gradient is large, the output channels. Floor: 2 N P Q K C R S / groups over
+// the FMA peak.
+#include "conv.h"
+
+#include "conv_pack.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+constexpr int64_t kBandPixels = 384;
+
+// Columns [column, column + vectors * lanes) of the gradient: `count` elements from `first` on in the run of tap
+// (r, s) of a block of input channels.
+struct Tile {
+  int64_t block, offset, column, vectors, count, first, r, s;
+};
+
+template <class T> struct Plan {
+  using A = acc_t<T>;
+  static constexpr int64_t kWidth = kOuterVectors * kLanes<A>;
+  int64_t channels, outputs;                      // of a group
+  int64_t pitch, blocks;                          // channels of a block, blocks
+  bool merged;                                    // a run is (s, c), not c alone
+  int64_t span_h, span_w, copy_h, copy_w, local_h, local_w;  // as in conv.cpp
+  int64_t block_columns, column_blocks, block_rows, row_blocks, all_rows, most_rows, row;
+  const Tile* tiles;
+  int64_t tile_count, columns;                    // columns: of the gradient as summed, padded
+  int64_t panels;                                 // of output channels, in a group
+  int64_t pixel_tasks, channel_tasks;
+};
+
+template <class T> void plan_bands(const ConvShape& z, Plan<T>& plan) {
+  using A = acc_t<T>;
+  plan.channels = z.c / z.groups;
+  plan.outputs = z.k / z.groups;
+  plan.pitch = smaller(plan.channels, Plan<T>::kWidth);
+  plan.blocks = ceil_div(plan.channels, plan.pitch);
+  plan.merged = plan.channels < Plan<T>::kWidth && z.dilation_w == 1 && z.s > 1;
+  plan.span_h = (z.r - 1) * z.dilation_h;
+  plan.span_w = (z.s - 1) * z.dilation_w;
+  plan.copy_h = z.r == 1 ? z.stride_h : 1;
+  plan.local_h = z.r == 1 ? 1 : z.stride_h;
+  plan.copy_w = z.s == 1 ? z.stride_w : 1;
+  plan.local_w = z.s == 1 ? 1 : z.stride_w;
+  plan.column_blocks = ceil_div(z.q, kBandPixels);
+  plan.block_columns = ceil_div(z.q, plan.column_blocks);
+  plan.column_blocks = ceil_div(z.q, plan.block_columns);
+  plan.all_rows = z.n * z.p;
+  plan.block_rows = smaller(plan.all_rows, larger(1, kBandPixels / plan.block_columns));
+  plan.row_blocks = ceil_div(plan.all_rows, plan.block_rows);
+  plan.row = ((plan.block_columns - 1) * plan.local_w + plan.span_w + 1) * plan.pitch;
+  plan.most_rows = plan.block_rows * plan.local_h + ((plan.block_rows - 1) / z.p + 2) * (plan.span_h + 1);
+  plan.panels = ceil_div(plan.outputs, kOuterRows);
+
+  const int64_t threads = num_threads(), bands = plan.row_blocks * plan.column_blocks;
+  const int64_t bytes = z.k * plan.channels * z.r * z.s * static_cast<int64_t>(sizeof(A));
+  const bool many_pixels = bands >= 2 * threads && bytes <= (z.r * z.s == 1 ? 4 : 1) * (1 << 20);
+  plan.pixel_tasks = many_pixels || z.groups * plan.panels < 2 * threads ? smaller(threads, bands) : 1;
+  plan.channel_tasks = plan.pixel_tasks > 1 ? 1 : smaller(threads, z.groups * plan.panels);
+}
+
+template <class T> int64_t most_tiles(const ConvShape& z, const Plan<T>& plan) {
+  return plan.blocks * z.r * (plan.merged ? ceil_div(z.s * plan.channels, Plan<T>::kWidth) : z.s);
+}
+
+template <class T> void plan_tiles(const ConvShape& z, Plan<T>& plan, Tile* tiles) {
+  constexpr int64_t lanes = kLanes<T>, width = Plan<T>::kWidth;
+  plan.tiles = tiles;
+  plan.tile_count = plan.columns = 0;
+  for (int64_t b = 0; b < plan.blocks; ++b)
+    for (int64_t r = 0; r < z.r; ++r)
+      for (int64_t s = 0; s < (plan.merged ? 1 : z.s); ++s) {
+        const int64_t run = plan.merged ? z.s * plan.channels : smaller(plan.pitch, plan.channels - b * plan.pitch);
+        for (int64_t first = 0; first < run; first += width) {
+          const int64_t count = smaller(width, run - first), vectors = ceil_div(count, lanes);
+          const int64_t offset = r * z.dilation_h * plan.row + s * z.dilation_w * plan.pitch + first;
+          tiles[plan.tile_count++] = Tile{b, offset, plan.columns, vectors, count, first, r, s};
+          plan.columns += vectors * lanes;
+        }
+      }
+}
+
+// A band of output rows and columns.
+struct Band {
+  int64_t row_begin, row_end, column_begin, columns;
+};
+
+// The input's windows to copy[block][row][column][pitch], and where each output pixel's begins in a block.
+template <class T>
+void copy_input(const ConvShape& z, const Plan<T>& plan, const Images<T>& x, const Band& band, int64_t group,
+                acc_t<T>* copy, int32_t* offsets) {
+  int64_t at = 0, pixel = 0;
+  for (int64_t row = band.row_begin; row < band.row_end;) {
+    const int64_t i = row % z.p, count = smaller(band.row_end - row, z.p - i);
+    const Window window{row / z.p,
+                        i * z.stride_h - z.pad_h,
+                        (count - 1) * plan.local_h + plan.span_h + 1,
+                        plan.copy_h,
+                        band.column_begin * z.stride_w - z.pad_w,
+                        (band.columns - 1) * plan.local_w + plan.span_w + 1,
+                        plan.copy_w};
+    for (int64_t b = 0; b < plan.blocks; ++b)
+      copy_window(x, window, group * plan.channels + b * plan.pitch,
+                  smaller(plan.pitch, plan.channels - b * plan.pitch), copy + b * plan.most_rows * plan.row + at,
+                  plan.row, plan.pitch);
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t q = 0; q < band.columns; ++q)
+        offsets[pixel++] = static_cast<int32_t>(at + k * plan.local_h * plan.row + q * plan.local_w * plan.pitch);
+    at += window.rows * plan.row;
+    row += count;
+  }
+}
+
+// `count` output channels from k on of a band of grad_output, to packed[pixel][kOuterPitch].
+template <class T, class A>
+void pack_grad_output(const ConvShape& z, const T* y, bool channels_last, const Band& band, int64_t k, int64_t count,
+                      A* packed) {
+  for (int64_t row = band.row_begin; row < band.row_end;) {
+    const int64_t image = row / z.p, i = row % z.p;
+    const int64_t together = band.columns == z.q ? smaller(band.row_end - row, z.p - i) : 1;
+    const int64_t pixels = together * band.columns;
+    if (channels_last) {
+      const T* from = y + ((image * z.p + i) * z.q + band.column_begin) * z.k + k;
+      if (k + kOuterPitch <= z.k) {  // whole vectors; what is beyond count is not used
+        for (int64_t p = 0; p < pixels; ++p)
+          for (int64_t j = 0; j < kOuterPitch; j += kLanes<A>)
+            store(packed + p * kOuterPitch + j, load(from + p * z.k + j));
+      } else {
+        for (int64_t p = 0; p < pixels; ++p)
+          for (int64_t j = 0; j < count; ++j)
+            packed[p * kOuterPitch + j] = static_cast<A>(from[p * z.k + j]);
+      }
+    } else {
+      const T* from = y + (image * z.k + k) * z.p * z.q + i * z.q + band.column_begin;
+      transpose(from, z.p * z.q, count, pixels, packed, kOuterPitch);
+    }
+    packed += pixels * kOuterPitch;
+    row += together;
+  }
+}
+
+// Sums over bands [band_begin, band_end) for units (group, panel of output channels) [unit_begin, unit_end), into
+// gradient[output channel][columns].
+template <class T>
+void sum_bands(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64_t band_begin, int64_t band_end,
+               int64_t unit_begin, int64_t unit_end, acc_t<T>* gradient) {
+  using A = acc_t<T>;
+  const ConvShape& z = args.shape;
+  const Images<T> x{args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
+  int32_t offsets[kBandPixels];
+  // The micro-kernel reads whole vectors, past the last pixel's channels.
+  const int64_t copy_elements = plan.blocks * plan.most_rows * plan.row;
+  A* copy = scratch<A>(Slot::family_1, copy_elements + Plan<T>::kWidth);
+  A* packed = scratch<A>(Slot::family_2, kBandPixels * kOuterPitch * plan.panels);
+  for (int64_t i = 0; i < Plan<T>::kWidth; ++i) copy[copy_elements + i] = A(0);
+  for (int64_t group = unit_begin / plan.panels; group * plan.panels < unit_end; ++group) {
+    const int64_t panel_begin = larger(unit_begin - group * plan.panels, 0),
+                  panel_end = smaller(unit_end - group * plan.panels, plan.panels);
+    for (int64_t i = band_begin; i < band_end; ++i) {
+      const int64_t row = i / plan.column_blocks * plan.block_rows,
+                    column = i % plan.column_blocks * plan.block_columns;
+      const Band band{row, smaller(row + plan.block_rows, plan.all_rows), column,
+                      smaller(plan.block_columns, z.q - column)};
+      const int64_t pixels = (band.row_end - band.row_begin) * band.columns;
+      copy_input(z, plan, x, band, group, copy, offsets);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+        pack_grad_output(z, args.grad_output, args.grad_output_channels_last, band,
+                         group * plan.outputs + panel * kOuterRows,
+                         smaller(kOuterRows, plan.outputs - panel * kOuterRows),
+                         packed + panel * kBandPixels * kOuterPitch);
+      const int64_t tiles_a_block = plan.tile_count / plan.blocks;
+      for (int64_t b = 0; b < plan.blocks; ++b)
+        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+          const int64_t k = panel * kOuterRows, rows = smaller(kOuterRows, plan.outputs - k);
+          const A* left = packed + panel * kBandPixels * kOuterPitch;
+          A* out = gradient + (group * plan.outputs + k) * plan.columns;
+          const int64_t depth = sum_depth(pixels, static_cast<double>(plan.all_rows * z.q) *
+                                                      static_cast<double>(z.k * plan.channels * z.r * z.s));
+          for (int64_t p = 0; p < pixels; p += depth)
+            for (int64_t t = 0; t < tiles_a_block; ++t) {
+              const Tile& tile = plan.tiles[b * tiles_a_block + t];
+              outer_tile_for<A>(rows, tile.vectors)(smaller(depth, pixels - p), left + p * kOuterPitch,
+                                                    copy + b * plan.most_rows * plan.row + tile.offset, offsets + p,
+                                                    out + tile.column, plan.columns, i > band_begin || p > 0);
+            }
+        }
+    }
+  }
+}
+
+// The tasks' sums, added in order, to the weight's gradient in its own layout.
+template <class T>
+void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, acc_t<T>* gradients) {
+  using A = acc_t<T>;
+  const ConvShape& z = args.shape;
+  const bool last = args.grad_weight_channels_last;
+  const int64_t stride_c = last ? 1 : z.r * z.s, stride_r = last ? z.s * plan.channels : z.s,
+                stride_s = last ? plan.channels : 1;
+  parallel_for(z.k, 1 + 4096 / plan.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      A* row = gradients + k * plan.columns;
+      for (int64_t task = 1; task < plan.pixel_tasks; ++task) {
+        const A* other = row + task * z.k * plan.columns;
+        for (int64_t j = 0; j < plan.columns; j += kLanes<A>) store(row + j, load(row + j) + load(other + j));
+      }
+      T* weight = args.grad_weight + k * plan.channels * z.r * z.s;
+      for (int64_t t = 0; t < plan.tile_count; ++t) {
+        const Tile& tile = plan.tiles[t];
+        const A* from = row + tile.column;
+        T* to = weight + tile.r * stride_r + tile.s * stride_s;
+        if (plan.merged) {
+          for (int64_t e = 0; e < tile.count; ++e) {
+            const int64_t s = (tile.first + e) / plan.channels, c = (tile.first + e) % plan.channels;
+            to[s * stride_s + c * stride_c] = static_cast<T>(from[e]);
+          }
+        } else if (stride_c == 1) {
+          ::dlkern::cpu::DLKERN_ISA::copy(from, to + tile.block * plan.pitch + tile.first, tile.count);
+        } else {
+          for (int64_t e = 0; e < tile.count; ++e)
+            to[(tile.block * plan.pitch + tile.first + e) * stride_c] = static_cast<T>(from[e]);
+        }
+      }
+    }
+  });
+}
+
+// Sums of grad_output over pixels, in short runs, so that rounding errors do not grow with their number.
+template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>, run = 16;
+  const ConvShape& z = args.shape;
+  const int64_t pixels = z.p * z.q;
+  if (args.grad_output_channels_last) {
+    const int64_t all = z.n * pixels;
+    parallel_for(ceil_div(z.k, lanes), 1 + 16384 / all, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        const int64_t k = v * lanes;
+        const int count = static_cast<int>(smaller(lanes, z.k - k));
+        Vec<A> total{};
+        for (int64_t outer = 0; outer < all; outer += run * run) {
+          Vec<A> middle{};
+          for (int64_t inner = outer; inner < all && inner < outer + run * run; inner += run) {
+            Vec<A> sum{};
+            for (int64_t p = inner; p < all && p < inner + run; ++p) {
+              const T* from = args.grad_output + p * z.k + k;
+              sum += count == lanes ? load(from) : load_partial<T>(from, count);
+            }
+            middle += sum;
+          }
+          total += middle;
+        }
+        store_partial<T>(args.grad_bias + k, total, count);
+      }
+    });
+    return;
+  }
+  parallel_for(z.k, 1 + 16384 / (z.n * pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double total = 0;
+      for (int64_t n = 0; n < z.n; ++n) {
+        const T* from = args.grad_output + (n * z.k + k) * pixels;
+        for (int64_t outer = 0; outer < pixels; outer += run * lanes) {
+          Vec<A> sum{};
+          const int64_t stop = smaller(pixels, outer + run * lanes);
+          for (int64_t p = outer; p < stop; p += lanes)
+            sum += p + lanes <= stop ? load(from + p) : load_partial<T>(from + p, static_cast<int>(stop - p));
+          total += static_cast<double>(reduce_add(sum));
+        }
+      }
+      args.grad_bias[k] = static_cast<T>(total);
+    }
+  });
+}
+
+template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
+  using A = acc_t<T>;
+  const ConvShape& z = args.shape;
+  Plan<T> plan;
+  plan_bands(z, plan);
+  const int64_t tiles = most_tiles(z, plan), most_columns = tiles * Plan<T>::kWidth;
+  char* memory = scratch<char>(Slot::family_0, tiles * static_cast<int64_t>(sizeof(Tile)) + 64 +
+                                                   plan.pixel_tasks * z.k * most_columns * static_cast<int64_t>(sizeof(A)));
+  plan_tiles(z, plan, reinterpret_cast<Tile*>(memory));
+  A* gradients = reinterpret_cast<A*>(memory + ceil_div(tiles * static_cast<int64_t>(sizeof(Tile)), 64) * 64);
+
+  const int64_t bands = plan.row_blocks * plan.column_blocks, units = z.groups * plan.panels;
+  const int64_t tasks = plan.pixel_tasks * plan.channel_tasks;
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = task % plan.pixel_tasks, c = task / plan.pixel_tasks;
+      sum_bands(args, plan, p * bands / plan.pixel_tasks, (p + 1) * bands / plan.pixel_tasks,
+                c * units / plan.channel_tasks, (c + 1) * units / plan.channel_tasks,
+                gradients + p * z.k * plan.columns);
+    }
+  });
+  write_gradient(args, plan, gradients);
+  if (args.grad_bias) sum_bias(args);
+}
+
+}  // namespace
+
+void conv2d_backward_weight(const ConvBackwardWeightArgs<float>& args) { backward_weight(args); }
+void conv2d_backward_weight(const ConvBackwardWeightArgs<double>& args) { backward_weight(args); }
+void conv2d_backward_weight(const ConvBackwardWeightArgs<bfloat16>& args) { backward_weight(args); }
+
+}  // namespace dlkern::cpu::DLKERN_ISA

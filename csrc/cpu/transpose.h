@@ -1,0 +1,112 @@
+// Transposes of small matrices into, and out of, the type sums are carried in: dst[j][i] = src[i][j]. In registers,
+// 8 x 8 at a time, where there is AVX2 and sums are float; plain loops elsewhere.
+#pragma once
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+#if defined(__AVX2__)
+namespace transpose_detail {
+
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load8(const bfloat16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline __m256 load8(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+inline __m256 load8(const bfloat16* p, int64_t count) {
+  bfloat16 lanes[8] = {};
+  std::memcpy(static_cast<void*>(lanes), p, sizeof(bfloat16) * static_cast<size_t>(count));
+  return load8(lanes);
+}
+inline void store8(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+inline void store8(bfloat16* p, __m256 v) {
+  float lanes[8];
+  _mm256_storeu_ps(lanes, v);
+  for (int i = 0; i < 8; ++i) p[i] = bfloat16(lanes[i]);
+}
+inline void store8(float* p, __m256 v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+inline void store8(bfloat16* p, __m256 v, int64_t count) {
+  float lanes[8];
+  _mm256_storeu_ps(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = bfloat16(lanes[i]);
+}
+
+inline void transpose8(__m256 (&r)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+}  // namespace transpose_detail
+#endif
+
+// Calls put(j, row) for each column j of src[rows <= 8][columns]: row holds its `rows` elements, in 8 lanes. For
+// destinations that are not evenly spaced; only where sums are float and there is AVX2.
+#if defined(__AVX2__)
+template <class T, class Put>
+[[gnu::always_inline]] inline void transpose_columns(const T* src, int64_t src_row, int64_t rows, int64_t columns,
+                                                     Put&& put) {
+  using namespace transpose_detail;
+  for (int64_t j = 0; j < columns; j += 8) {
+    const int64_t width = columns - j < 8 ? columns - j : 8;
+    __m256 r[8];
+    for (int i = 0; i < 8; ++i) {
+      if (i >= rows)
+        r[i] = _mm256_setzero_ps();
+      else
+        r[i] = width == 8 ? load8(src + i * src_row + j) : load8(src + i * src_row + j, width);
+    }
+    transpose8(r);
+    for (int i = 0; i < 8; ++i)
+      if (i < width) put(j + i, r[i]);
+  }
+}
+#endif
+
+// dst[j * dst_row + i] = src[i * src_row + j] for i < rows, j < columns.
+template <class S, class D>
+inline void transpose(const S* src, int64_t src_row, int64_t rows, int64_t columns, D* dst, int64_t dst_row) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) <= 4 && sizeof(D) <= 4) {
+    using namespace transpose_detail;
+    int64_t i = 0;
+    for (; i + 8 <= rows; i += 8)
+      transpose_columns(src + i * src_row, src_row, 8, columns,
+                        [&](int64_t j, __m256 v) { store8(dst + j * dst_row + i, v); });
+    if (i < rows)
+      transpose_columns(src + i * src_row, src_row, rows - i, columns,
+                        [&](int64_t j, __m256 v) { store8(dst + j * dst_row + i, v, rows - i); });
+    return;
+  }
+#endif
+  for (int64_t i0 = 0; i0 < rows; i0 += 8)
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = i0; i < rows && i < i0 + 8; ++i)
+        dst[j * dst_row + i] = static_cast<D>(static_cast<acc_t<S>>(src[i * src_row + j]));
+}
+
+// dst[i] = src[i], converted.
+template <class S, class D> inline void copy(const S* src, D* dst, int64_t count) {
+  constexpr int lanes = kLanes<S>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(dst + i, load(src + i));
+  if (i < count) store_partial<D>(dst + i, load_partial<S>(src + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA
