@@ -9,6 +9,7 @@
 // Floor: 2 N P Q K C R S / groups over the FMA peak.
 #include "conv.h"
 
+#include "conv_depthwise.h"
 #include "conv_pack.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -18,24 +19,6 @@ namespace {
 
 constexpr int64_t kMostPixels = 384;           // output pixels of a block
 constexpr int64_t kWindowBytes = 192 * 1024;  // of the second-level cache, for the window
-
-// output[n, j, start + i * step] = bias[j] + sum over taps t and channels c of
-//   source[n, c, i * stride + tap[t]] weight[j, c, kernel[t]], in both dimensions; tap ascending; source 0 outside.
-template <class T> struct Correlation {
-  Images<T> source;
-  T* output;
-  bool output_channels_last;
-  int64_t out_channels, out_h, out_w;
-  int64_t rows, columns;  // i < rows, columns
-  int64_t start_h, start_w, step_h, step_w, stride_h, stride_w;
-  int64_t taps_h, taps_w;
-  const int64_t *tap_h, *tap_w, *kernel_h, *kernel_w;
-  const T* weight;
-  int64_t weight_out, weight_in, weight_h, weight_w, weight_group;  // strides
-  int64_t kernel_size;  // elements of one channel's filter
-  const T* bias;
-  int64_t groups;
-};
 
 // Hands out pieces of one scratch buffer.
 struct Arena {
@@ -297,6 +280,7 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 }
 
 template <class T> void correlate(const Correlation<T>& z) {
+  if (is_depthwise(z)) return correlate_depthwise(z);
   using A = acc_t<T>;
   Plan<T> plan;
   plan_source(z, plan);

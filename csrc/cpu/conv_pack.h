@@ -26,6 +26,24 @@ template <class T> struct Images {
   int64_t n, channels, h, w;
 };
 
+// output[n, j, start + i * step] = bias[j] + sum over taps t and channels c of
+//   source[n, c, i * stride + tap[t]] weight[j, c, kernel[t]], in both dimensions; tap ascending; source 0 outside.
+template <class T> struct Correlation {
+  Images<T> source;
+  T* output;
+  bool output_channels_last;
+  int64_t out_channels, out_h, out_w;
+  int64_t rows, columns;  // i < rows, columns
+  int64_t start_h, start_w, step_h, step_w, stride_h, stride_w;
+  int64_t taps_h, taps_w;
+  const int64_t *tap_h, *tap_w, *kernel_h, *kernel_w;
+  const T* weight;
+  int64_t weight_out, weight_in, weight_h, weight_w, weight_group;  // strides
+  int64_t kernel_size;  // elements of one channel's filter
+  const T* bias;
+  int64_t groups;
+};
+
 // Rows first_row + i * step_h and columns first_column + j * step_w of an image; zero where there is none.
 struct Window {
   int64_t image, first_row, rows, step_h, first_column, columns, step_w;

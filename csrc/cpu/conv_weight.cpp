@@ -9,6 +9,7 @@
 // the FMA peak.
 #include "conv.h"
 
+#include "conv_depthwise.h"
 #include "conv_pack.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -284,6 +285,8 @@ template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
 template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   const ConvShape& z = args.shape;
+  if (args.grad_bias) sum_bias(args);
+  if (is_depthwise(args)) return depthwise_weight(args);
   Plan<T> plan;
   plan_bands(z, plan);
   const int64_t tiles = most_tiles(z, plan), most_columns = tiles * Plan<T>::kWidth;
@@ -303,7 +306,6 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
     }
   });
   write_gradient(args, plan, gradients);
-  if (args.grad_bias) sum_bias(args);
 }
 
 }  // namespace
