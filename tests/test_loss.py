@@ -1,0 +1,212 @@
+"""cross_entropy: shapes, reductions, weights, smoothing, ignored and wrong targets; the rest is in test_contract.py."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as tF
+
+import dlkern
+import dlkern.nn.functional as F
+
+SHAPES = [(1, 1), (5, 3), (3, 1000), (2, 2500), (300, 7), (3, 5, 7), (2, 5, 3, 11), (2, 3, 2, 3, 4)]
+
+
+def case(shape, weight=False, offset=0.0):
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    if target.numel() > 2:
+        target.view(-1)[::3] = -100
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + offset).requires_grad_()
+    return [x, target, *([torch.rand(shape[1], dtype=torch.float64) + 0.1] if weight else [])]
+
+
+def both(**options):
+    return (
+        lambda x, t, w=None: F.cross_entropy(x, t, w, **options),
+        lambda x, t, w=None: tF.cross_entropy(x, t, w, **options),
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, reduction, smoothing):
+    ours, theirs = both(reduction=reduction, label_smoothing=smoothing)
+    for dtype in (torch.float32, torch.bfloat16):
+        for weight in (False, True):
+            dlkern.testing.check(
+                ours, theirs, lambda w=weight: case(shape, w), dtype=dtype, draws=40 if shape[0] * shape[1] < 100 else 12,
+                name=f"{shape} weight={weight}",
+            ).raise_if_failed()
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0, -3000.0])
+def test_large_logits(offset):
+    ours, theirs = both()
+    dlkern.testing.check(ours, theirs, lambda: case((40, 50), offset=offset), draws=10, name="offset").raise_if_failed()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_channels_last(smoothing):
+    ours, theirs = both(label_smoothing=smoothing, reduction="sum")
+    to = lambda f: lambda x, t: f(x.contiguous(memory_format=torch.channels_last), t)  # noqa: E731
+    dlkern.testing.check(to(ours), to(theirs), lambda: case((2, 9, 5, 3)), draws=10).raise_if_failed()
+    x, target = case((2, 9, 5, 3))
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.grad(F.cross_entropy(x, target), x)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("view", [lambda x: x.t().contiguous().t(), lambda x: torch.stack([x, x], -1)[..., 0]])
+def test_not_contiguous(view):
+    ours, theirs = both()
+    dlkern.testing.check(
+        lambda x, t: ours(view(x), t), lambda x, t: theirs(view(x), t), lambda: case((31, 23)), draws=8
+    ).raise_if_failed()
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(reduction="sum", label_smoothing=0.3), dict(reduction="none"), dict(ignore_index=1, label_smoothing=0.1)
+])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2)])
+def test_gradients_of_gradients(shape, options):
+    x, target, weight = case(shape, True)
+    target = target.clamp(min=0)
+    for w in (None, weight):
+        assert torch.autograd.gradcheck(lambda x: F.cross_entropy(x, target, w, **options), x)  # noqa: B023
+        assert torch.autograd.gradgradcheck(lambda x: F.cross_entropy(x, target, w, **options), x)  # noqa: B023
+
+
+def test_unbatched():
+    x = torch.randn(7, requires_grad=True)
+    for reduction in ("mean", "none", "sum"):
+        ours, theirs = (f.cross_entropy(x, torch.tensor(3), reduction=reduction) for f in (F, tF))
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs() <= 2**-20
+        assert torch.autograd.grad(ours, x)[0].shape == (7,)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (0, 0), (2, 3, 0), (2, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_nothing_counts(shape, reduction, smoothing):
+    x = torch.randn(shape, requires_grad=True)
+    target = torch.full((shape[0], *shape[2:]), -100)
+    ours, theirs = (f.cross_entropy(x, target, reduction=reduction, label_smoothing=smoothing) for f in (F, tF))
+    assert torch.equal(torch.nan_to_num(ours, nan=7.0), torch.nan_to_num(theirs, nan=7.0))
+    assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], torch.zeros(shape))
+
+
+def test_ignored_places_get_no_gradient_whatever_their_logits():
+    for shape in ((4, 5), (2, 5, 3)):
+        x, target = torch.randn(shape), torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+        target[0] = -100
+        x[0] = float("nan")
+        x.requires_grad_()
+        loss = F.cross_entropy(x, target)
+        assert loss.isfinite()
+        (g,) = torch.autograd.grad(loss, x)
+        assert (g[0] == 0).all() and (g[1:] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (6, 2100), (6, 40, 3)], ids=str)
+def test_not_finite(shape):
+    x, target = torch.randn(shape), torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+    inf = float("inf")
+    x[0, 1], x[1, 1], x[2, 1], x[3, 0] = float("nan"), inf, -inf, -inf
+    x[4] = -inf
+    ours, theirs = F.cross_entropy(x, target, reduction="none"), tF.cross_entropy(x, target, reduction="none")
+    assert torch.equal(torch.isnan(ours), torch.isnan(theirs)) and torch.equal(torch.isinf(ours), torch.isinf(theirs))
+    x[0] = x[1] = x[4] = 0.5
+    x[5, 2:] = -inf
+    ours, theirs = F.cross_entropy(x, target, reduction="none"), tF.cross_entropy(x, target, reduction="none")
+    assert torch.equal(torch.isinf(ours), torch.isinf(theirs)) and torch.isinf(ours[3]).all()
+    assert ours[5].isfinite().all()
+
+
+def test_same_bits_whatever_the_threads():
+    x, target = torch.randn(3000, 11), torch.randint(0, 11, (3000,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(F.cross_entropy(x, target))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+def test_deprecated_arguments():
+    x, target = torch.randn(4, 5), torch.tensor([1, 2, 0, 4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for options in (dict(size_average=False), dict(reduce=False), dict(size_average=True, reduce=True)):
+            ours, theirs = F.cross_entropy(x, target, **options), tF.cross_entropy(x, target, **options)
+            assert ours.shape == theirs.shape and torch.allclose(ours, theirs)
+    with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+        F.cross_entropy(x, target, size_average=False)
+
+
+def wrong_calls():
+    x, t = torch.randn(2, 3), torch.tensor([0, 1])
+    return {
+        "too large": ((x, torch.tensor([0, 3])), {}), "negative": ((x, torch.tensor([0, -1])), {}),
+        "too large, images": ((torch.randn(2, 3, 4), torch.full((2, 4), 3)), {}),
+        "too large, unbatched": ((torch.randn(3), torch.tensor(3)), {}),
+        "no classes": ((torch.randn(2, 0), torch.tensor([0, 0])), {}),
+        "int32": ((x, t.int()), {}), "batch": ((x, torch.tensor([0, 1, 2])), {}),
+        "places": ((torch.randn(2, 3, 4), torch.zeros(2, 5, dtype=torch.long)), {}),
+        "scalar": ((torch.randn(()), torch.tensor(0)), {}), "weight": ((x, t, torch.rand(4)), {}),
+        "weight dtype": ((x, t, torch.rand(3).double()), {}), "smoothing": ((x, t), dict(label_smoothing=1.5)),
+        "reduction": ((x, t), dict(reduction="average")), "probabilities": ((x, torch.rand(2, 3)), dict(ignore_index=1)),
+        "weight grad": ((x, t, torch.rand(3).requires_grad_()), {}),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_calls())
+def test_wrong_calls_raise_as_torch(name):
+    arguments, options = wrong_calls()[name]
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as theirs:
+        tF.cross_entropy(*arguments, **options)
+    with pytest.raises(type(theirs.value)) as ours:
+        F.cross_entropy(*arguments, **options)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_wrong_raw_calls():
+    op, x, t = torch.ops.dlkern.cross_entropy_forward_cpu, torch.randn(2, 3), torch.tensor([0, 1])
+    with pytest.raises(IndexError, match=r"Target 3 is out of bounds"):
+        op(x, torch.tensor([0, 3]), None, 1, -100, 0.0)
+    for arguments in (
+        (x, t, None, 5, -100, 0.0), (x, t, torch.rand(2), 1, -100, 0.0), (x, t.int(), None, 1, -100, 0.0),
+        (x, t, None, 1, -100, float("nan")), (x, t[:1], None, 1, -100, 0.0), (x[0], t[0], None, 1, -100, 0.0),
+        (x.half(), t, None, 1, -100, 0.0),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            op(*arguments)
+    loss, lse, total = op(x, t, None, 1, -100, 0.0)
+    with pytest.raises(RuntimeError):
+        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t, None, lse[0], total, 1, -100, 0.0)
+    with pytest.raises(IndexError):
+        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t + 2, None, lse, total, 1, -100, 0.0)
+
+
+def test_class_probabilities_run_on_the_reference():
+    x, p = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)
+    with dlkern.trace() as calls:
+        assert torch.equal(F.cross_entropy(x, p), tF.cross_entropy(x, p))
+    assert [(call.backend, call.reason) for call in calls] == [("reference", "no kernel for class probabilities")]
+
+
+def test_autocast_widens():
+    x, t = torch.randn(4, 5).bfloat16(), torch.tensor([1, 2, 0, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.cross_entropy(x, t).dtype == torch.float32
+
+
+def test_module_is_torchs():
+    module = dlkern.nn.CrossEntropyLoss(torch.rand(5), ignore_index=2, reduction="sum", label_smoothing=0.1)
+    assert isinstance(module, torch.nn.CrossEntropyLoss)
+    x, t = torch.randn(8, 5), torch.randint(0, 5, (8,))
+    theirs = tF.cross_entropy(x, t, module.weight, ignore_index=2, reduction="sum", label_smoothing=0.1)
+    assert torch.allclose(module(x, t), theirs)
