@@ -175,16 +175,25 @@ template <class T> void forward(const CrossEntropyArgs<T>& args) {
   if (args.reduction == 2) *args.loss = static_cast<T>(static_cast<A<T>>(total.loss));
 }
 
-// grad[c] = p[c] * all - w[c] * each, and at the target another - once.
-template <class T> struct Factors { A<T> all, each, once; };
+// grad[c] = p[c] * all - w[c] * each away from the target; there along (p - 1) + each (sum(w) p - w), in this form
+// and in double, because it cancels.
+template <class T> struct Factors { A<T> all, each; double along; };
 
 template <class T>
 inline Factors<T> factors(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t i, int64_t target) {
   double g = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? i : 0]));
   if (args.reduction == 1) g /= static_cast<double>(*args.total_weight);
   const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[target])) : 1.0;
-  const double along = (1 - args.label_smoothing) * w, spread = args.label_smoothing / static_cast<double>(args.shape.classes);
-  return {static_cast<A<T>>(g * (along + spread * weights)), static_cast<A<T>>(g * spread), static_cast<A<T>>(g * along)};
+  const double along = g * (1 - args.label_smoothing) * w, spread = g * args.label_smoothing / static_cast<double>(args.shape.classes);
+  return {static_cast<A<T>>(along + spread * weights), static_cast<A<T>>(spread), along};
+}
+
+template <class T>
+inline A<T> at_target(const CrossEntropyBackwardArgs<T>& args, const Factors<T>& f, double weights, int64_t i, T logit) {
+  const double p = std::exp(static_cast<double>(static_cast<A<T>>(logit)) - static_cast<double>(args.largest[i]) -
+                            static_cast<double>(args.log_sum[i]));
+  const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[args.target[i]])) : 1.0;
+  return static_cast<A<T>>(f.along * (p - 1) + static_cast<double>(f.each) * (weights * p - w));
 }
 
 template <class T>
@@ -197,19 +206,12 @@ void write_row(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t 
   }
   const Factors<T> f = factors(args, weights, i, target);
   const A<T> largest = args.largest[i], log_sum = args.log_sum[i];
-  // The target's element is made apart, before it is rounded: p - 1 cancels.
-  const auto at = [&](int64_t c) {
-    const A<T> value = static_cast<A<T>>(x[c]);
-    const A<T> p = exp(broadcast<T>(value - largest - log_sum))[0];
-    return p * f.all - f.once - (args.weight ? static_cast<A<T>>(args.weight[c]) : A<T>(1)) * f.each;
-  };
-  const A<T> at_target = at(target);
   for (int64_t c = 0; c < classes; c += lanes) {
     Vec<T> value = exp(load_some(x + c, classes - c) - largest - log_sum) * f.all;
     if (f.each != 0) value -= args.weight ? load_some(args.weight + c, classes - c) * f.each : broadcast<T>(f.each);
     store_some(out + c, value, classes - c);
   }
-  out[target] = static_cast<T>(at_target);
+  out[target] = static_cast<T>(at_target(args, f, weights, i, x[target]));
 }
 
 template <class T>
@@ -223,7 +225,7 @@ void write_columns(const CrossEntropyBackwardArgs<T>& args, double weights, int6
     const int64_t offset = i / s.inner * s.outer_stride + d;
     const T* x = args.input + offset;
     T* out = args.grad_input + offset;
-    Vec<T> all{}, each{}, once{}, largest{}, log_sum{};
+    Vec<T> all{}, each{}, chosen{}, largest{}, log_sum{};
     for (int64_t l = 0; l < count; ++l) {
       largest[l] = args.largest[i + l];
       log_sum[l] = args.log_sum[i + l];
@@ -231,14 +233,14 @@ void write_columns(const CrossEntropyBackwardArgs<T>& args, double weights, int6
       const Factors<T> f = factors(args, weights, i + l, args.target[i + l]);
       all[l] = f.all;
       each[l] = f.each;
-      once[l] = f.once;
+      chosen[l] = at_target(args, f, weights, i + l, x[l + args.target[i + l] * s.class_stride]);
     }
     for (int64_t c = 0; c < s.classes; ++c) {
       Vec<T> value = exp(load_some(x + c * s.class_stride, count) - largest - log_sum) * all;
       value -= (args.weight ? static_cast<A<T>>(args.weight[c]) : A<T>(1)) * each;
       for (int64_t l = 0; l < count; ++l) {
         const int64_t target = args.target[i + l];
-        if (target == c) value[l] -= once[l];
+        if (target == c) value[l] = chosen[l];
         if (target == args.ignore_index) value[l] = 0;  // even where the logits are not finite
       }
       store_some(out + c * s.class_stride, value, count);
