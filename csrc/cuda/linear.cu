@@ -165,8 +165,10 @@ void launch_tiles(const char* name, void (*kernel)(LinearArgs), int64_t rows, in
   // One column of blocks at least: a weight without columns still has a bias gradient.
   const int64_t tiles = columns == 0 ? 1 : ceil_div(columns, SHAPE::kBlockN);
   const dim3 grid(static_cast<unsigned>(ceil_div(rows, SHAPE::kBlockM)), static_cast<unsigned>(tiles));
-  launch(name, kernel, grid, dim3(SHAPE::kThreads),
-         mma_shared_bytes<SHAPE, typename Operands::A, typename Operands::B>(), stream, false, args);
+  constexpr int kSharedBytes = mma_shared_bytes<SHAPE, typename Operands::A, typename Operands::B>();
+  static_assert(SHAPE::kBlocks * (kSharedBytes + 1024) <=
+                164 * 1024);  // an A100's multiprocessor, 1 KB a block its own
+  launch(name, kernel, grid, dim3(SHAPE::kThreads), kSharedBytes, stream, false, args);
 }
 
 // Large tiles once they fill half the multiprocessors of an A100 or H200; the choice looks at sizes alone.
