@@ -97,7 +97,10 @@ def supported(op: str, column: str, device: str, dtype: torch.dtype, facts: tupl
     if column in ("triton", "cuda") and device != "cuda" and not state.emulated:
         return f"{column} column serves CUDA tensors, not {device}"
     if column == "cuda" and device == "cpu":
-        return check(dtype, facts) or _load_cuda_on_host()
+        reason = check(dtype, facts)
+        if reason is None:
+            _load_cuda_on_host()
+        return reason
     return unavailable(column) or check(dtype, facts)
 
 
