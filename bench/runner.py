@@ -320,9 +320,13 @@ def _elsewhere(request: _Request, echo: Callable[[str], None] | None) -> Result:
             command, env=machine.environment_for(request.threads), stdout=subprocess.PIPE, text=True, bufsize=1
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            if echo is not None:
-                echo(line.rstrip("\n"))
+        try:
+            for line in process.stdout:
+                if echo is not None:
+                    echo(line.rstrip("\n"))
+        except BaseException:  # interrupted: leave nothing running
+            process.kill()
+            raise
         if process.wait() or not path.exists():
             raise RuntimeError(f"bench: the measuring process ended with status {process.returncode}")
         return _from_dict(json.loads(path.read_text()))

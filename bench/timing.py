@@ -26,6 +26,9 @@ except ImportError:  # not on every system
 __all__ = ["Ratio", "Samples", "interleave", "per_call", "percentile", "ratio"]
 
 
+_SLOW_MS = 1500.0
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which `share` of the sorted values lie, interpolated linearly.
 
@@ -105,13 +108,18 @@ def interleave(
     with clock as run, _no_garbage_collection():
         round_ms = 0.0
         for function in functions.values():  # warm-up: compilation, thread pools, pages, cuDNN's choice
-            for _ in range(2):
+            last = Samples()
+            between()
+            run(function, last)
+            if run.settle(last) < _SLOW_MS:
                 between()
                 run(function, Samples())
             last = Samples()
             between()
             run(function, last)
             round_ms += run.settle(last)
+        if round_ms > _SLOW_MS:  # something is badly slow: three runs say so, without holding up the others
+            minimum = min(minimum, 3)
         runs = max(minimum, min(maximum, int(seconds * 1e3 / max(round_ms, 1e-3))))
         samples = {name: Samples() for name in functions}
         for i in range(runs):
