@@ -82,12 +82,10 @@ template <class T> void plan_blocks(const Correlation<T>& z, Plan<T>& plan) {
   plan.row = plan.pixel * (plan.in_place ? z.source.w : (plan.block_columns - 1) * plan.local_w + plan.span_w + 1);
   plan.all_rows = z.source.n * z.rows;
   const int64_t most = larger(1, kMostPixels / plan.block_columns);
-  int64_t rows = most;
-  if (!plan.in_place) {
-    const int64_t row_bytes = plan.row * static_cast<int64_t>(sizeof(acc_t<T>));
-    rows = smaller(most, larger(1, (kWindowBytes / row_bytes - plan.span_h) / plan.local_h));
-    rows = larger(rows, smaller(most, ceil_div(8 * kTilePixels, plan.block_columns)));
-  }
+  const int64_t row_bytes = (plan.in_place ? plan.block_columns * plan.pixel : plan.row) *
+                            static_cast<int64_t>(sizeof(acc_t<T>));
+  int64_t rows = smaller(most, larger(1, (kWindowBytes / row_bytes - plan.span_h) / plan.local_h));
+  rows = larger(rows, smaller(most, ceil_div(12 * kTilePixels, plan.block_columns)));
   plan.splits = 1;
   int64_t blocks = ceil_div(plan.all_rows, rows) * plan.column_blocks * z.groups;
   if (blocks % threads != 0) {
@@ -239,8 +237,9 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
     }
   }
 
-  // Sums go straight to the output where that holds sums, channel after channel.
-  const bool direct = sizeof(T) == sizeof(A) && z.output_channels_last;
+  // Sums go straight to the output where that holds sums, channel after channel, and is written only once (its
+  // pixels lie far apart, often a power of two, where a cache keeps few of them).
+  const bool direct = sizeof(T) == sizeof(A) && z.output_channels_last && plan.block_count == 1;
   A* sums = nullptr;
   if constexpr (sizeof(T) == sizeof(A)) {
     if (direct)
@@ -269,8 +268,8 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
       const int64_t piece_count = plan.blocks[block + 1] - plan.blocks[block];
       for (int64_t p = 0; p < pixels; p += kTilePixels) {
         const auto tile = correlate_tile_for<A>(smaller(kTilePixels, pixels - p), width / kLanes<A>);
-        tile(pieces, piece_count, windows + p, weights, (here ? outs : own) + p, here ? first : 0,
-             block == 0 ? bias : nullptr);
+        tile(pieces, piece_count, windows + p, weights, (here ? outs : own) + p, here ? first : 0, block > 0,
+             z.bias && block + 1 == plan.block_count ? bias : nullptr);
       }
       for (int64_t t = 0; t < piece_count; ++t) weights += pieces[t].length * width;
     }

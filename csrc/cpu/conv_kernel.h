@@ -23,15 +23,15 @@ struct Piece {
   int64_t offset, length;
 };
 
-// outs[i][0, NV vectors) = start + sum over pieces and their elements e of rows[i][offset + e] * weights[step], where
-// weights holds NV vectors a step; start is `bias` or, where that is null, what outs[i] holds already.
+// outs[i][0, NV vectors) (+)= sum over pieces and their elements e of rows[i][offset + e] * weights[step], where weights
+// holds NV vectors a step; then bias, where that is not null, is added.
 template <class A>
 using CorrelateTile = void (*)(const Piece* pieces, int64_t count, const A* const* rows, const A* weights,
-                               A* const* outs, int64_t out_offset, const A* bias);
+                               A* const* outs, int64_t out_offset, bool add, const A* bias);
 
 template <int ROWS, int NV, class A>
 void correlate_tile(const Piece* pieces, int64_t count, const A* const* rows, const A* weights, A* const* outs,
-                    int64_t out_offset, const A* bias) {
+                    int64_t out_offset, bool add, const A* bias) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
   V sum[ROWS][NV] = {};
@@ -57,8 +57,11 @@ void correlate_tile(const Piece* pieces, int64_t count, const A* const* rows, co
   for (int i = 0; i < ROWS; ++i) {
     A* out = outs[i] + out_offset;
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j)
-      store(out + j * lanes, (bias ? load(bias + j * lanes) : load(out + j * lanes)) + sum[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      V value = add ? load(out + j * lanes) + sum[i][j] : sum[i][j];
+      if (bias) value += load(bias + j * lanes);
+      store(out + j * lanes, value);
+    }
   }
 }
 
