@@ -55,7 +55,7 @@ def batch_norm_partial_kernel(
         total = count + tile_count
         delta = tile_mean - mean
         mean += delta * (tile_count / total)
-        m2 += tile_m2 + delta * delta * (count * tile_count / total)
+        m2 += tile_m2 + delta * (delta * (count * tile_count / total))
         count = total
     tl.store(mean_ptr + block * C + channel, mean, mask=channel < C)
     tl.store(m2_ptr + block * C + channel, m2, mask=channel < C)

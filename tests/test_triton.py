@@ -135,6 +135,48 @@ def test_depthwise_with_a_multiplier(layout):
     certificate.raise_if_failed()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_max_pooling_is_torchs(layout):
+    """Ties, NaN and -inf: the same values and the same places."""
+    x = torch.randint(0, 3, (2, 3, 6, 7)).float()
+    x[0, 0, 1, 1] = x[0, 0, 1, 2] = x[1, 1, 3, 3] = math.nan
+    x[0, 1, 2:, 2:] = -math.inf
+    x = x.contiguous(memory_format=layout)
+    window = [3, 2], [2, 2], [1, 1], [1, 1]
+    values, places = torch.nn.functional.max_pool2d(x, *window, return_indices=True)
+    grad = torch.randn(values.shape)
+    expected = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *window, False, places)
+    for kind in (0, 1, 2):
+        ours, indices = raw["max_pool2d_forward"]["triton"](x, *window, False, kind)
+        assert torch.equal(ours.nan_to_num(9.5), values.nan_to_num(9.5)) and ours.stride() == values.stride()
+        if kind == 2:
+            assert torch.equal(indices, places)
+        if kind:
+            got = raw["max_pool2d_backward"]["triton"](
+                grad, indices, x.shape, *window, layout == torch.channels_last
+            )
+            torch.testing.assert_close(got, expected)
+
+
+def test_running_statistics():
+    x, mean, var = torch.randn(3, 7, 4, 5) * 2 + 3, torch.randn(7), torch.rand(7) + 0.5
+    tracked = [(mean.clone(), var.clone()), (mean.clone(), var.clone()), (mean.double(), var.double())]
+    F.batch_norm(x, *tracked[0], training=True, momentum=0.3)
+    torch.nn.functional.batch_norm(x, *tracked[1], training=True, momentum=0.3)
+    torch.nn.functional.batch_norm(x.double(), *tracked[2], training=True, momentum=0.3)
+    for name, ours, theirs, exact in zip(("mean", "variance"), *tracked):
+        rows = dlkern.testing.compare(name, [ours], [theirs], [exact], torch.float32)
+        assert all(row.ok for row in rows), rows
+
+
+def test_constant_and_huge_inputs_to_batch_norm():
+    """Statistics that E[x^2] - E[x]^2 would ruin."""
+    constant = F.batch_norm(torch.full((4, 3, 5, 5), 1e4), None, None, training=True)
+    assert (constant == 0).all()
+    huge = F.batch_norm(torch.full((4, 3, 5, 5), 1e30), None, None, training=True)
+    assert torch.isfinite(huge).all()
+
+
 def test_lenet_trains_a_step():
     """LeNet at 12 x 12: forward, loss, gradients and one step of SGD; every op on our kernels, as near as torch's."""
 

@@ -1,0 +1,54 @@
+"""Mutants of the Triton column: no build, the interpreted tests must fail."""
+
+
+def _mutant(file: str, old: str, new: str, selection: str) -> dict:
+    return dict(file=f"kernels/{file}.py", old=old, new=new, tests=["tests/test_triton.py", "-k", selection], build="")
+
+
+MUTANTS = [
+    # dropout: words swapped, a lost tail mask, a scale
+    _mutant("dropout", "first + 1024, word1", "first + 1024, word2", "dropout_drops"),
+    _mutant("dropout", "y.to(output_ptr.dtype.element_ty), mask=element < count)", "y.to(output_ptr.dtype.element_ty))",
+            "dropout_drops"),
+    _mutant("dropout", "x, output, seed, x.numel(), 1.0 / (1.0 - p)", "x, output, seed, x.numel(), 1.0 - p",
+            "dropout_drops"),
+    # linear: a lost tail mask of the contraction, the bias's gradient of one part, a wrong stride, an activation
+    _mutant("linear", "mask=(m < M)[:, None] & in_k[None, :]", "mask=(m < M)[:, None]", "test_float32 and linear"),
+    _mutant("linear", "tl.store(sum_ptr + part * M + m,", "tl.store(sum_ptr + m,", "test_float32 and linear"),
+    _mutant("linear", "b_ptrs += BLOCK_K * b_stride_k", "b_ptrs += BLOCK_K * b_stride_n", "test_float32 and linear"),
+    _mutant("_activation", "grad = grad * (1.0 - output * output)", "grad = grad * (1.0 - output)", "linear_activations"),
+    _mutant("_parts", "part * tl.cast(count, tl.int64) + i", "i", "test_float32 and linear"),
+    # conv: padding read as image, filter steps of the input gradient, group offset, depthwise, the bias's gradient
+    _mutant("conv", "inside = (m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W)", "inside = (m < M) & (h < H) & (w < W)",
+            "deeper_than_a_tile"),
+    _mutant("conv", "weight_row = k * weight_stride_k + a * STEP_H * weight_stride_r + b * STEP_W * weight_stride_s\n"
+            "            weight = tl.load(\n                weight_column[None, :] + weight_row[:, None], mask=(rsk",
+            "weight_row = k * weight_stride_k + a * weight_stride_r + b * STEP_W * weight_stride_s\n"
+            "            weight = tl.load(\n                weight_column[None, :] + weight_row[:, None], mask=(rsk",
+            "test_float32 and 3x3_stride_2"),
+    _mutant("conv", "dy_channel = dy_ptr + (group * K + k) * dy_stride_k", "dy_channel = dy_ptr + k * dy_stride_k",
+            "test_float32 and grouped"),
+    _mutant("conv", "bias += tl.sum(dy.to(ACC), axis=1)", "bias = tl.sum(dy.to(ACC), axis=1)",
+            "test_float32 and even_kernel"),
+    _mutant("_depthwise", "reach_w % STRIDE_W == 0", "reach_w >= 0", "multiplier"),
+    _mutant("_depthwise", "(k // MULTIPLIER * x_stride_c)[None, :]\n    acc", "(k * x_stride_c)[None, :]\n    acc", "multiplier"),
+    # pooling: the tie, a window short, the divisor at a border, windows of the adaptive backward
+    _mutant("pooling", "((x > best) | (x != x) | (place < 0))", "(x >= best)", "max_pooling_is_torchs"),
+    _mutant("pooling", "(k - 1) * dil // s + 1 for d, k, s, dil", "(k - 1) * dil // s for d, k, s, dil",
+            "test_float32 and max_pool2d"),
+    _mutant("pooling", "h_end = tl.minimum(h + KERNEL_H, H + PADDING_H)", "h_end = h + KERNEL_H",
+            "test_float32 and avg_pool2d"),
+    _mutant("pooling", "p_start, p_end = h * P // H, ((h + 1) * P + H - 1) // H", "p_start, p_end = h * P // H, h * P // H + 1",
+            "test_float32 and adaptive"),
+    # batch norm: a tail of rows, Chan's merge, the unbiased variance, the mean of g
+    _mutant("batch_norm", "deviation = tl.where(inside, x - tile_mean[None, :], 0.0)", "deviation = x - tile_mean[None, :]",
+            "test_float32 and batch_norm"),
+    _mutant("batch_norm", "m2 += tile_m2 + delta * (delta * (count * tile_count / total))", "m2 += tile_m2",
+            "test_float32 and batch_norm"),
+    _mutant("batch_norm", "momentum * (m2 / (rows - 1.0))", "momentum * (m2 / rows)", "running_statistics"),
+    _mutant("batch_norm", "g = g - mean_g[None, :] - ", "g = g - ", "test_float32 and batch_norm"),
+    # loss: the running maximum, the ignored targets, the share of the smoothed target
+    _mutant("loss", "total = total * tl.exp(most - shift) + ", "total = total + ", "test_float32 and cross_entropy"),
+    _mutant("loss", "& (target != ignore_index)", "", "test_float32 and cross_entropy"),
+    _mutant("loss", "soft = grad * (smoothing / C).to(ACC)", "soft = grad * smoothing.to(ACC)", "test_float32 and smoothed"),
+]
