@@ -158,6 +158,16 @@ def test_max_pooling_is_torchs(layout):
             torch.testing.assert_close(got, expected)
 
 
+def test_average_over_padding_in_ceil_mode():
+    """Windows end PADDING after the last row, whatever ceil_mode adds: the last corner is divided by 4, not 9."""
+    options = dict(kernel_size=3, stride=2, padding=1, ceil_mode=True)
+    certificate = check(
+        lambda x: F.avg_pool2d(x, **options), lambda x: torch.nn.functional.avg_pool2d(x, **options),
+        lambda: [torch.randn(2, 5, 4, 4).requires_grad_()], draws=2,
+    )
+    certificate.raise_if_failed()
+
+
 def test_running_statistics():
     x, mean, var = torch.randn(3, 7, 4, 5) * 2 + 3, torch.randn(7), torch.rand(7) + 0.5
     tracked = [(mean.clone(), var.clone()), (mean.clone(), var.clone()), (mean.double(), var.double())]

@@ -14,10 +14,10 @@ MUTANTS = [
             "dropout_drops"),
     # linear: a lost tail mask of the contraction, the bias's gradient of one part, a wrong stride, an activation
     _mutant("linear", "mask=(m < M)[:, None] & in_k[None, :]", "mask=(m < M)[:, None]", "test_float32 and linear"),
-    _mutant("linear", "tl.store(sum_ptr + part * M + m,", "tl.store(sum_ptr + m,", "test_float32 and linear"),
+    _mutant("linear", "tl.store(sum_ptr + part * M + m,", "tl.store(sum_ptr + m,", "linear_activations"),
     _mutant("linear", "b_ptrs += BLOCK_K * b_stride_k", "b_ptrs += BLOCK_K * b_stride_n", "test_float32 and linear"),
     _mutant("_activation", "grad = grad * (1.0 - output * output)", "grad = grad * (1.0 - output)", "linear_activations"),
-    _mutant("_parts", "part * tl.cast(count, tl.int64) + i", "i", "test_float32 and linear"),
+    _mutant("_parts", "part * tl.cast(count, tl.int64) + i", "i", "linear_activations"),
     # conv: padding read as image, filter steps of the input gradient, group offset, depthwise, the bias's gradient
     _mutant("conv", "inside = (m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W)", "inside = (m < M) & (h < H) & (w < W)",
             "deeper_than_a_tile"),
@@ -30,14 +30,14 @@ MUTANTS = [
             "test_float32 and grouped"),
     _mutant("conv", "bias += tl.sum(dy.to(ACC), axis=1)", "bias = tl.sum(dy.to(ACC), axis=1)",
             "test_float32 and even_kernel"),
-    _mutant("_depthwise", "reach_w % STRIDE_W == 0", "reach_w >= 0", "multiplier"),
+    _mutant("_depthwise", "reach_h % STRIDE_H == 0", "reach_h >= 0", "multiplier"),
     _mutant("_depthwise", "(k // MULTIPLIER * x_stride_c)[None, :]\n    acc", "(k * x_stride_c)[None, :]\n    acc", "multiplier"),
     # pooling: the tie, a window short, the divisor at a border, windows of the adaptive backward
     _mutant("pooling", "((x > best) | (x != x) | (place < 0))", "(x >= best)", "max_pooling_is_torchs"),
     _mutant("pooling", "(k - 1) * dil // s + 1 for d, k, s, dil", "(k - 1) * dil // s for d, k, s, dil",
             "test_float32 and max_pool2d"),
     _mutant("pooling", "h_end = tl.minimum(h + KERNEL_H, H + PADDING_H)", "h_end = h + KERNEL_H",
-            "test_float32 and avg_pool2d"),
+            "average_over_padding"),
     _mutant("pooling", "p_start, p_end = h * P // H, ((h + 1) * P + H - 1) // H", "p_start, p_end = h * P // H, h * P // H + 1",
             "test_float32 and adaptive"),
     # batch norm: a tail of rows, Chan's merge, the unbiased variance, the mean of g
