@@ -48,7 +48,7 @@ MUTANTS = [
     _mutant("batch_norm", "momentum * (m2 / (rows - 1.0))", "momentum * (m2 / rows)", "running_statistics"),
     _mutant("batch_norm", "g = g - mean_g[None, :] - ", "g = g - ", "test_float32 and batch_norm"),
     # loss: the running maximum, the ignored targets, the share of the smoothed target
-    _mutant("loss", "total = total * tl.exp(most - shift) + ", "total = total + ", "test_float32 and cross_entropy"),
+    _mutant("loss", "total = total * tl.exp(most - shift) + ", "total = total + ", "several_tiles"),
     _mutant("loss", "& (target != ignore_index)", "", "test_float32 and cross_entropy"),
     _mutant("loss", "soft = grad * (smoothing / C).to(ACC)", "soft = grad * smoothing.to(ACC)", "test_float32 and smoothed"),
 ]
