@@ -38,13 +38,18 @@ def test_twins_have_the_same_start_and_state(make):
     assert not any(r.status == "dlkern" for r in dlkern.conversion_report(twin))
 
 
+def gentle(parameters):
+    # At a rate where ResNet-18 diverges on batches of four, two runs of torch itself have nothing in common.
+    return torch.optim.SGD(parameters, lr=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "size", "draws"), [(lenet, 16, 4), (resnet18, 4, 1)])
 def test_twenty_training_steps(make, size, draws):
     """Output, every gradient, the loss curve, and weights and running statistics at the end."""
     drawn = list(digit_batches(20, size, colour=make is resnet18))
     with dlkern.trace() as calls:
-        certificate = check_training(make, drawn, draws=draws)
+        certificate = check_training(make, drawn, draws=draws, optimizer=gentle)
     certificate.raise_if_failed()
     assert {call.backend for call in calls} == {"cpu"}
     tensors = {row.tensor for row in certificate.rows}
