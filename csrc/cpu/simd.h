@@ -34,6 +34,10 @@ using vuint32 [[gnu::vector_size(kVectorBytes)]] = uint32_t;
 using vint64 [[gnu::vector_size(kVectorBytes)]] = int64_t;
 using vuint16_half [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
 
+using vfloat_half [[gnu::vector_size(kVectorBytes / 2)]] = float;
+using vuint32_half [[gnu::vector_size(kVectorBytes / 2)]] = uint32_t;
+using vuint16_quarter [[gnu::vector_size(kVectorBytes / 4)]] = uint16_t;
+
 template <class T> struct vector_of { using type = vfloat; };
 template <> struct vector_of<double> { using type = vdouble; };
 // The vector in which elements of type T are computed: Vec<bfloat16> is a vector of float.
@@ -58,6 +62,31 @@ inline vfloat load(const bfloat16* p) {
   vfloat v;
   std::memcpy(&v, &u, sizeof v);
   return v;
+}
+// kLanes<double> elements of any type, widened to double.
+inline vdouble load_wide(const double* p) { return load(p); }
+// GCC converts halves of a vector one at a time; one instruction does it.
+inline vdouble widen(vfloat_half v) {
+#if defined(__AVX512F__)
+  return (vdouble)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  return (vdouble)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, vdouble);
+#endif
+}
+inline vdouble load_wide(const float* p) {
+  vfloat_half v;
+  std::memcpy(&v, p, sizeof v);
+  return widen(v);
+}
+inline vdouble load_wide(const bfloat16* p) {
+  vuint16_quarter h;
+  std::memcpy(&h, p, sizeof h);
+  vuint32_half u = __builtin_convertvector(h, vuint32_half) << 16;
+  vfloat_half v;
+  std::memcpy(&v, &u, sizeof v);
+  return widen(v);
 }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
@@ -94,10 +123,27 @@ template <> inline void store_partial<float>(float* p, vfloat v, int count) {
   _mm256_maskstore_ps(p, lane_mask(count), (__m256)v);
 }
 #endif
+// The first `count` of kLanes<double> elements, widened; the others read as zero.
+template <class T> inline vdouble load_wide_partial(const T* p, int count) {
+  T lanes[kLanes<double>];
+  std::memset(static_cast<void*>(lanes), 0, sizeof lanes);
+  std::memcpy(static_cast<void*>(lanes), p, sizeof(T) * static_cast<size_t>(count));
+  return load_wide(lanes);
+}
 #if defined(__AVX512F__)
 inline __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 template <> inline vfloat load_partial<float>(const float* p, int count) {
   return (vfloat)_mm512_maskz_loadu_ps(lane_mask(count), p);
+}
+template <> inline vdouble load_partial<double>(const double* p, int count) {
+  return (vdouble)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(count)), p);
+}
+template <> inline void store_partial<double>(double* p, vdouble v, int count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(count)), (__m512d)v);
+}
+template <> inline vdouble load_wide_partial<double>(const double* p, int count) { return load_partial<double>(p, count); }
+template <> inline vdouble load_wide_partial<float>(const float* p, int count) {
+  return (vdouble)_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>(lane_mask(count)), p));
 }
 template <> inline void store_partial<float>(float* p, vfloat v, int count) {
   _mm512_mask_storeu_ps(p, lane_mask(count), (__m512)v);

@@ -1,5 +1,6 @@
 // Batch norm, op layer: batch_norm_train_forward, batch_norm_eval_forward, batch_norm_backward.
 #include "../cpu/batch_norm.h"
+#include "../cpu/parallel.h"
 
 #include <cmath>
 
@@ -8,7 +9,6 @@
 namespace dlkern::ops {
 namespace {
 
-using cpu::NormActivation;
 using cpu::NormShape;
 
 ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
@@ -88,6 +88,10 @@ void check_parameter(const char* op, const std::optional<Tensor>& x, const Tenso
   check(x->is_cpu(), op, ": ", name, " must be on the CPU");
 }
 
+std::vector<double> scratch_for(const NormShape& shape) {
+  return std::vector<double>(static_cast<size_t>(cpu::batch_norm_scratch(shape, cpu::num_threads())));
+}
+
 template <class A> const A* pointer(const std::vector<A>& values) { return values.empty() ? nullptr : values.data(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
@@ -123,8 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
     A* s = mutable_data<A>(invstd);
     if (output.numel() > 0) {
       const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
+      auto scratch = scratch_for(shape);
       cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, var.data(), eps, true,
-                                 static_cast<NormActivation>(activation), mutable_data<T>(output)};
+                                 static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
       DLKERN_CALL(batch_norm_forward, args);
     } else {
       for (int64_t i = 0; i < shape.c; ++i) m[i] = 0, s[i] = 1;
@@ -182,8 +187,9 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
     using A = acc_t<T>;
     const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
     auto narrow_mean = per_channel<A>(mean), narrow_invstd = per_channel<A>(invstd);
+    auto scratch = scratch_for(shape);
     cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), narrow_mean.data(), narrow_invstd.data(),
-                               nullptr, eps, false, static_cast<NormActivation>(activation), mutable_data<T>(output)};
+                               nullptr, eps, false, static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
     DLKERN_CALL(batch_norm_forward, args);
   });
   return {output, mean, invstd};
@@ -224,9 +230,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
     A* sum_weight = sums.data();
     A* sum_bias = sum_weight + shape.c;
     if (x.numel() > 0) {
+      auto scratch = scratch_for(shape);
       cpu::BatchNormBackwardArgs<T> args{shape, data<T>(g), data<T>(x), data<T>(y), pointer(w), m.data(), s.data(), train,
-                                         static_cast<NormActivation>(activation), mutable_data<T>(grad_input), sum_weight,
-                                         sum_bias, residual ? mutable_data<T>(grad_residual) : nullptr};
+                                         static_cast<int>(activation), mutable_data<T>(grad_input), sum_weight,
+                                         sum_bias, residual ? mutable_data<T>(grad_residual) : nullptr, scratch.data()};
       DLKERN_CALL(batch_norm_backward, args);
     }
     const ScalarType dtype = weight ? weight->scalar_type() : accumulated;
