@@ -24,6 +24,7 @@ inline double finite_or_zero(double x) { return x - x == 0.0 ? x : 0.0; }
 // A vector of sums. For float64 inputs, whose sums have no wider type, the rounding errors are carried along (Knuth's
 // two-sum); for the others that part is compiled away.
 template <bool exact> struct Lanes {
+  static constexpr bool kExact = exact;
   vdouble value{}, lost{};
   void operator+=(vdouble x) {
     if constexpr (exact) {
@@ -70,9 +71,13 @@ struct Forward {
 template <int activation> struct Backward {
   static constexpr int kStreams = activation == kNone ? 2 : 3;
   template <class Sum> static void add(const vdouble (&v)[kStreams], vdouble mean, Sum& first, Sum& second) {
-    const vdouble g = activation_backward(v[0], v[kStreams - 1], activation);
+    const vdouble g = activation_backward(v[0], v[kStreams - 1], activation), d = v[1] - mean, product = g * d;
     first += g;
-    second += g * (v[1] - mean);
+    second += product;
+    if constexpr (Sum::kExact) {  // what the difference and the product lost
+      const vdouble back = d - v[1], lost = (v[1] - (d - back)) - (mean + back);
+      for (int i = 0; i < kWide; ++i) second.lost[i] += std::fma(g[i], d[i], -product[i]) + g[i] * lost[i];
+    }
   }
 };
 
@@ -96,13 +101,14 @@ inline void sum_segment(const Wide<T, Rule::kStreams>& streams, int64_t i, int64
     i += kWide;
   }
   if (i < end) {  // the lanes beyond the end are taken out again
-    vdouble v[Rule::kStreams], a{}, b{};
+    vdouble v[Rule::kStreams];
     const int lanes = static_cast<int>(end - i);
     streams.load_some(i, lanes, v);
+    Lanes<false> a, b;
     Rule::add(v, c, a, b);
     const auto inside = load(kLaneNumbers) < static_cast<double>(lanes);
-    first[3] += inside ? a : vdouble{};
-    second[3] += inside ? b : vdouble{};
+    first[3] += inside ? a.value : vdouble{};
+    second[3] += inside ? b.value : vdouble{};
   }
 }
 template <bool exact> inline double total(const Lanes<exact> (&sum)[4]) {
