@@ -163,9 +163,10 @@ template <class T, int activation> struct ApplyForward {
   const T* input;
   const T* residual;
   T* output;
-  static constexpr int kConstants = 3;  // mean, scale, bias
+  static constexpr int kConstants = 4;  // mean, scale, bias, what rounding scale lost
   template <class V, class L, class S> void operator()(int64_t at, const V (&k)[4], L&& load_at, S&& store_at) const {
-    V y = (load_at(input + at) - k[0]) * k[1] + k[2];
+    const V centred = load_at(input + at) - k[0];
+    V y = centred * k[1] + (centred * k[3] + k[2]);
     if (residual) y += load_at(residual + at);
     store_at(output + at, activate(y, activation));
   }
@@ -177,13 +178,16 @@ template <class T, int activation> struct ApplyBackward {
   T* grad_input;
   T* grad_residual;
   bool train;
-  static constexpr int kConstants = 4;  // mean, scale, mean of g, slope
+  static constexpr int kConstants = 4;  // mean, scale, mean of g, slope; on frozen statistics what rounding scale lost is third
   template <class V, class L, class S> void operator()(int64_t at, const V (&k)[4], L&& load_at, S&& store_at) const {
     V g = load_at(grad_output + at);
     if constexpr (activation != kNone) g = activation_backward(g, load_at(output + at), activation);
     if (grad_residual) store_at(grad_residual + at, g);
-    if (train) g = g - k[2] - (load_at(input + at) - k[0]) * k[3];
-    store_at(grad_input + at, g * k[1]);
+    if (train)
+      g = (g - k[2] - (load_at(input + at) - k[0]) * k[3]) * k[1];
+    else
+      g = g * k[1] + g * k[2];  // torch multiplies in double here
+    store_at(grad_input + at, g);
   }
 };
 
@@ -218,7 +222,7 @@ inline void apply_channels(const Apply& apply, int64_t begin, int64_t rows, int6
 }
 template <class T, class Apply>
 inline void apply_rows(const Apply& apply, int64_t begin, int64_t end, int64_t c, const acc_t<T>* constants) {
-  constexpr int kVectors = 4;
+  constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;  // times four constants in registers
   const int64_t block = larger(1, kBlockBytes / (c * static_cast<int64_t>(sizeof(T))));
   for (int64_t row = begin; row < end; row += block) {
     const int64_t rows = smaller(block, end - row);
@@ -318,12 +322,16 @@ template <class T, int activation> void forward(const BatchNormArgs<T>& args) {
     if (args.train) {
       const double mean = sums.first / count, var = (sums.second - sums.first * mean) / count;
       args.var[c] = var < 0 ? 0 : var;
-      args.mean[c] = static_cast<A>(centre(c) + mean);
-      args.invstd[c] = static_cast<A>(1.0 / std::sqrt(args.var[c] + args.eps));
+      args.mean[c] = centre(c) + mean;
+      args.invstd[c] = 1.0 / std::sqrt(args.var[c] + args.eps);
     }
-    k[0] = args.mean[c];
-    k[1] = args.weight ? args.invstd[c] * args.weight[c] : args.invstd[c];
-    k[2] = args.bias ? args.bias[c] : A(0);
+    // What rounding the mean lost goes into the bias.
+    const double scale = args.weight ? args.invstd[c] * static_cast<double>(args.weight[c]) : args.invstd[c];
+    k[0] = static_cast<A>(args.mean[c]);
+    k[1] = static_cast<A>(scale);
+    k[2] = static_cast<A>((args.bias ? static_cast<double>(args.bias[c]) : 0.0) -
+                          finite_or_zero((args.mean[c] - static_cast<double>(k[0])) * scale));
+    k[3] = static_cast<A>(finite_or_zero(scale - static_cast<double>(k[1])));
   };
   two_passes<T, Forward>(args.shape, args.train, args.scratch, Wide<T, 1>{{args.input}},
                          ApplyForward<T, activation>{args.input, args.residual, args.output}, centre, finish);
@@ -339,8 +347,9 @@ template <class T, int activation> void backward(const BatchNormBackwardArgs<T>&
     args.grad_bias[c] = static_cast<A>(sums.first);
     args.grad_weight[c] = static_cast<A>(sums.second * invstd);
     k[0] = args.mean[c];
-    k[1] = static_cast<A>(args.weight ? invstd * static_cast<double>(args.weight[c]) : invstd);
-    k[2] = static_cast<A>(sums.first / count);
+    const double scale = args.weight ? invstd * static_cast<double>(args.weight[c]) : invstd;
+    k[1] = static_cast<A>(scale);
+    k[2] = static_cast<A>(args.train ? sums.first / count : finite_or_zero(scale - static_cast<double>(k[1])));
     k[3] = static_cast<A>(sums.second / count * invstd * invstd);
   };
   Wide<T, Rule::kStreams> streams;

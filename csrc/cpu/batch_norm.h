@@ -28,8 +28,8 @@ template <class T> struct BatchNormArgs {
   const T* residual;
   const acc_t<T>* weight;
   const acc_t<T>* bias;
-  acc_t<T>* mean;
-  acc_t<T>* invstd;
+  double* mean;
+  double* invstd;
   double* var;  // written when training
   double eps;
   bool train;

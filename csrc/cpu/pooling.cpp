@@ -1,5 +1,8 @@
 // Max, average and adaptive average pooling over [n, c, h, w], forward and backward.
-// Backwards gather: each element of grad_input sums the windows it lies in, in a fixed order, and is written once.
+// Forwards take a vector of windows at a time: neighbours in a row of a plane, or the channels of a pixel.
+// Backwards of float and double add the windows of a plane one after the other, a plane a thread; those of bfloat16
+// gather, each element of grad_input summing in float the windows it lies in. Both orders are fixed.
+// Floors: forward one read and one write; backward the gradient, the indices (a byte a window) and one write.
 #include "pooling.h"
 
 #include "parallel.h"
@@ -315,6 +318,35 @@ template <class T> void avg_forward(const AvgPoolArgs<T>& args) {
   });
 }
 
+// float and double: a thread zeroes its planes and adds each window's share to its elements, windows in order.
+template <class T> void avg_backward_scatter(const AvgPoolArgs<T>& args) {
+  const PoolShape& s = args.shape;
+  const Steps in(s.c, s.h, s.w, s.channels_last), out(s.c, s.out_h, s.out_w, s.channels_last);
+  const int64_t group = s.channels_last ? smaller(s.c, 64) : 1, groups = ceil_div(s.c, group), plane = s.h * s.w;
+  parallel_for(s.n * groups, larger(1, 8192 / (group * plane)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / groups, c0 = i % groups * group, channels = smaller(group, s.c - c0);
+      const T* grad = args.input + n * out.n + c0 * out.c;
+      T* dx = args.output + n * in.n + c0 * in.c;
+      for (int64_t k = 0; k < plane; ++k) std::memset(static_cast<void*>(dx + k * in.x), 0, sizeof(T) * static_cast<size_t>(channels));
+      for (int64_t p = 0; p < s.out_h; ++p) {
+        const Span rows(p, s.h, s.kernel_h, s.stride_h, s.pad_h);
+        for (int64_t q = 0; q < s.out_w; ++q) {
+          const Span columns(q, s.w, s.kernel_w, s.stride_w, s.pad_w);
+          if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
+          const T divisor = divisor_of(args, rows, columns);
+          const T* g = grad + p * out.y + q * out.x;
+          for (int64_t y = rows.begin; y < rows.end; ++y)
+            for (int64_t x = columns.begin; x < columns.end; ++x) {
+              T* to = dx + y * in.y + x * in.x;
+              for (int64_t c = 0; c < channels; ++c) to[c] += g[c] / divisor;
+            }
+        }
+      }
+    }
+  });
+}
+
 template <class T> void avg_backward(const AvgPoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
@@ -342,23 +374,77 @@ template <class T> void avg_backward(const AvgPoolArgs<T>& args) {
 inline int64_t adaptive_begin(int64_t i, int64_t size, int64_t out_size) { return i * size / out_size; }
 inline int64_t adaptive_end(int64_t i, int64_t size, int64_t out_size) { return ceil_div((i + 1) * size, out_size); }
 
+// Sum of `count` consecutive elements, in double; those of float64 inputs carry their rounding errors along (Knuth's
+// two-sum), since there is no wider type.
+struct CarefulSum {
+  double value = 0, lost = 0;
+  void operator+=(double x) {
+    const double next = value + x, added = next - value;
+    lost += (value - (next - added)) + (x - added);
+    value = next;
+  }
+  double total() const { return lost - lost == 0.0 ? value + lost : value; }
+};
+template <class T> inline double sum_run(const T* p, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    CarefulSum sum;
+    for (int64_t i = 0; i < count; ++i) sum += p[i];
+    return sum.total();
+  }
+  vdouble sum[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes<double> <= count; i += 2 * kLanes<double>) {
+    sum[0] += load_wide(p + i);
+    sum[1] += load_wide(p + i + kLanes<double>);
+  }
+  if (i + kLanes<double> <= count) {
+    sum[0] += load_wide(p + i);
+    i += kLanes<double>;
+  }
+  double rest = 0;
+  for (; i < count; ++i) rest += static_cast<double>(p[i]);
+  return reduce_add(sum[0] + sum[1]) + rest;
+}
+template <class T> inline T narrow(double x) { return static_cast<T>(static_cast<acc_t<T>>(x)); }
+
+// Windows can be whole planes, so sums are in double; a window as wide as the plane is one run of elements.
 template <class T> void adaptive_forward(const AdaptivePoolArgs<T>& args) {
-  using A = acc_t<T>;
   const PoolShape& s = args.shape;
   const Steps in(s.c, s.h, s.w, s.channels_last), out(s.c, s.out_h, s.out_w, s.channels_last);
-  for_each_row(s, s.out_h, s.h * s.w / s.out_h, [&](int64_t n, int64_t c, int64_t p) {
-    const T* x = args.input + n * in.n + c * in.c;
-    const int64_t y0 = adaptive_begin(p, s.h, s.out_h), y1 = adaptive_end(p, s.h, s.out_h);
-    for (int64_t q = 0; q < s.out_w; ++q) {
-      const int64_t x0 = adaptive_begin(q, s.w, s.out_w), x1 = adaptive_end(q, s.w, s.out_w);
-      A sum = 0;
-      for (int64_t iy = y0; iy < y1; ++iy) {
-        A row = 0;
-        for (int64_t ix = x0; ix < x1; ++ix) row += static_cast<A>(x[iy * in.y + ix * in.x]);
-        sum += row;
+  constexpr int64_t kGroup = 4 * kLanes<double>;
+  const int64_t group = s.channels_last ? kGroup : 1, groups = ceil_div(s.c, group);
+  parallel_for(s.n * groups * s.out_h, larger(1, 16384 / larger(1, group * s.h * s.w / s.out_h)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = i % s.out_h, c0 = i / s.out_h % groups * group, n = i / s.out_h / groups;
+      const T* x = args.input + n * in.n + c0 * in.c;
+      T* y = args.output + n * out.n + c0 * out.c + p * out.y;
+      const int64_t y0 = adaptive_begin(p, s.h, s.out_h), y1 = adaptive_end(p, s.h, s.out_h);
+      for (int64_t q = 0; q < s.out_w; ++q) {
+        const int64_t x0 = adaptive_begin(q, s.w, s.out_w), x1 = adaptive_end(q, s.w, s.out_w);
+        const double count = static_cast<double>((y1 - y0) * (x1 - x0));
+        if (!s.channels_last) {
+          double sum = 0;
+          if (s.out_w == 1)
+            sum = sum_run(x + y0 * s.w, (y1 - y0) * s.w);
+          else
+            for (int64_t iy = y0; iy < y1; ++iy) sum += sum_run(x + iy * s.w + x0, x1 - x0);
+          y[q] = narrow<T>(sum / count);
+        } else if (sizeof(T) < sizeof(double) && c0 + kGroup <= s.c) {
+          vdouble sum[4] = {};
+          for (int64_t iy = y0; iy < y1; ++iy)
+            for (int64_t ix = x0; ix < x1; ++ix)
+              for (int v = 0; v < 4; ++v) sum[v] += load_wide(x + iy * in.y + ix * in.x + v * kLanes<double>);
+          for (int v = 0; v < 4; ++v)
+            for (int l = 0; l < kLanes<double>; ++l) y[q * out.x + v * kLanes<double> + l] = narrow<T>(sum[v][l] / count);
+        } else {
+          for (int64_t c = 0; c < smaller(kGroup, s.c - c0); ++c) {
+            CarefulSum sum;
+            for (int64_t iy = y0; iy < y1; ++iy)
+              for (int64_t ix = x0; ix < x1; ++ix) sum += static_cast<double>(x[iy * in.y + ix * in.x + c]);
+            y[q * out.x + c] = narrow<T>(sum.total() / count);
+          }
+        }
       }
-      args.output[n * out.n + c * out.c + p * out.y + q * out.x] =
-          static_cast<T>(sum / static_cast<A>((y1 - y0) * (x1 - x0)));
     }
   });
 }
@@ -398,7 +484,12 @@ template <class T> void adaptive_backward(const AdaptivePoolArgs<T>& args) {
       args.kind == IndexKind::flat64 ? max_backward<T, int64_t>(args) : max_backward<T, uint8_t>(args); \
   }                                                                                       \
   void avg_pool2d_forward(const AvgPoolArgs<T>& args) { avg_forward(args); }              \
-  void avg_pool2d_backward(const AvgPoolArgs<T>& args) { avg_backward(args); }            \
+  void avg_pool2d_backward(const AvgPoolArgs<T>& args) {                                \
+    if constexpr (sizeof(T) >= 4)                                                         \
+      avg_backward_scatter(args);                                                         \
+    else                                                                                  \
+      avg_backward(args);                                                                 \
+  }                                                                                       \
   void adaptive_avg_pool2d_forward(const AdaptivePoolArgs<T>& args) { adaptive_forward(args); } \
   void adaptive_avg_pool2d_backward(const AdaptivePoolArgs<T>& args) { adaptive_backward(args); }
 DLKERN_DEFINE_POOLING(float)

@@ -70,9 +70,9 @@ template <class F> Tensor make_per_channel(int64_t count, ScalarType dtype, cons
     P* p = mutable_data<P>(result);
     for (int64_t i = 0; i < count; ++i) {
       if constexpr (std::is_same_v<P, bfloat16>)
-        p[i] = P(static_cast<float>(f(i)));
+        p[i] = P(static_cast<float>(f(static_cast<size_t>(i))));
       else
-        p[i] = static_cast<P>(f(i));
+        p[i] = static_cast<P>(f(static_cast<size_t>(i)));
     }
   });
   return result;
@@ -116,41 +116,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
   std::optional<Tensor> r;
   if (residual) r = ordered(*residual, channels_last);
   Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
-  Tensor mean = allocate({shape.c}, accumulate_dtype(x.scalar_type()), x);
-  Tensor invstd = allocate({shape.c}, accumulate_dtype(x.scalar_type()), x);
-  std::vector<double> var(static_cast<size_t>(shape.c));
-  Tensor new_mean, new_var;
+  const ScalarType accumulated = accumulate_dtype(x.scalar_type());
+  std::vector<double> mean(static_cast<size_t>(shape.c), 0.0), invstd(mean.size(), 1.0), var(mean.size(), 0.0);
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
-    A* m = mutable_data<A>(mean);
-    A* s = mutable_data<A>(invstd);
     if (output.numel() > 0) {
       const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
       auto scratch = scratch_for(shape);
-      cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, var.data(), eps, true,
+      cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), mean.data(), invstd.data(), var.data(), eps, true,
                                  static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
       DLKERN_CALL(batch_norm_forward, args);
-    } else {
-      for (int64_t i = 0; i < shape.c; ++i) m[i] = 0, s[i] = 1;
-    }
-    if (running_mean) {
-      // Nothing seen, nothing moved; else towards the mean and the unbiased variance.
-      const double step = count == 0 ? 0.0 : momentum;
-      const double unbias = count > 1 ? static_cast<double>(count) / static_cast<double>(count - 1) : 1.0;
-      const auto old_mean = per_channel<double>(running_mean), old_var = per_channel<double>(running_var);
-      new_mean = make_per_channel(shape.c, running_mean->scalar_type(), x, [&](int64_t i) {
-        return step == 0.0 ? old_mean[static_cast<size_t>(i)] : step * static_cast<double>(m[i]) + (1.0 - step) * old_mean[static_cast<size_t>(i)];
-      });
-      new_var = make_per_channel(shape.c, running_var->scalar_type(), x, [&](int64_t i) {
-        return step == 0.0 ? old_var[i] : step * unbias * var[i] + (1.0 - step) * old_var[i];
-      });
-    } else {
-      new_mean = allocate({0}, accumulate_dtype(x.scalar_type()), x);
-      new_var = allocate({0}, accumulate_dtype(x.scalar_type()), x);
     }
   });
-  return {output, mean, invstd, new_mean, new_var};
+  Tensor new_mean, new_var;
+  if (running_mean) {
+    // Nothing seen, nothing moved; else towards the mean and the unbiased variance.
+    const double step = count == 0 ? 0.0 : momentum;
+    const double unbias = count > 1 ? static_cast<double>(count) / static_cast<double>(count - 1) : 1.0;
+    const auto old_mean = per_channel<double>(running_mean), old_var = per_channel<double>(running_var);
+    new_mean = make_per_channel(shape.c, running_mean->scalar_type(), x, [&](size_t i) {
+      return step == 0.0 ? old_mean[i] : step * mean[i] + (1.0 - step) * old_mean[i];
+    });
+    new_var = make_per_channel(shape.c, running_var->scalar_type(), x, [&](size_t i) {
+      return step == 0.0 ? old_var[i] : step * unbias * var[i] + (1.0 - step) * old_var[i];
+    });
+  } else {
+    new_mean = allocate({0}, accumulated, x);
+    new_var = allocate({0}, accumulated, x);
+  }
+  return {output, make_per_channel(shape.c, accumulated, x, [&](size_t i) { return mean[i]; }),
+          make_per_channel(shape.c, accumulated, x, [&](size_t i) { return invstd[i]; }), new_mean, new_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::optional<Tensor> residual,
@@ -186,10 +182,8 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
     const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
-    auto narrow_mean = per_channel<A>(mean), narrow_invstd = per_channel<A>(invstd);
     auto scratch = scratch_for(shape);
-    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), narrow_mean.data(), narrow_invstd.data(),
-                               nullptr, eps, false, static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
+    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, nullptr, eps, false, static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
     DLKERN_CALL(batch_norm_forward, args);
   });
   return {output, mean, invstd};
@@ -237,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
       DLKERN_CALL(batch_norm_backward, args);
     }
     const ScalarType dtype = weight ? weight->scalar_type() : accumulated;
-    grad_weight = make_per_channel(shape.c, dtype, x, [&](int64_t i) { return sum_weight[i]; });
-    grad_bias = make_per_channel(shape.c, dtype, x, [&](int64_t i) { return sum_bias[i]; });
+    grad_weight = make_per_channel(shape.c, dtype, x, [&](size_t i) { return sum_weight[i]; });
+    grad_bias = make_per_channel(shape.c, dtype, x, [&](size_t i) { return sum_bias[i]; });
   });
   return {grad_input, grad_weight, grad_bias, grad_residual};
 }
