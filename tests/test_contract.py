@@ -56,8 +56,10 @@ def test_parity(case, dtype, channels_last):
             drawn[0] = drawn[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
         return drawn
 
+    # In float64 the reference is as inexact as what it judges: more draws, so that chance does not decide.
+    draws = case.draws * (4 if dtype == torch.float64 else 1)
     with dlkern.trace() as calls:
-        certificate = check(case.ours, case.reference(dtype), inputs, dtype=dtype, draws=case.draws, name=case.name)
+        certificate = check(case.ours, case.reference(dtype), inputs, dtype=dtype, draws=draws, name=case.name)
     certificate.raise_if_failed()
     assert {call.backend for call in calls} == {"cpu"}, calls
 
