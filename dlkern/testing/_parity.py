@@ -246,6 +246,8 @@ def check(
         ours_, theirs_, reference_ = zip(*triples)
         rows = compare(label, ours_, theirs_, reference_, torch.float32 if double else dtype)
         if double:
+            # Torch's error is an estimate here: the largest of a border's few elements would be decided by chance.
+            rows = [row for row in rows if row.region == "whole" or row.measure == "norm"]
             rows = [
                 replace(row, **{k: getattr(row, k) * _DOUBLE_IN_SINGLE for k in ("error", "baseline", "limit")})
                 for row in rows
