@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -143,7 +144,8 @@ def native_objects(ninja, build, variant, compiler):
     """Objects of libdlkern.so: op layer once, kernels once an instruction set."""
     torch_version, includes, _ = torch_paths()
     include_flags = " ".join(f"-isystem {path}" for path in includes)
-    common = f"-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized {VARIANT_FLAGS[variant]} -I{CSRC}"
+    warnings = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
+    common = f"-std=c++20 -fPIC -fvisibility=hidden {warnings} {VARIANT_FLAGS[variant]} -I{CSRC}"
     if isas() == ["portable"]:
         common += " -DDLKERN_NO_SIMD"
     if variant == "wide":
@@ -158,9 +160,9 @@ def native_objects(ninja, build, variant, compiler):
         if source.name in PLAIN_CPU_SOURCES:
             continue
         for isa in isas():
+            isa_flags = WIDE_FLAGS if variant == "wide" and isa == "avx512" else ISA_FLAGS[isa]
             objects.append(
-                ninja.build(build / f"cpu_{source.stem}_{isa}.o", "cxx", [source],
-                            flags=f"{WIDE_FLAGS if variant == 'wide' and isa == 'avx512' else ISA_FLAGS[isa]} -DDLKERN_ISA={isa}")
+                ninja.build(build / f"cpu_{source.stem}_{isa}.o", "cxx", [source], flags=f"{isa_flags} -DDLKERN_ISA={isa}")
             )
     return objects, torch_version
 
@@ -359,7 +361,7 @@ class BuildNative(Command):
     """Libraries for tests: --variant asan writes build/asan/libdlkern.so."""
 
     description = "build a variant of the native library for tests"
-    user_options = [("variant=", None, "release, asan, debug, wide, cuda_on_host[_checked|_asan]")]
+    user_options: ClassVar = [("variant=", None, "release, asan, debug, wide, cuda_on_host[_checked|_asan]")]
 
     def initialize_options(self):
         self.variant = "release"

@@ -343,7 +343,8 @@ def batch_norm_backward(grad_output, input, output, weight, mean, invstd, train,
     """Gradients by input, weight, bias and residual of act(batch_norm(input) + residual)."""
     op = "batch_norm_backward"
     check((output is not None) or activation == 0, f"{op}: the activation's gradient needs the output")
-    _check(op, input, {"weight": weight, "mean": mean, "invstd": invstd}, {"grad_output": grad_output, "output": output}, activation)
+    parameters = {"weight": weight, "mean": mean, "invstd": invstd}
+    _check(op, input, parameters, {"grad_output": grad_output, "output": output}, activation)
     x = _dense(input)
     C, dtype = x.shape[1], accumulator_dtype(x.dtype)
     parameter = weight.dtype if weight is not None else dtype

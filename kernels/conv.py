@@ -260,7 +260,8 @@ def conv2d_backward_weight_kernel(
 def _geometry(op, input_size, weight_size, stride, padding, dilation, groups):
     """Checks, and the output's height and width."""
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        check(len(values) == 2 and all(v >= least for v in values), f"{op}: {name} must be two numbers >= {least}, got {values}")
+        fits = len(values) == 2 and all(v >= least for v in values)
+        check(fits, f"{op}: {name} must be two numbers >= {least}, got {values}")
     check(len(input_size) == 4 and len(weight_size) == 4, f"{op}: expected a 4-D input and weight")
     check(min(input_size) >= 0 and min(weight_size) >= 0, f"{op}: negative size")
     check(groups >= 1 and weight_size[0] % groups == 0, f"{op}: {weight_size[0]} channels in {groups} groups")

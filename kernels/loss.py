@@ -2,7 +2,8 @@
 
 Forward: one program takes a few positions and runs over their classes once, keeping a running maximum and a sum of
 exponentials (online softmax), so that the probabilities are never stored; only the maximum and the logarithm of the
-sum are kept for the backward, which recomputes them (apart, because their sum would round). Class weights, label smoothing and ignored targets are part of the same pass.
+sum are kept for the backward, which recomputes them (apart, because their sum would round). Class weights, label
+smoothing and ignored targets are part of the same pass.
 The sum over positions is made of one partial a program, added by one last program in a fixed order. A target outside
 [0, C) that is not ignore_index gives NaN. Floor: the logits read once forward, read and written once backward.
 """
@@ -111,7 +112,8 @@ def cross_entropy_reduce_kernel(
 @triton.jit
 def cross_entropy_backward_kernel(
     grad_ptr, x_ptr, target_ptr, weight_ptr, lse_ptr, total_weight_ptr, dx_ptr,
-    POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, dx_stride_n, dx_stride_pixel, dx_stride_c, ignore_index, smoothing: tl.float64,
+    POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, dx_stride_n, dx_stride_pixel, dx_stride_c,
+    ignore_index, smoothing: tl.float64,
     HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
     ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -168,7 +170,8 @@ def _check(op, input, target, weight, reduction, label_smoothing):
     check_tensors(op, input)
     check(input.dim() >= 2, f"{op}: expected input [N, C, ...], got {tuple(input.shape)}")
     check(target.dtype == torch.int64 and target.device == input.device, f"{op}: target must be int64 on the same device")
-    check(tuple(target.shape) == (input.shape[0], *input.shape[2:]), f"{op}: input {tuple(input.shape)}, target {tuple(target.shape)}")
+    expected = (input.shape[0], *input.shape[2:])
+    check(tuple(target.shape) == expected, f"{op}: input {tuple(input.shape)}, target {tuple(target.shape)}")
     check(reduction in (_NONE, _MEAN, _SUM), f"{op}: no reduction {reduction}")
     check(0.0 <= label_smoothing <= 1.0, f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if weight is not None:
@@ -212,7 +215,8 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
         launch(
             cross_entropy_forward_kernel, (programs,), x, target.contiguous(), weight if weight is not None else x,
             loss, lse, loss_parts, weight_parts, positions, C, pixels, *_strides(x, pixels), ignore_index,
-            float(label_smoothing), HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
+            float(label_smoothing), HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0,
+            REDUCE=reduce, ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
         )
     launch(
         cross_entropy_reduce_kernel, (1,), loss_parts, weight_parts, loss if reduce else total_weight, total_weight, programs,

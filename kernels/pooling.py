@@ -309,8 +309,9 @@ def max_pool2d_backward(grad_output, indices, input_size, kernel_size, stride, p
     check(grad_output.dim() == 4 and indices.shape == grad_output.shape, f"{op}: grad_output and indices differ in shape")
     check(tuple(grad_output.shape[:2]) == tuple(input_size[:2]), f"{op}: grad_output does not belong to input_size")
     (N, C, H, W), (P, Q) = input_size, grad_output.shape[2:]
-    for size, out, *a in zip((H, W), (P, Q), kernel_size, stride, padding, dilation):
-        check(out in (_output_size(op, size, *a, False), _output_size(op, size, *a, True)), f"{op}: wrong output size")
+    for size, out, k, s, pad, dil in zip((H, W), (P, Q), kernel_size, stride, padding, dilation):
+        sizes = [_output_size(op, size, k, s, pad, dil, ceil_mode) for ceil_mode in (False, True)]
+        check(out in sizes, f"{op}: wrong output size")
     dy = dense(grad_output)
     place = indices if indices.stride() == dy.stride() else torch.empty_like(dy, dtype=indices.dtype).copy_(indices)
     grad_input = empty((N, C, H, W), dy, channels_last)

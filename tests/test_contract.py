@@ -247,7 +247,8 @@ NONSENSE = (
     lambda t: t.reshape(-1)[:0], lambda t: t.reshape(-1), lambda t: t[..., None, None], lambda t: t.to(torch.int32),
     lambda t: t.to(torch.complex64), lambda t: t.to(torch.float16), lambda t: t[..., :1] if t.dim() else t,
     lambda t: t.new_zeros(()), lambda t: -t if t.dtype != torch.bool else t, lambda t: t.new_zeros(0, 0, 0, 0),
-    lambda t: t.to("meta"), lambda t: t.expand(3, *t.shape), lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32),
+    lambda t: t.to("meta"), lambda t: t.expand(3, *t.shape),
+    lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32),
     lambda t: t.to_sparse() if t.dim() else t,
 )
 WRONG_INTS = ([], [0, 0], [-1, -1], [1], [2**40, 2**40], [1, 2, 3], [2**62, 2**62])

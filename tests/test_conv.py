@@ -61,7 +61,7 @@ CASES = {name: (torch.Size(x), torch.Size(w), *rest) for name, (x, w, *rest) in 
 
 
 def both(case):
-    *_, stride, padding, dilation, groups, bias = case
+    *_, stride, padding, dilation, groups, _bias = case
 
     def ours(x, w, b=None):
         return F.conv2d(x, w, b, stride, padding, dilation, groups)
@@ -80,7 +80,7 @@ def test_parity(name, dtype):
     for layout in LAYOUTS:
         with dlkern.trace() as calls:
             dlkern.testing.check(
-                ours, theirs, lambda: draw(case, layout), dtype=dtype, draws=3, name=f"{name} {layout}"
+                ours, theirs, lambda layout=layout: draw(case, layout), dtype=dtype, draws=3, name=f"{name} {layout}"
             ).raise_if_failed()
         assert {call.backend for call in calls} == {"cpu"}
 
@@ -268,7 +268,7 @@ WRONG = {
 def test_wrong_arguments(name):
     x, w, b = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3), torch.randn(8)
     arguments = WRONG[name](x, w, b)
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         TF.conv2d(**arguments)
     with pytest.raises(type(theirs.value)) as ours:
         F.conv2d(**arguments)

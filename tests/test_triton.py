@@ -216,7 +216,8 @@ def test_lenet_trains_a_step():
         loss = cross_entropy(model(x.to(dtype)), target)
         loss.backward()
         optimizer.step()
-        return [loss.detach(), *(p.detach() for p in model.parameters()), *(b for b in model.buffers() if b.is_floating_point())]
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        return [loss.detach(), *(p.detach() for p in model.parameters()), *buffers]
 
     with dlkern.trace() as calls:
         ours = step(network(dlkern.nn), F.cross_entropy, torch.float32)

@@ -9,6 +9,8 @@ one rounding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dlkern import columns
@@ -144,7 +146,8 @@ class BatchNormTrain(_autograd.Function):
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 10
-        return (*_backward(ctx, grad_output, *ctx.saved_tensors, True), *(None,) * 6)
+        input, output, weight, mean, invstd = ctx.saved_tensors
+        return (*_backward(ctx, grad_output, input, output, weight, mean, invstd, True), *(None,) * 6)
 
 
 class BatchNormEval(_autograd.Function):
@@ -183,7 +186,7 @@ def batch_norm(
     activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """activation(batch_norm(input) + residual), and when training the new running statistics."""
-    args = (input, residual, weight, bias, running_mean, running_var)
+    args: tuple[Any, Any, Any, Any, Any, Any] = (input, residual, weight, bias, running_mean, running_var)
     column = "reference"
     if not _autograd.use_reference():
         choice = columns.choose(

@@ -120,7 +120,7 @@ class Conv2d(_autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, *ctx.settings, ctx.column = inputs
+        input, weight, _bias, *ctx.settings, ctx.column = inputs
         need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             input if need_weight or need_bias else None,

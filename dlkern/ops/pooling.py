@@ -8,8 +8,6 @@ op itself for the averages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from dlkern import columns
@@ -244,8 +242,8 @@ def _choose(op: str, input: torch.Tensor) -> str:
 
 
 def max_pool2d(
-    input: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil_mode: bool, return_indices: bool,
+    input: torch.Tensor, kernel_size: reference.Ints, stride: reference.Ints, padding: reference.Ints,
+    dilation: reference.Ints, ceil_mode: bool, return_indices: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maximum of each window of a 4-D input, and int64 indices (of no use unless return_indices)."""
     window = (kernel_size, stride, padding, dilation)
@@ -262,7 +260,7 @@ def max_pool2d(
 
 
 def avg_pool2d(
-    input: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool,
+    input: torch.Tensor, kernel_size: reference.Ints, stride: reference.Ints, padding: reference.Ints, ceil_mode: bool,
     count_include_pad: bool, divisor_override: int | None,
 ) -> torch.Tensor:
     """Average of each window of a 4-D input."""
@@ -277,7 +275,7 @@ def avg_pool2d(
     return raw["avg_pool2d_forward"][column](input, *settings)
 
 
-def adaptive_avg_pool2d(input: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
+def adaptive_avg_pool2d(input: torch.Tensor, output_size: reference.Ints) -> torch.Tensor:
     """Averages of output_size windows that cover a 4-D input."""
     if _autograd.use_reference():
         return reference.adaptive_avg_pool2d(input, output_size)

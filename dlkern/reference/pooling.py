@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "flat_indices", "max_pool2d"]
 
+Ints = list[int] | tuple[int, ...]
+
 
 def max_pool2d(
-    input: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil_mode: bool,
+    input: torch.Tensor, kernel_size: Ints, stride: Ints, padding: Ints,
+    dilation: Ints, ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest element of each window and where it is (int64, y * width + x)."""
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
 
 
 def flat_indices(
-    indices: torch.Tensor, width: int, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
+    indices: torch.Tensor, width: int, kernel_size: Ints, stride: Ints, padding: Ints,
+    dilation: Ints,
 ) -> torch.Tensor:
     """Indices of max_pool2d_forward as torch has them: window offsets r * kw + s become y * width + x."""
     if indices.dtype == torch.int64:
@@ -34,11 +34,11 @@ def flat_indices(
 
 
 def avg_pool2d(
-    input: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool,
+    input: torch.Tensor, kernel_size: Ints, stride: Ints, padding: Ints, ceil_mode: bool,
     count_include_pad: bool, divisor_override: int | None,
 ) -> torch.Tensor:
     return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
-def adaptive_avg_pool2d(input: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
-    return F.adaptive_avg_pool2d(input, output_size)
+def adaptive_avg_pool2d(input: torch.Tensor, output_size: Ints) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(input, output_size)  # type: ignore[arg-type]  # lists are as good

@@ -39,7 +39,7 @@ class Case:
     label: str
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
-    inputs: Callable[[], list[Any]]
+    inputs: Callable[..., list[Any]]
     images: bool = False
     draws: int = 4
     plain: Callable[..., Any] | None = None
@@ -123,7 +123,8 @@ def _batch_norm() -> Iterator[Case]:
         yield Case("batch_norm", "batch_norm", f"train {label}", train(F), train(tF),
                    lambda s=shape: [shifted(*s), _randn(s[1]), _randn(s[1])], images=len(shape) == 4, plain=plain)
         yield Case("batch_norm", "batch_norm", f"eval {label}", frozen(F), frozen(tF),
-                   lambda s=shape: [shifted(*s), _randn(s[1]), _randn(s[1]), *running(s[1])], images=len(shape) == 4, plain=plain)
+                   lambda s=shape: [shifted(*s), _randn(s[1]), _randn(s[1]), *running(s[1])],
+                   images=len(shape) == 4, plain=plain)
     yield Case("batch_norm", "batch_norm", "train not affine", train(F), train(tF),
                lambda: [shifted(4, 3, 6, 5)], images=True, plain=plain)
 

@@ -31,7 +31,8 @@ MUTANTS = [
     _mutant("conv", "bias += tl.sum(dy.to(ACC), axis=1)", "bias = tl.sum(dy.to(ACC), axis=1)",
             "test_float32 and even_kernel"),
     _mutant("_depthwise", "reach_h % STRIDE_H == 0", "reach_h >= 0", "multiplier"),
-    _mutant("_depthwise", "(k // MULTIPLIER * x_stride_c)[None, :]\n    acc", "(k * x_stride_c)[None, :]\n    acc", "multiplier"),
+    _mutant("_depthwise", "(k // MULTIPLIER * x_stride_c)[None, :]\n    acc", "(k * x_stride_c)[None, :]\n    acc",
+            "multiplier"),
     # pooling: the tie, a window short, the divisor at a border, windows of the adaptive backward
     _mutant("pooling", "((x > best) | (x != x) | (place < 0))", "(x >= best)", "max_pooling_is_torchs"),
     _mutant("pooling", "(k - 1) * dil // s + 1 for d, k, s, dil", "(k - 1) * dil // s for d, k, s, dil",

@@ -90,6 +90,7 @@ def batch_norm_act(
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code
     )
     if training and running_mean is not None:
+        assert running_var is not None and new_mean is not None and new_var is not None  # _check: both or neither
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
     return output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dlkern import ops
@@ -65,7 +67,7 @@ def linear(
     return activate(output, code)
 
 
-def _autocast(device: str, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _autocast(device: str, *tensors: torch.Tensor | None) -> list[Any]:
     """float32 and smaller in autocast's dtype, as its lower_precision_fp list has linear; float64 stays."""
     dtype = torch.get_autocast_dtype(device)
     return [

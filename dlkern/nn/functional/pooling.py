@@ -17,6 +17,8 @@ from dlkern import trace as tracing
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "max_pool2d_with_indices"]
 
 _Pair = int | Sequence[int]
+_Two = tuple[Any, Any]  # int or SymInt
+_Window = tuple[_Two, _Two, _Two, _Two]
 
 
 def _hand_on(op: str, reason: str, function: Callable[..., Any], input: Any, *args: Any) -> Any:
@@ -25,7 +27,7 @@ def _hand_on(op: str, reason: str, function: Callable[..., Any], input: Any, *ar
     return function(input, *args)
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
+def _pair(value: Any) -> _Two | None:
     """(height, width) of an int or a sequence of one or two, None for anything else."""
     if isinstance(value, int | torch.SymInt):
         return value, value
@@ -34,7 +36,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, int], ...] | None:
+def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> _Window | None:
     """kernel_size, stride, padding and dilation as pairs; None where torch would refuse them."""
     kernel = _pair(kernel_size)
     step = kernel if stride is None or (isinstance(stride, tuple | list) and not stride) else _pair(stride)
@@ -48,9 +50,9 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> tuple
     return kernel, step, pad, spread
 
 
-def _fits(input: Any, window: tuple[tuple[int, int], ...] | None) -> bool:
+def _fits(input: Any, window: _Window) -> bool:
     """Whether input is a floating-point [N, C, H, W] or [C, H, W] with at least one window."""
-    if window is None or not isinstance(input, torch.Tensor) or not input.is_floating_point():
+    if not isinstance(input, torch.Tensor) or not input.is_floating_point():
         return False
     if input.dim() not in (3, 4) or any(size == 0 for size in input.shape[-3:]):
         return False
@@ -84,7 +86,7 @@ def max_pool2d(
         RuntimeError, TypeError: as torch does.
     """
     window = _window(kernel_size, stride, padding, dilation)
-    if not _fits(input, window):
+    if window is None or not _fits(input, window):
         return _hand_on(
             "max_pool2d", _REFUSED, torch.nn.functional.max_pool2d,
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices,
@@ -124,7 +126,8 @@ def avg_pool2d(
         RuntimeError, TypeError: as torch does.
     """
     window = _window(kernel_size, stride, padding, 1)
-    if not _fits(input, window) or not (divisor_override is None or (isinstance(divisor_override, int) and divisor_override)):
+    divisible = divisor_override is None or (isinstance(divisor_override, int) and divisor_override)
+    if window is None or not _fits(input, window) or not divisible:
         return _hand_on(
             "avg_pool2d", _REFUSED, torch.nn.functional.avg_pool2d,
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
@@ -148,7 +151,7 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
     Raises:
         RuntimeError, TypeError: as torch does.
     """
-    size = None
+    size: tuple[Any, ...] | None = None
     if isinstance(input, torch.Tensor) and input.is_floating_point() and input.dim() in (3, 4):
         if isinstance(output_size, int | torch.SymInt):
             size = (output_size, output_size)
