@@ -67,7 +67,11 @@ wheel: setup
 fuzz: install
 	DLKERN_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
 
+# The CPU column under AddressSanitizer and UBSan, and AVX-512's code with its vectors lowered to AVX2.
+sanitize: install
+	$(PY) -m pytest tests/test_builds.py -m companion
+
 mutate: install
 	$(PY) tests/mutate.py
 
-.PHONY: help setup native cuda-on-host install demo test lint format wheel fuzz mutate
+.PHONY: help setup native cuda-on-host install demo test lint format wheel fuzz mutate sanitize

@@ -33,7 +33,7 @@ def library(variant: str) -> str:
     return str(ROOT / "build" / variant / "libdlkern.so")
 
 
-@pytest.mark.slow
+@pytest.mark.companion
 def test_contract_with_avx512_vectors_on_any_machine():
     contract_tests("test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide"))
 
@@ -43,7 +43,7 @@ def runtime_library(name: str) -> str:
     return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.companion
 def test_contract_under_address_and_undefined_behaviour_sanitizers():
     contract_tests(
         f"({SELECTION}) and not bfloat16 and not float64",
