@@ -151,7 +151,8 @@ def native_objects(ninja, build, variant, compiler):
     if variant == "wide":
         common += " -DDLKERN_WIDE"
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common} $flags -c $in -o $out")
-    torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {include_flags}"
+    built = " ".join(f"-DDLKERN_BUILT_{isa.upper()}" for isa in isas())
+    torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {built} {include_flags}"
     objects = []
     op_layer = sorted(source for source in (CSRC / "ops").glob("*.cpp") if not source.name.startswith("cuda_"))
     for source in op_layer + [CSRC / "cpu" / name for name in sorted(PLAIN_CPU_SOURCES)]:

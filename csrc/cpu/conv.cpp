@@ -1,14 +1,15 @@
 // conv2d forward and the gradient of its input: both are correlations of a source with a filter.
 //
 // Implicit matrix product: output pixels x output channels, summed over taps and input channels. A block of output
-// pixels, and the zero-padded window of the source that they see, stays in the second-level cache; the window is
-// copied once (padding, transposing and widening together), or read in place where it lies as [row][column][channel]
-// already. For each panel of output channels the micro-kernel then runs over the pixels with the panel's weights in
-// the first-level cache. The input gradient is, for each residue of the input position modulo the stride, a dense
-// correlation of grad_output with the taps of that residue: no multiplications by inserted zeros.
+// pixels, and the window of the source that they see, stays in the second-level cache; the window is copied once
+// (transposing and widening together), or read in place where it lies as [row][column][channel] already. For each panel
+// of output channels the micro-kernel then runs over the pixels, grouped by the taps they see (conv_borders.h), with the
+// panel's weights in the first-level cache. The input gradient is, for each residue of the input position modulo the
+// stride, a dense correlation of grad_output with the taps of that residue: no multiplications by inserted zeros.
 // Floor: 2 N P Q K C R S / groups over the FMA peak.
 #include "conv.h"
 
+#include "conv_borders.h"
 #include "conv_depthwise.h"
 #include "conv_pack.h"
 #include "parallel.h"
@@ -43,10 +44,9 @@ template <class T> struct Plan {
   int64_t splits;                         // of the panels among tasks
   int64_t panels, depth;                  // depth: steps of a whole sum
   int64_t panel_width;                    // of all panels but the last
-  int64_t block_depth;                    // steps between two additions to memory
-  const Piece* pieces;
-  const int64_t* blocks;                  // first piece of each such block, and the end
-  int64_t block_count;
+  int64_t block_depth, block_count;       // steps between two additions to memory
+  Borders rows, columns;
+  const PieceTable* classes;              // [rows.count][columns.count]
   A *weights, *bias;                      // packed, for all groups
 
   int64_t width_of(int64_t panel) const {
@@ -63,9 +63,7 @@ template <class T> void plan_source(const Correlation<T>& z, Plan<T>& plan) {
   plan.min_w = z.tap_w[0];
   plan.span_h = z.tap_h[z.taps_h - 1] - plan.min_h;
   plan.span_w = z.tap_w[z.taps_w - 1] - plan.min_w;
-  plan.in_place = sizeof(T) == sizeof(acc_t<T>) && z.source.channels_last && plan.min_h >= 0 && plan.min_w >= 0 &&
-                  (z.rows - 1) * z.stride_h + z.tap_h[z.taps_h - 1] < z.source.h &&
-                  (z.columns - 1) * z.stride_w + z.tap_w[z.taps_w - 1] < z.source.w;
+  plan.in_place = sizeof(T) == sizeof(acc_t<T>) && z.source.channels_last && plan.rows.cut && plan.columns.cut;
   const bool one_h = z.taps_h == 1 && !plan.in_place, one_w = z.taps_w == 1 && !plan.in_place;
   plan.copy_h = one_h ? z.stride_h : 1;
   plan.local_h = one_h ? 1 : z.stride_h;
@@ -99,34 +97,6 @@ template <class T> void plan_blocks(const Correlation<T>& z, Plan<T>& plan) {
   }
   plan.block_rows = rows;
   plan.row_blocks = ceil_div(plan.all_rows, rows);
-}
-
-// The pieces a pixel's window consists of, in blocks of block_depth steps.
-template <class T> void plan_pieces(const Correlation<T>& z, Plan<T>& plan, Piece* pieces, int64_t* blocks) {
-  // Neighbouring taps of a row make one run where all channels of a pixel are read.
-  bool merged = plan.pixel == plan.channels;
-  for (int64_t s = 1; s < z.taps_w; ++s) merged = merged && z.tap_w[s] == z.tap_w[s - 1] + 1;
-  const int64_t runs = merged ? 1 : z.taps_w, length = merged ? z.taps_w * plan.channels : plan.channels;
-  int64_t count = 0, filled = 0;
-  plan.block_count = 0;
-  blocks[plan.block_count++] = 0;
-  for (int64_t r = 0; r < z.taps_h; ++r)
-    for (int64_t s = 0; s < runs; ++s) {
-      const int64_t offset = (z.tap_h[r] - plan.min_h) * plan.row + (z.tap_w[s] - plan.min_w) * plan.pixel;
-      for (int64_t done = 0; done < length;) {
-        if (filled == plan.block_depth) {
-          blocks[plan.block_count++] = count;
-          filled = 0;
-        }
-        const int64_t part = smaller(length - done, plan.block_depth - filled);
-        pieces[count++] = Piece{offset + done, part};
-        done += part;
-        filled += part;
-      }
-    }
-  blocks[plan.block_count] = count;
-  plan.pieces = pieces;
-  plan.blocks = blocks;
 }
 
 // The weight's taps in the order of the pieces, and the table that packing needs.
@@ -197,12 +167,30 @@ void write_out(const Correlation<T>& z, const A* sums, int64_t width, int64_t fi
   }
 }
 
+// Where pixels of a block go, so that those of a class follow each other: order[pixel], first[class] .. first[class + 1).
+template <class T>
+void group_pixels(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                  int64_t column_end, int32_t* order, int32_t* first) {
+  const int64_t across = plan.columns.count, classes = plan.rows.count * across;
+  for (int64_t c = 0; c <= classes; ++c) first[c] = 0;
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t q = column_begin; q < column_end; ++q) ++first[plan.rows.of[row % z.rows] * across + plan.columns.of[q] + 1];
+  for (int64_t c = 0; c < classes; ++c) first[c + 1] += first[c];
+  int32_t next[kMostRanges * kMostRanges];
+  for (int64_t c = 0; c < classes; ++c) next[c] = first[c];
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t q = column_begin; q < column_end; ++q)
+      *order++ = next[plan.rows.of[row % z.rows] * across + plan.columns.of[q]]++;
+}
+
 // One block of output pixels, for panels [panel_begin, panel_end) of one group.
 template <class T>
 void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end, int64_t column_begin,
                int64_t column_end, int64_t group, int64_t panel_begin, int64_t panel_end) {
   using A = acc_t<T>;
-  const int64_t columns = column_end - column_begin, pixels = (row_end - row_begin) * columns;
+  const int64_t columns = column_end - column_begin, classes = plan.rows.count * plan.columns.count;
+  int32_t order[kMostPixels], first_pixel[kMostRanges * kMostRanges + 1];
+  group_pixels(z, plan, row_begin, row_end, column_begin, column_end, order, first_pixel);
   const A* windows[kMostPixels];
   A* outs[kMostPixels];
 
@@ -213,7 +201,7 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
         const int64_t h = row % z.rows * z.stride_h + plan.min_h;
         const A* start = z.source.data + ((row / z.rows * z.source.h + h) * z.source.w + plan.min_w) * plan.pixel +
                          group * plan.channels;
-        for (int64_t q = column_begin; q < column_end; ++q) windows[p++] = start + q * z.stride_w * plan.pixel;
+        for (int64_t q = column_begin; q < column_end; ++q) windows[order[p++]] = start + q * z.stride_w * plan.pixel;
       }
     }
   } else {
@@ -231,7 +219,8 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
                           plan.copy_w};
       copy_window(z.source, window, group * plan.channels, plan.channels, copy, plan.row, plan.pixel);
       for (int64_t k = 0; k < count; ++k)
-        for (int64_t q = 0; q < columns; ++q) windows[p++] = copy + k * plan.local_h * plan.row + q * plan.local_w * plan.pixel;
+        for (int64_t q = 0; q < columns; ++q)
+          windows[order[p++]] = copy + k * plan.local_h * plan.row + q * plan.local_w * plan.pixel;
       copy += window.rows * plan.row;
       row += count;
     }
@@ -246,9 +235,9 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
       for (int64_t row = row_begin, p = 0; row < row_end; ++row) {
         const int64_t h = z.start_h + row % z.rows * z.step_h;
         for (int64_t q = column_begin; q < column_end; ++q)
-          outs[p++] = z.output +
-                      ((row / z.rows * z.out_h + h) * z.out_w + z.start_w + q * z.step_w) * z.out_channels +
-                      group * plan.outputs;
+          outs[order[p++]] = z.output +
+                             ((row / z.rows * z.out_h + h) * z.out_w + z.start_w + q * z.step_w) * z.out_channels +
+                             group * plan.outputs;
       }
   }
   const int64_t padded = plan.outputs_padded();
@@ -256,22 +245,25 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
     const int64_t first = panel * plan.panel_width, width = plan.width_of(panel),
                   count = smaller(width, plan.outputs - first);
     const A* weights = plan.weights + (group * padded + first) * plan.depth;
-    const A* bias = plan.bias + group * padded + first;
+    const A* bias = z.bias ? plan.bias + group * padded + first : nullptr;
     const bool here = direct && count == width;
     A* own[kMostPixels];
     if (!here) {
       if (!sums) sums = scratch<A>(Slot::family_2, kMostPixels * kTileVectors * kLanes<A>);
-      for (int64_t p = 0; p < pixels; ++p) own[p] = sums + p * width;
+      for (int64_t p = 0, pixels = first_pixel[classes]; p < pixels; ++p) own[order[p]] = sums + p * width;
     }
-    for (int64_t block = 0; block < plan.block_count; ++block) {
-      const Piece* pieces = plan.pieces + plan.blocks[block];
-      const int64_t piece_count = plan.blocks[block + 1] - plan.blocks[block];
-      for (int64_t p = 0; p < pixels; p += kTilePixels) {
-        const auto tile = correlate_tile_for<A>(smaller(kTilePixels, pixels - p), width / kLanes<A>);
-        tile(pieces, piece_count, windows + p, weights, (here ? outs : own) + p, here ? first : 0, block > 0,
-             z.bias && block + 1 == plan.block_count ? bias : nullptr);
+    for (int64_t block = 0; block < plan.block_count; ++block, weights += plan.block_depth * width) {
+      const A* add_bias = block + 1 == plan.block_count ? bias : nullptr;
+      for (int64_t c = 0; c < classes; ++c) {
+        const PieceTable& table = plan.classes[c];
+        const int64_t pieces = table.starts[block + 1] - table.starts[block];
+        if (pieces == 0 && block > 0 && !add_bias) continue;
+        for (int64_t p = first_pixel[c]; p < first_pixel[c + 1]; p += kTilePixels) {
+          const auto tile = correlate_tile_for<A>(smaller(kTilePixels, first_pixel[c + 1] - p), width / kLanes<A>);
+          tile(table.list + table.starts[block], pieces, windows + p, weights, (here ? outs : own) + p, here ? first : 0,
+               block > 0, add_bias);
+        }
       }
-      for (int64_t t = 0; t < piece_count; ++t) weights += pieces[t].length * width;
     }
     if (!here)
       write_out(z, sums, width, group * plan.outputs + first, count, row_begin, row_end, column_begin, columns);
@@ -281,7 +273,10 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 template <class T> void correlate(const Correlation<T>& z) {
   if (is_depthwise(z)) return correlate_depthwise(z);
   using A = acc_t<T>;
+  uint8_t* ranges = reinterpret_cast<uint8_t*>(scratch<char>(Slot::family_4, z.rows + z.columns));
   Plan<T> plan;
+  plan.rows = find_borders(z.rows, z.stride_h, z.source.h, z.tap_h, z.taps_h, ranges);
+  plan.columns = find_borders(z.columns, z.stride_w, z.source.w, z.tap_w, z.taps_w, ranges + z.rows);
   plan_source(z, plan);
   plan.panel_width = kTileVectors * kLanes<A>;
   plan.panels = ceil_div(plan.outputs, plan.panel_width);
@@ -290,13 +285,22 @@ template <class T> void correlate(const Correlation<T>& z) {
 
   plan.block_depth = sum_depth(plan.depth, static_cast<double>(plan.all_rows * z.columns) *
                                                static_cast<double>(z.out_channels * plan.depth));
-  const int64_t most_blocks = plan.depth / plan.block_depth + 2;
-  const int64_t taps = z.taps_h * z.taps_w, most_pieces = taps + most_blocks;
+  plan.block_count = ceil_div(plan.depth, plan.block_depth);
+  const int64_t taps = z.taps_h * z.taps_w, classes = plan.rows.count * plan.columns.count;
+  const int64_t most_pieces = taps + plan.block_count;
   const int64_t table = z.kernel_size * plan.channels, padded = z.groups * plan.outputs_padded();
-  Arena arena{scratch<char>(Slot::family_0, 64 * 8 + 16 * most_pieces + 8 * (most_blocks + taps + table) +
-                                                static_cast<int64_t>(sizeof(A)) * padded * (plan.depth + 1))};
-  Piece* pieces = arena.take<Piece>(most_pieces);
-  plan_pieces(z, plan, pieces, arena.take<int64_t>(most_blocks));
+  Arena arena{scratch<char>(Slot::family_0,
+                            64 * 8 + classes * (16 + 24 * most_pieces + 4 * (plan.block_count + 1) + 128) + 8 * (taps + table) +
+                                static_cast<int64_t>(sizeof(A)) * padded * (plan.depth + 1))};
+  PieceTable* tables = arena.take<PieceTable>(classes);
+  WindowShape shape{plan.channels, plan.pixel, plan.row, z.taps_h, z.taps_w, z.tap_h, z.tap_w, plan.pixel == plan.channels};
+  for (int64_t s = 1; s < z.taps_w; ++s) shape.merged = shape.merged && z.tap_w[s] == z.tap_w[s - 1] + 1;
+  for (int64_t c = 0; c < classes; ++c) {
+    tables[c] = {arena.take<Piece>(most_pieces), arena.take<int32_t>(plan.block_count + 1)};
+    plan_pieces(shape, plan.rows.ranges[c / plan.columns.count], plan.columns.ranges[c % plan.columns.count],
+                plan.block_depth, plan.block_count, tables[c].list, tables[c].starts);
+  }
+  plan.classes = tables;
   int64_t* tap_offsets = arena.take<int64_t>(taps);
   const Filter<T> filter = plan_filter(z, plan, tap_offsets, arena.take<int64_t>(table));
   plan.bias = arena.take<A>(padded);

@@ -16,15 +16,15 @@ constexpr int kOuterRows = kVectorBytes == 64 ? 12 : 6;
 constexpr int kOuterPitch = kVectorBytes == 64 ? 16 : 8;  // elements from one pixel's kOuterRows channels to the next's
 // Most steps between two additions of the sums to memory: so that a panel of weights stays in the first-level cache,
 // and because rounding errors grow with the length of an unbroken sum.
-constexpr int64_t kDepth = 64;
+constexpr int64_t kDepth = 128;
 
-// A run of consecutive elements in every pixel's window.
+// A run of consecutive elements in every pixel's window, and the step of its first in the weights.
 struct Piece {
-  int64_t offset, length;
+  int64_t offset, length, step;
 };
 
-// outs[i][0, NV vectors) (+)= sum over pieces and their elements e of rows[i][offset + e] * weights[step], where weights
-// holds NV vectors a step; then bias, where that is not null, is added.
+// outs[i][0, NV vectors) (+)= sum over pieces and their elements e of rows[i][offset + e] * weights[step + e], where
+// weights holds NV vectors a step; then bias, where that is not null, is added.
 template <class A>
 using CorrelateTile = void (*)(const Piece* pieces, int64_t count, const A* const* rows, const A* weights,
                                A* const* outs, int64_t out_offset, bool add, const A* bias);
@@ -37,14 +37,15 @@ void correlate_tile(const Piece* pieces, int64_t count, const A* const* rows, co
   V sum[ROWS][NV] = {};
   for (int64_t t = 0; t < count; ++t) {
     const A* a[ROWS];
+    const A* w = weights + pieces[t].step * (NV * lanes);
     const int64_t length = pieces[t].length;
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) a[i] = rows[i] + pieces[t].offset;
     for (int64_t e = 0; e < length; ++e) {
       V b[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) b[j] = load(weights + j * lanes);
-      weights += NV * lanes;
+      for (int j = 0; j < NV; ++j) b[j] = load(w + j * lanes);
+      w += NV * lanes;
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
         const V value = broadcast<A>(a[i][e]);

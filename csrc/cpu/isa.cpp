@@ -14,12 +14,23 @@ static Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
 #endif
+#ifndef DLKERN_BUILT_AVX512
+  if (best == Isa::avx512) best = Isa::avx2;
+#endif
+#ifndef DLKERN_BUILT_AVX2
+  if (best == Isa::avx2) best = Isa::portable;
+#endif
 #ifdef DLKERN_WIDE
   best = Isa::avx512;  // its code, compiled for AVX2
 #endif
-  if (const char* cap = std::getenv("DLKERN_CPU_ISA")) {
+  [[maybe_unused]] const char* const cap = std::getenv("DLKERN_CPU_ISA");
+  if (cap) {
+#ifdef DLKERN_BUILT_PORTABLE
     if (!std::strcmp(cap, "portable")) return Isa::portable;
+#endif
+#ifdef DLKERN_BUILT_AVX2
     if (!std::strcmp(cap, "avx2") && best == Isa::avx512) return Isa::avx2;
+#endif
   }
   return best;
 }

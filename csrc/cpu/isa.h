@@ -21,13 +21,26 @@ bool has_bf16_dot();
   namespace avx2 { result name(__VA_ARGS__); }           \
   namespace avx512 { result name(__VA_ARGS__); }
 
-#ifdef DLKERN_NO_SIMD  // not x86: the portable build is the only one
-#define DLKERN_CALL(name, ...) ::dlkern::cpu::portable::name(__VA_ARGS__)
+// A build may leave instruction sets out (DLKERN_ISAS): setup.py then defines DLKERN_BUILT_<NAME> for those it has.
+// (An instruction set below the lowest one built runs that.)
+#ifdef DLKERN_BUILT_PORTABLE
+#define DLKERN_CALL_PORTABLE(name, ...) ::dlkern::cpu::portable::name(__VA_ARGS__)
+#elif defined(DLKERN_BUILT_AVX2)
+#define DLKERN_CALL_PORTABLE(name, ...) ::dlkern::cpu::avx2::name(__VA_ARGS__)
 #else
-#define DLKERN_CALL(name, ...)                                                  \
-  (::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx512                           \
-       ? ::dlkern::cpu::avx512::name(__VA_ARGS__)                               \
-       : ::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx2                       \
-             ? ::dlkern::cpu::avx2::name(__VA_ARGS__)                           \
-             : ::dlkern::cpu::portable::name(__VA_ARGS__))
+#define DLKERN_CALL_PORTABLE(name, ...) ::dlkern::cpu::avx512::name(__VA_ARGS__)
 #endif
+#ifdef DLKERN_BUILT_AVX2
+#define DLKERN_CALL_AVX2(name, ...) ::dlkern::cpu::avx2::name(__VA_ARGS__)
+#else
+#define DLKERN_CALL_AVX2(name, ...) DLKERN_CALL_PORTABLE(name, __VA_ARGS__)
+#endif
+#ifdef DLKERN_BUILT_AVX512
+#define DLKERN_CALL_AVX512(name, ...) ::dlkern::cpu::avx512::name(__VA_ARGS__)
+#else
+#define DLKERN_CALL_AVX512(name, ...) DLKERN_CALL_AVX2(name, __VA_ARGS__)
+#endif
+#define DLKERN_CALL(name, ...)                                                                  \
+  (::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx512 ? DLKERN_CALL_AVX512(name, __VA_ARGS__)   \
+   : ::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx2 ? DLKERN_CALL_AVX2(name, __VA_ARGS__)     \
+                                                      : DLKERN_CALL_PORTABLE(name, __VA_ARGS__))
