@@ -327,7 +327,8 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   const int64_t kc_block = b_in_place ? kInPlaceKC : kKC, kc_max = smaller(kc_block, g.k);
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
-  P* packed_b = b_in_place ? nullptr : scratch<P>(Slot::gemm_b, kc_max * nc_max);
+  // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
+  P* packed_b = scratch<P>(Slot::gemm_b, kc_max * (b_in_place ? width : nc_max));
   P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_max * smaller(kMC, m));
   // Sums between blocks of k, where C's own type would round them.
   P* sums = c_is_sum || g.k <= kc_block ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
@@ -338,7 +339,8 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
       const int64_t kc = smaller(kc_block, g.k - pc);
       const bool first = pc == 0, last = pc + kc_block >= g.k;
       const T* b = g.b + pc * g.b_row + jc * g.b_column;
-      if (!b_in_place) pack_b(kc, nc, b, g.b_row, g.b_column, packed_b);
+      const int64_t in_place = !b_in_place ? 0 : nc % kLanes<P> ? nc / width * width : nc;  // columns read where they are
+      if (in_place < nc) pack_b(kc, nc - in_place, b + in_place * g.b_column, g.b_row, g.b_column, packed_b);
       for (int64_t ic = i_begin; ic < i_end; ic += kMC) {
         const int64_t mc = smaller(kMC, i_end - ic);
         const T* a = g.a + ic * g.a_row + pc * g.a_column;
@@ -348,10 +350,10 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
         for (int64_t j = 0; j < nc; j += width) {
           const int64_t columns = smaller(width, nc - j);
           const int vectors = static_cast<int>(blocks(columns, kLanes<P>));
-          const P* b_panel = packed_b + j * kc;
+          const P* b_panel = packed_b + (j - in_place) * kc;
           int64_t b_row = width;
           if constexpr (same_type)
-            if (b_in_place) {
+            if (j < in_place) {
               b_panel = b + j;
               b_row = g.b_row;
             }
