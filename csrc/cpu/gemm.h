@@ -194,7 +194,7 @@ template <class A> struct same<A, A> { static constexpr bool value = true; };
 // packed: vectors run along k, a tile holds one sum a pair of row and column, and its lanes are added at the end.
 constexpr int kDotRows = kNV == 4 ? 6 : 3;
 constexpr int kDotColumns = 4;
-constexpr int64_t kDotMaxM = 96, kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
+constexpr int64_t kDotMaxM = kVectorBytes == 64 ? 24 : 96, kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
 
 // The lanes of four vectors added up: result lane l holds sum l of 4.
 template <class V> [[gnu::always_inline]] inline V add_lanes(V v0, V v1, V v2, V v3) {
