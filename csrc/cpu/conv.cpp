@@ -12,6 +12,7 @@
 #include "conv_borders.h"
 #include "conv_depthwise.h"
 #include "conv_pack.h"
+#include "conv_planar.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -272,6 +273,7 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 
 template <class T> void correlate(const Correlation<T>& z) {
   if (is_depthwise(z)) return correlate_depthwise(z);
+  if (is_planar(z)) return correlate_planar(z);
   using A = acc_t<T>;
   uint8_t* ranges = reinterpret_cast<uint8_t*>(scratch<char>(Slot::family_4, z.rows + z.columns));
   Plan<T> plan;

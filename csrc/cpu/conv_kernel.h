@@ -1,9 +1,10 @@
-// The two micro-kernels of convolution. Both hold a ROWS x NV-vector tile of sums in registers and take one broadcast
+// The micro-kernels of convolution. All hold a ROWS x NV-vector tile of sums in registers and take one broadcast
 // and NV vectors a step, so that a step is ROWS * NV multiply-adds for ROWS + NV loads.
 //
 // correlate_tile: ROWS output pixels x NV vectors of output channels. The pixels' windows are read where they lie: one
 //   pointer a pixel, and a list of pieces (offset, length) that a window consists of, the same for every pixel.
 // outer_tile: ROWS output channels x NV vectors of input channels (of one tap), summed over output pixels.
+// turned_tile: ROWS neighbouring elements of a window x NV vectors of output channels, summed over output pixels.
 #pragma once
 #include "simd.h"
 
@@ -99,6 +100,37 @@ void outer_tile(int64_t pixels, const A* left, const A* right, const int32_t* of
   }
 }
 
+// tile[i][0, NV vectors) (+)= sum over pixels p of left[offsets[p] + i] * right[p * right_row .. + NV vectors).
+template <class A>
+using TurnedTile = void (*)(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row, A* tile,
+                            int64_t tile_row, bool add);
+
+template <int ROWS, int NV, class A>
+void turned_tile(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row, A* tile,
+                 int64_t tile_row, bool add) {
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  V sum[ROWS][NV] = {};
+  for (int64_t p = 0; p < pixels; ++p, right += right_row) {
+    const A* from = left + offsets[p];
+    V b[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) b[j] = load(right + j * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const V value = broadcast<A>(from[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] += value * b[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    A* out = tile + i * tile_row;
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(out + j * lanes, add ? load(out + j * lanes) + sum[i][j] : sum[i][j]);
+  }
+}
+
 // The instance for a tile of rows x vectors.
 template <class A> inline CorrelateTile<A> correlate_tile_for(int64_t rows, int64_t vectors) {
 #define DLKERN_ROW(r)                                                                                        \
@@ -118,6 +150,15 @@ template <int ROWS, class A> inline OuterTile<A> outer_tile_rows(int64_t rows, i
 }
 template <class A> inline OuterTile<A> outer_tile_for(int64_t rows, int64_t vectors) {
   return outer_tile_rows<kOuterRows, A>(rows, vectors);
+}
+template <int ROWS, class A> inline TurnedTile<A> turned_tile_rows(int64_t rows, int64_t vectors) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return turned_tile_rows<ROWS - 1, A>(rows, vectors);
+  }
+  return vectors == 1 ? turned_tile<ROWS, 1, A> : turned_tile<ROWS, kOuterVectors, A>;
+}
+template <class A> inline TurnedTile<A> turned_tile_for(int64_t rows, int64_t vectors) {
+  return turned_tile_rows<kOuterRows, A>(rows, vectors);
 }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -4,7 +4,7 @@
 // of output rows, the input's zero-padded window is copied as [block of channels][row][column][channel] and
 // grad_output as [panel of output channels][pixel][channel], so that the micro-kernel reads both consecutively, out of
 // the first-level cache, for every tap. Where a pixel has few channels (first layers), neighbouring taps of a row are
-// one run of columns. Threads share out the pixels, each summing into a gradient of its own which are then added in
+// one run of columns; and where output channels fill vectors better, tiles are turned: vectors hold those. Threads share out the pixels, each summing into a gradient of its own which are then added in
 // order of the threads, or, where the gradient is large, the output channels. Floor: 2 N P Q K C R S / groups over
 // the FMA peak.
 #include "conv.h"
@@ -121,30 +121,28 @@ void copy_input(const ConvShape& z, const Plan<T>& plan, const Images<T>& x, con
   }
 }
 
-// `count` output channels from k on of a band of grad_output, to packed[pixel][kOuterPitch].
+// `count` output channels from k on of a band of grad_output, to packed[pixel][pitch]; what is beyond count is not used.
 template <class T, class A>
-void pack_grad_output(const ConvShape& z, const T* y, bool channels_last, const Band& band, int64_t k, int64_t count,
-                      A* packed) {
+void pack_pixels(const ConvShape& z, const T* y, bool channels_last, const Band& band, int64_t k, int64_t count, int64_t pitch,
+                 A* packed) {
   for (int64_t row = band.row_begin; row < band.row_end;) {
     const int64_t image = row / z.p, i = row % z.p;
     const int64_t together = band.columns == z.q ? smaller(band.row_end - row, z.p - i) : 1;
     const int64_t pixels = together * band.columns;
     if (channels_last) {
       const T* from = y + ((image * z.p + i) * z.q + band.column_begin) * z.k + k;
-      if (k + kOuterPitch <= z.k) {  // whole vectors; what is beyond count is not used
+      if (k + pitch <= z.k) {  // whole vectors
         for (int64_t p = 0; p < pixels; ++p)
-          for (int64_t j = 0; j < kOuterPitch; j += kLanes<A>)
-            store(packed + p * kOuterPitch + j, load(from + p * z.k + j));
+          for (int64_t j = 0; j < pitch; j += kLanes<A>) store(packed + p * pitch + j, load(from + p * z.k + j));
       } else {
         for (int64_t p = 0; p < pixels; ++p)
-          for (int64_t j = 0; j < count; ++j)
-            packed[p * kOuterPitch + j] = static_cast<A>(from[p * z.k + j]);
+          for (int64_t j = 0; j < count; ++j) packed[p * pitch + j] = static_cast<A>(from[p * z.k + j]);
       }
     } else {
       const T* from = y + (image * z.k + k) * z.p * z.q + i * z.q + band.column_begin;
-      transpose(from, z.p * z.q, count, pixels, packed, kOuterPitch);
+      transpose(from, z.p * z.q, count, pixels, packed, pitch);
     }
-    packed += pixels * kOuterPitch;
+    packed += pixels * pitch;
     row += together;
   }
 }
@@ -174,10 +172,8 @@ void sum_bands(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64
       const int64_t pixels = (band.row_end - band.row_begin) * band.columns;
       copy_input(z, plan, x, band, group, copy, offsets);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-        pack_grad_output(z, args.grad_output, args.grad_output_channels_last, band,
-                         group * plan.outputs + panel * kOuterRows,
-                         smaller(kOuterRows, plan.outputs - panel * kOuterRows),
-                         packed + panel * kBandPixels * kOuterPitch);
+        pack_pixels(z, args.grad_output, args.grad_output_channels_last, band, group * plan.outputs + panel * kOuterRows,
+                    smaller(kOuterRows, plan.outputs - panel * kOuterRows), kOuterPitch, packed + panel * kBandPixels * kOuterPitch);
       const int64_t tiles_a_block = plan.tile_count / plan.blocks;
       for (int64_t b = 0; b < plan.blocks; ++b)
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -282,6 +278,69 @@ template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
   });
 }
 
+// Turned tiles: few input channels, enough output channels. The gradient is summed as [r][s, c][output channel].
+template <class T> bool is_turned(const ConvShape& z, const Plan<T>& plan) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t run = z.s * z.c, straight = ceil_div(run, lanes) * lanes * z.k, turned = ceil_div(z.k, lanes) * lanes * run;
+  return z.groups == 1 && plan.merged && plan.blocks == 1 && 8 * straight > 9 * turned;
+}
+
+constexpr int64_t kTurnedPanel = 128;  // output channels of a band packed at a time
+
+template <class T>
+void sum_bands_turned(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64_t band_begin, int64_t band_end,
+                      acc_t<T>* gradient) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const ConvShape& z = args.shape;
+  const Images<T> x{args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
+  const int64_t run = z.s * z.c, gradient_row = ceil_div(z.k, lanes) * lanes;
+  int32_t offsets[kBandPixels];
+  A* copy = scratch<A>(Slot::family_1, plan.most_rows * plan.row);
+  A* packed = scratch<A>(Slot::family_2, kBandPixels * kTurnedPanel);
+  for (int64_t i = band_begin; i < band_end; ++i) {
+    const int64_t row = i / plan.column_blocks * plan.block_rows, column = i % plan.column_blocks * plan.block_columns;
+    const Band band{row, smaller(row + plan.block_rows, plan.all_rows), column, smaller(plan.block_columns, z.q - column)};
+    const int64_t pixels = (band.row_end - band.row_begin) * band.columns;
+    copy_input(z, plan, x, band, 0, copy, offsets);
+    const int64_t depth = sum_depth(
+        pixels, static_cast<double>(plan.all_rows * z.q) * static_cast<double>(z.k * plan.channels * z.r * z.s));
+    for (int64_t k = 0; k < z.k; k += kTurnedPanel) {
+      const int64_t count = smaller(kTurnedPanel, z.k - k), width = ceil_div(count, lanes) * lanes;
+      pack_pixels(z, args.grad_output, args.grad_output_channels_last, band, k, count, width, packed);
+      for (int64_t p = 0; p < pixels; p += depth)
+        for (int64_t r = 0; r < z.r; ++r)
+          for (int64_t e = 0; e < run; e += kOuterRows)
+            for (int64_t j = 0; j < width; j += kOuterVectors * lanes)
+              turned_tile_for<A>(smaller(kOuterRows, run - e), (width - j) / lanes)(
+                  smaller(depth, pixels - p), copy + r * z.dilation_h * plan.row + e, offsets + p, packed + p * width + j, width,
+                  gradient + (r * run + e) * gradient_row + k + j, gradient_row, i > band_begin || p > 0);
+    }
+  }
+}
+
+template <class T> void backward_weight_turned(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const ConvShape& z = args.shape;
+  const int64_t bands = plan.row_blocks * plan.column_blocks, tasks = smaller(num_threads(), bands);
+  const int64_t row = ceil_div(z.k, lanes) * lanes, size = z.r * z.s * z.c * row;
+  A* gradients = scratch<A>(Slot::family_0, tasks * size);
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      sum_bands_turned(args, plan, task * bands / tasks, (task + 1) * bands / tasks, gradients + task * size);
+  });
+  const bool last = args.grad_weight_channels_last;
+  for (int64_t task = 1; task < tasks; ++task)
+    for (int64_t i = 0; i < size; i += lanes) store(gradients + i, load(gradients + i) + load(gradients + task * size + i));
+  for (int64_t k = 0; k < z.k; ++k)
+    for (int64_t r = 0; r < z.r; ++r)
+      for (int64_t s = 0; s < z.s; ++s)
+        for (int64_t c = 0; c < z.c; ++c)
+          args.grad_weight[last ? ((k * z.r + r) * z.s + s) * z.c + c : ((k * z.c + c) * z.r + r) * z.s + s] =
+              static_cast<T>(gradients[((r * z.s + s) * z.c + c) * row + k]);
+}
+
 template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   const ConvShape& z = args.shape;
@@ -289,6 +348,7 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   if (is_depthwise(args)) return depthwise_weight(args);
   Plan<T> plan;
   plan_bands(z, plan);
+  if (is_turned(z, plan)) return backward_weight_turned(args, plan);
   const int64_t tiles = most_tiles(z, plan), most_columns = tiles * Plan<T>::kWidth;
   char* memory = scratch<char>(Slot::family_0, tiles * static_cast<int64_t>(sizeof(Tile)) + 64 +
                                                    plan.pixel_tasks * z.k * most_columns * static_cast<int64_t>(sizeof(A)));
