@@ -83,9 +83,9 @@ def test_under_address_and_undefined_behaviour_sanitizers(file, selection):
     "file, selection",
     [
         ("test_contract.py", "not compile and not (test_parity and float64)"),
-        ("test_raw_ops.py", ""), ("test_pooling.py", "not compile"), ("test_linear.py", "not compile"),
+        ("test_raw_ops.py", ""), ("test_conv.py", "not compile"), ("test_linear.py", "not compile"),
     ],
-    ids=["contract", "random_arguments", "pooling", "linear"],
+    ids=["contract", "random_arguments", "conv", "linear"],
 )
 def test_more_under_sanitizers(isa, file, selection):
     run_tests(file, selection, DLKERN_RAW_EXAMPLES="2000", DLKERN_CPU_ISA=isa, **sanitized("portable;avx2;avx512"))
