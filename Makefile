@@ -25,7 +25,7 @@ help:
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja pybind11 numpy $(TORCH) $(TRITON)
 	.venv/bin/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis expecttest click rich \
-	  matplotlib scikit-learn safetensors transformers ruff mypy clang-format
+	  matplotlib scikit-learn safetensors transformers ruff mypy clang-format cmake
 	.venv/bin/python -m pip install -q --no-deps -c constraints.txt torchvision
 	touch $@
 
@@ -67,7 +67,7 @@ wheel: setup
 fuzz: install
 	DLKERN_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
 
-# The CPU column under AddressSanitizer and UBSan, and AVX-512's code with its vectors lowered to AVX2.
+# More of the CPU column under AddressSanitizer and UBSan than `make test` runs, on every instruction set.
 sanitize: install
 	$(PY) -m pytest tests/test_builds.py -m companion
 
