@@ -51,14 +51,16 @@ demo: native
 test: install cuda-on-host lint
 	$(PY) -m pytest tests
 
+CPP_SOURCES := git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu'
+CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format"
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(CPP_SOURCES) | xargs $(CLANG_FORMAT) --dry-run -Werror
 
-# Rewrites the C++ and CUDA sources; not part of lint.
 format: setup
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' | \
-	  xargs "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format" -i
+	$(CPP_SOURCES) | xargs $(CLANG_FORMAT) -i
 
 wheel: setup
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
