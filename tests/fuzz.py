@@ -39,7 +39,8 @@ def run(op: str, examples: int) -> dict[str, object]:
     }
     if done.returncode:
         lines = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
-        record["failure"] = lines[-12:] or done.stdout.splitlines()[-12:]
+        errors = [line for line in lines if "Error" in line or "Row(" in line]
+        record["failure"] = [line[:400] for line in errors] or done.stdout.splitlines()[-12:]
     return record
 
 
