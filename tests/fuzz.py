@@ -38,8 +38,7 @@ def run(op: str, examples: int) -> dict[str, object]:
         "seconds": round(time.monotonic() - began),
     }
     if done.returncode:
-        lines = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
-        errors = [line for line in lines if "Error" in line or "Row(" in line]
+        errors = [line for line in done.stdout.splitlines() if re.match(r"^(E  |    \| ) *\w*(Error|Row)\b", line)]
         record["failure"] = [line[:400] for line in errors] or done.stdout.splitlines()[-12:]
     return record
 
