@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -485,8 +487,26 @@ def headline(stage: Stage) -> bool:
     return result.ok
 
 
+def orders_of(measured: dict[str, Any]) -> dict[str, list[str]]:
+    """Columns of each op, dtype and class (see dlkern.tuning), the fastest first: by the geometric mean over the
+    problems that every column of the class ran."""
+    from dlkern import tuning
+
+    times: dict[str, list[dict[str, float]]] = {}
+    for name, entry in measured.items():
+        op, shape, dtype, *_ = name.split("|")
+        facts = ("grouped",) if re.search(r" g\d", shape) else ()
+        times.setdefault(tuning.key(op.removesuffix("_relu").removesuffix("_add"), dtype, *facts), []).append(entry["ms"])
+    orders = {}
+    for key, problems in times.items():
+        everywhere = set.intersection(*map(set, problems))
+        if len(everywhere) > 1:
+            orders[key] = sorted(everywhere, key=lambda column: math.prod(ms[column] for ms in problems))
+    return orders
+
+
 def tune(stage: Stage) -> bool:
-    """Measures each headline problem on both columns and writes which was faster: a proposal for dlkern/tuning."""
+    """Measures each headline problem on both columns: tuning.json, to be copied to dlkern/tuning/<gpu>.json."""
     columns = ["auto"] if stage.dry else list(COLUMNS)
     families = [stage.options.family] if stage.options.family else ["dropout"] if stage.dry else []
     result = rows(
@@ -501,9 +521,10 @@ def tune(stage: Stage) -> bool:
         key = "|".join((row.op, row.shape, row.dtype, row.layout, row.direction))
         entry = best.setdefault(key, {"group": row.group, "torch_ms": row.torch_ms, "ms": {}})
         entry["ms"][row.column] = row.ms
-    for entry in best.values():
-        entry["column"] = min(entry["ms"], key=entry["ms"].get)
-    stage.write("tuning.json", {"machine": result.machine, "sources": stage.ledger.stamp, "choices": best})
+    orders = orders_of(best)
+    stage.write(
+        "tuning.json", {"machine": result.machine, "sources": stage.ledger.stamp, "orders": orders, "choices": best}
+    )
     return result.ok
 
 

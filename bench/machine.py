@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import dlkern
-from dlkern import _native
+from dlkern import _native, tuning
 
 __all__ = [
     "CONTROLLED",
@@ -90,8 +90,7 @@ def device_slug(device: str) -> str:
     """The folder of bench/results a machine's results go to: "cpu-avx512", "h200"."""
     if device == "cpu":
         return f"cpu-{isa()}"
-    name = torch.cuda.get_device_name().lower().replace("nvidia", "").strip()
-    return re.sub(r"[^a-z0-9]+", "-", name.split()[0] if name else "gpu")
+    return tuning.slug(torch.cuda.get_device_name())
 
 
 @functools.cache

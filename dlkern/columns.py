@@ -1,9 +1,10 @@
 """Which column serves a call: the only place that chooses.
 
 A column ("cpu", "triton", "cuda", "reference") is an implementation of the ops. Each family declares with
-`declare` what a column supports; `choose` picks the first supporting column in the order of `_ORDER` (or the one
-`dlkern.backend` forces), and says why where it had to pass one over. The choice depends on device, dtype and
-constant facts of the call, never on a tensor's sizes, so that a compiled graph serves every batch size.
+`declare` what a column supports; `choose` picks the first supporting column in the order measured on this GPU
+(dlkern/tuning), else in that of `_ORDER`, or the one `dlkern.backend` forces, and says why where it had to pass one
+over. The choice depends on device, dtype and constant facts of the call, never on a tensor's sizes, so that a compiled
+graph serves every batch size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dlkern import _native
+from dlkern import _native, tuning
 
 __all__ = ["COLUMNS", "Choice", "backend", "choose", "declare", "state", "supported"]
 
@@ -43,8 +44,10 @@ state = State()
 
 # (op, column) -> a function of (dtype, facts) that returns None or why the column cannot serve the call.
 _support: dict[tuple[str, str], Callable[[torch.dtype, tuple[Hashable, ...]], str | None]] = {}
+_dtypes: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
 _cache: dict[tuple, Choice] = {}
 _unavailable: dict[str, str | None] = {}
+_tuned: dict[str, list[str]] | None = None  # this GPU's table, once it was looked for
 
 
 def declare(
@@ -61,7 +64,13 @@ def declare(
         return refuses(facts) if refuses is not None else None
 
     _support[op, column] = check
+    _dtypes[op, column] = dtypes
     _cache.clear()
+
+
+def declared() -> dict[tuple[str, str], tuple[torch.dtype, ...]]:
+    """The dtypes of each (op, column) that was declared."""
+    return dict(_dtypes)
 
 
 def unavailable(column: str) -> str | None:
@@ -102,6 +111,20 @@ def supported(op: str, column: str, device: str, dtype: torch.dtype, facts: tupl
             _load_cuda_on_host()
         return reason
     return unavailable(column) or check(dtype, facts)
+
+
+def order(op: str, device: str, dtype: torch.dtype, facts: tuple[Hashable, ...] = ()) -> tuple[str, ...]:
+    """The columns "auto" tries on this device, best first: as measured where it was, and the others behind."""
+    global _tuned
+    columns = _ORDER.get(device, ())
+    if len(columns) < 2:
+        return columns
+    if _tuned is None:
+        _tuned = tuning.load(torch.cuda.get_device_name())
+    name = str(dtype).removeprefix("torch.")
+    measured = _tuned.get(tuning.key(op, name, *facts)) or _tuned.get(tuning.key(op, name)) or []
+    first = tuple(column for column in measured if column in columns)
+    return first + tuple(column for column in columns if column not in first)
 
 
 def _load_cuda_on_host() -> None:
@@ -160,7 +183,7 @@ def _decide(op: str, device: str, dtype: torch.dtype, forced: str, facts: tuple[
             raise RuntimeError(f'dlkern.backend("cpu"): {op} got {device} tensors')
         return Choice("reference", reason)
     reasons = []
-    for column in _ORDER.get(device, ()):
+    for column in order(op, device, dtype, facts):
         reason = supported(op, column, device, dtype, facts)
         if reason is None:
             return Choice(column)

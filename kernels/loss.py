@@ -5,7 +5,8 @@ exponentials (online softmax), so that the probabilities are never stored; only 
 sum are kept for the backward, which recomputes them (apart, because their sum would round). Class weights, label
 smoothing and ignored targets are part of the same pass.
 The sum over positions is made of one partial a program, added by one last program in a fixed order. A target outside
-[0, C) that is not ignore_index gives NaN. Floor: the logits read once forward, read and written once backward.
+[0, C) that is not ignore_index gives NaN (the launcher raises where the targets are on the host: looking at them on a
+GPU would wait for it). Floor: the logits read once forward, read and written once backward.
 """
 
 import torch
@@ -166,7 +167,7 @@ def cross_entropy_backward_kernel(
 _NONE, _MEAN, _SUM = 0, 1, 2
 
 
-def _check(op, input, target, weight, reduction, label_smoothing):
+def _check(op, input, target, weight, reduction, ignore_index, label_smoothing):
     check_tensors(op, input)
     check(input.dim() >= 2, f"{op}: expected input [N, C, ...], got {tuple(input.shape)}")
     check(target.dtype == torch.int64 and target.device == input.device, f"{op}: target must be int64 on the same device")
@@ -174,6 +175,10 @@ def _check(op, input, target, weight, reduction, label_smoothing):
     check(tuple(target.shape) == expected, f"{op}: input {tuple(input.shape)}, target {tuple(target.shape)}")
     check(reduction in (_NONE, _MEAN, _SUM), f"{op}: no reduction {reduction}")
     check(0.0 <= label_smoothing <= 1.0, f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if target.device.type == "cpu":
+        wrong = ((target < 0) | (target >= input.shape[1])) & (target != ignore_index)
+        if wrong.any():
+            raise IndexError(f"Target {target[wrong][0].item()} is out of bounds.")
     if weight is not None:
         check(weight.device == input.device and weight.is_floating_point(), f"{op}: weight of another device or kind")
         check(tuple(weight.shape) == (input.shape[1],), f"{op}: expected weight [{input.shape[1]}], got {tuple(weight.shape)}")
@@ -199,7 +204,7 @@ def _strides(x, pixels):
 def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing):
     """torch.nn.functional.cross_entropy for class targets; also, a position, the largest logit and
     log(sum(exp(x - largest))) as [2, ...], and the sum of the weights."""
-    _check("cross_entropy", input, target, weight, reduction, label_smoothing)
+    _check("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing)
     dtype = accumulator_dtype(input.dtype)
     reduce = reduction != _NONE
     loss = torch.empty(() if reduce else target.shape, dtype=input.dtype, device=input.device)
@@ -230,7 +235,7 @@ def cross_entropy_backward(
 ):
     """Gradient of cross_entropy by its input."""
     op = "cross_entropy_backward"
-    _check(op, input, target, weight, reduction, label_smoothing)
+    _check(op, input, target, weight, reduction, ignore_index, label_smoothing)
     dtype = accumulator_dtype(input.dtype)
     expected = () if reduction != _NONE else tuple(target.shape)
     check(tuple(grad_loss.shape) == expected, f"{op}: expected grad_loss {expected}, got {tuple(grad_loss.shape)}")

@@ -1,41 +1,49 @@
 """The CPU column on every instruction set this machine has, and under AddressSanitizer and UBSan."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import dlkern
+
 ROOT = Path(__file__).resolve().parent.parent
-SELECTION = "test_parity or test_raw_ops"
 
 
-def contract_tests(selection: str, **environment: str) -> None:
+def run_tests(file: str, selection: str, **environment: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/test_contract.py", "-q", "-x", "-k", selection, "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", f"tests/{file}", "-q", "-s", "-x", "-k", selection, "-p", "no:cacheprovider"],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
     )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-12000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_contract_on_other_instruction_sets(isa):
-    contract_tests("test_parity and contiguous and float32", DLKERN_CPU_ISA=isa)
+    run_tests("test_contract.py", "test_parity and contiguous and float32", DLKERN_CPU_ISA=isa)
 
 
-def library(variant: str) -> str:
+def library(variant: str, isas: str) -> str:
+    """Builds a library of its own under build/<variant>; a second time only what changed."""
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_native", "--variant", variant], cwd=ROOT, check=True,
-        env={**os.environ, "DLKERN_CUDA": "0"}, stdout=subprocess.DEVNULL,
+        env={**os.environ, "DLKERN_CUDA": "0", "DLKERN_ISAS": isas}, stdout=subprocess.DEVNULL,
     )
     return str(ROOT / "build" / variant / "libdlkern.so")
 
 
-@pytest.mark.companion
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="an x86 build")
+
+
+@x86
+@pytest.mark.slow
 def test_contract_with_avx512_vectors_on_any_machine():
-    contract_tests("test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide"))
+    """AVX-512's code with its vectors lowered to AVX2."""
+    run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
 
 
 def runtime_library(name: str) -> str:
@@ -43,12 +51,41 @@ def runtime_library(name: str) -> str:
     return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def sanitized(isas: str) -> dict[str, str]:
+    """Environment of a process that runs on the sanitizers' library."""
+    return {
+        "LD_PRELOAD": f"{runtime_library('libasan.so')} {runtime_library('libubsan.so')}",
+        "DLKERN_LIBRARY": library("asan", isas),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+
+
+def best_isa() -> str:
+    return dlkern._native.facts().get("cpu_isa", "portable")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file, selection",
+    [("test_contract.py", "test_raw_ops or test_no_aten or test_layout or (test_parity and float32)"), ("test_raw_ops.py", "")],
+    ids=["contract", "random_arguments"],
+)
+def test_under_address_and_undefined_behaviour_sanitizers(file, selection):
+    """The instruction set this machine runs; `make sanitize` does the others, and more of everything."""
+    run_tests(file, selection, DLKERN_RAW_EXAMPLES="100", **sanitized(best_isa()))
+
+
+@x86
 @pytest.mark.companion
-def test_contract_under_address_and_undefined_behaviour_sanitizers():
-    contract_tests(
-        f"({SELECTION}) and not bfloat16 and not float64",
-        LD_PRELOAD=f"{runtime_library('libasan.so')} {runtime_library('libubsan.so')}",
-        DLKERN_LIBRARY=library("asan"),
-        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
-        OMP_NUM_THREADS="1",
-    )
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "file, selection",
+    [
+        ("test_contract.py", "not compile and not (test_parity and float64)"),
+        ("test_raw_ops.py", ""), ("test_conv.py", "not compile"), ("test_linear.py", "not compile"),
+    ],
+    ids=["contract", "random_arguments", "conv", "linear"],
+)
+def test_more_under_sanitizers(isa, file, selection):
+    run_tests(file, selection, DLKERN_RAW_EXAMPLES="2000", DLKERN_CPU_ISA=isa, **sanitized("portable;avx2;avx512"))

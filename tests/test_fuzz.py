@@ -42,8 +42,9 @@ def tensor(draw, shape, dtype):
     return x
 
 
-def run(function, inputs, dtype):
-    """Outputs and gradients, or the exception."""
+def run(function, inputs, dtype, cotangent_dtype=None, seed=5):
+    """Outputs and gradients, or the exception. Every dtype a draw is run in gets the same cotangents: those rounded to
+    cotangent_dtype."""
     leaves = [
         x.detach().to(dtype).requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
     ]
@@ -51,8 +52,9 @@ def run(function, inputs, dtype):
         output = function(*leaves)
         outputs = list(output) if isinstance(output, tuple) else [output]
         differentiable = [o for o in outputs if o.is_floating_point()]
-        torch.manual_seed(5)
-        cotangents = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in differentiable]
+        torch.manual_seed(seed)
+        drawn = [torch.randn(o.shape, dtype=torch.float64).to(cotangent_dtype or dtype) for o in differentiable]
+        cotangents = [cotangent.to(o.dtype) for cotangent, o in zip(drawn, differentiable)]
         wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         return [*outputs, *torch.autograd.grad(differentiable, wanted, cotangents)]
     except Exception as error:
@@ -74,12 +76,14 @@ def rows_over_draws(ours_function, theirs_function, inputs, dtype, draws):
     roundoff, tests/test_contract.py says.
     """
     columns = {}
-    for _ in range(draws):
+    for seed in range(draws):
+        torch.manual_seed(1000 + seed)
         drawn = [redrawn(x) for x in inputs]
-        ours, exact = run(ours_function, drawn, dtype), run(theirs_function, drawn, torch.float64)
+        ours = run(ours_function, drawn, dtype, dtype, seed)
+        exact = run(theirs_function, drawn, torch.float64, dtype, seed)
         narrow = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in drawn]
         double = dtype == torch.float64
-        theirs = run(theirs_function, narrow if double else drawn, torch.float32 if double else dtype)
+        theirs = run(theirs_function, narrow if double else drawn, torch.float32 if double else dtype, dtype, seed)
         for i, (a, b, r) in enumerate(zip(ours, theirs, exact, strict=True)):
             assert a.shape == b.shape
             if not a.is_floating_point():

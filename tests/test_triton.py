@@ -337,3 +337,12 @@ def test_cpu_tensors_are_refused_outside_emulated(monkeypatch):
     monkeypatch.setattr(dlkern.columns.state, "emulated", False)
     with pytest.raises(RuntimeError, match="emulated"):
         F.linear(torch.randn(2, 3), torch.randn(4, 3))
+
+
+def test_a_target_out_of_range_raises_where_targets_are_on_the_host():
+    x, target = torch.randn(3, 4), torch.tensor([0, 4, 1])
+    with pytest.raises(IndexError, match="Target 4 is out of bounds"):
+        F.cross_entropy(x, target)
+    with pytest.raises(IndexError, match="Target -1 is out of bounds"):
+        F.cross_entropy(x, target - 1)
+    assert F.cross_entropy(x, target, ignore_index=4).isfinite()

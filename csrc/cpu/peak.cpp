@@ -6,7 +6,9 @@
 #include "parallel.h"
 #include "simd.h"
 
-#if defined(__x86_64__)
+#if defined(DLKERN_VECTOR_BYTES)
+#define DLKERN_VECTOR_REGISTER "m"  // a vector of the wide test build does not fit a register
+#elif defined(__x86_64__)
 #define DLKERN_VECTOR_REGISTER "v"
 #else
 #define DLKERN_VECTOR_REGISTER "w"

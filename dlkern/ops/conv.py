@@ -168,7 +168,8 @@ def conv2d(
     if _autograd.use_reference():
         return reference.conv2d(input, weight, bias, stride, padding, dilation, groups)
     choice = columns.choose(
-        "conv2d", input.device.type, input.dtype, columns.state.forced, columns.state.emulated
+        "conv2d", input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
+        ("grouped",) if groups > 1 else (),
     )
     if tracing.active:
         tracing.record("conv2d", choice.column, choice.reason, input, weight, bias)

@@ -207,12 +207,19 @@ def _numpy_dtype(dtype: Any) -> Any:
     return _numpy_dtypes[name]
 
 
+def _index(self: Any) -> int:
+    """A tensor as a range's bound; Triton 3.6 hands int() an array of one element, which NumPy 2.4 refuses."""
+    return int(self.handle.data.item())
+
+
 def _language_patches() -> list[tuple[Any, str, Any]]:
     """What the interpreter puts in the place of triton.language's functions: found once, set at each launch."""
     if not _patches:
         scope = backend._patch_lang(_visible)
         targets = {(id(obj), name): (obj, name) for obj, name, _ in scope._changes}
-        _patches.extend((obj, name, vars(obj)[name]) for obj, name in targets.values())
+        _patches.extend(
+            (obj, name, _index if name == "__index__" else vars(obj)[name]) for obj, name in targets.values()
+        )
         scope.restore()
         options = dataclasses.replace(backend.interpreter_builder.options, sanitize_overflow=False)  # two thirds of the time
         _patches.append((backend.interpreter_builder, "options", options))

@@ -61,7 +61,8 @@ def cross_entropy(
         -(1 - e) w[t] log p[t] - e / C sum_c w[c] log p[c], p = softmax(input).
 
     Raises:
-        IndexError: a target is outside [0, C) and not ignore_index.
+        IndexError: a target is outside [0, C) and not ignore_index; on a GPU, where looking at the targets would wait
+            for it, such a target gives NaN (torch fails an assertion on the device).
         RuntimeError, ValueError: sizes, dtypes or arguments do not fit; torch's own messages.
     """
     if size_average is not None or reduce is not None:
