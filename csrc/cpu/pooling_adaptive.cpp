@@ -44,7 +44,14 @@ template <class T> inline T narrow(double x) { return static_cast<T>(static_cast
 // The first `count` lanes of v, rounded to T.
 template <class T> inline void store_narrow(T* p, vdouble v, int64_t count) {
   if constexpr (sizeof(T) == 4)
-    if (count >= kWide) return store_vector(p, __builtin_convertvector(v, vfloat_half));
+    if (count >= kWide) {
+#if defined(__AVX512F__)
+      _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
+#else
+      store_vector(p, __builtin_convertvector(v, vfloat_half));
+#endif
+      return;
+    }
   for (int64_t l = 0; l < count && l < kWide; ++l) p[l] = narrow<T>(v[l]);
 }
 
@@ -68,21 +75,27 @@ template <class T> void forward_runs(const AdaptivePoolArgs<T>& args) {
   const PoolShape& s = args.shape;
   const T* input_end = args.input + s.n * s.c * s.h * s.w;
   parallel_for(s.n * s.c * s.out_h, grain_of(ceil_div(s.h, s.out_h) * s.w), [&](int64_t begin, int64_t end) {
+    int64_t* start = scratch<int64_t>(Slot::family_3, 2 * s.out_h);  // of each run of a plane
+    int64_t* length = start + s.out_h;
+    for (int64_t p = 0; p < s.out_h; ++p) {
+      start[p] = begin_of(p, s.h, s.out_h) * s.w;
+      length[p] = end_of(p, s.h, s.out_h) * s.w - start[p];
+    }
+    const T* x = args.input + begin / s.out_h * s.h * s.w;
+    int64_t p = begin % s.out_h;
     for (int64_t i = begin; i < end; i += kWide) {
       const int64_t outputs = smaller(kWide, end - i);
       vdouble sum[kWide] = {}, count = vdouble{} + 1.0;
       for (int64_t j = 0; j < outputs; ++j) {
-        const int64_t plane = (i + j) / s.out_h, p = (i + j) % s.out_h;
-        const int64_t y0 = begin_of(p, s.h, s.out_h), run = (end_of(p, s.h, s.out_h) - y0) * s.w;
-        const T* x = args.input + (plane * s.h + y0) * s.w;
-        count[j] = static_cast<double>(run);
+        count[j] = static_cast<double>(length[p]);
         if constexpr (sizeof(T) == sizeof(double)) {
           Sum<T, double> careful;
-          for (int64_t k = 0; k < run; ++k) careful += x[k];
+          for (int64_t k = 0; k < length[p]; ++k) careful += x[start[p] + k];
           sum[j][0] = total(careful);
         } else {
-          sum[j] = sum_run(x, run, input_end);
+          sum[j] = sum_run(x + start[p], length[p], input_end);
         }
+        if (++p == s.out_h) p = 0, x += s.h * s.w;
       }
       transpose(sum);
       for (int half = kWide / 2; half > 0; half /= 2)
@@ -231,36 +244,39 @@ template <class T> void backward_planes(const AdaptivePoolArgs<T>& args) {
 template <class T> void backward_pixels(const AdaptivePoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
-  const Steps in(s.c, s.h, s.w, true);
-  const int64_t windows = s.out_h * s.out_w;
-  // Channels at a time, so that an image's shares stay in L2.
-  const int64_t group = smaller(round_up(s.c, kLanes<T>), larger(4 * kLanes<T>, smaller(512, 65536 / windows / kLanes<T> * kLanes<T>)));
-  const int64_t groups = ceil_div(s.c, group);
-  const T* gradient_end = args.input + s.n * windows * s.c;
-  parallel_for(s.n * groups, grain_of(ceil_div(group * s.h * s.w, kLanes<T> / 4)), [&](int64_t begin, int64_t end) {
-    A* shares = scratch<A>(Slot::family_0, windows * group);
+  const int64_t row_length = s.out_w * s.c, slots = RowRing::size_for(ceil_div(s.out_h, s.h) + 1), length = row_length + kLanes<T>;
+  const T* gradient_end = args.input + s.n * s.out_h * row_length;
+  parallel_for(s.n * s.h, grain_of(s.w * ceil_div(4 * s.c, kLanes<T>)), [&](int64_t begin, int64_t end) {
+    A* shares = scratch<A>(Slot::family_0, slots * length);
+    int64_t* row_at = scratch<int64_t>(Slot::family_3, 2 * slots + 2 * s.w);
+    int64_t *first = row_at + slots, *last = first + s.w;
+    RowRing ring(slots, last + s.w);
+    for (int64_t x = 0; x < s.w; ++x) {
+      first[x] = first_with(x, s.w, s.out_w);
+      last[x] = last_with(x, s.w, s.out_w);
+    }
+    const T* limit = args.output + end * s.w * s.c;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / groups, c0 = i % groups * group, channels = smaller(group, s.c - c0);
-      const T* gradient = args.input + n * windows * s.c + c0;
-      for (int64_t p = 0; p < s.out_h; ++p)
-        for (int64_t q = 0; q < s.out_w; ++q) {
-          const int64_t window = p * s.out_w + q;
-          const A rows = static_cast<A>(end_of(p, s.h, s.out_h) - begin_of(p, s.h, s.out_h));
-          const Vec<T> columns = broadcast<T>(static_cast<A>(end_of(q, s.w, s.out_w) - begin_of(q, s.w, s.out_w)));
-          for (int64_t c = 0; c < channels; c += kLanes<T>)
-            store(shares + window * group + c, share<T>(load_before(gradient + window * s.c + c, gradient_end), rows, columns));
-        }
-      for (int64_t y = 0; y < s.h; ++y) {
-        const int64_t p0 = first_with(y, s.h, s.out_h), p1 = last_with(y, s.h, s.out_h);
-        for (int64_t x = 0; x < s.w; ++x) {
-          const int64_t q0 = first_with(x, s.w, s.out_w), q1 = last_with(x, s.w, s.out_w);
-          T* dx = args.output + n * in.n + y * in.y + x * in.x + c0;
-          for (int64_t c = 0; c < channels; c += kLanes<T>) {
-            Vec<T> sum{};
-            for (int64_t p = p0; p <= p1; ++p)
-              for (int64_t q = q0; q <= q1; ++q) sum += load(shares + (p * s.out_w + q) * group + c);
-            store_before(dx + c, sum, dx + channels);  // what follows may be another thread's
+      const int64_t image = i / s.h, y = i % s.h;
+      int64_t rows = 0;
+      for (int64_t p = first_with(y, s.h, s.out_h); p <= last_with(y, s.h, s.out_h); ++p) {
+        const int64_t row = image * s.out_h + p;
+        row_at[rows++] = length * ring.slot(row, [&](int64_t slot) {
+          const A extent = static_cast<A>(end_of(p, s.h, s.out_h) - begin_of(p, s.h, s.out_h));
+          for (int64_t q = 0; q < s.out_w; ++q) {
+            const Vec<T> columns = broadcast<T>(static_cast<A>(end_of(q, s.w, s.out_w) - begin_of(q, s.w, s.out_w)));
+            for (int64_t c = q * s.c; c < (q + 1) * s.c; c += kLanes<T>)
+              store(shares + slot * length + c, share<T>(load_before(args.input + row * row_length + c, gradient_end), extent, columns));
           }
+        });
+      }
+      for (int64_t x = 0; x < s.w; ++x) {
+        T* dx = args.output + (i * s.w + x) * s.c;
+        for (int64_t c = 0; c < s.c; c += kLanes<T>) {
+          Vec<T> sum{};
+          for (int64_t k = 0; k < rows; ++k)
+            for (int64_t q = first[x]; q <= last[x]; ++q) sum += load(shares + row_at[k] + q * s.c + c);
+          store_before(dx + c, sum, limit);
         }
       }
     }

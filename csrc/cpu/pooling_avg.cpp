@@ -48,27 +48,52 @@ template <class T> struct Divisors {
 template <class T> void forward_planes(const AvgPoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
-  const int64_t slots = RowRing::size_for(reach_of_input(s));
+  const int64_t slots = RowRing::size_for(reach_of_input(s)), size = PhasedRows<T>::size(s);
   const T* input_end = args.input + s.n * s.c * s.h * s.w;
   parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * s.kernel_h * s.kernel_w / 4), [&](int64_t begin, int64_t end) {
-    PhasedRows<T> lines(s, slots, scratch<A>(Slot::family_0, slots * PhasedRows<T>::size(s)), A(0));
+    PhasedRows<T> lines(s, slots, scratch<A>(Slot::family_0, slots * size), A(0));
     const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
     int64_t* taps = scratch<int64_t>(Slot::family_3, slots + s.kernel_w + s.kernel_h);
     int64_t* row_at = taps + s.kernel_w;
     RowRing ring(slots, row_at + s.kernel_h);
     for (int64_t t = 0; t < s.kernel_w; ++t) taps[t] = lines.tap(t, 1);
+    auto lay = [&](int64_t row) {
+      return ring.slot(row, [&](int64_t slot) { lines.put(slot, args.input + row * s.w, input_end); });
+    };
     const T* limit = args.output + end * s.out_w;
     for (int64_t i = begin, plane = begin / s.out_h, p = begin % s.out_h; i < end; ++i) {
-      const int64_t y0 = p * s.stride_h - s.pad_h;
+      const int64_t y0 = p * s.stride_h - s.pad_h, first = larger(y0, 0), last = smaller(y0 + s.kernel_h, s.h);
       int64_t count = 0;
-      for (int64_t y = larger(y0, 0); y < smaller(y0 + s.kernel_h, s.h); ++y) {
-        const int64_t row = plane * s.h + y;
-        row_at[count++] = PhasedRows<T>::size(s) * ring.slot(row, [&](int64_t slot) { lines.put(slot, args.input + row * s.w, input_end); });
-      }
+      for (int64_t y = first; y < last; ++y) row_at[count++] = size * lay(plane * s.h + y);
+      if (s.stride_h <= kStepAhead)
+        for (int64_t y = larger(last, first + s.stride_h); y < smaller(last + s.stride_h, s.h); ++y) lay(plane * s.h + y);
       for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
         Vec<T> sum{};
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t t = 0; t < s.kernel_w; ++t) sum += load(lines.data + row_at[k] + taps[t] + q);
+        for (int64_t k = 0; k < count; ++k) {
+          const A* line = lines.data + row_at[k] + q;
+          for (int64_t t = 0; t < s.kernel_w; ++t) sum += load(line + taps[t]);
+        }
+        store_before(args.output + i * s.out_w + q, divisors.divide(sum, p, load(divisors.column + q)), limit);
+      }
+      if (++p == s.out_h) p = 0, ++plane;
+    }
+  });
+}
+
+template <class T> void forward_pairs(const AvgPoolArgs<T>& args) {
+  const PoolShape& s = args.shape;
+  const T* input_end = args.input + s.n * s.c * s.h * s.w;
+  parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * s.kernel_h / 2), [&](int64_t begin, int64_t end) {
+    const Divisors<T> divisors(args, scratch<acc_t<T>>(Slot::family_2, Divisors<T>::size(s)));
+    const T* limit = args.output + end * s.out_w;
+    for (int64_t i = begin, plane = begin / s.out_h, p = begin % s.out_h; i < end; ++i) {
+      const int64_t y0 = p * s.stride_h - s.pad_h, first = larger(y0, 0), last = smaller(y0 + s.kernel_h, s.h);
+      for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
+        Vec<T> sum{}, even, odd;
+        for (int64_t y = first; y < last; ++y) {
+          load_pairs(args.input + (plane * s.h + y) * s.w + 2 * q, input_end, even, odd);
+          sum = (sum + even) + odd;
+        }
         store_before(args.output + i * s.out_w + q, divisors.divide(sum, p, load(divisors.column + q)), limit);
       }
       if (++p == s.out_h) p = 0, ++plane;
@@ -117,6 +142,23 @@ template <class T> void forward_pixels(const AvgPoolArgs<T>& args) {
   });
 }
 
+template <class T> void backward_tiles(const AvgPoolArgs<T>& args) {
+  const PoolShape& s = args.shape;
+  const T* gradient_end = args.input + s.n * s.c * s.out_h * s.out_w;
+  parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * s.kernel_h / 2), [&](int64_t begin, int64_t end) {
+    const Divisors<T> divisors(args, scratch<acc_t<T>>(Slot::family_2, Divisors<T>::size(s)));
+    const T* limit = args.output + end * s.kernel_h * s.w;
+    for (int64_t i = begin, p = begin % s.out_h; i < end; ++i) {
+      for (int64_t r = 0; r < s.kernel_h; ++r)
+        for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
+          const Vec<T> share = divisors.divide(load_before(args.input + i * s.out_w + q, gradient_end), p, load(divisors.column + q));
+          store_pairs(args.output + (i * s.kernel_h + r) * s.w + 2 * q, share, share, limit);
+        }
+      if (++p == s.out_h) p = 0;
+    }
+  });
+}
+
 // stride: stride_w where it is 1 or 2, else 0.
 template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) {
   using A = acc_t<T>;
@@ -135,16 +177,19 @@ template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) 
     int64_t* row_at = memory + ColumnTaps::memory(s);
     RowRing ring(slots, row_at + s.kernel_h);
     const T* limit = args.output + end * s.w;
+    auto lay = [&](int64_t plane, int64_t p) {
+      const int64_t row = plane * s.out_h + p;
+      return ring.slot(row, [&](int64_t slot) {
+        A* to = shares + slot * length + left;
+        for (int64_t q = 0; q < s.out_w; q += kLanes<T>)
+          store(to + q, divisors.divide(load_row(args.input + row * s.out_w + q, s.out_w - q, gradient_end, Vec<T>{}), p, load(divisors.column + q)));
+      });
+    };
     for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
       int64_t count = 0;
-      for_each_output_row(s, y, [&](int64_t, int64_t p) {
-        const int64_t row = plane * s.out_h + p;
-        row_at[count++] = left + length * ring.slot(row, [&](int64_t slot) {
-          A* to = shares + slot * length + left;
-          for (int64_t q = 0; q < s.out_w; q += kLanes<T>)
-            store(to + q, divisors.divide(load_row(args.input + row * s.out_w + q, s.out_w - q, gradient_end, Vec<T>{}), p, load(divisors.column + q)));
-        });
-      });
+      for_each_output_row(s, y, [&](int64_t, int64_t p) { row_at[count++] = left + length * lay(plane, p); });
+      const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
+      if (y + 1 < s.h && next < s.out_h) lay(plane, next);
       // The sums of columns e, stride + e, … from number m on.
       auto gather = [&](int64_t e, int64_t m) {
         Vec<T> sum{};
@@ -156,12 +201,7 @@ template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) 
       if constexpr (stride == 1) {
         for (int64_t m = 0; m < columns; m += kLanes<T>) store_before(dx + m, gather(0, m), limit);
       } else if constexpr (stride == 2) {
-        for (int64_t m = 0; m < columns; m += kLanes<T>) {
-          Vec<T> a, b;
-          interleave<T>(gather(0, m), gather(1, m), a, b);
-          store_before(dx + 2 * m, a, limit);
-          store_before(dx + 2 * m + kLanes<T>, b, limit);
-        }
+        for (int64_t m = 0; m < columns; m += kLanes<T>) store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
       } else {
         for (int64_t e = 0; e < s.stride_w; ++e)
           for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
@@ -279,6 +319,8 @@ template <class T> void backward_plain(const AvgPoolArgs<T>& args) {
 template <class T> void forward(const AvgPoolArgs<T>& args) {
   if (args.shape.channels_last)
     forward_pixels(args);
+  else if (column_pairs(args.shape))
+    forward_pairs(args);
   else if (rows_fit<T>(args.shape))
     forward_planes(args);
   else
@@ -291,6 +333,8 @@ template <class T> void backward(const AvgPoolArgs<T>& args) {
     backward_plain(args);
   else if (s.channels_last)
     s.out_w * s.c <= (int64_t{1} << 24) / RowRing::size_for(reach_of_output(s)) ? backward_pixels(args) : backward_plain(args);
+  else if (tiles(s))
+    backward_tiles(args);
   else if (s.stride_w == 1)
     backward_planes<T, 1>(args);
   else if (s.stride_w == 2)

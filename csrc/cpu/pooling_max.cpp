@@ -9,10 +9,6 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-// What vectors of window offsets and of flat indices are stored as.
-template <class T> struct byte_lanes { using type [[gnu::vector_size(kLanes<T>)]] = uint8_t; };
-template <class T> struct long_lanes { using type [[gnu::vector_size(8 * kLanes<T>)]] = int64_t; };
-
 // (best, tag) becomes (value, value_tag) in the lanes where value is larger, or NaN (the last NaN of a window is kept).
 template <class T, bool tagged>
 inline void challenge(Vec<T> value, Tag<T> value_tag, Vec<T>& best, Tag<T>& tag) {
@@ -32,7 +28,7 @@ inline void challenge(Vec<T> value, Tag<T> value_tag, Vec<T>& best, Tag<T>& tag)
 
 template <class T, IndexKind kind> inline void store_indices(void* indices, int64_t at, Tag<T> tag, int64_t limit) {
   if constexpr (kind == IndexKind::offset8) {
-    const auto bytes = __builtin_convertvector(tag, typename byte_lanes<T>::type);
+    const Bytes<T> bytes = to_bytes<T>(tag);
     uint8_t* to = static_cast<uint8_t*>(indices) + at;
     if (limit - at >= kLanes<T>)
       store_vector(to, bytes);
@@ -40,7 +36,7 @@ template <class T, IndexKind kind> inline void store_indices(void* indices, int6
       std::memcpy(to, &bytes, static_cast<size_t>(limit - at));
   }
   if constexpr (kind == IndexKind::flat64) {
-    const auto longs = __builtin_convertvector(tag, typename long_lanes<T>::type);
+    const Longs<T> longs = __builtin_convertvector(tag, Longs<T>);
     int64_t* to = static_cast<int64_t*>(indices) + at;
     if (limit - at >= kLanes<T>)
       store_vector(to, longs);
@@ -63,31 +59,34 @@ template <class T, IndexKind kind> void forward_planes(const MaxPoolArgs<T>& arg
   constexpr bool tagged = kind != IndexKind::none;
   constexpr A kLowest = -static_cast<A>(__builtin_inf());
   const PoolShape& s = args.shape;
-  const int64_t width = round_up(s.out_w, kLanes<T>), slots = RowRing::size_for(reach_of_input(s));
+  const int64_t width = round_up(s.out_w, kLanes<T>), slots = RowRing::size_for(reach_of_input(s)), size = PhasedRows<T>::size(s);
   const T* input_end = args.input + s.n * s.c * s.h * s.w;
   parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * (s.kernel_h + s.kernel_w)), [&](int64_t begin, int64_t end) {
-    PhasedRows<T> line(s, 1, scratch<A>(Slot::family_0, PhasedRows<T>::size(s)), kLowest);
+    PhasedRows<T> lines(s, slots, scratch<A>(Slot::family_0, slots * size), kLowest);
     A* values = scratch<A>(Slot::family_1, slots * width);
     TagElement<T>* tag_rows = scratch<TagElement<T>>(Slot::family_2, (slots + 1) * width);
     TagElement<T>* first = tag_rows + slots * width;  // the tag of each window's first tap inside the row
-    int64_t* taps = scratch<int64_t>(Slot::family_3, slots + s.kernel_w + 2 * s.kernel_h);
+    int64_t* taps = scratch<int64_t>(Slot::family_3, 2 * slots + s.kernel_w + 2 * s.kernel_h);
     int64_t *row_at = taps + s.kernel_w, *tag_at = row_at + s.kernel_h;
-    RowRing ring(slots, tag_at + s.kernel_h);
-    for (int64_t t = 0; t < s.kernel_w; ++t) taps[t] = line.tap(t, s.dilation_w);
+    RowRing laid(slots, tag_at + s.kernel_h), ring(slots, tag_at + s.kernel_h + slots);
+    for (int64_t t = 0; t < s.kernel_w; ++t) taps[t] = lines.tap(t, s.dilation_w);
     for (int64_t q = 0; q < width; ++q) {
       const int64_t x0 = q * s.stride_w - s.pad_w;
       first[q] = static_cast<TagElement<T>>(column_tag<kind>(s, x0, Taps(x0, s.w, s.kernel_w, s.dilation_w).begin));
     }
     // The padding holds minus infinity, which never beats the first tap inside the row: it starts with that one's tag.
-    auto reduce_row = [&](const T* x, int64_t slot) {
-      line.put(0, x, input_end);
+    auto lay = [&](int64_t row) {
+      return laid.slot(row, [&](int64_t slot) { lines.put(slot, args.input + row * s.w, input_end); });
+    };
+    auto reduce_row = [&](int64_t row, int64_t slot) {
+      const A* line = lines.data + size * lay(row);
       for (int64_t q = 0; q < width; q += kLanes<T>) {
-        Vec<T> best = load(line.data + taps[0] + q);
+        Vec<T> best = load(line + taps[0] + q);
         Tag<T> tag = load_vector<Tag<T>>(first + q);
         for (int64_t t = 1; t < s.kernel_w; ++t) {
           Tag<T> value_tag = tags<T>(column_tag<kind>(s, q * s.stride_w - s.pad_w, t));
           if constexpr (kind == IndexKind::flat64) value_tag += iota<T>() * static_cast<TagElement<T>>(s.stride_w);
-          challenge<T, tagged>(load(line.data + taps[t] + q), value_tag, best, tag);
+          challenge<T, tagged>(load(line + taps[t] + q), value_tag, best, tag);
         }
         store(values + slot * width + q, best);
         if constexpr (tagged) store_vector(tag_rows + slot * width + q, tag);
@@ -99,9 +98,14 @@ template <class T, IndexKind kind> void forward_planes(const MaxPoolArgs<T>& arg
       int64_t count = 0;
       for (int64_t r = rows.begin; r < rows.end; ++r) {
         const int64_t row = plane * s.h + y0 + r * s.dilation_h;
-        row_at[count] = width * ring.slot(row, [&](int64_t slot) { reduce_row(args.input + row * s.w, slot); });
+        row_at[count] = width * ring.slot(row, [&](int64_t slot) { reduce_row(row, slot); });
         tag_at[count++] = row_tag<kind>(s, y0, r);
       }
+      if (s.stride_h <= kStepAhead)
+        for (int64_t r = rows.begin; r < rows.end; ++r) {
+          const int64_t y = y0 + s.stride_h + r * s.dilation_h;
+          if (y < s.h) lay(plane * s.h + y);
+        }
       for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
         Vec<T> best = broadcast<T>(kLowest);
         Tag<T> tag = tagged ? load_vector<Tag<T>>(first + q) + tags<T>(row_tag<kind>(s, y0, rows.begin)) : Tag<T>{};
@@ -116,6 +120,34 @@ template <class T, IndexKind kind> void forward_planes(const MaxPoolArgs<T>& arg
         }
         store_before(args.output + i * s.out_w + q, best, args.output + end * s.out_w);
         store_indices<T, kind>(args.indices, i * s.out_w + q, tag, end * s.out_w);
+      }
+      if (++p == s.out_h) p = 0, ++plane;
+    }
+  });
+}
+
+template <class T, IndexKind kind> void forward_pairs(const MaxPoolArgs<T>& args) {
+  constexpr bool tagged = kind != IndexKind::none;
+  const PoolShape& s = args.shape;
+  const T* input_end = args.input + s.n * s.c * s.h * s.w;
+  parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * s.kernel_h), [&](int64_t begin, int64_t end) {
+    const int64_t limit = end * s.out_w;
+    for (int64_t i = begin, plane = begin / s.out_h, p = begin % s.out_h; i < end; ++i) {
+      const int64_t y0 = p * s.stride_h - s.pad_h;
+      const Taps rows(y0, s.h, s.kernel_h, s.dilation_h);
+      for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
+        Vec<T> best = broadcast<T>(-static_cast<acc_t<T>>(__builtin_inf()));
+        const Tag<T> column = kind == IndexKind::flat64 ? (iota<T>() + static_cast<TagElement<T>>(q)) * 2 : Tag<T>{};
+        Tag<T> tag = column + tags<T>(row_tag<kind>(s, y0, rows.begin));
+        for (int64_t r = rows.begin; r < rows.end; ++r) {
+          Vec<T> first, second;
+          load_pairs(args.input + (plane * s.h + y0 + r * s.dilation_h) * s.w + 2 * q, input_end, first, second);
+          const Tag<T> first_tag = column + tags<T>(row_tag<kind>(s, y0, r));
+          challenge<T, tagged>(first, first_tag, best, tag);
+          challenge<T, tagged>(second, first_tag + 1, best, tag);
+        }
+        store_before(args.output + i * s.out_w + q, best, args.output + limit);
+        store_indices<T, kind>(args.indices, i * s.out_w + q, tag, limit);
       }
       if (++p == s.out_h) p = 0, ++plane;
     }
@@ -217,6 +249,8 @@ template <class T, IndexKind kind> void forward(const MaxPoolArgs<T>& args) {
     forward_plain(args);
   else if (s.channels_last)
     forward_pixels<T, kind>(args);
+  else if (column_pairs(s))
+    forward_pairs<T, kind>(args);
   else if (rows_fit<T>(s))
     forward_planes<T, kind>(args);
   else

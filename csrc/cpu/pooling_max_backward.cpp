@@ -8,15 +8,16 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-// kLanes<T> indices from p on, of which those before `limit` are read.
+// kLanes<T> indices from p on; of which those before `limit` are read.
+template <class T> inline Tag<T> load_tags(const uint8_t* p) { return to_tags<T>(load_vector<Bytes<T>>(p)); }
+template <class T> inline Tag<T> load_tags(const int64_t* p) {
+  return __builtin_convertvector(load_vector<Longs<T>>(p), Tag<T>);
+}
 template <class T, class Index> inline Tag<T> load_tags(const Index* p, const Index* limit) {
-  using Lanes [[gnu::vector_size(sizeof(Index) * kLanes<T>)]] = Index;
-  Lanes lanes{};
-  if (limit - p >= kLanes<T>)
-    std::memcpy(&lanes, p, sizeof lanes);
-  else if (p < limit)
-    std::memcpy(&lanes, p, static_cast<size_t>(limit - p) * sizeof(Index));
-  return __builtin_convertvector(lanes, Tag<T>);
+  if (limit - p >= kLanes<T>) return load_tags<T>(p);
+  Index lanes[kLanes<T>] = {};
+  if (p < limit) std::memcpy(lanes, p, static_cast<size_t>(limit - p) * sizeof(Index));
+  return load_tags<T>(lanes);
 }
 
 // sum + value where tag is target.
@@ -55,6 +56,28 @@ template <class T> struct GradientRows {
   }
 };
 
+template <class T, class Index> void backward_tiles(const MaxPoolBackwardArgs<T>& args) {
+  const PoolShape& s = args.shape;
+  const Index* indices = static_cast<const Index*>(args.indices);
+  const int64_t windows = s.n * s.c * s.out_h * s.out_w;
+  parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * s.kernel_h), [&](int64_t begin, int64_t end) {
+    const T* limit = args.grad_input + end * s.kernel_h * s.w;
+    for (int64_t i = begin, p = begin % s.out_h; i < end; ++i) {
+      for (int64_t r = 0; r < s.kernel_h; ++r)
+        for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
+          const int64_t at = i * s.out_w + q;
+          const Vec<T> gradient = load_before(args.grad_output + at, args.grad_output + windows);
+          const Tag<T> tag = load_tags<T>(indices + at, indices + windows);
+          Tag<T> target = tags<T>(r * 2);
+          if (sizeof(Index) > 1) target = tags<T>((p * s.kernel_h + r) * s.w + 2 * q) + iota<T>() * 2;
+          store_pairs(args.grad_input + (i * s.kernel_h + r) * s.w + 2 * q, add_where<T>(Vec<T>{}, tag, target, gradient),
+                      add_where<T>(Vec<T>{}, tag, target + 1, gradient), limit);
+        }
+      if (++p == s.out_h) p = 0;
+    }
+  });
+}
+
 // stride: stride_w where it is 1 or 2, else 0.
 template <class T, class Index, int stride> void gather_planes(const MaxPoolBackwardArgs<T>& args) {
   using A = acc_t<T>;
@@ -66,42 +89,50 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
   parallel_for(s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 4)), [&](int64_t begin, int64_t end) {
     GradientRows<T> rows(s, slots);
     A* phases = stride == 0 ? scratch<A>(Slot::family_2, s.stride_w * phase_length) : nullptr;
-    int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + 2 * s.kernel_h);
+    int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
     const ColumnTaps taps(s, memory);
     int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
-    RowRing ring(slots, row_tag + s.kernel_h);
+    int64_t *at = row_tag + s.kernel_h, *offset = at + s.kernel_h * s.kernel_w;  // of the windows that hold an element
+    RowRing ring(slots, offset + s.kernel_h * s.kernel_w);
+    auto lay = [&](int64_t row) {
+      return ring.slot(row, [&](int64_t slot) {
+        rows.put(slot, args.grad_output + row * s.out_w, args.grad_output + windows, indices + row * s.out_w, indices + windows, s.out_w);
+      });
+    };
     const T* limit = args.grad_input + end * s.w;
     for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
       int64_t count = 0;
       for_each_output_row(s, y, [&](int64_t r, int64_t p) {
-        const int64_t row = plane * s.out_h + p;
-        row_at[count] = rows.left + rows.length * ring.slot(row, [&](int64_t slot) {
-          rows.put(slot, args.grad_output + row * s.out_w, args.grad_output + windows, indices + row * s.out_w, indices + windows, s.out_w);
-        });
+        row_at[count] = rows.left + rows.length * lay(plane * s.out_h + p);
         row_tag[count++] = r * s.kernel_w;
       });
+      const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
+      if (y + 1 < s.h && next < s.out_h) lay(plane * s.out_h + next);
+      // Those of columns e, stride + e, …, relative to a column's number; column e's are [taps.start[e] * count, …).
+      for (int64_t e = 0, j = 0; e < s.stride_w; ++e)
+        for (int64_t k = 0; k < count; ++k)
+          for (int64_t t = taps.start[e]; t < taps.start[e + 1]; ++t, ++j) {
+            at[j] = row_at[k] + taps.shift[t];
+            offset[j] = row_tag[k] + taps.tap[t];
+          }
       // The sums of columns e, stride + e, … from number m on.
       auto gather = [&](int64_t e, int64_t m) {
+        const int64_t last = taps.start[e + 1] * count;
+        const TagElement<T>* tag = rows.tag + m;
+        const A* gradient = rows.gradient + m;
         Vec<T> sum{};
         Tag<T> target = tags<T>(y * s.w + e + m * s.stride_w) + iota<T>() * static_cast<TagElement<T>>(s.stride_w);
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
-            const int64_t at = row_at[k] + m + taps.shift[j];
-            if (offsets) target = tags<T>(row_tag[k] + taps.tap[j]);
-            sum = add_where<T>(sum, load_vector<Tag<T>>(rows.tag + at), target, load(rows.gradient + at));
-          }
+        for (int64_t j = taps.start[e] * count; j < last; ++j) {
+          if (offsets) target = tags<T>(offset[j]);
+          sum = add_where<T>(sum, load_vector<Tag<T>>(tag + at[j]), target, load(gradient + at[j]));
+        }
         return sum;
       };
       T* dx = args.grad_input + i * s.w;
       if constexpr (stride == 1) {
         for (int64_t m = 0; m < columns; m += kLanes<T>) store_before(dx + m, gather(0, m), limit);
       } else if constexpr (stride == 2) {
-        for (int64_t m = 0; m < columns; m += kLanes<T>) {
-          Vec<T> a, b;
-          interleave<T>(gather(0, m), gather(1, m), a, b);
-          store_before(dx + 2 * m, a, limit);
-          store_before(dx + 2 * m + kLanes<T>, b, limit);
-        }
+        for (int64_t m = 0; m < columns; m += kLanes<T>) store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
       } else {
         for (int64_t e = 0; e < s.stride_w; ++e)
           for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
@@ -152,7 +183,7 @@ template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>&
 #pragma GCC unroll 4
             for (int v = 0; v < 4; ++v) {
               const int64_t from = at[k] + c + v * kLanes<T>;
-              sum[v] = add_where<T>(sum[v], load_tags<T>(indices + from, index_end), tags<T>(target[k]), load(args.grad_output + from));
+              sum[v] = add_where<T>(sum[v], load_tags<T>(indices + from), tags<T>(target[k]), load(args.grad_output + from));
             }
 #pragma GCC unroll 4
           for (int v = 0; v < 4; ++v) store(dx + c + v * kLanes<T>, sum[v]);
@@ -219,6 +250,8 @@ template <class T, class Index> void backward(const MaxPoolBackwardArgs<T>& args
     scatter<T, Index>(args);
   else if (s.channels_last)
     gather_pixels<T, Index>(args);
+  else if (tiles(s))
+    backward_tiles<T, Index>(args);
   else if (!rows_fit<T>(s))
     scatter<T, Index>(args);
   else if (s.stride_w == 1)

@@ -47,6 +47,38 @@ template <class T> inline Tag<T> iota() {
   return lanes;
 }
 
+// A byte a lane (64 bits a lane), and tags: bytes the compiler would convert lane by lane.
+template <class T> struct bytes_of { using type [[gnu::vector_size(kLanes<T>)]] = uint8_t; };
+template <class T> using Bytes = typename bytes_of<T>::type;
+template <class T> struct longs_of { using type [[gnu::vector_size(8 * kLanes<T>)]] = int64_t; };
+template <class T> using Longs = typename longs_of<T>::type;
+template <class T> inline Tag<T> to_tags(Bytes<T> bytes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t<T>) == 4) return (Tag<T>)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  if constexpr (sizeof(acc_t<T>) == 4) {
+    int64_t low;
+    std::memcpy(&low, &bytes, sizeof low);
+    return (Tag<T>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(low));
+  }
+#endif
+  return __builtin_convertvector(bytes, Tag<T>);
+}
+template <class T> inline Bytes<T> to_bytes(Tag<T> tag) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t<T>) == 4) return (Bytes<T>)_mm512_cvtepi32_epi8((__m512i)tag);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  if constexpr (sizeof(acc_t<T>) == 4) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)tag), _mm256_extracti128_si256((__m256i)tag, 1));
+    const int64_t low = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    Bytes<T> bytes;
+    std::memcpy(&bytes, &low, sizeof bytes);
+    return bytes;
+  }
+#endif
+  return __builtin_convertvector(tag, Bytes<T>);
+}
+
 template <class V> inline V load_vector(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V> inline void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
@@ -89,7 +121,7 @@ template <class T> inline void interleave(Vec<T> even, Vec<T> odd, Vec<T>& a, Ve
 // q + t * dilation / stride.
 template <class T> struct PhasedRows {
   using A = acc_t<T>;
-  int64_t w, stride, pad, length;
+  int64_t w, stride, pad, length, row_size;
   A* data;
   A fill;
 
@@ -100,14 +132,14 @@ template <class T> struct PhasedRows {
   }
   static int64_t size(const PoolShape& s) { return s.stride_w * length_of(s); }  // of a row
   PhasedRows(const PoolShape& s, int64_t rows, A* memory, A around)
-      : w(s.w), stride(s.stride_w), pad(s.pad_w), length(length_of(s)), data(memory), fill(around) {
-    for (int64_t i = 0; i < rows * size(s); ++i) data[i] = fill;
+      : w(s.w), stride(s.stride_w), pad(s.pad_w), length(length_of(s)), row_size(stride * length), data(memory), fill(around) {
+    for (int64_t i = 0; i < rows * row_size; ++i) data[i] = fill;
   }
   int64_t tap(int64_t t, int64_t dilation) const { return t * dilation % stride * length + t * dilation / stride; }
 
   void put(int64_t row, const T* x, const T* limit) {
     const Vec<T> around = broadcast<T>(fill);
-    A* to = data + row * stride * length;
+    A* to = data + row * row_size;
     if (stride == 1) {
       for (int64_t i = 0; i < w; i += kLanes<T>) store(to + pad + i, load_row(x + i, w - i, limit, around));
     } else if (stride == 2) {
@@ -127,6 +159,25 @@ template <class T> struct PhasedRows {
     }
   }
 };
+
+// Whether the columns of a window are a pair of its own, so that rows can be read and written where they lie.
+inline bool column_pairs(const PoolShape& s) {
+  return s.kernel_w == 2 && s.stride_w == 2 && s.pad_w == 0 && s.dilation_w == 1 && s.w == 2 * s.out_w;
+}
+// Whether the rows, too, are each in one window.
+inline bool tiles(const PoolShape& s) {
+  return column_pairs(s) && s.kernel_h == s.stride_h && s.pad_h == 0 && s.dilation_h == 1 && s.h == s.kernel_h * s.out_h;
+}
+// The windows from column x on: the first and the second of each pair.
+template <class T> inline void load_pairs(const T* x, const T* limit, Vec<T>& first, Vec<T>& second) {
+  part<T>(load_before(x, limit), load_before(x + kLanes<T>, limit), first, second);
+}
+template <class T> inline void store_pairs(T* x, Vec<T> first, Vec<T> second, const T* limit) {
+  Vec<T> a, b;
+  interleave<T>(first, second, a, b);
+  store_before(x, a, limit);
+  store_before(x + kLanes<T>, b, limit);
+}
 
 // The taps that can reach columns e, stride + e, 2 stride + e, … of an input row, for each e < stride: tap[i] of the
 // window `shift[i]` to the right of the column's number; those of e are [start[e], start[e + 1]), windows ascending.
@@ -181,9 +232,14 @@ struct RowRing {
     return i;
   }
 };
-// Input rows that the windows of one output row reach over, and output rows that reach one input row.
-inline int64_t reach_of_input(const PoolShape& s) { return smaller(s.h, (s.kernel_h - 1) * s.dilation_h + 1); }
-inline int64_t reach_of_output(const PoolShape& s) { return smaller(s.out_h, (s.kernel_h - 1) * s.dilation_h / s.stride_h + 1); }
+// Rows are laid out one step ahead of their use where a step is short: a vector that overlaps two stores can only be
+// loaded once both have left the store buffer.
+constexpr int64_t kStepAhead = 4;
+// Input rows that the windows of one output row (and of the next) reach over, and output rows that reach one input row.
+inline int64_t reach_of_input(const PoolShape& s) {
+  return smaller(s.h, (s.kernel_h - 1) * s.dilation_h + 1 + (s.stride_h <= kStepAhead ? s.stride_h : 0));
+}
+inline int64_t reach_of_output(const PoolShape& s) { return smaller(s.out_h, (s.kernel_h - 1) * s.dilation_h / s.stride_h + 2); }
 
 // Whether the rows that the plane kernels keep in scratch memory are of a sensible size.
 template <class T> inline bool rows_fit(const PoolShape& s) {
