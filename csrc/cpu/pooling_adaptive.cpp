@@ -55,19 +55,24 @@ template <class T> inline void store_narrow(T* p, vdouble v, int64_t count) {
   for (int64_t l = 0; l < count && l < kWide; ++l) p[l] = narrow<T>(v[l]);
 }
 
-// Lanes of the sum of `count` consecutive elements of float or bfloat16.
+// Both halves of v, widened and added.
+inline vdouble fold(vfloat v) {
+  vfloat_half half[2];
+  std::memcpy(half, &v, sizeof v);
+  return widen(half[0]) + widen(half[1]);
+}
+// Lanes of the sum of `count` consecutive elements of float or bfloat16: four vectors at a time in float (as many
+// elements a lane), from there on in double.
 template <class T> inline vdouble sum_run(const T* p, int64_t count, const T* limit) {
-  vdouble sum[2] = {};
+  constexpr int64_t kStep = kLanes<float>;
+  vdouble sum{};
   int64_t i = 0;
-  for (; i + 2 * kWide <= count; i += 2 * kWide) {
-    sum[0] += load_wide(p + i);
-    sum[1] += load_wide(p + i + kWide);
-  }
-  for (; i < count; i += kWide) {
-    const vdouble rest = load_wide_before(p + i, limit);
-    sum[0] += iota<double>() < tags<double>(count - i) ? rest : vdouble{};
-  }
-  return sum[0] + sum[1];
+  for (; i + 4 * kStep <= count; i += 4 * kStep)
+    sum += fold((load(p + i) + load(p + i + kStep)) + (load(p + i + 2 * kStep) + load(p + i + 3 * kStep)));
+  vfloat rest{};
+  for (; i + kStep <= count; i += kStep) rest += load(p + i);
+  if (i < count) rest += first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});
+  return sum + fold(rest);
 }
 
 // Windows as wide as the plane: each is one run of memory.

@@ -25,7 +25,7 @@ MUTANTS += [
     _pool(_MAX, "ordered, (__m512)value, (__m512)best", "__mmask16(-1), (__m512)value, (__m512)best", "special"),
     _pool(_MAX, "Taps(x0, s.w, s.kernel_w, s.dilation_w).begin));", "0));", "special"),
     _pool(_MAX, "challenge<T, tagged>(second, first_tag + 1, best, tag);", "challenge<T, tagged>(second, first_tag, best, tag);", "max_is_torchs"),
-    _pool(_MAX, "if (value > best || value != value) best = value,", "if (value > best) best = value,", "far_beyond or special"),
+    _pool(_MAX, "if (value > best || value != value) best = value,", "if (value > best) best = value,", "windows_far"),
     # Windows in the wrong order of rows, a dropped tap, a foreign row's tag, lanes shifted, a tail left out.
     _pool(_MAX_BACKWARD, "row_tag[count++] = r * s.kernel_w;\n      });\n      const int64_t next",
           "row_tag[count++] = r * s.kernel_h;\n      });\n      const int64_t next", "max_is_torchs"),
@@ -47,7 +47,7 @@ MUTANTS += [
           "const int64_t first_p = larger(1, floor_div(y + s.pad_h - s.kernel_h, s.stride_h) + 1);", "far_beyond"),
     # Window ends rounded down, a tail of a run left in, compensation dropped; shares of the wrong extent, copies where windows differ.
     _pool(_ADAPTIVE, "return ceil_div((i + 1) * size, out_size); }", "return larger(i * size / out_size + 1, (i + 1) * size / out_size); }", "adaptive_is_torchs"),
-    _pool(_ADAPTIVE, "iota<double>() < tags<double>(count - i) ? rest : vdouble{};", "rest;", "adaptive_parity"),
+    _pool(_ADAPTIVE, "first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});", "load_before(p + i, limit);", "adaptive_parity"),
     _pool(_ADAPTIVE, "lost += (value - (next - added)) + (x - added);", "", "adaptive_parity"),
     _pool(_ADAPTIVE, "load_wide_before(from + 3 * in.x + c, input_end);", "load_wide_before(from + 2 * in.x + c, input_end);", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "if (i > begin && y > 0 && p0 == before_p0 && p1 == before_p1) {", "if (i > begin && y > 0 && p0 == before_p0) {", "adaptive_is_torchs"),
