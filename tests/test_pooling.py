@@ -28,6 +28,7 @@ MAX_WINDOWS = {
     "3x3 stride 2": dict(kernel_size=3, stride=2, padding=1),
     "3x3 stride 2 ceil": dict(kernel_size=3, stride=2, padding=1, ceil_mode=True),
     "3x3 stride 1": dict(kernel_size=3, stride=1, padding=1),
+    "3x5 stride 1": dict(kernel_size=(3, 5), stride=1, padding=(1, 2)),
     "3x3 stride 3": dict(kernel_size=3, stride=3),
     "2x3 stride over kernel": dict(kernel_size=(2, 3), stride=(5, 4), padding=(1, 0), ceil_mode=True),
     "5x4 mixed": dict(kernel_size=(5, 4), stride=(2, 3), padding=(2, 1)),
@@ -133,7 +134,7 @@ def test_every_width(window, layout):
     kernel, _, padding, _ = window
     planes = layout == torch.contiguous_format
     for width in range(max(1, kernel - 2 * padding) if planes else 1, 41):
-        size = (2, 3, 5, width) if planes else (2, width, 5, 6)
+        size = (2, 3, 6, width) if planes else (2, width, 5, 6)
         for dtype in (torch.float32, torch.bfloat16):
             x = image(size, layout, dtype)
             options = dict(zip(("kernel_size", "stride", "padding", "ceil_mode"), window))
@@ -188,6 +189,15 @@ def test_adaptive_parity(size, layout, dtype):
             lambda shape=shape: [torch.randn(shape).contiguous(memory_format=layout).requires_grad_()],
             dtype=dtype, draws=4, name=f"{size} {layout} {shape}",
         ).raise_if_failed()  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_adaptive_float64_carries_rounding_errors(layout):
+    x = torch.tensor([1e16, 1.0, -1e16, 1.0], dtype=torch.float64).expand(2, 9, 4, 4).contiguous(memory_format=layout)
+    for turned in (x, x.transpose(2, 3).contiguous(memory_format=layout)):
+        assert F.adaptive_avg_pool2d(turned, 1).unique().tolist() == [0.5]
+    assert F.adaptive_avg_pool2d(x, (2, 1)).unique().tolist() == [0.5]
+    assert F.adaptive_avg_pool2d(x.transpose(2, 3).contiguous(memory_format=layout), (1, 2)).unique().tolist() == [0.5]
 
 
 # ---- an independent reference ----
