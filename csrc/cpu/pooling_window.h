@@ -1,0 +1,255 @@
+// What the pooling kernels share: which elements a window covers, rows of planes laid out for vectors, and vectors at
+// the ends of memory.
+// A contiguous plane is read a row at a time into PhasedRows: padded, and parted by stride, so that every window is an
+// interior one and one tap of neighbouring windows is one vector, whatever stride, dilation and width are. What is
+// found for a row is kept in a RowRing for the windows of the rows below.
+// Results are stored as whole vectors that may reach past the end of a row or a pixel: what lies there is written
+// later by the same thread, and `limit` is where its part ends.
+#pragma once
+#include "parallel.h"
+#include "pooling.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Steps between neighbours along each dimension.
+struct Steps {
+  int64_t n, c, y, x;
+  Steps(int64_t channels, int64_t h, int64_t w, bool channels_last)
+      : n(channels * h * w), c(channels_last ? 1 : h * w), y(channels_last ? w * channels : w), x(channels_last ? channels : 1) {}
+};
+
+// First and last + 1 of the kernel's taps that fall inside [0, size) for a window that starts at `start`.
+struct Taps {
+  int64_t begin, end;
+  Taps(int64_t start, int64_t size, int64_t kernel, int64_t dilation)
+      : begin(start >= 0 ? 0 : ceil_div(-start, dilation)),
+        end(start >= size ? 0 : smaller(kernel, ceil_div(size - start, dilation))) {}
+  bool empty() const { return begin >= end; }  // a dilated window in ceil_mode can miss a small input
+};
+
+// The integers beside Vec<T>: as many lanes, as wide.
+template <class T> struct tag_of { using vector = vint32; using element = int32_t; };
+template <> struct tag_of<double> { using vector = vint64; using element = int64_t; };
+template <class T> using Tag = typename tag_of<T>::vector;
+template <class T> using TagElement = typename tag_of<T>::element;
+template <class T> inline Tag<T> tags(int64_t value) { return Tag<T>{} + static_cast<TagElement<T>>(value); }
+template <class T> inline Tag<T> iota() {
+  Tag<T> lanes;
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// A byte a lane (64 bits a lane), and tags: bytes the compiler would convert lane by lane.
+template <class T> struct bytes_of { using type [[gnu::vector_size(kLanes<T>)]] = uint8_t; };
+template <class T> using Bytes = typename bytes_of<T>::type;
+template <class T> struct longs_of { using type [[gnu::vector_size(8 * kLanes<T>)]] = int64_t; };
+template <class T> using Longs = typename longs_of<T>::type;
+template <class T> inline Tag<T> to_tags(Bytes<T> bytes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t<T>) == 4) return (Tag<T>)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  if constexpr (sizeof(acc_t<T>) == 4) {
+    int64_t low;
+    std::memcpy(&low, &bytes, sizeof low);
+    return (Tag<T>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(low));
+  }
+#endif
+  return __builtin_convertvector(bytes, Tag<T>);
+}
+template <class T> inline Bytes<T> to_bytes(Tag<T> tag) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t<T>) == 4) return (Bytes<T>)_mm512_cvtepi32_epi8((__m512i)tag);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  if constexpr (sizeof(acc_t<T>) == 4) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)tag), _mm256_extracti128_si256((__m256i)tag, 1));
+    const int64_t low = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    Bytes<T> bytes;
+    std::memcpy(&bytes, &low, sizeof bytes);
+    return bytes;
+  }
+#endif
+  return __builtin_convertvector(tag, Bytes<T>);
+}
+
+template <class V> inline V load_vector(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// A vector at p, of which the lanes before `limit` are read or written; the others read as zero.
+template <class T> inline Vec<T> load_before(const T* p, const T* limit) {
+  if (limit - p >= kLanes<T>) return load(p);
+  return p < limit ? load_partial<T>(p, static_cast<int>(limit - p)) : Vec<T>{};
+}
+template <class T> inline void store_before(T* p, Vec<T> v, const T* limit) {
+  if (limit - p >= kLanes<T>)
+    store(p, v);
+  else if (p < limit)
+    store_partial<T>(p, v, static_cast<int>(limit - p));
+}
+// Lanes from `count` on become `fill`.
+template <class T> inline Vec<T> first_lanes(Vec<T> v, int64_t count, Vec<T> fill) {
+  return iota<T>() < tags<T>(count) ? v : fill;
+}
+// The next kLanes<T> elements of a row that has `count` left, `fill` beyond its end.
+template <class T> inline Vec<T> load_row(const T* p, int64_t count, const T* limit, Vec<T> fill) {
+  if (count >= kLanes<T>) return load(p);
+  return count <= 0 ? fill : first_lanes<T>(load_before(p, limit), count, fill);
+}
+
+// The even and the odd elements of two vectors in a row, and back.
+template <class T> inline void part(Vec<T> a, Vec<T> b, Vec<T>& even, Vec<T>& odd) {
+  const Tag<T> from = iota<T>() * 2;
+  even = __builtin_shuffle(a, b, from);
+  odd = __builtin_shuffle(a, b, from + 1);
+}
+template <class T> inline void interleave(Vec<T> even, Vec<T> odd, Vec<T>& a, Vec<T>& b) {
+  Tag<T> from;
+  for (int i = 0; i < kLanes<T>; ++i) from[i] = i / 2 + i % 2 * kLanes<T>;
+  a = __builtin_shuffle(even, odd, from);
+  b = __builtin_shuffle(even, odd, from + kLanes<T> / 2);
+}
+
+// Rows of an input plane in scratch memory, `fill` around them. Column x is element u = x + pad of the padded row, which
+// lies in phase u % stride at place u / stride; tap t of window q is in phase t * dilation % stride at place
+// q + t * dilation / stride.
+template <class T> struct PhasedRows {
+  using A = acc_t<T>;
+  int64_t w, stride, pad, length, row_size;
+  A* data;
+  A fill;
+
+  static int64_t length_of(const PoolShape& s) {  // of a phase
+    const int64_t read = round_up(s.out_w, kLanes<T>) + (s.kernel_w - 1) * s.dilation_w / s.stride_w;
+    const int64_t written = (round_up(s.w, 2 * kLanes<T>) + s.pad_w) / s.stride_w + 2;
+    return round_up(larger(read, written), kLanes<T>);
+  }
+  static int64_t size(const PoolShape& s) { return s.stride_w * length_of(s); }  // of a row
+  PhasedRows(const PoolShape& s, int64_t rows, A* memory, A around)
+      : w(s.w), stride(s.stride_w), pad(s.pad_w), length(length_of(s)), row_size(stride * length), data(memory), fill(around) {
+    for (int64_t i = 0; i < rows * row_size; ++i) data[i] = fill;
+  }
+  int64_t tap(int64_t t, int64_t dilation) const { return t * dilation % stride * length + t * dilation / stride; }
+
+  void put(int64_t row, const T* x, const T* limit) {
+    const Vec<T> around = broadcast<T>(fill);
+    A* to = data + row * row_size;
+    if (stride == 1) {
+      for (int64_t i = 0; i < w; i += kLanes<T>) store(to + pad + i, load_row(x + i, w - i, limit, around));
+    } else if (stride == 2) {
+      A *first = to + pad % 2 * length + pad / 2, *second = to + (pad + 1) % 2 * length + (pad + 1) / 2;
+      for (int64_t i = 0; i < w; i += 2 * kLanes<T>) {
+        Vec<T> even, odd;
+        part<T>(load_row(x + i, w - i, limit, around), load_row(x + i + kLanes<T>, w - i - kLanes<T>, limit, around), even, odd);
+        store(first + i / 2, even);
+        store(second + i / 2, odd);
+      }
+    } else {
+      int64_t phase = pad % stride, place = pad / stride;
+      for (int64_t i = 0; i < w; ++i) {
+        to[phase * length + place] = static_cast<A>(x[i]);
+        if (++phase == stride) phase = 0, ++place;
+      }
+    }
+  }
+};
+
+// Whether the columns of a window are a pair of its own, so that rows can be read and written where they lie.
+inline bool column_pairs(const PoolShape& s) {
+  return s.kernel_w == 2 && s.stride_w == 2 && s.pad_w == 0 && s.dilation_w == 1 && s.w == 2 * s.out_w;
+}
+// Whether the rows, too, are each in one window.
+inline bool tiles(const PoolShape& s) {
+  return column_pairs(s) && s.kernel_h == s.stride_h && s.pad_h == 0 && s.dilation_h == 1 && s.h == s.kernel_h * s.out_h;
+}
+// The windows from column x on: the first and the second of each pair.
+template <class T> inline void load_pairs(const T* x, const T* limit, Vec<T>& first, Vec<T>& second) {
+  part<T>(load_before(x, limit), load_before(x + kLanes<T>, limit), first, second);
+}
+template <class T> inline void store_pairs(T* x, Vec<T> first, Vec<T> second, const T* limit) {
+  Vec<T> a, b;
+  interleave<T>(first, second, a, b);
+  store_before(x, a, limit);
+  store_before(x + kLanes<T>, b, limit);
+}
+
+// The taps that can reach columns e, stride + e, 2 stride + e, … of an input row, for each e < stride: tap[i] of the
+// window `shift[i]` to the right of the column's number; those of e are [start[e], start[e + 1]), windows ascending.
+struct ColumnTaps {
+  int64_t *start, *tap, *shift;
+  static int64_t memory(const PoolShape& s) { return s.stride_w + 1 + 2 * s.kernel_w; }
+  ColumnTaps(const PoolShape& s, int64_t* memory) : start(memory), tap(start + s.stride_w + 1), shift(tap + s.kernel_w) {
+    int64_t count = 0;
+    for (int64_t e = 0; e < s.stride_w; ++e) {
+      start[e] = count;
+      for (int64_t t = s.kernel_w - 1; t >= 0; --t)
+        if ((e + s.pad_w - t * s.dilation_w) % s.stride_w == 0) {
+          tap[count] = t;
+          shift[count++] = (e + s.pad_w - t * s.dilation_w) / s.stride_w;
+        }
+    }
+    start[s.stride_w] = count;
+  }
+  // How far windows lie to the left and to the right of a column's number.
+  static int64_t left(const PoolShape& s) { return larger(0, ceil_div((s.kernel_w - 1) * s.dilation_w, s.stride_w)); }
+  static int64_t right(const PoolShape& s) { return (s.pad_w + s.stride_w - 1) / s.stride_w; }
+};
+
+// Calls f(r, p) for each output row p whose tap r falls on input row y, p ascending.
+template <class F> inline void for_each_output_row(const PoolShape& s, int64_t y, F&& f) {
+  for (int64_t r = smaller(s.kernel_h - 1, (y + s.pad_h) / s.dilation_h); r >= 0; --r) {
+    const int64_t start = y + s.pad_h - r * s.dilation_h, p = start / s.stride_h;
+    if (p >= s.out_h) return;
+    if (p * s.stride_h == start) f(r, p);
+  }
+}
+
+// Slots for what was made of the last rows: row `id` keeps its slot until id + size is asked for.
+struct RowRing {
+  int64_t mask;
+  int64_t* held;
+  static int64_t size_for(int64_t rows) {
+    int64_t size = 1;
+    while (size < rows) size *= 2;
+    return size;
+  }
+  RowRing(int64_t size, int64_t* memory) : mask(size - 1), held(memory) {
+    for (int64_t i = 0; i < size; ++i) held[i] = -1;
+  }
+  // The slot of row `id`; make(slot) fills it unless it is there.
+  template <class F> int64_t slot(int64_t id, F&& make) {
+    const int64_t i = id & mask;
+    if (held[i] != id) {
+      make(i);
+      held[i] = id;
+    }
+    return i;
+  }
+};
+// Rows are laid out one step ahead of their use where a step is short: a vector that overlaps two stores can only be
+// loaded once both have left the store buffer.
+constexpr int64_t kStepAhead = 4;
+// Input rows that the windows of one output row (and of the next) reach over, and output rows that reach one input row.
+inline int64_t reach_of_input(const PoolShape& s) {
+  return smaller(s.h, (s.kernel_h - 1) * s.dilation_h + 1 + (s.stride_h <= kStepAhead ? s.stride_h : 0));
+}
+inline int64_t reach_of_output(const PoolShape& s) { return smaller(s.out_h, (s.kernel_h - 1) * s.dilation_h / s.stride_h + 2); }
+
+// Whether the rows that the plane kernels keep in scratch memory are of a sensible size.
+template <class T> inline bool rows_fit(const PoolShape& s) {
+  constexpr int64_t kMost = int64_t{1} << 21;
+  if (s.kernel_h > kMost || s.kernel_w > kMost || PhasedRows<T>::size(s) > kMost) return false;
+  const int64_t width = larger(PhasedRows<T>::size(s), ColumnTaps::left(s) + larger(s.out_w, s.w) + 4 * kLanes<T>);
+  return width * RowRing::size_for(larger(reach_of_input(s), reach_of_output(s))) <= kMost;
+}
+
+// Pieces of work for parallel_for: as many items as hold some 16,000 steps.
+inline int64_t grain_of(int64_t steps) { return larger(1, 16384 / larger(steps, 1)); }
+
+}  // namespace dlkern::cpu::DLKERN_ISA
