@@ -16,7 +16,7 @@ import torch
 
 from dlkern import _native
 
-__all__ = ["COLUMNS", "Choice", "backend", "choose", "declare", "state", "supported"]
+__all__ = ["COLUMNS", "Choice", "backend", "choose", "declare", "state", "supported", "usual"]
 
 COLUMNS = ("cpu", "triton", "cuda", "reference")
 
@@ -47,6 +47,21 @@ _cache: dict[tuple, Choice] = {}
 _unavailable: dict[str, str | None] = {}
 
 
+class _Usual(dict[tuple[str, torch.device, torch.dtype], str | None]):
+    """The column "auto" picks for (op, device, dtype), looked up once; None for the reference, whose reason is told."""
+
+    def __missing__(self, key: tuple[str, torch.device, torch.dtype]) -> str | None:
+        op, device, dtype = key
+        if not isinstance(device, torch.device) or not isinstance(dtype, torch.dtype):  # of something like a tensor
+            return None
+        choice = _decide(op, device.type, dtype, "auto", ())
+        self[key] = None if choice.column == "reference" else choice.column
+        return self[key]
+
+
+usual = _Usual()
+
+
 def declare(
     op: str,
     column: str,
@@ -62,6 +77,7 @@ def declare(
 
     _support[op, column] = check
     _cache.clear()
+    usual.clear()
 
 
 def unavailable(column: str) -> str | None:

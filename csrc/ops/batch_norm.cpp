@@ -39,7 +39,7 @@ void check_input(const char* op, const Tensor& input) {
 
 void check_like(const char* op, const std::optional<Tensor>& x, const Tensor& input, const char* name) {
   if (!x) return;
-  check<std::invalid_argument>(to_vector(x->sizes()) == to_vector(input.sizes()), op, ": ", name, " must have input's sizes");
+  check<std::invalid_argument>(same_sizes(x->sizes(), input.sizes()), op, ": ", name, " must have input's sizes");
   check(x->scalar_type() == input.scalar_type(), op, ": ", name, " must have input's dtype");
   check(x->is_cpu(), op, ": ", name, " must be on the CPU");
 }
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
   const Tensor x = ordered(input, channels_last);
   std::optional<Tensor> r;
   if (residual) r = ordered(*residual, channels_last);
-  Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
+  Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   const ScalarType accumulated = accumulate_dtype(x.scalar_type());
   std::vector<double> mean(static_cast<size_t>(shape.c), 0.0), invstd(mean.size(), 1.0), var(mean.size(), 0.0);
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
   const Tensor x = ordered(input, channels_last);
   std::optional<Tensor> r;
   if (residual) r = ordered(*residual, channels_last);
-  Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
+  Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   Tensor mean = allocate({shape.c}, ScalarType::Double, x);
   Tensor invstd = allocate({shape.c}, ScalarType::Double, x);
   const auto old_mean = per_channel<double>(running_mean), old_var = per_channel<double>(running_var);
@@ -211,8 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
   const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
   std::optional<Tensor> y;
   if (activation != 0) y = ordered(*output, channels_last);
-  Tensor grad_input = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
-  Tensor grad_residual = residual ? allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last)
+  Tensor grad_input = allocate(x.sizes(), x.scalar_type(), x, channels_last);
+  Tensor grad_residual = residual ? allocate(x.sizes(), x.scalar_type(), x, channels_last)
                                   : allocate({0}, x.scalar_type(), x);
   Tensor grad_weight, grad_bias;
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {

@@ -1,6 +1,8 @@
 // Pooling, op layer: max_pool2d, avg_pool2d, adaptive_avg_pool2d and their backwards.
 #include "../cpu/pooling.h"
 
+#include <array>
+
 #include "common.h"
 
 namespace dlkern::ops {
@@ -54,11 +56,11 @@ PoolShape pool_shape(const char* op, Ints size, const Window& window, bool ceil_
   return shape;
 }
 
-std::vector<int64_t> input_size(const PoolShape& s) { return {s.n, s.c, s.h, s.w}; }
-std::vector<int64_t> pooled_size(const PoolShape& s) { return {s.n, s.c, s.out_h, s.out_w}; }
+std::array<int64_t, 4> input_size(const PoolShape& s) { return {s.n, s.c, s.h, s.w}; }
+std::array<int64_t, 4> pooled_size(const PoolShape& s) { return {s.n, s.c, s.out_h, s.out_w}; }
 
-void check_size(const Tensor& x, const std::vector<int64_t>& size, const char* op, const char* name) {
-  check<std::invalid_argument>(to_vector(x.sizes()) == size, op, ": ", name, " has the wrong sizes for these windows");
+void check_size(const Tensor& x, const std::array<int64_t, 4>& size, const char* op, const char* name) {
+  check<std::invalid_argument>(same_sizes(x.sizes(), size), op, ": ", name, " has the wrong sizes for these windows");
 }
 
 // x with its elements in the order that `channels_last` says.

@@ -17,7 +17,9 @@ from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.ops._registry import define, raw
 from dlkern.reference import pooling as reference
 
-__all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "output_size"]
+__all__ = [
+    "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "output_size", "run_adaptive_avg", "run_avg", "run_max",
+]  # fmt: skip
 
 # What max_pool2d_forward's `indices` asks for.
 NO_INDICES, WINDOW_OFFSETS, FLAT_INDICES = 0, 1, 2
@@ -123,12 +125,17 @@ for _column, _dtypes in {
         columns.declare(_op, _column, _dtypes)
 
 
+_max_forward, _max_backward = raw["max_pool2d_forward"], raw["max_pool2d_backward"]
+_avg_forward, _avg_backward = raw["avg_pool2d_forward"], raw["avg_pool2d_backward"]
+_adaptive_forward, _adaptive_backward = raw["adaptive_avg_pool2d_forward"], raw["adaptive_avg_pool2d_backward"]
+
+
 class MaxPool2dBackward(_autograd.Function):
     """grad_input of grad_output; its adjoint picks the winners' elements."""
 
     @staticmethod
     def forward(grad_output, indices, input_size, window, channels_last, column):
-        return raw["max_pool2d_backward"][column](grad_output, indices, input_size, *window, channels_last)
+        return _max_backward[column](grad_output, indices, input_size, *window, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -146,30 +153,29 @@ class MaxPool2dBackward(_autograd.Function):
 class MaxPool2d(_autograd.Function):
     @staticmethod
     def forward(input, window, ceil_mode, indices, column):
-        return raw["max_pool2d_forward"][column](input, *window, ceil_mode, indices)
+        return _max_forward[column](input, *window, ceil_mode, indices)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, ctx.window, _, _, ctx.column = inputs
-        ctx.mark_non_differentiable(output[1])
+        input, window, _, _, column = inputs
+        indices = output[1]
+        ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-        ctx.input_size = input.shape
-        ctx.channels_last = suggests_channels_last(input)
+        ctx.save_for_backward(indices)
+        ctx.constants = input.shape, window, suggests_channels_last(input), column
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        grad_input = None
-        if grad_output is not None:
-            (indices,) = ctx.saved_tensors
-            if torch.is_grad_enabled():
-                grad_input = _autograd.apply(
-                    MaxPool2dBackward, grad_output, indices, ctx.input_size, ctx.window, ctx.channels_last, ctx.column
-                )
-            else:
-                grad_input = raw["max_pool2d_backward"][ctx.column](
-                    grad_output, indices, ctx.input_size, *ctx.window, ctx.channels_last
-                )
+        if grad_output is None:
+            return None, None, None, None, None
+        (indices,) = ctx.saved_tensors
+        size, window, channels_last, column = ctx.constants
+        if torch.is_grad_enabled():
+            grad_input = _autograd.apply(
+                MaxPool2dBackward, grad_output, indices, size, window, channels_last, column
+            )
+        else:
+            grad_input = _max_backward[column](grad_output, indices, size, *window, channels_last)
         return grad_input, None, None, None, None
 
 
@@ -188,7 +194,7 @@ class _Linear(_autograd.Function):
 class AvgPool2d(_Linear):
     @staticmethod
     def forward(input, settings, column):
-        return raw["avg_pool2d_forward"][column](input, *settings)
+        return _avg_forward[column](input, *settings)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -200,7 +206,7 @@ class AvgPool2d(_Linear):
 class AvgPool2dBackward(_Linear):
     @staticmethod
     def forward(grad_output, input_size, settings, channels_last, column):
-        return raw["avg_pool2d_backward"][column](grad_output, input_size, *settings, channels_last)
+        return _avg_backward[column](grad_output, input_size, *settings, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -212,7 +218,7 @@ class AvgPool2dBackward(_Linear):
 class AdaptiveAvgPool2d(_Linear):
     @staticmethod
     def forward(input, output_size, column):
-        return raw["adaptive_avg_pool2d_forward"][column](input, output_size)
+        return _adaptive_forward[column](input, output_size)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -224,7 +230,7 @@ class AdaptiveAvgPool2d(_Linear):
 class AdaptiveAvgPool2dBackward(_Linear):
     @staticmethod
     def forward(grad_output, input_size, channels_last, column):
-        return raw["adaptive_avg_pool2d_backward"][column](grad_output, input_size, channels_last)
+        return _adaptive_backward[column](grad_output, input_size, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -253,10 +259,20 @@ def max_pool2d(
     if column == "reference":
         return reference.max_pool2d(input, *window, ceil_mode)
     if _autograd.needs_grad(input):
-        small = kernel_size[0] * kernel_size[1] <= 256
-        indices = WINDOW_OFFSETS if small and not return_indices else FLAT_INDICES
-        return _autograd.apply(MaxPool2d, input, window, ceil_mode, indices, column)
-    return raw["max_pool2d_forward"][column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+        return _autograd.apply(MaxPool2d, input, window, ceil_mode, _kept_indices(kernel_size, return_indices), column)
+    return _max_forward[column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+
+
+def _kept_indices(kernel_size, return_indices):
+    """The kind of indices that a call with a backward to come makes."""
+    return WINDOW_OFFSETS if kernel_size[0] * kernel_size[1] <= 256 and not return_indices else FLAT_INDICES
+
+
+def run_max(column, input, window, ceil_mode, return_indices):
+    """max_pool2d on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return MaxPool2d.fast_apply(input, window, ceil_mode, _kept_indices(window[0], return_indices), column)
+    return _max_forward[column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
 
 
 def avg_pool2d(
@@ -272,7 +288,14 @@ def avg_pool2d(
         return reference.avg_pool2d(input, *settings)
     if _autograd.needs_grad(input):
         return _autograd.apply(AvgPool2d, input, settings, column)
-    return raw["avg_pool2d_forward"][column](input, *settings)
+    return _avg_forward[column](input, *settings)
+
+
+def run_avg(column, input, settings):
+    """avg_pool2d on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return AvgPool2d.fast_apply(input, settings, column)
+    return _avg_forward[column](input, *settings)
 
 
 def adaptive_avg_pool2d(input: torch.Tensor, output_size: reference.Ints) -> torch.Tensor:
@@ -284,4 +307,11 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: reference.Ints) -> tor
         return reference.adaptive_avg_pool2d(input, output_size)
     if _autograd.needs_grad(input):
         return _autograd.apply(AdaptiveAvgPool2d, input, output_size, column)
-    return raw["adaptive_avg_pool2d_forward"][column](input, output_size)
+    return _adaptive_forward[column](input, output_size)
+
+
+def run_adaptive_avg(column, input, output_size):
+    """adaptive_avg_pool2d on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return AdaptiveAvgPool2d.fast_apply(input, output_size, column)
+    return _adaptive_forward[column](input, output_size)
