@@ -47,14 +47,14 @@ _cache: dict[tuple, Choice] = {}
 _unavailable: dict[str, str | None] = {}
 
 
-class _Usual(dict[tuple[str, torch.device, torch.dtype], str | None]):
-    """The column "auto" picks for (op, device, dtype), looked up once; None for the reference, whose reason is told."""
+class _Usual(dict[tuple[str, torch.device, torch.dtype, tuple[Hashable, ...]], str | None]):
+    """The column "auto" picks for (op, device, dtype, facts), looked up once; None for the reference, whose reason is told."""
 
-    def __missing__(self, key: tuple[str, torch.device, torch.dtype]) -> str | None:
-        op, device, dtype = key
+    def __missing__(self, key: tuple[str, torch.device, torch.dtype, tuple[Hashable, ...]]) -> str | None:
+        op, device, dtype, facts = key
         if not isinstance(device, torch.device) or not isinstance(dtype, torch.dtype):  # of something like a tensor
             return None
-        choice = _decide(op, device.type, dtype, "auto", ())
+        choice = _decide(op, device.type, dtype, "auto", facts)
         self[key] = None if choice.column == "reference" else choice.column
         return self[key]
 

@@ -9,6 +9,7 @@ torch's own.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ _state = columns.state
 _usual = columns.usual
 
 
-def column(op: str, input: Any) -> str | None:
-    """The column of a plain call of `op`, None for a call that has to go the long way."""
+def column(op: str, input: Any, facts: tuple[Hashable, ...] = ()) -> str | None:
+    """The column of a plain call of `op` (facts as in columns.choose), None for a call that has to go the long way."""
     if (
         torch.compiler.is_compiling()
         or functorch_active()
@@ -39,7 +40,7 @@ def column(op: str, input: Any) -> str | None:
         or _state.forced != "auto"
     ):
         return None
-    return _usual[op, input.device, input.dtype]
+    return _usual[op, input.device, input.dtype, facts]
 
 
 def pair(value: Any) -> tuple[int, int] | None:

@@ -106,7 +106,7 @@ def conv2d(
         RuntimeError, TypeError: torch's own, for wrong arguments.
     """
     try:
-        column = _plain.column("conv2d", input)
+        column = _plain.column("conv2d", input, ("grouped",) if groups > 1 else ())
         if column is not None and input.dim() == 4:
             step, pad, spread = _plain.pair(stride), _plain.pair(padding), _plain.pair(dilation)
             if step is not None and pad is not None and spread is not None and type(groups) is int:
