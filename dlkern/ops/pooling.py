@@ -26,6 +26,10 @@ NO_INDICES, WINDOW_OFFSETS, FLAT_INDICES = 0, 1, 2
 _INDEX_DTYPE = {WINDOW_OFFSETS: torch.uint8, FLAT_INDICES: torch.int64}
 
 
+# The raw ops take kernel size, stride, padding and (of max_pool2d) dilation as one list, `window`: a list of ints costs
+# about as much on its way from Python as pooling a small image does.
+
+
 def output_size(size, kernel_size, stride, padding, dilation, ceil_mode):
     """Windows along one dimension; arithmetic only, so that symbolic sizes pass through."""
     last = size + 2 * padding - dilation * (kernel_size - 1) - 1  # where the last window may start, from -padding
@@ -41,15 +45,13 @@ def _empty(size, like, channels_last, dtype=None):
     )
 
 
-def _pooled(input, kernel_size, stride, padding, dilation, ceil_mode):
-    extents = [
-        output_size(input.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
-    ]
+def _pooled(input, window, ceil_mode):
+    extents = [output_size(input.shape[2 + i], *window[i::2], ceil_mode) for i in (0, 1)]
     return [input.shape[0], input.shape[1], *extents]
 
 
-def _max_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, indices):
-    size = _pooled(input, kernel_size, stride, padding, dilation, ceil_mode)
+def _max_forward_fake(input, window, ceil_mode, indices):
+    size = _pooled(input, window, ceil_mode)
     channels_last = suggests_channels_last(input)
     output = _empty(size, input, channels_last)
     if indices == NO_INDICES:
@@ -57,20 +59,17 @@ def _max_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, 
     return output, _empty(size, input, channels_last, _INDEX_DTYPE[indices])
 
 
-def _max_backward_fake(
-    grad_output, indices, input_size, kernel_size, stride, padding, dilation, channels_last
-):
+def _max_backward_fake(grad_output, indices, input_size, window, channels_last):
     return _empty(input_size, grad_output, channels_last)
 
 
-def _avg_forward_fake(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-    size = _pooled(input, kernel_size, stride, padding, (1, 1), ceil_mode)
+def _avg_forward_fake(input, window, ceil_mode, count_include_pad, divisor_override):
+    size = _pooled(input, [*window, 1, 1], ceil_mode)
     return _empty(size, input, suggests_channels_last(input))
 
 
 def _avg_backward_fake(
-    grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
-    channels_last,
+    grad_output, input_size, window, ceil_mode, count_include_pad, divisor_override, channels_last
 ):
     return _empty(input_size, grad_output, channels_last)
 
@@ -86,26 +85,23 @@ def _adaptive_backward_fake(grad_output, input_size, channels_last):
 for _op, _schema, _fake in (
     (
         "max_pool2d_forward",
-        "(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, int indices)"
-        " -> (Tensor, Tensor)",
+        "(Tensor input, int[] window, bool ceil_mode, int indices) -> (Tensor, Tensor)",
         _max_forward_fake,
     ),
     (
         "max_pool2d_backward",
-        "(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding,"
-        " int[] dilation, bool channels_last) -> Tensor",
+        "(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] window, bool channels_last) -> Tensor",
         _max_backward_fake,
     ),
     (
         "avg_pool2d_forward",
-        "(Tensor input, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad,"
-        " int? divisor_override) -> Tensor",
+        "(Tensor input, int[] window, bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor",
         _avg_forward_fake,
     ),
     (
         "avg_pool2d_backward",
-        "(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode,"
-        " bool count_include_pad, int? divisor_override, bool channels_last) -> Tensor",
+        "(Tensor grad_output, SymInt[] input_size, int[] window, bool ceil_mode, bool count_include_pad,"
+        " int? divisor_override, bool channels_last) -> Tensor",
         _avg_backward_fake,
     ),
     ("adaptive_avg_pool2d_forward", "(Tensor input, SymInt[] output_size) -> Tensor", _adaptive_forward_fake),
@@ -130,12 +126,17 @@ _avg_forward, _avg_backward = raw["avg_pool2d_forward"], raw["avg_pool2d_backwar
 _adaptive_forward, _adaptive_backward = raw["adaptive_avg_pool2d_forward"], raw["adaptive_avg_pool2d_backward"]
 
 
+def _pairs(window):
+    """[a, b, c, d, ...] as (a, b), (c, d), ..."""
+    return [tuple(window[i : i + 2]) for i in range(0, len(window), 2)]
+
+
 class MaxPool2dBackward(_autograd.Function):
     """grad_input of grad_output; its adjoint picks the winners' elements."""
 
     @staticmethod
     def forward(grad_output, indices, input_size, window, channels_last, column):
-        return _max_backward[column](grad_output, indices, input_size, *window, channels_last)
+        return _max_backward[column](grad_output, indices, input_size, window, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -145,7 +146,7 @@ class MaxPool2dBackward(_autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (indices,) = ctx.saved_tensors
-        flat = reference.flat_indices(indices, ctx.input_size[-1], *ctx.window)
+        flat = reference.flat_indices(indices, ctx.input_size[-1], *_pairs(ctx.window))
         picked = grad.flatten(2).gather(2, flat.flatten(2)).reshape(flat.shape)
         return picked, None, None, None, None, None
 
@@ -153,7 +154,7 @@ class MaxPool2dBackward(_autograd.Function):
 class MaxPool2d(_autograd.Function):
     @staticmethod
     def forward(input, window, ceil_mode, indices, column):
-        return _max_forward[column](input, *window, ceil_mode, indices)
+        return _max_forward[column](input, window, ceil_mode, indices)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -175,7 +176,7 @@ class MaxPool2d(_autograd.Function):
                 MaxPool2dBackward, grad_output, indices, size, window, channels_last, column
             )
         else:
-            grad_input = _max_backward[column](grad_output, indices, size, *window, channels_last)
+            grad_input = _max_backward[column](grad_output, indices, size, window, channels_last)
         return grad_input, None, None, None, None
 
 
@@ -252,27 +253,25 @@ def max_pool2d(
     dilation: reference.Ints, ceil_mode: bool, return_indices: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maximum of each window of a 4-D input, and int64 indices (of no use unless return_indices)."""
-    window = (kernel_size, stride, padding, dilation)
-    if _autograd.use_reference():
-        return reference.max_pool2d(input, *window, ceil_mode)
-    column = _choose("max_pool2d", input)
+    column = "reference" if _autograd.use_reference() else _choose("max_pool2d", input)
     if column == "reference":
-        return reference.max_pool2d(input, *window, ceil_mode)
+        return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = (*kernel_size, *stride, *padding, *dilation)
     if _autograd.needs_grad(input):
-        return _autograd.apply(MaxPool2d, input, window, ceil_mode, _kept_indices(kernel_size, return_indices), column)
-    return _max_forward[column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+        return _autograd.apply(MaxPool2d, input, window, ceil_mode, _kept_indices(window, return_indices), column)
+    return _max_forward[column](input, window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
 
 
-def _kept_indices(kernel_size, return_indices):
+def _kept_indices(window, return_indices):
     """The kind of indices that a call with a backward to come makes."""
-    return WINDOW_OFFSETS if kernel_size[0] * kernel_size[1] <= 256 and not return_indices else FLAT_INDICES
+    return WINDOW_OFFSETS if window[0] * window[1] <= 256 and not return_indices else FLAT_INDICES
 
 
 def run_max(column, input, window, ceil_mode, return_indices):
     """max_pool2d on a given column, for a plain call (see _plain.py)."""
     if input.requires_grad and torch.is_grad_enabled():
-        return MaxPool2d.fast_apply(input, window, ceil_mode, _kept_indices(window[0], return_indices), column)
-    return _max_forward[column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+        return MaxPool2d.fast_apply(input, window, ceil_mode, _kept_indices(window, return_indices), column)
+    return _max_forward[column](input, window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
 
 
 def avg_pool2d(
@@ -280,12 +279,12 @@ def avg_pool2d(
     count_include_pad: bool, divisor_override: int | None,
 ) -> torch.Tensor:
     """Average of each window of a 4-D input."""
-    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if _autograd.use_reference():
-        return reference.avg_pool2d(input, *settings)
-    column = _choose("avg_pool2d", input)
+    column = "reference" if _autograd.use_reference() else _choose("avg_pool2d", input)
     if column == "reference":
-        return reference.avg_pool2d(input, *settings)
+        return reference.avg_pool2d(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+    settings = ((*kernel_size, *stride, *padding), ceil_mode, count_include_pad, divisor_override)
     if _autograd.needs_grad(input):
         return _autograd.apply(AvgPool2d, input, settings, column)
     return _avg_forward[column](input, *settings)

@@ -37,14 +37,14 @@ def _pair(value: Any) -> _Two | None:
     return None
 
 
-def _plain_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> _Window | None:
-    """The four as pairs where each is an int or a tuple of two; the raw op checks their values."""
+def _plain_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...] | None:
+    """The four in one list where each is an int or a tuple of two; the raw op checks their values."""
     kernel = _plain.pair(kernel_size)
     step = kernel if stride is None else _plain.pair(stride)
     pad, spread = _plain.pair(padding), _plain.pair(dilation)
     if kernel is None or step is None or pad is None or spread is None:
         return None
-    return kernel, step, pad, spread
+    return *kernel, *step, *pad, *spread
 
 
 def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> _Window | None:
@@ -99,9 +99,9 @@ def max_pool2d(
     try:
         column = _plain.column("max_pool2d", input)
         if column is not None and input.dim() == 4:
-            window = _plain_window(kernel_size, stride, padding, dilation)
-            if window is not None:
-                results = ops.pooling.run_max(column, input, window, ceil_mode, return_indices)
+            flat = _plain_window(kernel_size, stride, padding, dilation)
+            if flat is not None:
+                results = ops.pooling.run_max(column, input, flat, ceil_mode, return_indices)
                 return results if return_indices else results[0]
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
@@ -148,9 +148,9 @@ def avg_pool2d(
     try:
         column = _plain.column("avg_pool2d", input)
         if column is not None and input.dim() == 4:
-            window = _plain_window(kernel_size, stride, padding, 1)
-            if window is not None:
-                settings = (*window[:3], ceil_mode, count_include_pad, divisor_override)
+            flat = _plain_window(kernel_size, stride, padding, 1)
+            if flat is not None:
+                settings = (flat[:6], ceil_mode, count_include_pad, divisor_override)
                 return ops.pooling.run_avg(column, input, settings)
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
