@@ -88,6 +88,11 @@ void check_parameter(const char* op, const std::optional<Tensor>& x, const Tenso
   check(x->is_cpu(), op, ": ", name, " must be on the CPU");
 }
 
+// Parameters and running statistics come in one dtype.
+void check_one_dtype(const char* op, const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
+  check(!a || !b || a->scalar_type() == b->scalar_type(), op, ": parameters and running statistics differ in dtype");
+}
+
 std::vector<double> scratch_for(const NormShape& shape) {
   return std::vector<double>(static_cast<size_t>(cpu::batch_norm_scratch(shape, cpu::num_threads())));
 }
@@ -104,6 +109,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
   check_parameter(op, bias, input, "bias");
   check_parameter(op, running_mean, input, "running_mean");
   check_parameter(op, running_var, input, "running_var");
+  check_one_dtype(op, weight, bias);
+  check_one_dtype(op, running_mean, running_var);
+  check_one_dtype(op, weight ? weight : bias, running_mean);
   check<std::invalid_argument>(running_mean.has_value() == running_var.has_value(),
                                "running_mean and running_var must either both be None or neither be None");
   check_activation(op, activation);
@@ -160,6 +168,9 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
   check_parameter(op, bias, input, "bias");
   check_parameter(op, running_mean, input, "running_mean");
   check_parameter(op, running_var, input, "running_var");
+  check_one_dtype(op, weight, bias);
+  check_one_dtype(op, running_mean, running_var);
+  check_one_dtype(op, weight ? weight : bias, running_mean);
   check_activation(op, activation);
   check<std::invalid_argument>(eps >= 0, "batch_norm eps must be non-negative, but got ", eps);
   const bool channels_last = suggests_channels_last(input);
