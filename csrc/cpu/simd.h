@@ -285,7 +285,6 @@ inline vfloat tanh(vfloat x) {
   vfloat large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);  // of |x|: no cancellation near -1
   return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
 }
-// A form like the one above would be off by twice as much as the library's.
 inline vdouble tanh(vdouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
   return x;
