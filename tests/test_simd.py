@@ -1,4 +1,4 @@
-"""exp and sigmoid (and the ends of tanh) of csrc/cpu/simd.h over dense ranges, through ops that apply them to single numbers."""
+"""exp and sigmoid (and the ends of tanh) of csrc/cpu/simd.h over dense ranges, through ops on single numbers."""
 
 import numpy as np
 import pytest
