@@ -17,7 +17,7 @@ import torch
 
 from dlkern import _native, tuning
 
-__all__ = ["COLUMNS", "Choice", "backend", "choose", "declare", "state", "supported"]
+__all__ = ["COLUMNS", "Choice", "backend", "choose", "declare", "state", "supported", "usual"]
 
 COLUMNS = ("cpu", "triton", "cuda", "reference")
 
@@ -50,6 +50,21 @@ _unavailable: dict[str, str | None] = {}
 _tuned: dict[str, list[str]] | None = None  # this GPU's table, once it was looked for
 
 
+class _Usual(dict[tuple[str, torch.device, torch.dtype, tuple[Hashable, ...]], str | None]):
+    """The column "auto" picks for (op, device, dtype, facts), looked up once; None for the reference, whose reason is told."""
+
+    def __missing__(self, key: tuple[str, torch.device, torch.dtype, tuple[Hashable, ...]]) -> str | None:
+        op, device, dtype, facts = key
+        if not isinstance(device, torch.device) or not isinstance(dtype, torch.dtype):  # of something like a tensor
+            return None
+        choice = _decide(op, device.type, dtype, "auto", facts)
+        self[key] = None if choice.column == "reference" else choice.column
+        return self[key]
+
+
+usual = _Usual()
+
+
 def declare(
     op: str,
     column: str,
@@ -66,6 +81,7 @@ def declare(
     _support[op, column] = check
     _dtypes[op, column] = dtypes
     _cache.clear()
+    usual.clear()
 
 
 def declared() -> dict[tuple[str, str], tuple[torch.dtype, ...]]:

@@ -232,9 +232,11 @@ def _pair(op, name, values, least):
     return tuple(int(v) for v in values)
 
 
-def _geometry(op, kernel_size, stride, padding, dilation=(1, 1)):
-    kernel_size, stride = _pair(op, "kernel_size", kernel_size, 1), _pair(op, "stride", stride, 1)
-    padding, dilation = _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
+def _geometry(op, window, pairs):
+    """Kernel size, stride, padding and dilation, which a window of three pairs leaves at one."""
+    check(len(window) == 2 * pairs, f"{op}: a window takes {2 * pairs} ints, got {window}")
+    kernel_size, stride = _pair(op, "kernel_size", window[:2], 1), _pair(op, "stride", window[2:4], 1)
+    padding, dilation = _pair(op, "padding", window[4:6], 0), _pair(op, "dilation", window[6:8] or (1, 1), 1)
     check(all(2 * p <= k for p, k in zip(padding, kernel_size)), f"{op}: padding {padding} over half of {kernel_size}")
     return kernel_size, stride, padding, dilation
 
@@ -278,11 +280,11 @@ def _windows(kernel_size, stride, dilation=(1, 1)):
     }
 
 
-def max_pool2d_forward(input, kernel_size, stride, padding, dilation, ceil_mode, indices):
+def max_pool2d_forward(input, window, ceil_mode, indices):
     """Maxima, and where they were: indices 0 nothing, 1 offset in the window (uint8), 2 h * W + w (int64)."""
     op = "max_pool2d"
     _check_input(op, input)
-    kernel_size, stride, padding, dilation = _geometry(op, kernel_size, stride, padding, dilation)
+    kernel_size, stride, padding, dilation = _geometry(op, window, 4)
     check(indices in (0, 1, 2), f"{op}: indices must be 0, 1 or 2")
     check(indices != 1 or kernel_size[0] * kernel_size[1] <= 256, f"{op}: one byte cannot number a {kernel_size} window")
     (N, C, H, W), x = input.shape, dense(input)
@@ -298,11 +300,11 @@ def max_pool2d_forward(input, kernel_size, stride, padding, dilation, ceil_mode,
     return output, place
 
 
-def max_pool2d_backward(grad_output, indices, input_size, kernel_size, stride, padding, dilation, channels_last):
+def max_pool2d_backward(grad_output, indices, input_size, window, channels_last):
     """Each gradient goes to the element its index names."""
     op = "max_pool2d_backward"
     check_tensors(op, grad_output)
-    kernel_size, stride, padding, dilation = _geometry(op, kernel_size, stride, padding, dilation)
+    kernel_size, stride, padding, dilation = _geometry(op, window, 4)
     check(indices.dtype in (torch.uint8, torch.int64), f"{op}: indices must be uint8 or int64")
     check(indices.device == grad_output.device, f"{op}: indices on {indices.device}")
     check(len(input_size) == 4 and min(input_size) >= 0, f"{op}: input_size must be four sizes")
@@ -324,11 +326,11 @@ def max_pool2d_backward(grad_output, indices, input_size, kernel_size, stride, p
     return grad_input
 
 
-def avg_pool2d_forward(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+def avg_pool2d_forward(input, window, ceil_mode, count_include_pad, divisor_override):
     """Means over windows."""
     op = "avg_pool2d"
     _check_input(op, input)
-    kernel_size, stride, padding, _ = _geometry(op, kernel_size, stride, padding)
+    kernel_size, stride, padding, _ = _geometry(op, window, 3)
     check(divisor_override != 0, f"{op}: divisor must be not zero")
     (N, C, H, W), x = input.shape, dense(input)
     P, Q = (_output_size(op, *a, 1, ceil_mode) for a in zip((H, W), kernel_size, stride, padding))
@@ -342,12 +344,12 @@ def avg_pool2d_forward(input, kernel_size, stride, padding, ceil_mode, count_inc
 
 
 def avg_pool2d_backward(
-    grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, channels_last
+    grad_output, input_size, window, ceil_mode, count_include_pad, divisor_override, channels_last
 ):
     """Each gradient, divided by its window's size, goes to the window's elements."""
     op = "avg_pool2d_backward"
     check_tensors(op, grad_output)
-    kernel_size, stride, padding, _ = _geometry(op, kernel_size, stride, padding)
+    kernel_size, stride, padding, _ = _geometry(op, window, 3)
     check(divisor_override != 0, f"{op}: divisor must be not zero")
     check(len(input_size) == 4 and min(input_size) >= 0, f"{op}: input_size must be four sizes")
     N, C, H, W = input_size

@@ -249,21 +249,21 @@ def test_pooling_empty_batch_and_views(dtype):
 
 
 def test_pooling_wrong_arguments():
-    x, pool = torch.randn(1, 2, 4, 4), [[2, 2], [2, 2], [0, 0], [1, 1]]
+    x, pool = torch.randn(1, 2, 4, 4), [2, 2, 2, 2, 0, 0, 1, 1]
     forward, backward = raw["max_pool2d_forward"]["cuda"], raw["max_pool2d_backward"]["cuda"]
-    output, indices = forward(x, *pool, False, 1)
+    output, indices = forward(x, pool, False, 1)
     for call in (
-        lambda: forward(x[0], *pool, False, 1), lambda: forward(x.double(), *pool, False, 1),
-        lambda: forward(x, [0, 2], *pool[1:], False, 1), lambda: forward(x, [2], *pool[1:], False, 1),
-        lambda: forward(x, pool[0], [0, 1], *pool[2:], False, 1), lambda: forward(x, *pool[:2], [2, 2], [1, 1], False, 1),
-        lambda: forward(x, [9, 9], *pool[1:], False, 1), lambda: forward(x, *pool, False, 3),
-        lambda: forward(torch.randn(1, 1, 40, 40), [17, 17], *pool[1:], False, 1),
-        lambda: forward(x, *pool[:3], [2**40, 1], False, 1), lambda: forward(x[:, :0], *pool, False, 1),
-        lambda: backward(output, indices.int(), [1, 2, 4, 4], *pool, False),
-        lambda: backward(output, indices[..., :1], [1, 2, 4, 4], *pool, False),
-        lambda: backward(output, indices, [1, 2, 8, 8], *pool, False),
-        lambda: backward(output, indices, [1, 2], *pool, False),
-        lambda: raw["avg_pool2d_forward"]["cuda"](x, *pool[:3], False, True, 0),
+        lambda: forward(x[0], pool, False, 1), lambda: forward(x.double(), pool, False, 1),
+        lambda: forward(x, [0, *pool[1:]], False, 1), lambda: forward(x, pool[1:], False, 1),
+        lambda: forward(x, [2, 2, 0, 1, 0, 0, 1, 1], False, 1), lambda: forward(x, [2, 2, 2, 2, 2, 2, 1, 1], False, 1),
+        lambda: forward(x, [9, 9, *pool[2:]], False, 1), lambda: forward(x, pool, False, 3),
+        lambda: forward(torch.randn(1, 1, 40, 40), [17, 17, *pool[2:]], False, 1),
+        lambda: forward(x, [*pool[:6], 2**40, 1], False, 1), lambda: forward(x[:, :0], pool, False, 1),
+        lambda: backward(output, indices.int(), [1, 2, 4, 4], pool, False),
+        lambda: backward(output, indices[..., :1], [1, 2, 4, 4], pool, False),
+        lambda: backward(output, indices, [1, 2, 8, 8], pool, False),
+        lambda: backward(output, indices, [1, 2], pool, False),
+        lambda: raw["avg_pool2d_forward"]["cuda"](x, pool[:6], False, True, 0),
         lambda: raw["adaptive_avg_pool2d_forward"]["cuda"](x, [2]),
         lambda: raw["adaptive_avg_pool2d_forward"]["cuda"](x, [-1, 2]),
         lambda: raw["adaptive_avg_pool2d_backward"]["cuda"](x, [1, 3, 8, 8], False),
@@ -274,9 +274,9 @@ def test_pooling_wrong_arguments():
 
 def test_indices_out_of_range_are_harmless():
     """Indices that no window has: no gradient, and no access outside the tensors."""
-    pool = [[2, 2], [2, 2], [0, 0], [1, 1]]
+    pool = [2, 2, 2, 2, 0, 0, 1, 1]
     for indices in (torch.full((1, 2, 2, 2), 200, dtype=torch.uint8), torch.full((1, 2, 2, 2), 2**40)):
-        grad = raw["max_pool2d_backward"]["cuda"](torch.ones(1, 2, 2, 2), indices, [1, 2, 4, 4], *pool, False)
+        grad = raw["max_pool2d_backward"]["cuda"](torch.ones(1, 2, 2, 2), indices, [1, 2, 4, 4], pool, False)
         assert torch.equal(grad, torch.zeros(1, 2, 4, 4))
 
 
@@ -290,11 +290,11 @@ def sample():
     found = [raw["linear_forward"]["cuda"](x, weight, None, 2), raw["linear_backward_input"]["cuda"](grad, weight),
              *raw["linear_backward_weight"]["cuda"](grad, x, True), raw["activation_backward"]["cuda"](grad, grad, 3)]
     image = torch.randn(2, 8, 9, 11).contiguous(memory_format=torch.channels_last)
-    window = [[3, 3], [2, 2], [1, 1]]
-    output, indices = raw["max_pool2d_forward"]["cuda"](image, *window, [1, 1], False, 1)
-    found += [output, indices, raw["max_pool2d_backward"]["cuda"](output, indices, image.shape, *window, [1, 1], True)]
-    average = raw["avg_pool2d_forward"]["cuda"](image, *window, False, True, None)
-    found += [average, raw["avg_pool2d_backward"]["cuda"](average, image.shape, *window, False, True, None, True)]
+    window = [3, 3, 2, 2, 1, 1]
+    output, indices = raw["max_pool2d_forward"]["cuda"](image, [*window, 1, 1], False, 1)
+    found += [output, indices, raw["max_pool2d_backward"]["cuda"](output, indices, image.shape, [*window, 1, 1], True)]
+    average = raw["avg_pool2d_forward"]["cuda"](image, window, False, True, None)
+    found += [average, raw["avg_pool2d_backward"]["cuda"](average, image.shape, window, False, True, None, True)]
     return found
 
 

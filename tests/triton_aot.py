@@ -132,12 +132,12 @@ def _conv(half):
 
 
 def _pooling(half):
-    window = ((3, 3), (2, 2), (1, 1))
+    window = (3, 3, 2, 2, 1, 1)
     x = _empty(32, 64, 112, 112, dtype=half, channels_last=True)
-    y, place = pooling.max_pool2d_forward(x, *window, (1, 1), False, 1)
-    pooling.max_pool2d_backward(y, place, x.shape, *window, (1, 1), True)
-    y = pooling.avg_pool2d_forward(x, *window, False, True, None)
-    pooling.avg_pool2d_backward(y, x.shape, *window, False, True, None, True)
+    y, place = pooling.max_pool2d_forward(x, (*window, 1, 1), False, 1)
+    pooling.max_pool2d_backward(y, place, x.shape, (*window, 1, 1), True)
+    y = pooling.avg_pool2d_forward(x, window, False, True, None)
+    pooling.avg_pool2d_backward(y, x.shape, window, False, True, None, True)
     y = pooling.adaptive_avg_pool2d_forward(x, (7, 7))
     pooling.adaptive_avg_pool2d_backward(y, x.shape, True)
 

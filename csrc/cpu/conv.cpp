@@ -310,7 +310,8 @@ template <class T> void correlate(const Correlation<T>& z) {
   pack_weights(z, plan, filter);
 
   const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
-  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+  const double work = static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth);
+  parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % plan.splits, block = task / plan.splits;
       const int64_t group = block % z.groups, place = block / z.groups;

@@ -357,7 +357,8 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
 
   const int64_t bands = plan.row_blocks * plan.column_blocks, units = z.groups * plan.panels;
   const int64_t tasks = plan.pixel_tasks * plan.channel_tasks;
-  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+  const double work = static_cast<double>(plan.all_rows * z.q) * static_cast<double>(z.k * plan.channels * z.r * z.s);
+  parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task % plan.pixel_tasks, c = task / plan.pixel_tasks;
       sum_bands(args, plan, p * bands / plan.pixel_tasks, (p + 1) * bands / plan.pixel_tasks,

@@ -15,8 +15,14 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;   // places summed together
 constexpr int64_t kBlock = 1024;  // logits looked at together
+
+// Places summed together: few enough that there is work for every thread, and from the shape alone, so that sums are
+// the same for any number of threads.
+inline int64_t chunk_of(const CrossEntropyShape& s) {
+  const int64_t places = 16384 / (s.classes + 1);
+  return places < 1 ? 1 : places > 256 ? 256 : places;
+}
 
 template <class T> using A = acc_t<T>;
 
@@ -34,8 +40,9 @@ template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
 }
 // The first `count` lanes of v, the others `fill`.
 template <class T> inline Vec<T> keep(Vec<T> v, int64_t count, A<T> fill) {
-  for (int64_t i = count; i < kLanes<T>; ++i) v[i] = fill;
-  return v;
+  auto lane = v > v;  // integers of the same width
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < static_cast<decltype(+lane[0])>(count) ? v : broadcast<T>(fill);
 }
 
 // One place: its largest logit, sum(exp(x - largest)), and sum(w (largest - x)) where labels are smoothed.
@@ -44,6 +51,36 @@ template <class T> struct Row {
   double sum = 0, smooth = 0;
 };
 
+// Sum of exp(x - largest) over `count` logits. Four sums, because each addition waits for the one before.
+template <class T> inline double sum_of_exponentials(const T* x, int64_t count, A<T> largest) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> sum[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * lanes <= count; c += 4 * lanes)
+    for (int i = 0; i < 4; ++i) sum[i] += exp_nonpositive(load(x + c + i * lanes) - largest);
+  for (; c + lanes <= count; c += lanes) sum[0] += exp_nonpositive(load(x + c) - largest);
+  if (c < count) sum[1] += keep<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c, 0);
+  return static_cast<double>(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])));
+}
+
+// The largest of `count` logits, NaN left aside: sums of exponentials are NaN where a logit is.
+template <class T> inline A<T> largest_of(const T* x, int64_t count) {
+  constexpr int64_t lanes = kLanes<T>;
+  const A<T> infinity = __builtin_inf();
+  Vec<T> top[4];
+  for (auto& t : top) t = broadcast<T>(-infinity);
+  auto larger = [](Vec<T> a, Vec<T> b) { return a > b ? a : b; };
+  int64_t c = 0;
+  for (; c + 4 * lanes <= count; c += 4 * lanes)
+    for (int i = 0; i < 4; ++i) top[i] = larger(load(x + c + i * lanes), top[i]);
+  for (; c + lanes <= count; c += lanes) top[0] = larger(load(x + c), top[0]);
+  if (c < count) top[1] = larger(keep<T>(load_some(x + c, count - c), count - c, -infinity), top[1]);
+  const Vec<T> all = larger(larger(top[0], top[1]), larger(top[2], top[3]));
+  A<T> largest = all[0];
+  for (int i = 1; i < lanes; ++i) largest = all[i] > largest ? all[i] : largest;
+  return largest;
+}
+
 template <class T> inline Row<T> read_row(const T* x, int64_t classes, const T* weight, bool smooth) {
   constexpr int64_t lanes = kLanes<T>;
   const A<T> infinity = __builtin_inf();
@@ -51,25 +88,24 @@ template <class T> inline Row<T> read_row(const T* x, int64_t classes, const T* 
   double weight_sum = 0;
   for (int64_t c0 = 0; c0 < classes; c0 += kBlock) {
     const int64_t end = c0 + kBlock < classes ? c0 + kBlock : classes;
-    Vec<T> top = broadcast<T>(-infinity);
-    int64_t c = c0;
-    for (; c + lanes <= end; c += lanes) top = maximum(load(x + c), top);
-    if (c < end) top = maximum(keep<T>(load_some(x + c, end - c), end - c, -infinity), top);
-    A<T> largest = row.largest;
-    for (int i = 0; i < lanes; ++i) largest = top[i] > largest || top[i] != top[i] ? top[i] : largest;
-    if (largest == -infinity) continue;  // nothing but -inf so far adds nothing
+    const A<T> top = largest_of(x + c0, end - c0);
+    const A<T> largest = top > row.largest ? top : row.largest;
+    if (largest == -infinity) {  // -inf adds nothing, NaN does
+      for (int64_t c = c0; c < end; ++c) {
+        const A<T> logit = static_cast<A<T>>(x[c]);
+        if (logit != logit) row.sum = static_cast<double>(logit);
+      }
+      continue;
+    }
     if (largest != row.largest) {
-      row.sum *= row.sum == 0 ? 1.0 : static_cast<double>(exp(broadcast<T>(row.largest - largest))[0]);
+      row.sum *= row.sum == 0 ? 1.0 : static_cast<double>(exp_nonpositive(broadcast<T>(row.largest - largest))[0]);
       row.smooth += weight_sum == 0 ? 0.0 : weight_sum * (static_cast<double>(largest) - row.largest);
       row.largest = largest;
     }
-    Vec<T> sum{};
-    for (c = c0; c + lanes <= end; c += lanes) sum += exp(load(x + c) - largest);
-    if (c < end) sum += keep<T>(exp(load_some(x + c, end - c) - largest), end - c, 0);
-    row.sum += static_cast<double>(reduce_add(sum));
+    row.sum += sum_of_exponentials(x + c0, end - c0, largest);
     if (smooth) {
       Vec<T> apart{}, weights{};
-      for (c = c0; c < end; c += lanes) {
+      for (int64_t c = c0; c < end; c += lanes) {
         const Vec<T> w = weight ? load_some(weight + c, end - c) : broadcast<T>(1);
         apart += keep<T>(w * (largest - load_some(x + c, end - c)), end - c, 0);
         weights += keep<T>(w, end - c, 0);
@@ -134,7 +170,7 @@ void read_columns(const CrossEntropyArgs<T>& args, double weights, int64_t begin
     Vec<T> sum{}, smooth{};
     for (int64_t c = 0; c < s.classes; ++c) {
       const Vec<T> below = load_some(x + c * s.class_stride, count) - top;
-      sum += exp(below);
+      sum += exp_nonpositive(below);
       if (args.label_smoothing > 0) smooth -= args.weight ? static_cast<A<T>>(args.weight[c]) * below : below;
     }
     for (int64_t l = 0; l < count; ++l) {
@@ -151,12 +187,14 @@ void read_columns(const CrossEntropyArgs<T>& args, double weights, int64_t begin
 
 template <class T> void forward(const CrossEntropyArgs<T>& args) {
   const CrossEntropyShape& s = args.shape;
-  const int64_t positions = s.outer * s.inner, chunks = (positions + kChunk - 1) / kChunk;
+  const int64_t positions = s.outer * s.inner, chunk_places = chunk_of(s);
+  const int64_t chunks = (positions + chunk_places - 1) / chunk_places;
   const double weights = sum_of_weights(args.weight, s.classes);
   Sums* partial = scratch<Sums>(Slot::family_0, chunks);
-  parallel_for(chunks, 1 + 8192 / (kChunk * (s.classes + 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(chunks, 1 + 8192 / (chunk_places * (s.classes + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * kChunk, last = first + kChunk < positions ? first + kChunk : positions;
+      const int64_t first = chunk * chunk_places;
+      const int64_t last = first + chunk_places < positions ? first + chunk_places : positions;
       Sums sums{0, 0};
       if (s.class_stride == 1)
         read_rows(args, weights, first, last, sums);
@@ -206,11 +244,14 @@ void write_row(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t 
   }
   const Factors<T> f = factors(args, weights, i, target);
   const A<T> largest = args.largest[i], log_sum = args.log_sum[i];
-  for (int64_t c = 0; c < classes; c += lanes) {
-    Vec<T> value = exp(load_some(x + c, classes - c) - largest - log_sum) * f.all;
-    if (f.each != 0) value -= args.weight ? load_some(args.weight + c, classes - c) * f.each : broadcast<T>(f.each);
-    store_some(out + c, value, classes - c);
-  }
+  auto at = [&](int64_t c, int64_t count) {
+    Vec<T> value = exp_nonpositive(load_some(x + c, count) - largest - log_sum) * f.all;
+    if (f.each != 0) value -= args.weight ? load_some(args.weight + c, count) * f.each : broadcast<T>(f.each);
+    return value;
+  };
+  int64_t c = 0;
+  for (; c + lanes <= classes; c += lanes) store(out + c, at(c, lanes));
+  if (c < classes) store_some(out + c, at(c, classes - c), classes - c);
   out[target] = static_cast<T>(at_target(args, f, weights, i, x[target]));
 }
 
@@ -226,23 +267,23 @@ void write_columns(const CrossEntropyBackwardArgs<T>& args, double weights, int6
     const T* x = args.input + offset;
     T* out = args.grad_input + offset;
     Vec<T> all{}, each{}, chosen{}, largest{}, log_sum{};
+    auto target = all > all, ignored = all > all;  // integers of the same width, zero
     for (int64_t l = 0; l < count; ++l) {
       largest[l] = args.largest[i + l];
       log_sum[l] = args.log_sum[i + l];
-      if (args.target[i + l] == args.ignore_index) continue;
+      target[l] = static_cast<decltype(+target[0])>(args.target[i + l]);
+      ignored[l] = args.target[i + l] == args.ignore_index ? -1 : 0;
+      if (ignored[l]) continue;
       const Factors<T> f = factors(args, weights, i + l, args.target[i + l]);
       all[l] = f.all;
       each[l] = f.each;
       chosen[l] = at_target(args, f, weights, i + l, x[l + args.target[i + l] * s.class_stride]);
     }
     for (int64_t c = 0; c < s.classes; ++c) {
-      Vec<T> value = exp(load_some(x + c * s.class_stride, count) - largest - log_sum) * all;
+      Vec<T> value = exp_nonpositive(load_some(x + c * s.class_stride, count) - largest - log_sum) * all;
       value -= (args.weight ? static_cast<A<T>>(args.weight[c]) : A<T>(1)) * each;
-      for (int64_t l = 0; l < count; ++l) {
-        const int64_t target = args.target[i + l];
-        if (target == c) value[l] = chosen[l];
-        if (target == args.ignore_index) value[l] = 0;  // even where the logits are not finite
-      }
+      value = target == static_cast<decltype(+target[0])>(c) ? chosen : value;
+      value = ignored ? Vec<T>{} : value;  // even where the logits are not finite
       store_some(out + c * s.class_stride, value, count);
     }
     i += count;
@@ -251,11 +292,13 @@ void write_columns(const CrossEntropyBackwardArgs<T>& args, double weights, int6
 
 template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
   const CrossEntropyShape& s = args.shape;
-  const int64_t positions = s.outer * s.inner, chunks = (positions + kChunk - 1) / kChunk;
+  const int64_t positions = s.outer * s.inner, chunk_places = chunk_of(s);
+  const int64_t chunks = (positions + chunk_places - 1) / chunk_places;
   const double weights = sum_of_weights(args.weight, s.classes);
-  parallel_for(chunks, 1 + 8192 / (kChunk * (s.classes + 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(chunks, 1 + 8192 / (chunk_places * (s.classes + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * kChunk, last = first + kChunk < positions ? first + kChunk : positions;
+      const int64_t first = chunk * chunk_places;
+      const int64_t last = first + chunk_places < positions ? first + chunk_places : positions;
       if (s.class_stride != 1) {
         write_columns(args, weights, first, last);
         continue;

@@ -39,7 +39,7 @@ void check_input(const char* op, const Tensor& input) {
 
 void check_like(const char* op, const std::optional<Tensor>& x, const Tensor& input, const char* name) {
   if (!x) return;
-  check<std::invalid_argument>(to_vector(x->sizes()) == to_vector(input.sizes()), op, ": ", name, " must have input's sizes");
+  check<std::invalid_argument>(same_sizes(x->sizes(), input.sizes()), op, ": ", name, " must have input's sizes");
   check(x->scalar_type() == input.scalar_type(), op, ": ", name, " must have input's dtype");
   check(x->is_cpu(), op, ": ", name, " must be on the CPU");
 }
@@ -88,6 +88,11 @@ void check_parameter(const char* op, const std::optional<Tensor>& x, const Tenso
   check(x->is_cpu(), op, ": ", name, " must be on the CPU");
 }
 
+// Parameters and running statistics come in one dtype.
+void check_one_dtype(const char* op, const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
+  check(!a || !b || a->scalar_type() == b->scalar_type(), op, ": parameters and running statistics differ in dtype");
+}
+
 std::vector<double> scratch_for(const NormShape& shape) {
   return std::vector<double>(static_cast<size_t>(cpu::batch_norm_scratch(shape, cpu::num_threads())));
 }
@@ -104,6 +109,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
   check_parameter(op, bias, input, "bias");
   check_parameter(op, running_mean, input, "running_mean");
   check_parameter(op, running_var, input, "running_var");
+  check_one_dtype(op, weight, bias);
+  check_one_dtype(op, running_mean, running_var);
+  check_one_dtype(op, weight ? weight : bias, running_mean);
   check<std::invalid_argument>(running_mean.has_value() == running_var.has_value(),
                                "running_mean and running_var must either both be None or neither be None");
   check_activation(op, activation);
@@ -115,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
   const Tensor x = ordered(input, channels_last);
   std::optional<Tensor> r;
   if (residual) r = ordered(*residual, channels_last);
-  Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
+  Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   const ScalarType accumulated = accumulate_dtype(x.scalar_type());
   std::vector<double> mean(static_cast<size_t>(shape.c), 0.0), invstd(mean.size(), 1.0), var(mean.size(), 0.0);
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
@@ -160,6 +168,9 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
   check_parameter(op, bias, input, "bias");
   check_parameter(op, running_mean, input, "running_mean");
   check_parameter(op, running_var, input, "running_var");
+  check_one_dtype(op, weight, bias);
+  check_one_dtype(op, running_mean, running_var);
+  check_one_dtype(op, weight ? weight : bias, running_mean);
   check_activation(op, activation);
   check<std::invalid_argument>(eps >= 0, "batch_norm eps must be non-negative, but got ", eps);
   const bool channels_last = suggests_channels_last(input);
@@ -167,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
   const Tensor x = ordered(input, channels_last);
   std::optional<Tensor> r;
   if (residual) r = ordered(*residual, channels_last);
-  Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
+  Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   Tensor mean = allocate({shape.c}, ScalarType::Double, x);
   Tensor invstd = allocate({shape.c}, ScalarType::Double, x);
   const auto old_mean = per_channel<double>(running_mean), old_var = per_channel<double>(running_var);
@@ -211,8 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
   const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
   std::optional<Tensor> y;
   if (activation != 0) y = ordered(*output, channels_last);
-  Tensor grad_input = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
-  Tensor grad_residual = residual ? allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last)
+  Tensor grad_input = allocate(x.sizes(), x.scalar_type(), x, channels_last);
+  Tensor grad_residual = residual ? allocate(x.sizes(), x.scalar_type(), x, channels_last)
                                   : allocate({0}, x.scalar_type(), x);
   Tensor grad_weight, grad_bias;
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {

@@ -7,7 +7,7 @@
 namespace dlkern::ops {
 namespace {
 
-std::string text(const std::vector<int64_t>& sizes) {
+std::string text(Ints sizes) {
   std::ostringstream out;
   out << "[";
   for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
@@ -24,8 +24,8 @@ void check_tensor(const char* op, const char* name, const Tensor& x, const Tenso
 // Settings are bounded so that no product below can overflow.
 constexpr int64_t kLargest = int64_t{1} << 31;
 
-cpu::ConvShape shape_of(const char* op, const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
-                        Ints stride, Ints padding, Ints dilation, int64_t groups) {
+cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
+                        int64_t groups) {
   check<std::invalid_argument>(input.size() == 4 && weight.size() == 4, op, ": expected sizes of 4 dimensions");
   check<std::invalid_argument>(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                                ": stride, padding and dilation must have two elements each");
@@ -67,8 +67,6 @@ cpu::ConvShape shape_of(const char* op, const std::vector<int64_t>& input, const
   return z;
 }
 
-std::vector<int64_t> sizes_of(const Tensor& x) { return to_vector(x.sizes()); }
-
 // x, or a contiguous copy of it where its elements are dense in neither layout.
 Tensor dense(const Tensor& x) { return layout_of(x) == Layout::other ? torch::stable::contiguous(x) : x; }
 bool is_channels_last(const Tensor& x) { return layout_of(x) == Layout::channels_last; }
@@ -78,7 +76,7 @@ Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::
   const char* op = "conv2d_forward";
   check_tensor(op, "input", input, input, 4);
   check_tensor(op, "weight", weight, input, 4);
-  const cpu::ConvShape z = shape_of(op, sizes_of(input), sizes_of(weight), stride, padding, dilation, groups);
+  const cpu::ConvShape z = shape_of(op, input.sizes(), weight.sizes(), stride, padding, dilation, groups);
   if (bias) {
     check_tensor(op, "bias", *bias, input, 1);
     check<std::invalid_argument>(bias->size(0) == z.k, op, ": expected bias to have ", z.k, " elements, but got ",
@@ -101,9 +99,9 @@ Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const cpu::ConvShape& z) {
-  const std::vector<int64_t> expected{z.n, z.k, z.p, z.q}, got = sizes_of(grad_output);
-  check<std::invalid_argument>(got == expected, op, ": expected grad_output of size ", text(expected), ", but got ",
-                               text(got));
+  const int64_t expected[] = {z.n, z.k, z.p, z.q};
+  check<std::invalid_argument>(same_sizes(grad_output.sizes(), expected), op, ": expected grad_output of size ",
+                               text(expected), ", but got ", text(grad_output.sizes()));
 }
 
 Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
@@ -111,7 +109,7 @@ Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight
   const char* op = "conv2d_backward_input";
   check_tensor(op, "grad_output", grad_output, grad_output, 4);
   check_tensor(op, "weight", weight, grad_output, 4);
-  const cpu::ConvShape z = shape_of(op, to_vector(input_size), sizes_of(weight), stride, padding, dilation, groups);
+  const cpu::ConvShape z = shape_of(op, input_size, weight.sizes(), stride, padding, dilation, groups);
   check_grad_output(op, grad_output, z);
   const Tensor y = dense(grad_output), w = dense(weight);
   dispatch_floating(y.scalar_type(), op, [](auto*) {});
@@ -132,12 +130,11 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cpu(const Tensor& grad_output,
   const char* op = "conv2d_backward_weight";
   check_tensor(op, "grad_output", grad_output, grad_output, 4);
   check_tensor(op, "input", input, grad_output, 4);
-  const std::vector<int64_t> size = to_vector(weight_size);
-  const cpu::ConvShape z = shape_of(op, sizes_of(input), size, stride, padding, dilation, groups);
+  const cpu::ConvShape z = shape_of(op, input.sizes(), weight_size, stride, padding, dilation, groups);
   check_grad_output(op, grad_output, z);
   const Tensor y = dense(grad_output), x = dense(input);
   dispatch_floating(y.scalar_type(), op, [](auto*) {});
-  Tensor grad_weight = allocate(size, y.scalar_type(), y, channels_last);
+  Tensor grad_weight = allocate(weight_size, y.scalar_type(), y, channels_last);
   Tensor grad_bias = allocate({bias ? z.k : 0}, y.scalar_type(), y);
   if (z.n == 0)  // nothing to sum over
     return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};

@@ -29,8 +29,20 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && (count - 1) * stride >= size + padding ? count - 1 : count;
 }
 
+// Kernel size, stride, padding and (of max_pool2d) dilation, in pairs.
 struct Windows {
   Ints kernel, stride, padding, dilation;
+
+  Windows(const char* op, Ints ints, size_t pairs) {
+    check<std::invalid_argument>(ints.size() == 2 * pairs, op, ": a window takes ", 2 * pairs, " ints, got ", ints.size());
+    kernel = Ints(ints.data(), 2);
+    stride = Ints(ints.data() + 2, 2);
+    padding = Ints(ints.data() + 4, 2);
+    dilation = Ints(pairs == 4 ? ints.data() + 6 : kNoDilation, 2);
+  }
+
+ private:
+  static constexpr int64_t kNoDilation[2] = {1, 1};
 };
 
 // Sizes N, C, H, W of the input, and the two axes with their windows.
@@ -53,11 +65,8 @@ void check_input_size(const char* op, Ints size) {
 
 Pooling pooling(const char* op, Ints size, const Windows& windows, bool ceil_mode, bool channels_last) {
   check_input_size(op, size);
-  for (const Ints& ints : {windows.kernel, windows.stride, windows.padding, windows.dilation}) {
-    check<std::invalid_argument>(ints.size() == 2, op,
-                                 ": kernel_size, stride, padding and dilation take two ints each");
+  for (const Ints& ints : {windows.kernel, windows.stride, windows.padding, windows.dilation})
     for (int64_t i : ints) check<std::invalid_argument>(i < kLargest, op, ": ", i, " is too large for a window");
-  }
   PoolAxis axes[2];
   for (int i : {0, 1}) {
     const int64_t k = windows.kernel[i], s = windows.stride[i], p = windows.padding[i], d = windows.dilation[i];
@@ -107,14 +116,13 @@ Tensor result(const char* op, const std::vector<int64_t>& size, const Tensor& li
 
 // ---- max_pool2d ----
 
-std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints kernel_size, Ints stride, Ints padding,
-                                                   Ints dilation, bool ceil_mode, int64_t indices) {
+std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints window, bool ceil_mode, int64_t indices) {
   const char* op = "max_pool2d";
   const Element element = element_of(op, input);
   const bool channels_last = suggests_channels_last(input);
-  const Pooling pool = pooling(op, input.sizes(), {kernel_size, stride, padding, dilation}, ceil_mode, channels_last);
+  const Pooling pool = pooling(op, input.sizes(), {op, window, 4}, ceil_mode, channels_last);
   check<std::invalid_argument>(indices >= 0 && indices <= 2, op, ": indices must be 0, 1 or 2, got ", indices);
-  check<std::invalid_argument>(indices != 1 || kernel_size[0] * kernel_size[1] <= 256, op,
+  check<std::invalid_argument>(indices != 1 || window[0] * window[1] <= 256, op,
                                ": a window of more than 256 elements needs int64 indices");
   const Tensor x = ordered(input, channels_last);
   Tensor output = result(op, pool.output_size(), x, channels_last);
@@ -128,14 +136,13 @@ std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints ker
   return {output, winners};
 }
 
-Tensor max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices, Ints input_size, Ints kernel_size,
-                                Ints stride, Ints padding, Ints dilation, bool channels_last) {
+Tensor max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices, Ints input_size, Ints window,
+                                bool channels_last) {
   const char* op = "max_pool2d_backward";
   const Element element = element_of(op, grad_output);
   check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
   // ceil_mode is not an argument: the gradient's own sizes say it.
-  const Windows windows{kernel_size, stride, padding, dilation};
-  Pooling pool = pooling(op, input_size, windows, true, channels_last);
+  Pooling pool = pooling(op, input_size, {op, window, 4}, true, channels_last);
   for (auto [axis, d] : {std::pair(&pool.height, 2), std::pair(&pool.width, 3)}) {
     const int64_t rounded_down =
         output_size(axis->size, axis->kernel, axis->stride, axis->padding, axis->dilation, false);
@@ -157,8 +164,6 @@ Tensor max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices
 }
 
 // ---- avg_pool2d and adaptive_avg_pool2d ----
-
-constexpr int64_t kNoDilation[2] = {1, 1};
 
 Tensor average_forward(const char* op, const Tensor& input, const Pooling& pool, const cuda::AverageRule& rule) {
   const Tensor x = ordered(input, pool.channels_last);
@@ -189,24 +194,22 @@ cuda::AverageRule average_rule(bool count_include_pad, std::optional<int64_t> di
   return {false, count_include_pad, static_cast<int>(divisor)};
 }
 
-Tensor avg_pool2d_forward_cuda(const Tensor& input, Ints kernel_size, Ints stride, Ints padding, bool ceil_mode,
-                               bool count_include_pad, std::optional<int64_t> divisor_override) {
+Tensor avg_pool2d_forward_cuda(const Tensor& input, Ints window, bool ceil_mode, bool count_include_pad,
+                               std::optional<int64_t> divisor_override) {
   const char* op = "avg_pool2d";
   element_of(op, input);
   return average_forward(op, input,
-                         pooling(op, input.sizes(), {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode,
-                                 suggests_channels_last(input)),
+                         pooling(op, input.sizes(), {op, window, 3}, ceil_mode, suggests_channels_last(input)),
                          average_rule(count_include_pad, divisor_override));
 }
 
-Tensor avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, Ints kernel_size, Ints stride, Ints padding,
-                                bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override,
-                                bool channels_last) {
+Tensor avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, Ints window, bool ceil_mode,
+                                bool count_include_pad, std::optional<int64_t> divisor_override, bool channels_last) {
   const char* op = "avg_pool2d_backward";
   element_of(op, grad_output);
   return average_backward(
       op, grad_output,
-      pooling(op, input_size, {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode, channels_last),
+      pooling(op, input_size, {op, window, 3}, ceil_mode, channels_last),
       average_rule(count_include_pad, divisor_override));
 }
 

@@ -12,7 +12,7 @@ Tensor dropout_cpu(const Tensor& input, double p, const Tensor& seed) {
   const bool channels_last = layout_of(input) == Layout::channels_last;
   // Elements are counted in memory order; anything not dense is copied first.
   const Tensor x = channels_last || input.is_contiguous() ? input : torch::stable::contiguous(input);
-  Tensor output = allocate(to_vector(x.sizes()), x.scalar_type(), x, channels_last);
+  Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   if (x.numel() == 0) return output;
   if (p == 1.0) return torch::stable::zero_(output);
   dispatch_floating(x.scalar_type(), "dropout", [&](auto* type) {

@@ -39,10 +39,14 @@ void check_operand(const char* op, const char* name, const Tensor& x, const Tens
   check(x.dim() >= min_dim, op, ": ", name, " has ", x.dim(), " dimensions, expected at least ", min_dim);
 }
 
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  auto size = to_vector(x.sizes());
-  size.back() = last;
-  return size;
+// An uninitialised tensor of x's sizes but the last.
+Tensor allocate_with_last(const Tensor& x, int64_t last) {
+  const Ints from = x.sizes();
+  check(from.size() <= kMostDims, "linear: more than ", kMostDims, " dimensions");
+  int64_t size[kMostDims];
+  for (size_t d = 0; d < from.size(); ++d) size[d] = from[d];
+  size[from.size() - 1] = last;
+  return allocate(Ints(size, from.size()), x.scalar_type(), x);
 }
 
 Tensor linear_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -57,10 +61,10 @@ Tensor linear_forward_cpu(const Tensor& input, const Tensor& weight, const std::
   if (bias) {
     check_operand("linear", "bias", *bias, input, 1);
     check(bias->dim() == 1 && bias->size(0) == n, "linear: bias is not [", n, "]");
-    b = torch::stable::contiguous(*bias);
+    b = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
   }
   const Matrix x = as_matrix(input), w = as_matrix(weight);
-  Tensor output = allocate(with_last(input, n), input.scalar_type(), input);
+  Tensor output = allocate_with_last(input, n);
   dispatch_floating(input.scalar_type(), "linear", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     cpu::LinearArgs<T> args{x.rows, n, k, data<T>(x.tensor), x.row, x.column, data<T>(w.tensor), w.row, w.column,
@@ -78,7 +82,7 @@ Tensor linear_backward_input_cpu(const Tensor& grad_output, const Tensor& weight
   check(grad_output.size(grad_output.dim() - 1) == n, "linear_backward_input: grad_output has ",
         grad_output.size(grad_output.dim() - 1), " features, weight makes ", n);
   const Matrix g = as_matrix(grad_output), w = as_matrix(weight);
-  Tensor grad_input = allocate(with_last(grad_output, k), grad_output.scalar_type(), grad_output);
+  Tensor grad_input = allocate_with_last(grad_output, k);
   dispatch_floating(grad_output.scalar_type(), "linear_backward_input", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     cpu::LinearBackwardInputArgs<T> args{g.rows, n, k, data<T>(g.tensor), g.row, g.column,
@@ -112,10 +116,10 @@ Tensor activation_backward_cpu(const Tensor& grad_output, const Tensor& output, 
   check_operand("activation_backward", "grad_output", grad_output, grad_output, 0);
   check_operand("activation_backward", "output", output, grad_output, 0);
   check(activation >= 0 && activation <= 3, "activation_backward: no activation ", activation);
-  check(to_vector(grad_output.sizes()) == to_vector(output.sizes()),
+  check(same_sizes(grad_output.sizes(), output.sizes()),
         "activation_backward: grad_output and output differ in size");
   const Tensor g = torch::stable::contiguous(grad_output), y = torch::stable::contiguous(output);
-  Tensor grad_input = allocate(to_vector(g.sizes()), g.scalar_type(), g);
+  Tensor grad_input = allocate(g.sizes(), g.scalar_type(), g);
   dispatch_floating(g.scalar_type(), "activation_backward", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     cpu::ActivationBackwardArgs<T> args{g.numel(), data<T>(g), data<T>(y), mutable_data<T>(grad_input),

@@ -13,6 +13,8 @@ struct Checked {
   bool channels_last;
 };
 
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // All that both directions check; input comes back contiguous or channels_last.
 Checked checked(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                 int64_t reduction, int64_t ignore_index, double label_smoothing) {
@@ -26,12 +28,12 @@ Checked checked(const char* op, const Tensor& input, const Tensor& target, const
   check(label_smoothing >= 0.0 && label_smoothing <= 1.0, "label_smoothing must be between 0.0 and 1.0. Got: ",
         label_smoothing);
   const int64_t classes = input.size(1);
-  Checked result{{}, input, torch::stable::contiguous(target), std::nullopt, false};
+  Checked result{{}, input, dense(target), std::nullopt, false};
   if (weight) {
     check(weight->is_cpu() && weight->scalar_type() == input.scalar_type(), op, ": weight differs in dtype or device");
     check(weight->dim() == 1 && weight->size(0) == classes, "weight tensor should be defined either for all ", classes,
           " classes or no classes");
-    result.weight = torch::stable::contiguous(*weight);
+    result.weight = dense(*weight);
   }
   const int64_t* t = data<int64_t>(result.target);
   for (int64_t i = 0; i < result.target.numel(); ++i)
@@ -60,10 +62,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& input
                                                              const std::optional<Tensor>& weight, int64_t reduction,
                                                              int64_t ignore_index, double label_smoothing) {
   const Checked c = checked("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
-  auto places = to_vector(target.sizes());
-  Tensor loss = allocate(reduction == 0 ? places : std::vector<int64_t>{}, input.scalar_type(), input);
-  places.insert(places.begin(), 2);
-  Tensor lse = allocate(places, accumulate_type(input), input);
+  const Ints places = target.sizes();
+  check(places.size() < kMostDims, "cross_entropy: more than ", kMostDims, " dimensions");
+  Tensor loss = allocate(reduction == 0 ? places : Ints(), input.scalar_type(), input);
+  int64_t halves_size[kMostDims] = {2};
+  for (size_t d = 0; d < places.size(); ++d) halves_size[d + 1] = places[d];
+  Tensor lse = allocate(Ints(halves_size, places.size() + 1), accumulate_type(input), input);
   Tensor total_weight = allocate({}, accumulate_type(input), input);
   dispatch_floating(input.scalar_type(), "cross_entropy", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -87,8 +91,8 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, 
   check(lse.is_cpu() && lse.scalar_type() == accumulate && lse.numel() == 2 * target.numel(), op, ": lse does not fit input");
   check(total_weight.is_cpu() && total_weight.scalar_type() == accumulate && total_weight.numel() == 1, op,
         ": total_weight does not fit input");
-  const Tensor grad = torch::stable::contiguous(grad_loss), halves_tensor = torch::stable::contiguous(lse);
-  Tensor grad_input = allocate(to_vector(input.sizes()), input.scalar_type(), input, c.channels_last);
+  const Tensor grad = dense(grad_loss), halves_tensor = dense(lse);
+  Tensor grad_input = allocate(input.sizes(), input.scalar_type(), input, c.channels_last);
   dispatch_floating(input.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* halves = data<acc_t<T>>(halves_tensor);

@@ -1,6 +1,8 @@
 // Pooling, op layer: max_pool2d, avg_pool2d, adaptive_avg_pool2d and their backwards.
 #include "../cpu/pooling.h"
 
+#include <array>
+
 #include "common.h"
 
 namespace dlkern::ops {
@@ -26,16 +28,29 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, i
   return count;
 }
 
-struct Window { Ints kernel, stride, pad, dilation; };
+// Kernel size, stride, padding and (of max_pool2d) dilation, in pairs. One list, because each list of ints that crosses
+// from Python costs as much as a small pooling.
+struct Window {
+  Ints kernel, stride, pad, dilation;
+
+  Window(const char* op, Ints ints, size_t pairs) {
+    check<std::invalid_argument>(ints.size() == 2 * pairs, op, ": a window takes ", 2 * pairs, " ints, got ", ints.size());
+    kernel = Ints(ints.data(), 2);
+    stride = Ints(ints.data() + 2, 2);
+    pad = Ints(ints.data() + 4, 2);
+    dilation = Ints(pairs == 4 ? ints.data() + 6 : kNoDilation, 2);
+  }
+
+ private:
+  static constexpr int64_t kNoDilation[2] = {1, 1};
+};
 
 // Checks the window and the input's sizes and works out the output's.
 PoolShape pool_shape(const char* op, Ints size, const Window& window, bool ceil_mode, bool channels_last) {
   check<std::invalid_argument>(size.size() == 4, op, ": expected a 4-D tensor, got ", size.size(), " dimensions");
-  for (const Ints& ints : {window.kernel, window.stride, window.pad, window.dilation}) {
-    check<std::invalid_argument>(ints.size() == 2, op, ": kernel_size, stride, padding and dilation take two ints each");
+  for (const Ints& ints : {window.kernel, window.stride, window.pad, window.dilation})
     for (int64_t i : ints) check<std::invalid_argument>(i < kLargest, op, ": ", i, " is too large for a window");
-  }
-  const auto [k, s, p, d] = window;
+  const Ints k = window.kernel, s = window.stride, p = window.pad, d = window.dilation;
   check(k[0] > 0 && k[1] > 0, "kernel size should be greater than zero, but got kH: ", k[0], " kW: ", k[1]);
   check(s[0] > 0 && s[1] > 0, "stride should be greater than zero, but got dH: ", s[0], " dW: ", s[1]);
   check(d[0] > 0 && d[1] > 0, "dilation should be greater than zero, but got dilationH: ", d[0], " dilationW: ", d[1]);
@@ -54,11 +69,11 @@ PoolShape pool_shape(const char* op, Ints size, const Window& window, bool ceil_
   return shape;
 }
 
-std::vector<int64_t> input_size(const PoolShape& s) { return {s.n, s.c, s.h, s.w}; }
-std::vector<int64_t> pooled_size(const PoolShape& s) { return {s.n, s.c, s.out_h, s.out_w}; }
+std::array<int64_t, 4> input_size(const PoolShape& s) { return {s.n, s.c, s.h, s.w}; }
+std::array<int64_t, 4> pooled_size(const PoolShape& s) { return {s.n, s.c, s.out_h, s.out_w}; }
 
-void check_size(const Tensor& x, const std::vector<int64_t>& size, const char* op, const char* name) {
-  check<std::invalid_argument>(to_vector(x.sizes()) == size, op, ": ", name, " has the wrong sizes for these windows");
+void check_size(const Tensor& x, const std::array<int64_t, 4>& size, const char* op, const char* name) {
+  check<std::invalid_argument>(same_sizes(x.sizes(), size), op, ": ", name, " has the wrong sizes for these windows");
 }
 
 // x with its elements in the order that `channels_last` says.
@@ -71,12 +86,11 @@ Tensor ordered(const Tensor& x, bool channels_last) {
   return torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_forward_cpu(const Tensor& input, Ints kernel_size, Ints stride, Ints padding,
-                                                  Ints dilation, bool ceil_mode, int64_t indices) {
+std::tuple<Tensor, Tensor> max_pool2d_forward_cpu(const Tensor& input, Ints window, bool ceil_mode, int64_t indices) {
   const char* op = "max_pool2d";
   check_floating(input, op);
   const bool channels_last = suggests_channels_last(input);
-  const PoolShape shape = pool_shape(op, input.sizes(), {kernel_size, stride, padding, dilation}, ceil_mode, channels_last);
+  const PoolShape shape = pool_shape(op, input.sizes(), {op, window, 4}, ceil_mode, channels_last);
   check<std::invalid_argument>(indices >= 0 && indices <= 2, op, ": indices must be 0, 1 or 2, got ", indices);
   check<std::invalid_argument>(indices != 1 || shape.kernel_h * shape.kernel_w <= 256, op,
                                ": a window of more than 256 elements needs int64 indices");
@@ -95,15 +109,15 @@ std::tuple<Tensor, Tensor> max_pool2d_forward_cpu(const Tensor& input, Ints kern
   return {output, winners};
 }
 
-Tensor max_pool2d_backward_cpu(const Tensor& grad_output, const Tensor& indices, Ints size, Ints kernel_size, Ints stride,
-                               Ints padding, Ints dilation, bool channels_last) {
+Tensor max_pool2d_backward_cpu(const Tensor& grad_output, const Tensor& indices, Ints size, Ints window,
+                               bool channels_last) {
   const char* op = "max_pool2d_backward";
   check_floating(grad_output, op);
   check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
   // ceil_mode is not an argument: the gradient's own sizes say it.
-  PoolShape shape = pool_shape(op, size, {kernel_size, stride, padding, dilation}, true, channels_last);
-  const int64_t floor_h = output_size(size[2], kernel_size[0], stride[0], padding[0], dilation[0], false);
-  const int64_t floor_w = output_size(size[3], kernel_size[1], stride[1], padding[1], dilation[1], false);
+  PoolShape shape = pool_shape(op, size, {op, window, 4}, true, channels_last);
+  const int64_t floor_h = output_size(size[2], window[0], window[2], window[4], window[6], false);
+  const int64_t floor_w = output_size(size[3], window[1], window[3], window[5], window[7], false);
   if (grad_output.size(2) == floor_h) shape.out_h = floor_h;
   if (grad_output.size(3) == floor_w) shape.out_w = floor_w;
   check_size(grad_output, pooled_size(shape), op, "grad_output");
@@ -123,16 +137,13 @@ Tensor max_pool2d_backward_cpu(const Tensor& grad_output, const Tensor& indices,
   return grad_input;
 }
 
-constexpr int64_t kNoDilation[2] = {1, 1};
-
-Tensor avg_pool2d_forward_cpu(const Tensor& input, Ints kernel_size, Ints stride, Ints padding, bool ceil_mode,
-                              bool count_include_pad, std::optional<int64_t> divisor_override) {
+Tensor avg_pool2d_forward_cpu(const Tensor& input, Ints window, bool ceil_mode, bool count_include_pad,
+                              std::optional<int64_t> divisor_override) {
   const char* op = "avg_pool2d";
   check_floating(input, op);
   check(divisor_override.value_or(1) != 0, "divisor must be not zero");
   const bool channels_last = suggests_channels_last(input);
-  const PoolShape shape =
-      pool_shape(op, input.sizes(), {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode, channels_last);
+  const PoolShape shape = pool_shape(op, input.sizes(), {op, window, 3}, ceil_mode, channels_last);
   const Tensor x = ordered(input, channels_last);
   Tensor output = allocate(pooled_size(shape), x.scalar_type(), x, channels_last);
   if (output.numel() == 0) return output;
@@ -144,14 +155,12 @@ Tensor avg_pool2d_forward_cpu(const Tensor& input, Ints kernel_size, Ints stride
   return output;
 }
 
-Tensor avg_pool2d_backward_cpu(const Tensor& grad_output, Ints size, Ints kernel_size, Ints stride, Ints padding,
-                               bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override,
-                               bool channels_last) {
+Tensor avg_pool2d_backward_cpu(const Tensor& grad_output, Ints size, Ints window, bool ceil_mode,
+                               bool count_include_pad, std::optional<int64_t> divisor_override, bool channels_last) {
   const char* op = "avg_pool2d_backward";
   check_floating(grad_output, op);
   check(divisor_override.value_or(1) != 0, "divisor must be not zero");
-  const PoolShape shape =
-      pool_shape(op, size, {kernel_size, stride, padding, Ints(kNoDilation, 2)}, ceil_mode, channels_last);
+  const PoolShape shape = pool_shape(op, size, {op, window, 3}, ceil_mode, channels_last);
   check_size(grad_output, pooled_size(shape), op, "grad_output");
   const Tensor g = ordered(grad_output, channels_last);
   Tensor grad_input = allocate(input_size(shape), g.scalar_type(), g, channels_last);

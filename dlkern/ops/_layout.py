@@ -13,12 +13,11 @@ def suggests_channels_last(x: torch.Tensor) -> bool:
     The same function as csrc/ops/common.h's, so that fake kernels and kernels agree: sizes of 1 are resolved by
     their strides. For 5-D tensors the answer is about channels_last_3d.
     """
-    dim = x.dim()
-    if dim not in (4, 5):
+    stride = x.stride()
+    dim = len(stride)
+    if dim not in (4, 5) or stride[1] == 0 or stride[1] > stride[-1]:
         return False
-    size, stride = x.shape, x.stride()
-    if stride[1] == 0 or stride[1] > stride[-1]:
-        return False
+    size = x.shape
     least = 0
     for d in (1, 3, 2, 0) if dim == 4 else (1, 4, 3, 2, 0):
         if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):

@@ -20,7 +20,7 @@ from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.ops._registry import define, raw
 from dlkern.reference import batch_norm as reference
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "run"]
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -81,12 +81,17 @@ for _column, _dtypes in {
     columns.declare("batch_norm", _column, _dtypes)
 
 
+_train_forward, _eval_forward, _backward_ops = (
+    raw[op] for op in ("batch_norm_train_forward", "batch_norm_eval_forward", "batch_norm_backward")
+)
+
+
 class BatchNormBackward(_autograd.Function):
     """The four gradients; their own derivatives are the reference's."""
 
     @staticmethod
     def forward(grad_output, input, output, weight, mean, invstd, train, activation, residual, eps, column):
-        return raw["batch_norm_backward"][column](
+        return _backward_ops[column](
             grad_output, input, output, weight, mean, invstd, train, activation, residual
         )
 
@@ -116,7 +121,7 @@ def _backward(ctx, grad_output, input, output, weight, mean, invstd, train):
     if torch.is_grad_enabled():
         grads = _autograd.apply(BatchNormBackward, *args, ctx.eps, ctx.column)
     else:
-        grads = raw["batch_norm_backward"][ctx.column](*args)
+        grads = _backward_ops[ctx.column](*args)
     grad_input, grad_weight, grad_bias, grad_residual = grads
     return (
         grad_input if need_input else None,
@@ -129,7 +134,7 @@ def _backward(ctx, grad_output, input, output, weight, mean, invstd, train):
 class BatchNormTrain(_autograd.Function):
     @staticmethod
     def forward(input, residual, weight, bias, running_mean, running_var, momentum, eps, activation, column):
-        return raw["batch_norm_train_forward"][column](
+        return _train_forward[column](
             input, residual, weight, bias, running_mean, running_var, momentum, eps, activation
         )
 
@@ -155,7 +160,7 @@ class BatchNormEval(_autograd.Function):
 
     @staticmethod
     def forward(input, residual, weight, bias, running_mean, running_var, eps, activation, column):
-        return raw["batch_norm_eval_forward"][column](
+        return _eval_forward[column](
             input, residual, weight, bias, running_mean, running_var, eps, activation
         )
 
@@ -201,11 +206,31 @@ def batch_norm(
             return reference.batch_norm_eval(*args, eps, activation), None, None
         if grad:
             return _autograd.apply(BatchNormEval, *args, eps, activation, column)[0], None, None
-        return raw["batch_norm_eval_forward"][column](*args, eps, activation)[0], None, None
+        return _eval_forward[column](*args, eps, activation)[0], None, None
     if column == "reference":
         return reference.batch_norm_train(*args, momentum, eps, activation)
     if grad:
         results = _autograd.apply(BatchNormTrain, *args, momentum, eps, activation, column)
     else:
-        results = raw["batch_norm_train_forward"][column](*args, momentum, eps, activation)
+        results = _train_forward[column](*args, momentum, eps, activation)
     return results[0], results[3], results[4]
+
+
+def run(column, input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation):
+    """batch_norm on a given column, for a plain call (see _plain.py)."""
+    args = (input, residual, weight, bias, running_mean, running_var)
+    grad = torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    if training:
+        if grad:
+            results = BatchNormTrain.fast_apply(*args, momentum, eps, activation, column)
+        else:
+            results = _train_forward[column](*args, momentum, eps, activation)
+        return results[0], results[3], results[4]
+    if grad:
+        return BatchNormEval.fast_apply(*args, eps, activation, column)[0], None, None
+    return _eval_forward[column](*args, eps, activation)[0], None, None

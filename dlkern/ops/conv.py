@@ -17,7 +17,7 @@ from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.ops._registry import define, raw
 from dlkern.reference import conv as reference
 
-__all__ = ["conv2d"]
+__all__ = ["conv2d", "run"]
 
 
 def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
@@ -71,12 +71,18 @@ for _column, _dtypes in {
     columns.declare("conv2d", _column, _dtypes)
 
 
+_forward, _backward_input, _backward_weight = (
+    raw[op] for op in ("conv2d_forward", "conv2d_backward_input", "conv2d_backward_weight")
+)
+_grad_enabled = torch.is_grad_enabled
+
+
 class Conv2dBackwardInput(_autograd.Function):
     """grad_input of grad_output and weight; its own derivatives are the reference's."""
 
     @staticmethod
     def forward(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last, column):
-        return raw["conv2d_backward_input"][column](
+        return _backward_input[column](
             grad_output, weight, input_size, stride, padding, dilation, groups, channels_last
         )
 
@@ -96,7 +102,7 @@ class Conv2dBackwardWeight(_autograd.Function):
 
     @staticmethod
     def forward(grad_output, input, weight_size, stride, padding, dilation, groups, bias, channels_last, column):
-        return raw["conv2d_backward_weight"][column](
+        return _backward_weight[column](
             grad_output, input, weight_size, stride, padding, dilation, groups, bias, channels_last
         )
 
@@ -116,37 +122,39 @@ class Conv2dBackwardWeight(_autograd.Function):
 class Conv2d(_autograd.Function):
     @staticmethod
     def forward(input, weight, bias, stride, padding, dilation, groups, column):
-        return raw["conv2d_forward"][column](input, weight, bias, stride, padding, dilation, groups)
+        return _forward[column](input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _bias, *ctx.settings, ctx.column = inputs
-        need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            input if need_weight or need_bias else None,
-            weight if need_input else None,
-        )
-        ctx.sizes = input.shape, weight.shape
-        ctx.channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+        input, weight, _bias, *settings, column = inputs
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(input if need[1] or need[2] else None, weight if need[0] else None)
+        channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+        ctx.constants = need, input.shape, weight.shape, settings, channels_last, column
 
     @staticmethod
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need, input_size, weight_size, settings, channels_last, column = ctx.constants
+        need_input, need_weight, need_bias = need[:3]
         again = torch.is_grad_enabled()
         grad_input = grad_weight = grad_bias = None
         if need_input:
-            args = (grad_output, weight, ctx.sizes[0], *ctx.settings, ctx.channels_last)
             if again:
-                grad_input = _autograd.apply(Conv2dBackwardInput, *args, ctx.column)
+                grad_input = _autograd.apply(
+                    Conv2dBackwardInput, grad_output, weight, input_size, *settings, channels_last, column
+                )
             else:
-                grad_input = raw["conv2d_backward_input"][ctx.column](*args)
+                grad_input = _backward_input[column](grad_output, weight, input_size, *settings, channels_last)
         if need_weight or need_bias:
-            args = (grad_output, input, ctx.sizes[1], *ctx.settings, need_bias, ctx.channels_last)
             if again:
-                grad_weight, grad_bias = _autograd.apply(Conv2dBackwardWeight, *args, ctx.column)
+                grad_weight, grad_bias = _autograd.apply(
+                    Conv2dBackwardWeight, grad_output, input, weight_size, *settings, need_bias, channels_last, column
+                )
             else:
-                grad_weight, grad_bias = raw["conv2d_backward_weight"][ctx.column](*args)
+                grad_weight, grad_bias = _backward_weight[column](
+                    grad_output, input, weight_size, *settings, need_bias, channels_last
+                )
         return (
             grad_input,
             grad_weight if need_weight else None,
@@ -175,6 +183,13 @@ def conv2d(
         tracing.record("conv2d", choice.column, choice.reason, input, weight, bias)
     if choice.column == "reference":
         return reference.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if _autograd.needs_grad(input, weight, bias) or _autograd.functorch_active():
+    if _autograd.needs_grad(input, weight, bias):
         return _autograd.apply(Conv2d, input, weight, bias, stride, padding, dilation, groups, choice.column)
-    return raw["conv2d_forward"][choice.column](input, weight, bias, stride, padding, dilation, groups)
+    return _forward[choice.column](input, weight, bias, stride, padding, dilation, groups)
+
+
+def run(column, input, weight, bias, stride, padding, dilation, groups):
+    """conv2d on a given column, for a plain call (see _plain.py)."""
+    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return Conv2d.fast_apply(input, weight, bias, stride, padding, dilation, groups, column)
+    return _forward[column](input, weight, bias, stride, padding, dilation, groups)

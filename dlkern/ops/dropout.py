@@ -15,7 +15,7 @@ from dlkern.ops import _autograd
 from dlkern.ops._registry import define, raw
 from dlkern.reference import dropout as reference
 
-__all__ = ["dropout"]
+__all__ = ["dropout", "run"]
 
 
 def _fake(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
@@ -30,25 +30,29 @@ for _column, _dtypes in {
     columns.declare("dropout", _column, _dtypes)
 
 
+_dropout = raw["dropout"]
+
+
 class Dropout(_autograd.Function):
     @staticmethod
     def forward(input, p, seed, column):
-        return raw["dropout"][column](input, p, seed)
+        return _dropout[column](input, p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, ctx.p, seed, ctx.column = inputs
+        input, p, seed, column = inputs
         # The mask counts elements in memory order: gradients are brought to the input's order first.
-        ctx.channels_last = is_channels_last(input)
+        ctx.constants = p, is_channels_last(input), column
         ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx, grad_output):
         (seed,) = ctx.saved_tensors
-        grad_output = to_layout(grad_output, ctx.channels_last)
+        p, channels_last, column = ctx.constants
+        grad_output = to_layout(grad_output, channels_last)
         if torch.is_grad_enabled():
-            return _autograd.apply(Dropout, grad_output, ctx.p, seed, ctx.column), None, None, None
-        return raw["dropout"][ctx.column](grad_output, ctx.p, seed), None, None, None
+            return _autograd.apply(Dropout, grad_output, p, seed, column), None, None, None
+        return _dropout[column](grad_output, p, seed), None, None, None
 
 
 def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
@@ -64,4 +68,11 @@ def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         return reference.dropout(input, p, seed)
     if _autograd.needs_grad(input):
         return _autograd.apply(Dropout, input, p, seed, choice.column)
-    return raw["dropout"][choice.column](input, p, seed)
+    return _dropout[choice.column](input, p, seed)
+
+
+def run(column, input, p, seed):
+    """dropout on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return Dropout.fast_apply(input, p, seed, column)
+    return _dropout[column](input, p, seed)

@@ -16,7 +16,7 @@ from dlkern.ops import _autograd
 from dlkern.ops._registry import define, raw
 from dlkern.reference import linear as reference
 
-__all__ = ["linear"]
+__all__ = ["linear", "run"]
 
 
 def _fake_forward(input, weight, bias, activation):
@@ -64,6 +64,7 @@ _forward = raw["linear_forward"]
 _backward_input = raw["linear_backward_input"]
 _backward_weight = raw["linear_backward_weight"]
 _activation_backward = raw["activation_backward"]
+_grad_enabled = torch.is_grad_enabled
 
 
 class Linear(_autograd.Function):
@@ -75,29 +76,29 @@ class Linear(_autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _, ctx.activation, ctx.column = inputs
+        input, weight, _, activation, column = inputs
         need = ctx.needs_input_grad
         ctx.save_for_backward(
-            input if need[1] else None, weight if need[0] else None, output if ctx.activation else None
+            input if need[1] else None, weight if need[0] else None, output if activation else None
         )
+        ctx.constants = need, activation, column
 
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, output = ctx.saved_tensors
-        column = ctx.column
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        (need_input, need_weight, need_bias, *_), activation, column = ctx.constants
         grad_input = grad_weight = grad_bias = None
         if torch.is_grad_enabled():
-            if ctx.activation:
-                grad_output = _autograd.apply(ActivationBackward, grad_output, output, ctx.activation, column)
+            if activation:
+                grad_output = _autograd.apply(ActivationBackward, grad_output, output, activation, column)
             if need_input:
                 grad_input = _autograd.apply(BackwardInput, grad_output, weight, column)
             if need_weight or need_bias:
                 input = input if need_weight else grad_output[..., :0]  # then only the sums are made
                 grad_weight, grad_bias = _autograd.apply(BackwardWeight, grad_output, input, need_bias, column)
         else:
-            if ctx.activation:
-                grad_output = _activation_backward[column](grad_output, output, ctx.activation)
+            if activation:
+                grad_output = _activation_backward[column](grad_output, output, activation)
             if need_input:
                 grad_input = _backward_input[column](grad_output, weight)
             if need_weight or need_bias:
@@ -190,3 +191,10 @@ def linear(
     if _autograd.needs_grad(input, weight, bias):
         return _autograd.apply(Linear, input, weight, bias, activation, choice.column)
     return _forward[choice.column](input, weight, bias, activation)
+
+
+def run(column, input, weight, bias, activation):
+    """linear on a given column, for a plain call (see _plain.py)."""
+    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return Linear.fast_apply(input, weight, bias, activation, column)
+    return _forward[column](input, weight, bias, activation)

@@ -15,7 +15,7 @@ from dlkern.ops import _autograd
 from dlkern.ops._registry import define, raw
 from dlkern.reference import loss as reference
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "run"]
 
 
 def _fake_forward(input, target, weight, reduction, ignore_index, label_smoothing):
@@ -66,7 +66,8 @@ class CrossEntropy(_autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, target, weight, ctx.reduction, ctx.ignore_index, ctx.label_smoothing, ctx.column = inputs
+        input, target, weight, *settings, column = inputs
+        ctx.constants = settings, column
         _, lse, total_weight = output
         ctx.mark_non_differentiable(lse, total_weight)
         ctx.set_materialize_grads(False)
@@ -76,11 +77,11 @@ class CrossEntropy(_autograd.Function):
     def backward(ctx, grad_loss, grad_lse, grad_total_weight):
         if grad_loss is None:
             return None, None, None, None, None, None, None
-        settings = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
+        settings, column = ctx.constants
         if torch.is_grad_enabled():
-            grad = _autograd.apply(CrossEntropyBackward, grad_loss, *ctx.saved_tensors, *settings, ctx.column)
+            grad = _autograd.apply(CrossEntropyBackward, grad_loss, *ctx.saved_tensors, *settings, column)
         else:
-            grad = _backward[ctx.column](grad_loss, *ctx.saved_tensors, *settings)
+            grad = _backward[column](grad_loss, *ctx.saved_tensors, *settings)
         return grad, None, None, None, None, None, None
 
 
@@ -130,3 +131,10 @@ def cross_entropy(
             CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, choice.column
         )[0]
     return _forward[choice.column](input, target, weight, reduction, ignore_index, label_smoothing)[0]
+
+
+def run(column, input, target, weight, reduction, ignore_index, label_smoothing):
+    """cross_entropy on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return CrossEntropy.fast_apply(input, target, weight, reduction, ignore_index, label_smoothing, column)[0]
+    return _forward[column](input, target, weight, reduction, ignore_index, label_smoothing)[0]

@@ -17,11 +17,17 @@ from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.ops._registry import define, raw
 from dlkern.reference import pooling as reference
 
-__all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "output_size"]
+__all__ = [
+    "adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "output_size", "run_adaptive_avg", "run_avg", "run_max",
+]  # fmt: skip
 
 # What max_pool2d_forward's `indices` asks for.
 NO_INDICES, WINDOW_OFFSETS, FLAT_INDICES = 0, 1, 2
 _INDEX_DTYPE = {WINDOW_OFFSETS: torch.uint8, FLAT_INDICES: torch.int64}
+
+
+# The raw ops take kernel size, stride, padding and (of max_pool2d) dilation as one list, `window`: a list of ints costs
+# about as much on its way from Python as pooling a small image does.
 
 
 def output_size(size, kernel_size, stride, padding, dilation, ceil_mode):
@@ -39,15 +45,13 @@ def _empty(size, like, channels_last, dtype=None):
     )
 
 
-def _pooled(input, kernel_size, stride, padding, dilation, ceil_mode):
-    extents = [
-        output_size(input.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
-    ]
+def _pooled(input, window, ceil_mode):
+    extents = [output_size(input.shape[2 + i], *window[i::2], ceil_mode) for i in (0, 1)]
     return [input.shape[0], input.shape[1], *extents]
 
 
-def _max_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, indices):
-    size = _pooled(input, kernel_size, stride, padding, dilation, ceil_mode)
+def _max_forward_fake(input, window, ceil_mode, indices):
+    size = _pooled(input, window, ceil_mode)
     channels_last = suggests_channels_last(input)
     output = _empty(size, input, channels_last)
     if indices == NO_INDICES:
@@ -55,20 +59,17 @@ def _max_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, 
     return output, _empty(size, input, channels_last, _INDEX_DTYPE[indices])
 
 
-def _max_backward_fake(
-    grad_output, indices, input_size, kernel_size, stride, padding, dilation, channels_last
-):
+def _max_backward_fake(grad_output, indices, input_size, window, channels_last):
     return _empty(input_size, grad_output, channels_last)
 
 
-def _avg_forward_fake(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-    size = _pooled(input, kernel_size, stride, padding, (1, 1), ceil_mode)
+def _avg_forward_fake(input, window, ceil_mode, count_include_pad, divisor_override):
+    size = _pooled(input, [*window, 1, 1], ceil_mode)
     return _empty(size, input, suggests_channels_last(input))
 
 
 def _avg_backward_fake(
-    grad_output, input_size, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
-    channels_last,
+    grad_output, input_size, window, ceil_mode, count_include_pad, divisor_override, channels_last
 ):
     return _empty(input_size, grad_output, channels_last)
 
@@ -84,26 +85,23 @@ def _adaptive_backward_fake(grad_output, input_size, channels_last):
 for _op, _schema, _fake in (
     (
         "max_pool2d_forward",
-        "(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, int indices)"
-        " -> (Tensor, Tensor)",
+        "(Tensor input, int[] window, bool ceil_mode, int indices) -> (Tensor, Tensor)",
         _max_forward_fake,
     ),
     (
         "max_pool2d_backward",
-        "(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding,"
-        " int[] dilation, bool channels_last) -> Tensor",
+        "(Tensor grad_output, Tensor indices, SymInt[] input_size, int[] window, bool channels_last) -> Tensor",
         _max_backward_fake,
     ),
     (
         "avg_pool2d_forward",
-        "(Tensor input, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad,"
-        " int? divisor_override) -> Tensor",
+        "(Tensor input, int[] window, bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor",
         _avg_forward_fake,
     ),
     (
         "avg_pool2d_backward",
-        "(Tensor grad_output, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode,"
-        " bool count_include_pad, int? divisor_override, bool channels_last) -> Tensor",
+        "(Tensor grad_output, SymInt[] input_size, int[] window, bool ceil_mode, bool count_include_pad,"
+        " int? divisor_override, bool channels_last) -> Tensor",
         _avg_backward_fake,
     ),
     ("adaptive_avg_pool2d_forward", "(Tensor input, SymInt[] output_size) -> Tensor", _adaptive_forward_fake),
@@ -123,12 +121,22 @@ for _column, _dtypes in {
         columns.declare(_op, _column, _dtypes)
 
 
+_max_forward, _max_backward = raw["max_pool2d_forward"], raw["max_pool2d_backward"]
+_avg_forward, _avg_backward = raw["avg_pool2d_forward"], raw["avg_pool2d_backward"]
+_adaptive_forward, _adaptive_backward = raw["adaptive_avg_pool2d_forward"], raw["adaptive_avg_pool2d_backward"]
+
+
+def _pairs(window):
+    """[a, b, c, d, ...] as (a, b), (c, d), ..."""
+    return [tuple(window[i : i + 2]) for i in range(0, len(window), 2)]
+
+
 class MaxPool2dBackward(_autograd.Function):
     """grad_input of grad_output; its adjoint picks the winners' elements."""
 
     @staticmethod
     def forward(grad_output, indices, input_size, window, channels_last, column):
-        return raw["max_pool2d_backward"][column](grad_output, indices, input_size, *window, channels_last)
+        return _max_backward[column](grad_output, indices, input_size, window, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -138,7 +146,7 @@ class MaxPool2dBackward(_autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (indices,) = ctx.saved_tensors
-        flat = reference.flat_indices(indices, ctx.input_size[-1], *ctx.window)
+        flat = reference.flat_indices(indices, ctx.input_size[-1], *_pairs(ctx.window))
         picked = grad.flatten(2).gather(2, flat.flatten(2)).reshape(flat.shape)
         return picked, None, None, None, None, None
 
@@ -146,30 +154,29 @@ class MaxPool2dBackward(_autograd.Function):
 class MaxPool2d(_autograd.Function):
     @staticmethod
     def forward(input, window, ceil_mode, indices, column):
-        return raw["max_pool2d_forward"][column](input, *window, ceil_mode, indices)
+        return _max_forward[column](input, window, ceil_mode, indices)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, ctx.window, _, _, ctx.column = inputs
-        ctx.mark_non_differentiable(output[1])
+        input, window, _, _, column = inputs
+        indices = output[1]
+        ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-        ctx.input_size = input.shape
-        ctx.channels_last = suggests_channels_last(input)
+        ctx.save_for_backward(indices)
+        ctx.constants = input.shape, window, suggests_channels_last(input), column
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        grad_input = None
-        if grad_output is not None:
-            (indices,) = ctx.saved_tensors
-            if torch.is_grad_enabled():
-                grad_input = _autograd.apply(
-                    MaxPool2dBackward, grad_output, indices, ctx.input_size, ctx.window, ctx.channels_last, ctx.column
-                )
-            else:
-                grad_input = raw["max_pool2d_backward"][ctx.column](
-                    grad_output, indices, ctx.input_size, *ctx.window, ctx.channels_last
-                )
+        if grad_output is None:
+            return None, None, None, None, None
+        (indices,) = ctx.saved_tensors
+        size, window, channels_last, column = ctx.constants
+        if torch.is_grad_enabled():
+            grad_input = _autograd.apply(
+                MaxPool2dBackward, grad_output, indices, size, window, channels_last, column
+            )
+        else:
+            grad_input = _max_backward[column](grad_output, indices, size, window, channels_last)
         return grad_input, None, None, None, None
 
 
@@ -188,7 +195,7 @@ class _Linear(_autograd.Function):
 class AvgPool2d(_Linear):
     @staticmethod
     def forward(input, settings, column):
-        return raw["avg_pool2d_forward"][column](input, *settings)
+        return _avg_forward[column](input, *settings)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -200,7 +207,7 @@ class AvgPool2d(_Linear):
 class AvgPool2dBackward(_Linear):
     @staticmethod
     def forward(grad_output, input_size, settings, channels_last, column):
-        return raw["avg_pool2d_backward"][column](grad_output, input_size, *settings, channels_last)
+        return _avg_backward[column](grad_output, input_size, *settings, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -212,7 +219,7 @@ class AvgPool2dBackward(_Linear):
 class AdaptiveAvgPool2d(_Linear):
     @staticmethod
     def forward(input, output_size, column):
-        return raw["adaptive_avg_pool2d_forward"][column](input, output_size)
+        return _adaptive_forward[column](input, output_size)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -224,7 +231,7 @@ class AdaptiveAvgPool2d(_Linear):
 class AdaptiveAvgPool2dBackward(_Linear):
     @staticmethod
     def forward(grad_output, input_size, channels_last, column):
-        return raw["adaptive_avg_pool2d_backward"][column](grad_output, input_size, channels_last)
+        return _adaptive_backward[column](grad_output, input_size, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -246,17 +253,25 @@ def max_pool2d(
     dilation: reference.Ints, ceil_mode: bool, return_indices: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maximum of each window of a 4-D input, and int64 indices (of no use unless return_indices)."""
-    window = (kernel_size, stride, padding, dilation)
-    if _autograd.use_reference():
-        return reference.max_pool2d(input, *window, ceil_mode)
-    column = _choose("max_pool2d", input)
+    column = "reference" if _autograd.use_reference() else _choose("max_pool2d", input)
     if column == "reference":
-        return reference.max_pool2d(input, *window, ceil_mode)
+        return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = (*kernel_size, *stride, *padding, *dilation)
     if _autograd.needs_grad(input):
-        small = kernel_size[0] * kernel_size[1] <= 256
-        indices = WINDOW_OFFSETS if small and not return_indices else FLAT_INDICES
-        return _autograd.apply(MaxPool2d, input, window, ceil_mode, indices, column)
-    return raw["max_pool2d_forward"][column](input, *window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+        return _autograd.apply(MaxPool2d, input, window, ceil_mode, _kept_indices(window, return_indices), column)
+    return _max_forward[column](input, window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
+
+
+def _kept_indices(window, return_indices):
+    """The kind of indices that a call with a backward to come makes."""
+    return WINDOW_OFFSETS if window[0] * window[1] <= 256 and not return_indices else FLAT_INDICES
+
+
+def run_max(column, input, window, ceil_mode, return_indices):
+    """max_pool2d on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return MaxPool2d.fast_apply(input, window, ceil_mode, _kept_indices(window, return_indices), column)
+    return _max_forward[column](input, window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
 
 
 def avg_pool2d(
@@ -264,15 +279,22 @@ def avg_pool2d(
     count_include_pad: bool, divisor_override: int | None,
 ) -> torch.Tensor:
     """Average of each window of a 4-D input."""
-    settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if _autograd.use_reference():
-        return reference.avg_pool2d(input, *settings)
-    column = _choose("avg_pool2d", input)
+    column = "reference" if _autograd.use_reference() else _choose("avg_pool2d", input)
     if column == "reference":
-        return reference.avg_pool2d(input, *settings)
+        return reference.avg_pool2d(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+    settings = ((*kernel_size, *stride, *padding), ceil_mode, count_include_pad, divisor_override)
     if _autograd.needs_grad(input):
         return _autograd.apply(AvgPool2d, input, settings, column)
-    return raw["avg_pool2d_forward"][column](input, *settings)
+    return _avg_forward[column](input, *settings)
+
+
+def run_avg(column, input, settings):
+    """avg_pool2d on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return AvgPool2d.fast_apply(input, settings, column)
+    return _avg_forward[column](input, *settings)
 
 
 def adaptive_avg_pool2d(input: torch.Tensor, output_size: reference.Ints) -> torch.Tensor:
@@ -284,4 +306,11 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: reference.Ints) -> tor
         return reference.adaptive_avg_pool2d(input, output_size)
     if _autograd.needs_grad(input):
         return _autograd.apply(AdaptiveAvgPool2d, input, output_size, column)
-    return raw["adaptive_avg_pool2d_forward"][column](input, output_size)
+    return _adaptive_forward[column](input, output_size)
+
+
+def run_adaptive_avg(column, input, output_size):
+    """adaptive_avg_pool2d on a given column, for a plain call (see _plain.py)."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return AdaptiveAvgPool2d.fast_apply(input, output_size, column)
+    return _adaptive_forward[column](input, output_size)

@@ -8,6 +8,7 @@ import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
 
 __all__ = ["batch_norm", "batch_norm_act"]
@@ -74,6 +75,17 @@ def batch_norm_act(
         ValueError: an unknown activation, a residual of another shape or dtype, and what batch_norm raises.
     """
     code = 0 if activation is None else int(Activation(activation))
+    results = None
+    try:
+        column = _plain.column("batch_norm", input)
+        if column is not None:
+            results = ops.batch_norm.run(
+                column, input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code
+            )
+    except _plain.REFUSALS:
+        pass  # the long way says what is wrong
+    if results is not None:
+        return _updated(results, training, running_mean, running_var)
     reason = _reason_for_torch(input, running_mean, running_var, weight, bias)
     if training or eps <= 0.0 or running_mean is None or running_var is None or reason is not None:
         reason = _check(input, running_mean, running_var, training, eps, reason)
@@ -86,11 +98,16 @@ def batch_norm_act(
         if tracing.active and isinstance(input, torch.Tensor):
             tracing.record("batch_norm", "torch", reason, input)
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    output, new_mean, new_var = ops.batch_norm.batch_norm(
+    results = ops.batch_norm.batch_norm(
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code
     )
+    return _updated(results, training, running_mean, running_var)
+
+
+def _updated(results, training, running_mean, running_var):
+    """The output of (output, new running mean, new running variance), once the statistics are in their buffers."""
+    output, new_mean, new_var = results
     if training and running_mean is not None:
-        assert running_var is not None and new_mean is not None and new_var is not None  # _check: both or neither
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
     return output

@@ -9,6 +9,7 @@ import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.ops import _plain
 
 __all__ = ["conv2d"]
 
@@ -104,6 +105,14 @@ def conv2d(
     Raises:
         RuntimeError, TypeError: torch's own, for wrong arguments.
     """
+    try:
+        column = _plain.column("conv2d", input, ("grouped",) if groups > 1 else ())
+        if column is not None and input.dim() == 4:
+            step, pad, spread = _plain.pair(stride), _plain.pair(padding), _plain.pair(dilation)
+            if step is not None and pad is not None and spread is not None and type(groups) is int:
+                return ops.conv.run(column, input, weight, bias, step, pad, spread, groups)
+    except _plain.REFUSALS:
+        pass  # the long way says what is wrong
     if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
         return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
     x, w, b = input, weight, bias

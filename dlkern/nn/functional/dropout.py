@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dlkern import ops
+from dlkern.ops import _plain
 
 __all__ = ["dropout"]
 
@@ -35,5 +36,10 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or p == 0.0:
         return input
-    output = ops.dropout.dropout(input, p, _seed(input))
+    seed = _seed(input)
+    column = _plain.column("dropout", input)
+    if column is not None:
+        output = ops.dropout.run(column, input, p, seed)
+    else:
+        output = ops.dropout.dropout(input, p, seed)
     return input.copy_(output) if inplace else output

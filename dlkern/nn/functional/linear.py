@@ -8,6 +8,7 @@ import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
 from dlkern.reference.linear import activate
 
@@ -52,6 +53,12 @@ def linear(
         RuntimeError: sizes, dtypes or devices do not fit together; torch's own messages.
     """
     code = 0 if activation is None else int(activation)
+    try:
+        column = _plain.column("linear", input)
+        if column is not None:
+            return ops.linear.run(column, input, weight, bias, code)
+    except _plain.REFUSALS:
+        pass  # the long way says what is wrong
     try:
         device = input.device.type
         if torch.is_autocast_enabled(device):

@@ -7,8 +7,11 @@ from torch.nn import _reduction
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.ops import _plain
 
 __all__ = ["cross_entropy"]
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def _unusual(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float) -> str | None:
@@ -67,6 +70,13 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    try:
+        column = _plain.column("cross_entropy", input)
+        if column is not None and (weight is None or not weight.requires_grad):
+            code = _REDUCTIONS[reduction]
+            return ops.loss.run(column, input, target, weight, code, ignore_index, label_smoothing)
+    except (*_plain.REFUSALS, KeyError):
+        pass  # the long way says what is wrong
     try:
         device = input.device.type
         if torch.is_autocast_enabled(device):  # on autocast's float32 list

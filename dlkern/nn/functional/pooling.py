@@ -13,6 +13,7 @@ import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.ops import _plain
 
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "max_pool2d_with_indices"]
 
@@ -34,6 +35,16 @@ def _pair(value: Any) -> _Two | None:
     if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(v, int | torch.SymInt) for v in value):
         return value[0], value[-1]
     return None
+
+
+def _plain_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...] | None:
+    """The four in one list where each is an int or a tuple of two; the raw op checks their values."""
+    kernel = _plain.pair(kernel_size)
+    step = kernel if stride is None else _plain.pair(stride)
+    pad, spread = _plain.pair(padding), _plain.pair(dilation)
+    if kernel is None or step is None or pad is None or spread is None:
+        return None
+    return *kernel, *step, *pad, *spread
 
 
 def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> _Window | None:
@@ -85,6 +96,15 @@ def max_pool2d(
     Raises:
         RuntimeError, TypeError: as torch does.
     """
+    try:
+        column = _plain.column("max_pool2d", input)
+        if column is not None and input.dim() == 4:
+            flat = _plain_window(kernel_size, stride, padding, dilation)
+            if flat is not None:
+                results = ops.pooling.run_max(column, input, flat, ceil_mode, return_indices)
+                return results if return_indices else results[0]
+    except _plain.REFUSALS:
+        pass  # the long way hands on to torch
     window = _window(kernel_size, stride, padding, dilation)
     if window is None or not _fits(input, window):
         return _hand_on(
@@ -125,6 +145,15 @@ def avg_pool2d(
     Raises:
         RuntimeError, TypeError: as torch does.
     """
+    try:
+        column = _plain.column("avg_pool2d", input)
+        if column is not None and input.dim() == 4:
+            flat = _plain_window(kernel_size, stride, padding, 1)
+            if flat is not None:
+                settings = (flat[:6], ceil_mode, count_include_pad, divisor_override)
+                return ops.pooling.run_avg(column, input, settings)
+    except _plain.REFUSALS:
+        pass  # the long way hands on to torch
     window = _window(kernel_size, stride, padding, 1)
     divisible = divisor_override is None or (isinstance(divisor_override, int) and divisor_override)
     if window is None or not _fits(input, window) or not divisible:
@@ -151,6 +180,14 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
     Raises:
         RuntimeError, TypeError: as torch does.
     """
+    try:
+        column = _plain.column("adaptive_avg_pool2d", input)
+        if column is not None and input.dim() == 4:
+            extents = _plain.pair(output_size)
+            if extents is not None:
+                return ops.pooling.run_adaptive_avg(column, input, extents)
+    except _plain.REFUSALS:
+        pass  # the long way hands on to torch
     size: tuple[Any, ...] | None = None
     if isinstance(input, torch.Tensor) and input.is_floating_point() and input.dim() in (3, 4):
         if isinstance(output_size, int | torch.SymInt):

@@ -1,0 +1,52 @@
+"""The short way of a call, for the host time of small tensors.
+
+Nearly every call is plain: eager, without torch.func transforms, forward-mode AD, autocast, an open trace or a forced
+column. The functions of dlkern.nn.functional ask `column` first, and hand a plain call with arguments in their usual
+form straight to a column. Nothing is left unchecked by that: the raw op checks all of its arguments before a kernel
+starts. What it refuses goes the long way, which hands on to torch what is torch's to answer, so that the exception is
+torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from dlkern import columns
+from dlkern import trace as tracing
+from dlkern.ops._autograd import functorch_active
+
+__all__ = ["REFUSALS", "column", "pair"]
+
+# What a raw op raises for wrong arguments, and what tensors' attributes raise on other things.
+REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+_autocasts = torch._C._is_any_autocast_enabled
+_state = columns.state
+_usual = columns.usual
+
+
+def column(op: str, input: Any, facts: tuple[Hashable, ...] = ()) -> str | None:
+    """The column of a plain call of `op` (facts as in columns.choose), None for a call that has to go the long way."""
+    if (
+        torch.compiler.is_compiling()
+        or functorch_active()
+        or forward_ad._current_level >= 0
+        or _autocasts()
+        or tracing.active
+        or _state.forced != "auto"
+    ):
+        return None
+    return _usual[op, input.device, input.dtype, facts]
+
+
+def pair(value: Any) -> tuple[int, int] | None:
+    """An int or a tuple of two as (height, width), None for other forms."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    return None
