@@ -434,31 +434,35 @@ def test_errors_are_torchs(name):
 
 def test_raw_ops_refuse():
     """A direct call checks everything; where torch has the same check, in torch's words."""
-    x, pool = torch.randn(1, 2, 4, 4), [[2, 2], [2, 2], [0, 0], [1, 1]]
+    x = torch.randn(1, 2, 4, 4)
+
+    def window(kernel=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1)):
+        return [*kernel, *stride, *padding, *dilation]
+
     forward, backward = raw["max_pool2d_forward"]["cpu"], raw["max_pool2d_backward"]["cpu"]
-    output, indices = forward(x, *pool, False, 1)
+    output, indices = forward(x, window(), False, 1)
     average, average_backward = raw["avg_pool2d_forward"]["cpu"], raw["avg_pool2d_backward"]["cpu"]
     adaptive, adaptive_backward = raw["adaptive_avg_pool2d_forward"]["cpu"], raw["adaptive_avg_pool2d_backward"]["cpu"]
     for call, message in [
-        (lambda: forward(x, [0, 2], *pool[1:], False, 1), "kernel size should be greater than zero"),
-        (lambda: forward(x, pool[0], [0, 1], *pool[2:], False, 1), "stride should be greater than zero"),
-        (lambda: forward(x, *pool[:3], [0, 1], False, 1), "dilation should be greater than zero"),
-        (lambda: forward(x, *pool[:2], [2, 2], [1, 1], False, 1), "pad should be at most half of effective kernel size"),
-        (lambda: forward(x, *pool[:2], [-1, 0], [1, 1], False, 1), "pad must be non-negative"),
-        (lambda: forward(x, [9, 9], *pool[1:], False, 1), "Output size is too small"),
-        (lambda: average(x, *pool[:3], False, True, 0), "divisor must be not zero"),
-        (lambda: forward(x[0], *pool, False, 1), "expected a 4-D tensor"),
-        (lambda: forward(x.half(), *pool, False, 1), "expected float32, float64 or bfloat16"),
-        (lambda: forward(x, [2], *pool[1:], False, 1), "take two ints each"),
-        (lambda: forward(x, *pool, False, 3), "indices must be 0, 1 or 2"),
-        (lambda: forward(torch.randn(1, 1, 40, 40), [17, 17], *pool[1:], False, 1), "needs int64 indices"),
-        (lambda: forward(x, *pool[:3], [2**40, 1], False, 1), "too large for a window"),
-        (lambda: forward(x[:, :0], *pool, False, 1), "at least one channel"),
-        (lambda: backward(output, indices.int(), [1, 2, 4, 4], *pool, False), "indices must be uint8 or int64"),
-        (lambda: backward(output, indices[..., :1], [1, 2, 4, 4], *pool, False), "wrong sizes"),
-        (lambda: backward(output, indices, [1, 2, 8, 8], *pool, False), "wrong sizes"),
-        (lambda: backward(output, indices, [1, 2], *pool, False), "expected a 4-D tensor"),
-        (lambda: average_backward(output, [1, 2, 9, 4], *pool[:3], False, True, None, False), "wrong sizes"),
+        (lambda: forward(x, window(kernel=(0, 2)), False, 1), "kernel size should be greater than zero"),
+        (lambda: forward(x, window(stride=(0, 1)), False, 1), "stride should be greater than zero"),
+        (lambda: forward(x, window(dilation=(0, 1)), False, 1), "dilation should be greater than zero"),
+        (lambda: forward(x, window(padding=(2, 2)), False, 1), "pad should be at most half of effective kernel size"),
+        (lambda: forward(x, window(padding=(-1, 0)), False, 1), "pad must be non-negative"),
+        (lambda: forward(x, window(kernel=(9, 9)), False, 1), "Output size is too small"),
+        (lambda: average(x, window()[:6], False, True, 0), "divisor must be not zero"),
+        (lambda: forward(x[0], window(), False, 1), "expected a 4-D tensor"),
+        (lambda: forward(x.half(), window(), False, 1), "expected float32, float64 or bfloat16"),
+        (lambda: forward(x, window()[:7], False, 1), "a window takes 8 ints, got 7"),
+        (lambda: forward(x, window(), False, 3), "indices must be 0, 1 or 2"),
+        (lambda: forward(torch.randn(1, 1, 40, 40), window(kernel=(17, 17)), False, 1), "needs int64 indices"),
+        (lambda: forward(x, window(dilation=(2**40, 1)), False, 1), "too large for a window"),
+        (lambda: forward(x[:, :0], window(), False, 1), "at least one channel"),
+        (lambda: backward(output, indices.int(), [1, 2, 4, 4], window(), False), "indices must be uint8 or int64"),
+        (lambda: backward(output, indices[..., :1], [1, 2, 4, 4], window(), False), "wrong sizes"),
+        (lambda: backward(output, indices, [1, 2, 8, 8], window(), False), "wrong sizes"),
+        (lambda: backward(output, indices, [1, 2], window(), False), "expected a 4-D tensor"),
+        (lambda: average_backward(output, [1, 2, 9, 4], window()[:6], False, True, None, False), "wrong sizes"),
         (lambda: adaptive(x, [2]), "output_size must be 2"),
         (lambda: adaptive(x, [-1, 2]), "greater than or equal to 0"),
         (lambda: adaptive_backward(x, [1, 3, 8, 8], False), "wrong sizes"),
@@ -472,11 +476,11 @@ def test_foreign_indices_write_nothing_outside(channels_last):
     """Indices that no forward made name no element, or one inside the plane."""
     layout = LAYOUTS[channels_last]
     for kernel in ([2, 2], [3, 3], [9, 9]):
-        window = [kernel, [2, 2], [k // 2 for k in kernel], [1, 1]]
+        window = [*kernel, 2, 2, *(k // 2 for k in kernel), 1, 1]
         x = torch.randn(2, 3, 10, 12).contiguous(memory_format=layout)
-        output, indices = raw["max_pool2d_forward"]["cpu"](x, *window, False, 2)
+        output, indices = raw["max_pool2d_forward"]["cpu"](x, window, False, 2)
         for foreign in (torch.full_like(indices, -1), torch.full_like(indices, 10**12), torch.full_like(indices, 255).byte()):
-            gradient = raw["max_pool2d_backward"]["cpu"](torch.ones_like(output), foreign, x.shape, *window, channels_last)
+            gradient = raw["max_pool2d_backward"]["cpu"](torch.ones_like(output), foreign, x.shape, window, channels_last)
             assert gradient.count_nonzero() == 0 and gradient.shape == x.shape
 
 

@@ -230,7 +230,8 @@ void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, 
   });
 }
 
-// Sums of grad_output over pixels, in short runs, so that rounding errors do not grow with their number.
+// Sums of grad_output over pixels: float in short runs, so that rounding errors do not grow with their number; double,
+// which has no wider type, with its rounding errors carried along (Knuth's two-sum).
 template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>, run = 16;
@@ -243,6 +244,19 @@ template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
         const int64_t k = v * lanes;
         const int count = static_cast<int>(smaller(lanes, z.k - k));
         Vec<A> total{};
+        if constexpr (sizeof(A) == sizeof(double)) {
+          Vec<A> lost{};
+          for (int64_t p = 0; p < all; ++p) {
+            const T* from = args.grad_output + p * z.k + k;
+            const Vec<A> value = count == lanes ? load(from) : load_partial<T>(from, count);
+            const Vec<A> next = total + value, added = next - total;
+            lost += (total - (next - added)) + (value - added);
+            total = next;
+          }
+          total += lost == lost ? lost : Vec<A>{};  // NaN where the sum is infinite
+          store_partial<T>(args.grad_bias + k, total, count);
+          continue;
+        }
         for (int64_t outer = 0; outer < all; outer += run * run) {
           Vec<A> middle{};
           for (int64_t inner = outer; inner < all && inner < outer + run * run; inner += run) {
