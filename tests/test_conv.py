@@ -51,7 +51,7 @@ CASES = {
     "depthwise 7x7": ((1, 20, 15, 15), (20, 1, 7, 7), 1, 3, 1, 20, True),
     "depthwise 7x7 stride": ((1, 18, 16, 17), (18, 1, 7, 7), 2, 3, 1, 18, True),
     "depthwise small image": ((2, 24, 3, 2), (24, 1, 3, 3), 1, 1, 1, 24, True),
-    "depthwise pixel": ((2, 16, 1, 1), (16, 1, 3, 3), 2, 1, 1, 16, True),
+    "depthwise pixel": ((2, 16, 1, 1), (16, 1, 3, 3), 1, 1, 1, 16, True),
     "depthwise more padding than image": ((1, 19, 2, 3), (19, 1, 3, 3), 1, (5, 6), 1, 19, True),
     "depthwise few channels": ((2, 3, 17, 16), (3, 1, 3, 3), 1, 1, 1, 3, True),
     "depthwise other strides": ((2, 18, 13, 19), (18, 1, 3, 3), (1, 3), 1, 1, 18, True),

@@ -54,7 +54,7 @@ template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const
     const T* source = tile.source + c;
     const A* weights = tile.weights + c;
     for (int64_t r = 0; r < rows; ++r, source += row_step, weights += weight_row) {
-      Vec<A> weight[S];
+      Vec<A> weight[S], part[PIXELS] = {};  // a sum for each row of taps: shorter sums, smaller errors
 #pragma GCC unroll 8
       for (int s = 0; s < S; ++s) weight[s] = load(weights + s * weight_step);
 #pragma GCC unroll 32
@@ -64,8 +64,10 @@ template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const
         keep(value);
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s)
-          if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) sum[(j - s) / STRIDE] += weight[s] * value;
+          if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) part[(j - s) / STRIDE] += weight[s] * value;
       }
+#pragma GCC unroll 8
+      for (int i = 0; i < PIXELS; ++i) sum[i] += part[i];
     }
     T* output = tile.output + c;
     if (bias)
@@ -88,14 +90,16 @@ template <int PIXELS, class T> void run_any_tile(const Tile<T>& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const T* source = tile.source + r * tile.row_step + c;
       const A* weights = tile.weights + r * tile.weight_row + c;
+      Vec<A> part[PIXELS] = {};
       for (int64_t s = 0; s < tile.weight_count; ++s) {
         const Vec<A> weight = load(weights + s * tile.weight_step);
 #pragma GCC unroll 8
         for (int i = 0; i < PIXELS; ++i) {
           const int64_t j = i * tile.stride + s * tile.step;
-          if (j >= tile.begin && j < tile.end) sum[i] += weight * load_lanes(source + j * tile.channels, count);
+          if (j >= tile.begin && j < tile.end) part[i] += weight * load_lanes(source + j * tile.channels, count);
         }
       }
+      for (int i = 0; i < PIXELS; ++i) sum[i] += part[i];
     }
     for (int i = 0; i < PIXELS; ++i) store_lanes(tile.output + i * tile.out_step + c, sum[i], count);
   }

@@ -151,16 +151,21 @@ template <int ROWS, int R, int S, int STRIDE, class T, class A>
   for (int s = 0; s < S; ++s) column[s] = source + tile.offsets[s];
 #pragma GCC unroll 24
   for (int j = 0; j < (ROWS - 1) * STRIDE + R; ++j) {
+    Vec<A> value[S];
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) {
-      Vec<A> value = load(column[s]);
+      value[s] = load(column[s]);
       column[s] += row;
-      keep(value);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        if (j >= r && (j - r) % STRIDE == 0 && (j - r) / STRIDE < ROWS)
-          sum[(j - r) / STRIDE] += load(weights + (r * S + s) * lanes) * value;
+      keep(value[s]);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      if (j >= r && (j - r) % STRIDE == 0 && (j - r) / STRIDE < ROWS) {
+        Vec<A> part = load(weights + r * S * lanes) * value[0];  // a sum for each row of taps: smaller errors
+#pragma GCC unroll 8
+        for (int s = 1; s < S; ++s) part += load(weights + (r * S + s) * lanes) * value[s];
+        sum[(j - r) / STRIDE] += part;
+      }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i, output += out_row) store_lanes(output, sum[i] + tile.bias, count);
@@ -172,13 +177,16 @@ template <int ROWS, class T, class A>
   constexpr int64_t lanes = kLanes<A>;
   Vec<A> sum[ROWS] = {};
   const A* weights = tile.weights;
-  for (int64_t r = 0; r < tile.taps_h; ++r)
+  for (int64_t r = 0; r < tile.taps_h; ++r) {
+    Vec<A> part[ROWS] = {};
     for (int64_t s = 0; s < tile.taps_w; ++s, weights += lanes) {
       const Vec<A> weight = load(weights);
       const A* from = tile.source + r * tile.row + tile.offsets[s];
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) sum[i] += weight * load(from + i * tile.row_stride);
+      for (int i = 0; i < ROWS; ++i) part[i] += weight * load(from + i * tile.row_stride);
     }
+    for (int i = 0; i < ROWS; ++i) sum[i] += part[i];
+  }
   for (int i = 0; i < ROWS; ++i, output += out_row) store_lanes(output, sum[i] + tile.bias, count);
 }
 

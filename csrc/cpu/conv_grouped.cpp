@@ -18,8 +18,7 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-constexpr int kPixels = kVectorBytes == 64 ? 14 : 7;  // divides the usual widths
-constexpr int kFewPixels = 7;
+constexpr int kPixels = 7;  // divides the usual widths
 constexpr int64_t kWindowBytes = 48 * 1024;
 
 // Whether groups of a shape fill vectors, and vectors can be permuted.
@@ -39,6 +38,13 @@ inline vint32 group_start(int64_t group) {
   return start;
 }
 
+// Channel i of each group, in all lanes of the group, of a pixel's vector; WHOLE where a group fills the vector.
+template <bool WHOLE> [[gnu::always_inline]] inline vfloat spread(const float* pixel, const vint32& at, int64_t i) {
+  vfloat value = WHOLE ? broadcast<float>(pixel[i]) : __builtin_shuffle(load(pixel), at);
+  keep(value);
+  return value;
+}
+
 struct Tile {
   const float* source;              // what tap (0, 0) of the first pixel reads
   int64_t taps_h, taps_w, row_step, column_step, pixel;
@@ -50,13 +56,14 @@ struct Tile {
 };
 
 // S neighbouring taps a row; or any number anywhere, one at a time, where S is 0.
-template <int PIXELS, int S, int STRIDE, class T> [[gnu::noinline]] void run_tile(const Tile& tile, T* output) {
+template <int PIXELS, int S, int STRIDE, bool WHOLE, class T> [[gnu::noinline]] void run_tile(const Tile& tile, T* output) {
   constexpr int kLane = kLanes<float>, kTaps = S ? S : 1;
   const int64_t taps_h = tile.taps_h, columns = S ? 1 : tile.taps_w, group = tile.group, weight_w = tile.weight_w,
                 weight_i = tile.weight_i, pixel = S ? kLane : tile.pixel;
   const vint32 start = group_start(group);
   vfloat sum[PIXELS] = {};
-  for (int64_t r = 0; r < taps_h; ++r)
+  for (int64_t r = 0; r < taps_h; ++r) {
+    vfloat part[PIXELS] = {};  // a sum for each row of taps: shorter sums, smaller errors
     for (int64_t c = 0; c < columns; ++c) {
       const float* source = tile.source + r * tile.row_step + c * tile.column_step;
       const float* weights = tile.weights + r * tile.weight_h + c * weight_w;
@@ -67,33 +74,38 @@ template <int PIXELS, int S, int STRIDE, class T> [[gnu::noinline]] void run_til
         for (int s = 0; s < kTaps; ++s) weight[s] = load(weights + s * weight_w);
 #pragma GCC unroll 32
         for (int j = 0; j < (PIXELS - 1) * STRIDE + kTaps; ++j) {
-          vfloat value = __builtin_shuffle(load(source + j * pixel), at);
-          keep(value);
+          const vfloat value = spread<WHOLE>(source + j * pixel, at, i);
 #pragma GCC unroll 8
           for (int s = 0; s < kTaps; ++s)
-            if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) sum[(j - s) / STRIDE] += weight[s] * value;
+            if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) part[(j - s) / STRIDE] += weight[s] * value;
         }
       }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; ++i) sum[i] += part[i];
+  }
   if (tile.bias) {
     const vfloat bias = load(tile.bias);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int i = 0; i < PIXELS; ++i) sum[i] += bias;
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int i = 0; i < PIXELS; ++i, output += tile.out_step) store_lanes(output, sum[i], tile.lanes);
 }
 
 template <class T> using RunTile = void (*)(const Tile&, T*);
 
-template <int PIXELS, class T> RunTile<T> tile_of(const Taps& taps, int64_t stride) {
+template <int PIXELS, bool WHOLE, class T> RunTile<T> tile_of(const Taps& taps, int64_t stride) {
   if (taps.step == 1) {
-    if (taps.count == 3 && stride == 1) return run_tile<PIXELS, 3, 1, T>;
-    if (taps.count == 3 && stride == 2) return run_tile<PIXELS, 3, 2, T>;
-    if (taps.count == 2 && stride == 1) return run_tile<PIXELS, 2, 1, T>;
-    if (taps.count == 5 && stride == 1) return run_tile<PIXELS, 5, 1, T>;
+    if (taps.count == 3 && stride == 1) return run_tile<PIXELS, 3, 1, WHOLE, T>;
+    if (taps.count == 3 && stride == 2) return run_tile<PIXELS, 3, 2, WHOLE, T>;
+    if (taps.count == 2 && stride == 1) return run_tile<PIXELS, 2, 1, WHOLE, T>;
+    if (taps.count == 5 && stride == 1) return run_tile<PIXELS, 5, 1, WHOLE, T>;
   }
-  return run_tile<PIXELS, 0, 1, T>;
+  return run_tile<PIXELS, 0, 1, WHOLE, T>;
+}
+template <int PIXELS, class T> RunTile<T> tile_for(const Taps& taps, int64_t stride, int64_t group) {
+  return group == kLanes<float> ? tile_of<PIXELS, true, T>(taps, stride) : tile_of<PIXELS, false, T>(taps, stride);
 }
 
 template <class T> struct Pass {
@@ -129,12 +141,11 @@ template <class T> void run_band(const Pass<T>& z, int64_t image, int64_t block,
   tile.weight_i = z.weight_i;
   tile.group = z.group;
   tile.bias = z.bias ? z.bias + c : nullptr;
-  const int64_t pixels = z.columns >= kPixels ? kPixels : z.columns >= kFewPixels ? kFewPixels : 1;
+  const int64_t pixels = z.columns >= kPixels ? kPixels : 1;
   const auto run = [&](auto* output, int64_t out_step, int64_t out_row) {
     using E = std::remove_pointer_t<decltype(output)>;
-    const RunTile<E> function = pixels == kPixels      ? tile_of<kPixels, E>(z.taps_w, z.stride_w)
-                                : pixels == kFewPixels ? tile_of<kFewPixels, E>(z.taps_w, z.stride_w)
-                                                       : tile_of<1, E>(z.taps_w, z.stride_w);
+    const RunTile<E> function =
+        pixels == kPixels ? tile_for<kPixels, E>(z.taps_w, z.stride_w, z.group) : tile_for<1, E>(z.taps_w, z.stride_w, z.group);
     tile.out_step = out_step;
     for (int64_t i = 0; i < end - begin; ++i)
       for (int64_t next = 0; next < z.columns; next += pixels) {
@@ -286,7 +297,7 @@ struct Rows {
 };
 
 // S neighbouring taps (or one, at any stride) and CHANNELS channels of each group, from `first` on.
-template <int S, int STRIDE, int CHANNELS> [[gnu::noinline]] void add_rows(const Rows& z, int64_t first) {
+template <int S, int STRIDE, int CHANNELS, bool WHOLE> [[gnu::noinline]] void add_rows(const Rows& z, int64_t first) {
   constexpr int64_t lanes = kLanes<float>;
   vfloat sum[S][CHANNELS] = {};
   vint32 at[CHANNELS];
@@ -298,11 +309,9 @@ template <int S, int STRIDE, int CHANNELS> [[gnu::noinline]] void add_rows(const
     for (int j = 0; j < COLUMNS; ++j) value[j] = load(y + j * lanes);
 #pragma GCC unroll 32
     for (int j = 0; j < (COLUMNS - 1) * STRIDE + S; ++j) {
-      const vfloat raw = load(x + j * pixel);
 #pragma GCC unroll 8
       for (int i = 0; i < CHANNELS; ++i) {
-        vfloat other = __builtin_shuffle(raw, at[i]);
-        keep(other);
+        const vfloat other = spread<WHOLE>(x + j * pixel, at[i], first + i);
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s)
           if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < COLUMNS) sum[s][i] += value[(j - s) / STRIDE] * other;
@@ -327,8 +336,10 @@ template <int S, int STRIDE, int CHANNELS> [[gnu::noinline]] void add_rows(const
 
 template <int S, int STRIDE> void add_group(const Rows& z) {
   int64_t i = 0;
-  for (; i + kChannels <= z.group; i += kChannels) add_rows<S, STRIDE, kChannels>(z, i);
-  for (; i < z.group; i += 2) add_rows<S, STRIDE, 2>(z, i);
+  if (z.group == kLanes<float>)
+    for (; i < z.group; i += kChannels) add_rows<S, STRIDE, kChannels, true>(z, i);
+  for (; i + kChannels <= z.group; i += kChannels) add_rows<S, STRIDE, kChannels, false>(z, i);
+  for (; i < z.group; i += 2) add_rows<S, STRIDE, 2, false>(z, i);
 }
 
 // The products of a band with all taps.
