@@ -44,6 +44,7 @@ CASES = {
     "depthwise dilated": ((1, 8, 15, 14), (8, 1, 3, 3), 1, 2, 2, 8, False),
     "depthwise multiplied": ((2, 6, 9, 9), (18, 1, 3, 3), 1, 1, 1, 6, True),
     "depthwise multiplied stride": ((2, 3, 11, 10), (6, 1, 5, 5), 2, 2, 1, 3, True),
+    "depthwise multiplied tall": ((1, 2, 90, 70), (4, 1, 3, 3), 1, 1, 1, 2, True),
     "depthwise wide": ((1, 5, 40, 131), (5, 1, 3, 3), 1, 1, 1, 5, True),
     "depthwise wide stride": ((1, 37, 41, 67), (37, 1, 3, 3), 2, 1, 1, 37, True),
     "depthwise 3x3 stride": ((2, 33, 15, 14), (33, 1, 3, 3), 2, 1, 1, 33, False),
