@@ -11,6 +11,7 @@
 
 #include "conv_borders.h"
 #include "conv_depthwise.h"
+#include "conv_grouped.h"
 #include "conv_pack.h"
 #include "conv_planar.h"
 #include "parallel.h"
@@ -272,7 +273,6 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 }
 
 template <class T> void correlate(const Correlation<T>& z) {
-  if (is_depthwise(z)) return correlate_depthwise(z);
   if (is_planar(z)) return correlate_planar(z);
   using A = acc_t<T>;
   uint8_t* ranges = reinterpret_cast<uint8_t*>(scratch<char>(Slot::family_4, z.rows + z.columns));
@@ -325,6 +325,7 @@ template <class T> void correlate(const Correlation<T>& z) {
 }
 
 template <class T> void forward(const ConvForwardArgs<T>& args) {
+  if (depthwise_forward(args) || grouped_forward(args)) return;
   const ConvShape& z = args.shape;
   const int64_t channels = z.c / z.groups;
   int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
@@ -375,6 +376,7 @@ bool leaves_gaps(int64_t stride, int64_t dilation, int64_t taps) {
 }
 
 template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
+  if (depthwise_backward_input(args) || grouped_backward_input(args)) return;
   const ConvShape& z = args.shape;
   const int64_t channels = z.c / z.groups;
   const bool last = args.weight_channels_last;

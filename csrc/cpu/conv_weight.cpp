@@ -10,6 +10,7 @@
 #include "conv.h"
 
 #include "conv_depthwise.h"
+#include "conv_grouped.h"
 #include "conv_pack.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -359,7 +360,7 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   const ConvShape& z = args.shape;
   if (args.grad_bias) sum_bias(args);
-  if (is_depthwise(args)) return depthwise_weight(args);
+  if (depthwise_backward_weight(args) || grouped_backward_weight(args)) return;
   Plan<T> plan;
   plan_bands(z, plan);
   if (is_turned(z, plan)) return backward_weight_turned(args, plan);

@@ -148,6 +148,14 @@ template <> inline vdouble load_wide_partial<float>(const float* p, int count) {
 template <> inline void store_partial<float>(float* p, vfloat v, int count) {
   _mm512_mask_storeu_ps(p, lane_mask(count), (__m512)v);
 }
+template <> inline vfloat load_partial<bfloat16>(const bfloat16* p, int count) {
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(count), p)), 16);
+}
+template <> inline void store_partial<bfloat16>(bfloat16* p, vfloat v, int count) {
+  bfloat16 lanes[16];
+  store(lanes, v);
+  _mm256_mask_storeu_epi16(p, lane_mask(count), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
 #endif
 
 // A square of lanes x lanes elements, rows and columns exchanged: log2(lanes) rounds of exchanging halves.
