@@ -231,8 +231,19 @@ void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, 
   });
 }
 
+// A sum, of vectors or numbers, and what rounding lost of it (Knuth's two-sum).
+template <class V> struct CarefulSum {
+  V value{}, lost{};
+  void add(V x) {
+    const V next = value + x, added = next - value;
+    lost += (value - (next - added)) + (x - added);
+    value = next;
+  }
+  V total() const { return value + (lost == lost ? lost : V{}); }  // NaN where the sum is infinite
+};
+
 // Sums of grad_output over pixels: float in short runs, so that rounding errors do not grow with their number; double,
-// which has no wider type, with its rounding errors carried along (Knuth's two-sum).
+// which has no wider type, with its rounding errors carried along.
 template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>, run = 16;
@@ -246,16 +257,12 @@ template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
         const int count = static_cast<int>(smaller(lanes, z.k - k));
         Vec<A> total{};
         if constexpr (sizeof(A) == sizeof(double)) {
-          Vec<A> lost{};
+          CarefulSum<Vec<A>> sum;
           for (int64_t p = 0; p < all; ++p) {
             const T* from = args.grad_output + p * z.k + k;
-            const Vec<A> value = count == lanes ? load(from) : load_partial<T>(from, count);
-            const Vec<A> next = total + value, added = next - total;
-            lost += (total - (next - added)) + (value - added);
-            total = next;
+            sum.add(count == lanes ? load(from) : load_partial<T>(from, count));
           }
-          total += lost == lost ? lost : Vec<A>{};  // NaN where the sum is infinite
-          store_partial<T>(args.grad_bias + k, total, count);
+          store_partial<T>(args.grad_bias + k, sum.total(), count);
           continue;
         }
         for (int64_t outer = 0; outer < all; outer += run * run) {
@@ -277,6 +284,19 @@ template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
   }
   parallel_for(z.k, 1 + 16384 / (z.n * pixels), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
+      if constexpr (sizeof(A) == sizeof(double)) {
+        CarefulSum<Vec<A>> sums;
+        for (int64_t n = 0; n < z.n; ++n) {
+          const T* from = args.grad_output + (n * z.k + k) * pixels;
+          for (int64_t p = 0; p < pixels; p += lanes)
+            sums.add(p + lanes <= pixels ? load(from + p) : load_partial<T>(from + p, static_cast<int>(pixels - p)));
+        }
+        CarefulSum<A> sum;
+        for (int64_t l = 0; l < lanes; ++l) sum.add(sums.value[l]);
+        for (int64_t l = 0; l < lanes; ++l) sum.add(sums.lost[l] == sums.lost[l] ? sums.lost[l] : A(0));
+        args.grad_bias[k] = sum.total();
+        continue;
+      }
       double total = 0;
       for (int64_t n = 0; n < z.n; ++n) {
         const T* from = args.grad_output + (n * z.k + k) * pixels;
