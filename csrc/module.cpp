@@ -30,14 +30,21 @@ static std::map<std::string, bool> cpu_features() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about this build of dlkern and this CPU.";
   m.def("cpu_features", &cpu_features, "Instruction-set extensions of this CPU that dlkern looks at.");
-  m.def("cpu_isa", [] { return dlkern::cpu::isa_name(dlkern::cpu::isa()); },
-        "The instruction set the CPU column uses here: 'avx512', 'avx2' or 'portable'.");
-  m.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"version", DLKERN_VERSION},       {"compiler", DLKERN_COMPILER},
-        {"torch", DLKERN_TORCH_VERSION},   {"nvcc", DLKERN_NVCC_VERSION},
-        {"cuda_architectures", DLKERN_CUDA_ARCHITECTURES}, {"isas", DLKERN_ISAS}};
-  }, "Versions and options this library was built with; empty strings where a part was left out.");
-  m.def("cuda_kernels_json", [] { return std::string(kCudaKernelsJson); },
-        "JSON list: registers, shared memory, stack and spills of each CUDA kernel in the build, by architecture.");
+  m.def(
+      "cpu_isa", [] { return dlkern::cpu::isa_name(dlkern::cpu::isa()); },
+      "The instruction set the CPU column uses here: 'avx512', 'avx2' or 'portable'.");
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{{"version", DLKERN_VERSION},
+                                                  {"compiler", DLKERN_COMPILER},
+                                                  {"torch", DLKERN_TORCH_VERSION},
+                                                  {"nvcc", DLKERN_NVCC_VERSION},
+                                                  {"cuda_architectures", DLKERN_CUDA_ARCHITECTURES},
+                                                  {"isas", DLKERN_ISAS}};
+      },
+      "Versions and options this library was built with; empty strings where a part was left out.");
+  m.def(
+      "cuda_kernels_json", [] { return std::string(kCudaKernelsJson); },
+      "JSON list: registers, shared memory, stack and spills of each CUDA kernel in the build, by architecture.");
 }

@@ -19,7 +19,9 @@ constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 constexpr int kRounds = 10;
 constexpr int64_t kRun = 1024, kGroup = 4096;
 
-struct Block { uint32_t word[4]; };
+struct Block {
+  uint32_t word[4];
+};
 
 DLKERN_HOST_DEVICE Block block(uint64_t seed, uint64_t counter) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;

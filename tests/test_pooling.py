@@ -215,7 +215,9 @@ def numpy_max(x, k, s, p, d, ceil_mode):
     values, indices = np.empty((len(x), len(rows), len(columns))), np.empty((len(x), len(rows), len(columns)), np.int64)
     for c, i, j in np.ndindex(values.shape):
         inside = [
-            (y, z) for y in range(rows[i], rows[i] + k[0] * d[0], d[0]) for z in range(columns[j], columns[j] + k[1] * d[1], d[1])
+            (y, z)
+            for y in range(rows[i], rows[i] + k[0] * d[0], d[0])
+            for z in range(columns[j], columns[j] + k[1] * d[1], d[1])
             if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]
         ]  # fmt: skip
         nans = [at for at in inside if np.isnan(x[(c, *at)])]

@@ -147,13 +147,13 @@ def test_max_pooling_is_torchs(layout):
     grad = torch.randn(values.shape)
     expected = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *window, False, places)
     for kind in (0, 1, 2):
-        ours, indices = raw["max_pool2d_forward"]["triton"](x, sum(window, []), False, kind)
+        ours, indices = raw["max_pool2d_forward"]["triton"](x, [i for pair in window for i in pair], False, kind)
         assert torch.equal(ours.nan_to_num(9.5), values.nan_to_num(9.5)) and ours.stride() == values.stride()
         if kind == 2:
             assert torch.equal(indices, places)
         if kind:
             got = raw["max_pool2d_backward"]["triton"](
-                grad, indices, x.shape, sum(window, []), layout == torch.channels_last
+                grad, indices, x.shape, [i for pair in window for i in pair], layout == torch.channels_last
             )
             torch.testing.assert_close(got, expected)
 

@@ -20,7 +20,7 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-constexpr int64_t kMostPixels = 384;           // output pixels of a block
+constexpr int64_t kMostPixels = 384;  // output pixels of a block
 constexpr int64_t kWindowBytes = 192 * 1024;  // of the second-level cache, for the window
 
 // Hands out pieces of one scratch buffer.
@@ -38,18 +38,18 @@ template <class T> struct Plan {
   using A = acc_t<T>;
   int64_t channels, outputs;  // of a group
   bool in_place;
-  int64_t min_h, min_w, span_h, span_w;   // first tap, last tap - first tap
-  int64_t copy_h, copy_w;                 // step of the copy: where there is one tap, only what it sees
-  int64_t local_h, local_w;               // stride within the copy
-  int64_t pixel, row;                     // elements from one source pixel (row) of the copy to the next
+  int64_t min_h, min_w, span_h, span_w;  // first tap, last tap - first tap
+  int64_t copy_h, copy_w;  // step of the copy: where there is one tap, only what it sees
+  int64_t local_h, local_w;  // stride within the copy
+  int64_t pixel, row;  // elements from one source pixel (row) of the copy to the next
   int64_t block_columns, column_blocks, block_rows, row_blocks, all_rows;
-  int64_t splits;                         // of the panels among tasks
-  int64_t panels, depth;                  // depth: steps of a whole sum
-  int64_t panel_width;                    // of all panels but the last
-  int64_t block_depth, block_count;       // steps between two additions to memory
+  int64_t splits;  // of the panels among tasks
+  int64_t panels, depth;  // depth: steps of a whole sum
+  int64_t panel_width;  // of all panels but the last
+  int64_t block_depth, block_count;  // steps between two additions to memory
   Borders rows, columns;
-  const PieceTable* classes;              // [rows.count][columns.count]
-  A *weights, *bias;                      // packed, for all groups
+  const PieceTable* classes;  // [rows.count][columns.count]
+  A *weights, *bias;  // packed, for all groups
 
   int64_t width_of(int64_t panel) const {
     const int64_t count = smaller(panel_width, outputs - panel * panel_width);
@@ -82,8 +82,8 @@ template <class T> void plan_blocks(const Correlation<T>& z, Plan<T>& plan) {
   plan.row = plan.pixel * (plan.in_place ? z.source.w : (plan.block_columns - 1) * plan.local_w + plan.span_w + 1);
   plan.all_rows = z.source.n * z.rows;
   const int64_t most = larger(1, kMostPixels / plan.block_columns);
-  const int64_t row_bytes = (plan.in_place ? plan.block_columns * plan.pixel : plan.row) *
-                            static_cast<int64_t>(sizeof(acc_t<T>));
+  const int64_t row_bytes =
+      (plan.in_place ? plan.block_columns * plan.pixel : plan.row) * static_cast<int64_t>(sizeof(acc_t<T>));
   int64_t rows = smaller(most, larger(1, (kWindowBytes / row_bytes - plan.span_h) / plan.local_h));
   rows = larger(rows, smaller(most, ceil_div(12 * kTilePixels, plan.block_columns)));
   plan.splits = 1;
@@ -171,12 +171,13 @@ void write_out(const Correlation<T>& z, const A* sums, int64_t width, int64_t fi
 
 // Where pixels of a block go, so that those of a class follow each other: order[pixel], first[class] .. first[class + 1).
 template <class T>
-void group_pixels(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end, int64_t column_begin,
-                  int64_t column_end, int32_t* order, int32_t* first) {
+void group_pixels(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end,
+                  int64_t column_begin, int64_t column_end, int32_t* order, int32_t* first) {
   const int64_t across = plan.columns.count, classes = plan.rows.count * across;
   for (int64_t c = 0; c <= classes; ++c) first[c] = 0;
   for (int64_t row = row_begin; row < row_end; ++row)
-    for (int64_t q = column_begin; q < column_end; ++q) ++first[plan.rows.of[row % z.rows] * across + plan.columns.of[q] + 1];
+    for (int64_t q = column_begin; q < column_end; ++q)
+      ++first[plan.rows.of[row % z.rows] * across + plan.columns.of[q] + 1];
   for (int64_t c = 0; c < classes; ++c) first[c + 1] += first[c];
   int32_t next[kMostRanges * kMostRanges];
   for (int64_t c = 0; c < classes; ++c) next[c] = first[c];
@@ -262,8 +263,8 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
         if (pieces == 0 && block > 0 && !add_bias) continue;
         for (int64_t p = first_pixel[c]; p < first_pixel[c + 1]; p += kTilePixels) {
           const auto tile = correlate_tile_for<A>(smaller(kTilePixels, first_pixel[c + 1] - p), width / kLanes<A>);
-          tile(table.list + table.starts[block], pieces, windows + p, weights, (here ? outs : own) + p, here ? first : 0,
-               block > 0, add_bias);
+          tile(table.list + table.starts[block], pieces, windows + p, weights, (here ? outs : own) + p,
+               here ? first : 0, block > 0, add_bias);
         }
       }
     }
@@ -285,17 +286,18 @@ template <class T> void correlate(const Correlation<T>& z) {
   plan.depth = z.taps_h * z.taps_w * plan.channels;
   plan_blocks(z, plan);
 
-  plan.block_depth = sum_depth(plan.depth, static_cast<double>(plan.all_rows * z.columns) *
-                                               static_cast<double>(z.out_channels * plan.depth));
+  plan.block_depth = sum_depth(
+      plan.depth, static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth));
   plan.block_count = ceil_div(plan.depth, plan.block_depth);
   const int64_t taps = z.taps_h * z.taps_w, classes = plan.rows.count * plan.columns.count;
   const int64_t most_pieces = taps + plan.block_count;
   const int64_t table = z.kernel_size * plan.channels, padded = z.groups * plan.outputs_padded();
   Arena arena{scratch<char>(Slot::family_0,
-                            64 * 8 + classes * (16 + 24 * most_pieces + 4 * (plan.block_count + 1) + 128) + 8 * (taps + table) +
-                                static_cast<int64_t>(sizeof(A)) * padded * (plan.depth + 1))};
+                            64 * 8 + classes * (16 + 24 * most_pieces + 4 * (plan.block_count + 1) + 128) +
+                                8 * (taps + table) + static_cast<int64_t>(sizeof(A)) * padded * (plan.depth + 1))};
   PieceTable* tables = arena.take<PieceTable>(classes);
-  WindowShape shape{plan.channels, plan.pixel, plan.row, z.taps_h, z.taps_w, z.tap_h, z.tap_w, plan.pixel == plan.channels};
+  WindowShape shape{plan.channels, plan.pixel, plan.row, z.taps_h,
+                    z.taps_w,      z.tap_h,    z.tap_w,  plan.pixel == plan.channels};
   for (int64_t s = 1; s < z.taps_w; ++s) shape.merged = shape.merged && z.tap_w[s] == z.tap_w[s - 1] + 1;
   for (int64_t c = 0; c < classes; ++c) {
     tables[c] = {arena.take<Piece>(most_pieces), arena.take<int32_t>(plan.block_count + 1)};
@@ -418,8 +420,8 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_CONV(T)                                                                \
-  void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); }                     \
+#define DLKERN_DEFINE_CONV(T)                                            \
+  void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); } \
   void conv2d_backward_input(const ConvBackwardInputArgs<T>& args) { backward_input(args); }
 DLKERN_DEFINE_CONV(float)
 DLKERN_DEFINE_CONV(double)

@@ -41,8 +41,8 @@ template <class T> struct ConvBackwardWeightArgs {
   bool grad_output_channels_last, input_channels_last, grad_weight_channels_last;
 };
 
-#define DLKERN_DECLARE_CONV(T)                                              \
-  DLKERN_DECLARE(void, conv2d_forward, const ConvForwardArgs<T>&)           \
+#define DLKERN_DECLARE_CONV(T)                                                 \
+  DLKERN_DECLARE(void, conv2d_forward, const ConvForwardArgs<T>&)              \
   DLKERN_DECLARE(void, conv2d_backward_input, const ConvBackwardInputArgs<T>&) \
   DLKERN_DECLARE(void, conv2d_backward_weight, const ConvBackwardWeightArgs<T>&)
 DLKERN_DECLARE_CONV(float)

@@ -25,7 +25,8 @@ struct Borders {
 };
 
 // `of` has room for `positions` entries; position i sees source i * stride + tap[t], of `size`.
-inline Borders find_borders(int64_t positions, int64_t stride, int64_t size, const int64_t* tap, int64_t taps, uint8_t* of) {
+inline Borders find_borders(int64_t positions, int64_t stride, int64_t size, const int64_t* tap, int64_t taps,
+                            uint8_t* of) {
   Borders b{};
   b.of = of;
   b.cut = true;
@@ -68,8 +69,8 @@ struct WindowShape {
 
 // Pieces of the windows that see taps rows x columns, cut into blocks of `depth` steps of all taps x channels.
 // Returns how many there are.
-inline int64_t plan_pieces(const WindowShape& w, const TapRange& rows, const TapRange& columns, int64_t depth, int64_t blocks,
-                           Piece* list, int32_t* starts) {
+inline int64_t plan_pieces(const WindowShape& w, const TapRange& rows, const TapRange& columns, int64_t depth,
+                           int64_t blocks, Piece* list, int32_t* starts) {
   int64_t count = 0, block = 0;
   starts[0] = 0;
   for (int64_t r = rows.begin; r < rows.end; ++r)

@@ -10,12 +10,12 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-#define DLKERN_DEPTHWISE(T)                                                     \
-  bool depthwise_last_forward(const ConvForwardArgs<T>& args);                  \
-  bool depthwise_last_backward_input(const ConvBackwardInputArgs<T>& args);     \
-  bool depthwise_last_backward_weight(const ConvBackwardWeightArgs<T>& args);   \
-  bool depthwise_planar_forward(const ConvForwardArgs<T>& args);                \
-  bool depthwise_planar_backward_input(const ConvBackwardInputArgs<T>& args);   \
+#define DLKERN_DEPTHWISE(T)                                                   \
+  bool depthwise_last_forward(const ConvForwardArgs<T>& args);                \
+  bool depthwise_last_backward_input(const ConvBackwardInputArgs<T>& args);   \
+  bool depthwise_last_backward_weight(const ConvBackwardWeightArgs<T>& args); \
+  bool depthwise_planar_forward(const ConvForwardArgs<T>& args);              \
+  bool depthwise_planar_backward_input(const ConvBackwardInputArgs<T>& args); \
   bool depthwise_planar_backward_weight(const ConvBackwardWeightArgs<T>& args);
 DLKERN_DEPTHWISE(float)
 DLKERN_DEPTHWISE(double)

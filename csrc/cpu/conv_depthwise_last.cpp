@@ -45,8 +45,8 @@ template <class T> struct Tile {
 template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const Tile<T>& tile) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t channels = tile.channels, out_step = tile.out_step, rows = tile.rows, begin = tile.begin, end = tile.end,
-                row_step = tile.row_step, weight_row = tile.weight_row, weight_step = tile.weight_step;
+  const int64_t channels = tile.channels, out_step = tile.out_step, rows = tile.rows, begin = tile.begin,
+                end = tile.end, row_step = tile.row_step, weight_row = tile.weight_row, weight_step = tile.weight_step;
   const A* const bias = tile.bias;
   for (int64_t next = 0; next < channels; next += lanes) {
     const int64_t c = smaller(next, channels - lanes);
@@ -160,8 +160,8 @@ template <class T> void run_row(const Pass<T>& z, int64_t image, int64_t i) {
     tile.begin = -w;
     tile.end = z.w - w;
     tile.source = z.source + (source_row * z.w + w) * z.channels;
-    tile.output = z.output +
-                  ((image * z.out_h + z.start_h + i * z.step_h) * z.out_w + z.start_w + q * z.step_w) * z.channels;
+    tile.output =
+        z.output + ((image * z.out_h + z.start_h + i * z.step_h) * z.out_w + z.start_w + q * z.step_w) * z.channels;
     (tile.begin <= 0 && tile.end >= reach ? inner : edge)(tile);
   }
 }
@@ -312,7 +312,8 @@ template <class T> void add_any_rows(const Rows<T>& z) {
     for (; q + 4 <= stop; q += 4)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j)
-        sum[j] += load_lanes(y + (q + j) * z.channels, z.lanes) * load_lanes(x + (q + j) * z.stride * z.channels, z.lanes);
+        sum[j] +=
+            load_lanes(y + (q + j) * z.channels, z.lanes) * load_lanes(x + (q + j) * z.stride * z.channels, z.lanes);
     for (; q < stop; ++q)
       sum[0] += load_lanes(y + q * z.channels, z.lanes) * load_lanes(x + q * z.stride * z.channels, z.lanes);
   }
@@ -422,7 +423,8 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
   if (!args.input_channels_last || !args.grad_output_channels_last || z.c != z.groups || z.k != z.groups) return false;
   const int64_t padded = padded_channels<T>(z), elements = z.r * z.s, size = elements * padded;
   const int64_t all_rows = z.n * z.p, tasks = smaller(all_rows, num_threads());
-  const int64_t depth = sum_depth(all_rows * z.q, static_cast<double>(all_rows * z.q) * static_cast<double>(z.c * elements));
+  const int64_t depth =
+      sum_depth(all_rows * z.q, static_cast<double>(all_rows * z.q) * static_cast<double>(z.c * elements));
   A* totals = scratch<A>(Slot::family_0, tasks * size);
   parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
     A* sums = scratch<A>(Slot::family_1, size + elements * kLanes<A>);  // of one image; of its last channels
@@ -447,9 +449,9 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEPTHWISE(T)                                                                                     \
-  bool depthwise_last_forward(const ConvForwardArgs<T>& args) { return forward(args); }                         \
-  bool depthwise_last_backward_input(const ConvBackwardInputArgs<T>& args) { return backward_input(args); }     \
+#define DLKERN_DEPTHWISE(T)                                                                                 \
+  bool depthwise_last_forward(const ConvForwardArgs<T>& args) { return forward(args); }                     \
+  bool depthwise_last_backward_input(const ConvBackwardInputArgs<T>& args) { return backward_input(args); } \
   bool depthwise_last_backward_weight(const ConvBackwardWeightArgs<T>& args) { return backward_weight(args); }
 DLKERN_DEPTHWISE(float)
 DLKERN_DEPTHWISE(double)

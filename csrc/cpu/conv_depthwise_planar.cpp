@@ -14,8 +14,8 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-constexpr int kRows = 7;                       // of a tile: divides the usual heights 7, 14, 28, 56, 112
-constexpr int64_t kBandBytes = 20 * 1024;      // of the first-level cache, for a band of the copied plane
+constexpr int kRows = 7;  // of a tile: divides the usual heights 7, 14, 28, 56, 112
+constexpr int64_t kBandBytes = 20 * 1024;  // of the first-level cache, for a band of the copied plane
 
 // A band of a plane as copied: [row][residue of the column][width]. Column c of the plane is element floor(c / stride)
 // of residue c mod stride; every element that an output column reads outside the plane is zero.
@@ -80,14 +80,16 @@ template <class V> [[gnu::always_inline]] inline void join(V& a, V& b) {
 }
 
 // Rows [first, first + count) of a plane of h x w; zero where there is none. The zeros between rows stay.
-template <class T, class A> void copy_rows(const T* plane, int64_t h, int64_t w, int64_t first, int64_t count, const Band<A>& band) {
+template <class T, class A> void copy_rows(const T* plane, int64_t h, int64_t w, int64_t first, int64_t count,
+                                           const Band<A>& band) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t i = 0; i < count; ++i) {
     A* to = band.rows + i * band.row();
     const T* from = plane + (first + i) * w;
     if (first + i < 0 || first + i >= h) {
       for (int64_t residue = 0; residue < band.stride; ++residue)
-        std::memset(static_cast<void*>(to + residue * band.width), 0, sizeof(A) * static_cast<size_t>(ceil_div(w, band.stride)));
+        std::memset(static_cast<void*>(to + residue * band.width), 0,
+                    sizeof(A) * static_cast<size_t>(ceil_div(w, band.stride)));
     } else if (band.stride == 1) {
       int64_t j = 0;
       for (; j + lanes <= w; j += lanes) store(to + j, load(from + j));
@@ -130,11 +132,11 @@ template <class T> struct Pass {
 
 // One vector of columns of ROWS rows.
 template <class A> struct Tile {
-  const A* source;               // what tap row 0 of the first output row reads
-  int64_t row, row_stride;       // elements to the next tap's row, and to the next output row's
-  const int64_t* offsets;        // of each tap of a row
+  const A* source;  // what tap row 0 of the first output row reads
+  int64_t row, row_stride;  // elements to the next tap's row, and to the next output row's
+  const int64_t* offsets;  // of each tap of a row
   int64_t taps_h, taps_w;
-  const A* weights;              // [tap][a vector, all lanes alike]
+  const A* weights;  // [tap][a vector, all lanes alike]
   A bias;
 };
 
@@ -211,8 +213,10 @@ template <class T, class A>
 void spread_weights(const T* filter, const Taps& taps_h, const Taps& taps_w, int64_t kernel_w, A* to) {
   for (int64_t r = 0; r < taps_h.count; ++r)
     for (int64_t s = 0; s < taps_w.count; ++s, to += kLanes<A>)
-      store(to, broadcast<A>(static_cast<A>(static_cast<acc_t<T>>(
-                    filter[(taps_h.kernel + r * taps_h.kernel_step) * kernel_w + taps_w.kernel + s * taps_w.kernel_step]))));
+      store(
+          to,
+          broadcast<A>(static_cast<A>(static_cast<acc_t<T>>(
+              filter[(taps_h.kernel + r * taps_h.kernel_step) * kernel_w + taps_w.kernel + s * taps_w.kernel_step]))));
 }
 
 template <class T> void correlate(const Pass<T>& z) {
@@ -234,8 +238,9 @@ template <class T> void correlate(const Pass<T>& z) {
     for (int64_t s = 0; s < z.taps_w.count; ++s) offsets[s] = shape.offset(z.taps_w.first + s * z.taps_w.step);
     Band<A> band = shape;
     make_band(band, most);
-    Tile<A> tile{nullptr, z.taps_h.step * band.row(), z.stride_h * band.row(), offsets, z.taps_h.count,
-                 z.taps_w.count, weights, A(0)};
+    Tile<A> tile{
+        nullptr, z.taps_h.step * band.row(), z.stride_h * band.row(), offsets, z.taps_h.count, z.taps_w.count, weights,
+        A(0)};
     int64_t copied = -1;  // the plane that the band holds, where it is whole
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i % z.outputs, plane = i / z.outputs * z.sources + k / times;
@@ -307,8 +312,8 @@ template <int ROWS, class T, class A>
 
 // Rows start, start + stride_h, ... of one plane, `tiles` one for each residue of the column.
 template <int ROWS, class T, class A>
-void write_residue(const ConvShape& z, const Band<A>& band, Tile<A>* tiles, const A* source, int64_t start, int64_t rows,
-                   T* plane) {
+void write_residue(const ConvShape& z, const Band<A>& band, Tile<A>* tiles, const A* source, int64_t start,
+                   int64_t rows, T* plane) {
   constexpr int64_t lanes = kLanes<A>;
   const int64_t out_row = z.stride_h * z.w, positions = ceil_div(z.w, z.stride_w);
   for (int64_t next = 0; next < rows; next += ROWS) {
@@ -358,7 +363,8 @@ template <class T> void scatter(const ConvBackwardInputArgs<T>& args) {
   const Band<A> shape = band_for<A>(z.q, positions, 1, reach);
   parallel_for(z.n * z.c, larger(1, 65536 / (z.h * z.w * 8)), [&](int64_t begin, int64_t end) {
     A* weights = scratch<A>(Slot::family_2, taps * lanes);
-    char* memory = scratch<char>(Slot::family_3, z.stride_w * static_cast<int64_t>(sizeof(Tile<A>)) + 8 * z.s * z.stride_w);
+    char* memory =
+        scratch<char>(Slot::family_3, z.stride_w * static_cast<int64_t>(sizeof(Tile<A>)) + 8 * z.s * z.stride_w);
     Tile<A>* tiles = reinterpret_cast<Tile<A>*>(memory);
     int64_t* offsets = reinterpret_cast<int64_t*>(tiles + z.stride_w);
     Band<A> band = shape;
@@ -372,8 +378,8 @@ template <class T> void scatter(const ConvBackwardInputArgs<T>& args) {
           const Taps taps_w = residue_taps(b, z.s, z.stride_w, z.pad_w, z.dilation_w);
           for (int64_t s = 0; s < taps_w.count; ++s) offsets[b * z.s + s] = taps_w.first + s * taps_w.step;
           spread_weights(args.weight + i % z.c * taps, taps_h, taps_w, z.s, next);
-          tiles[b] = Tile<A>{nullptr, taps_h.step * band.row(), band.row(), offsets + b * z.s, taps_h.count,
-                             taps_w.count, next, A(0)};
+          tiles[b] = Tile<A>{
+              nullptr, taps_h.step * band.row(), band.row(), offsets + b * z.s, taps_h.count, taps_w.count, next, A(0)};
           next += taps_h.count * taps_w.count * lanes;
         }
         const int64_t count = ceil_div(z.h - a, z.stride_h);
@@ -421,7 +427,7 @@ template <class T> struct Rows {
   const acc_t<T>* x;
   int64_t row, row_stride;
   const int64_t* offsets;
-  acc_t<T>* sums;               // [tap][a vector]
+  acc_t<T>* sums;  // [tap][a vector]
 };
 
 // R x S taps, their rows next to each other.
@@ -455,7 +461,8 @@ template <int R, int S, int STRIDE, class T> [[gnu::noinline]] void add_rows(con
     for (int64_t q = 0; q < columns; q += lanes)
       add.template operator()<kSummedRows>(z.y + i * columns, z.x + i * z.row_stride, q);
   for (; i < z.count; ++i)
-    for (int64_t q = 0; q < columns; q += lanes) add.template operator()<1>(z.y + i * columns, z.x + i * z.row_stride, q);
+    for (int64_t q = 0; q < columns; q += lanes)
+      add.template operator()<1>(z.y + i * columns, z.x + i * z.row_stride, q);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -596,9 +603,9 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEPTHWISE(T)                                                                                     \
-  bool depthwise_planar_forward(const ConvForwardArgs<T>& args) { return forward(args); }                       \
-  bool depthwise_planar_backward_input(const ConvBackwardInputArgs<T>& args) { return backward_input(args); }   \
+#define DLKERN_DEPTHWISE(T)                                                                                   \
+  bool depthwise_planar_forward(const ConvForwardArgs<T>& args) { return forward(args); }                     \
+  bool depthwise_planar_backward_input(const ConvBackwardInputArgs<T>& args) { return backward_input(args); } \
   bool depthwise_planar_backward_weight(const ConvBackwardWeightArgs<T>& args) { return backward_weight(args); }
 DLKERN_DEPTHWISE(float)
 DLKERN_DEPTHWISE(double)

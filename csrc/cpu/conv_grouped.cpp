@@ -46,17 +46,18 @@ template <bool WHOLE> [[gnu::always_inline]] inline vfloat spread(const float* p
 }
 
 struct Tile {
-  const float* source;              // what tap (0, 0) of the first pixel reads
+  const float* source;  // what tap (0, 0) of the first pixel reads
   int64_t taps_h, taps_w, row_step, column_step, pixel;
-  const float* weights;             // of tap (0, 0), channel 0
+  const float* weights;  // of tap (0, 0), channel 0
   int64_t weight_h, weight_w, weight_i, group;
-  const float* bias;                // or null
+  const float* bias;  // or null
   int64_t out_step;
   int lanes;
 };
 
 // S neighbouring taps a row; or any number anywhere, one at a time, where S is 0.
-template <int PIXELS, int S, int STRIDE, bool WHOLE, class T> [[gnu::noinline]] void run_tile(const Tile& tile, T* output) {
+template <int PIXELS, int S, int STRIDE, bool WHOLE, class T> [[gnu::noinline]] void run_tile(const Tile& tile,
+                                                                                              T* output) {
   constexpr int kLane = kLanes<float>, kTaps = S ? S : 1;
   const int64_t taps_h = tile.taps_h, columns = S ? 1 : tile.taps_w, group = tile.group, weight_w = tile.weight_w,
                 weight_i = tile.weight_i, pixel = S ? kLane : tile.pixel;
@@ -77,7 +78,8 @@ template <int PIXELS, int S, int STRIDE, bool WHOLE, class T> [[gnu::noinline]] 
           const vfloat value = spread<WHOLE>(source + j * pixel, at, i);
 #pragma GCC unroll 8
           for (int s = 0; s < kTaps; ++s)
-            if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) part[(j - s) / STRIDE] += weight[s] * value;
+            if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS)
+              part[(j - s) / STRIDE] += weight[s] * value;
         }
       }
     }
@@ -116,7 +118,7 @@ template <class T> struct Pass {
   Taps taps_h, taps_w;
   const float* weights;  // [block of channels][element of a filter][lane]
   int64_t elements, weight_h, weight_w, weight_i, group;
-  const float* bias;     // [block of channels][lane], or null
+  const float* bias;  // [block of channels][lane], or null
 };
 
 // Output rows [begin, end) of one image, one block of channels.
@@ -144,8 +146,8 @@ template <class T> void run_band(const Pass<T>& z, int64_t image, int64_t block,
   const int64_t pixels = z.columns >= kPixels ? kPixels : 1;
   const auto run = [&](auto* output, int64_t out_step, int64_t out_row) {
     using E = std::remove_pointer_t<decltype(output)>;
-    const RunTile<E> function =
-        pixels == kPixels ? tile_for<kPixels, E>(z.taps_w, z.stride_w, z.group) : tile_for<1, E>(z.taps_w, z.stride_w, z.group);
+    const RunTile<E> function = pixels == kPixels ? tile_for<kPixels, E>(z.taps_w, z.stride_w, z.group)
+                                                  : tile_for<1, E>(z.taps_w, z.stride_w, z.group);
     tile.out_step = out_step;
     for (int64_t i = 0; i < end - begin; ++i)
       for (int64_t next = 0; next < z.columns; next += pixels) {
@@ -193,7 +195,8 @@ template <class T> void correlate(const Pass<T>& z) {
 // Filters as [block][element of a filter][lane]. Transposed: lane c holds the weights that input channel c has in the
 // filters of its group, in the place of the filter's channel.
 template <class T>
-float* pack(const ConvShape& z, const T* weight, bool channels_last, bool transposed, const T* bias, const float** bias_at) {
+float* pack(const ConvShape& z, const T* weight, bool channels_last, bool transposed, const T* bias,
+            const float** bias_at) {
   constexpr int64_t lanes = kLanes<float>;
   const int64_t group = z.c / z.groups, taps = z.r * z.s, elements = group * taps, blocks = ceil_div(z.c, lanes);
   const int64_t tap = channels_last ? group : 1, channel = channels_last ? 1 : taps;
@@ -211,8 +214,8 @@ float* pack(const ConvShape& z, const T* weight, bool channels_last, bool transp
         for (int64_t t = 0; t < taps; ++t)
           for (int64_t o = 0; o < group; ++o)
             for (int64_t l = 0; l < count; ++l)
-              to[(t * tap + o * channel) * lanes + l] = static_cast<float>(
-                  static_cast<acc_t<T>>(weight[(c + l / group * group + o) * elements + t * tap + l % group * channel]));
+              to[(t * tap + o * channel) * lanes + l] = static_cast<float>(static_cast<acc_t<T>>(
+                  weight[(c + l / group * group + o) * elements + t * tap + l % group * channel]));
       }
       if (bias) {
         for (int64_t l = count; l < lanes; ++l) biases[c + l] = 0.0f;
@@ -284,13 +287,13 @@ template <class T> bool backward_input(const ConvBackwardInputArgs<T>& args) {
 
 // ---- Gradient of the weight -------------------------------------------------------------------------------------
 
-constexpr int kColumns = 4;                             // pixels of grad_output, held in registers
-constexpr int kChannels = kVectorBytes == 64 ? 4 : 2;   // channels of a group taken together
+constexpr int kColumns = 4;  // pixels of grad_output, held in registers
+constexpr int kChannels = kVectorBytes == 64 ? 4 : 2;  // channels of a group taken together
 
 struct Rows {
-  const float *y, *x;                // [row][column][lane], x: what the first tap sees
+  const float *y, *x;  // [row][column][lane], x: what the first tap sees
   int64_t count, columns, y_row, x_row;
-  int64_t pixel;                     // of x, elements
+  int64_t pixel;  // of x, elements
   int64_t group;
   float* sums;
   int64_t sum_w, sum_i;
@@ -314,7 +317,8 @@ template <int S, int STRIDE, int CHANNELS, bool WHOLE> [[gnu::noinline]] void ad
         const vfloat other = spread<WHOLE>(x + j * pixel, at[i], first + i);
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s)
-          if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < COLUMNS) sum[s][i] += value[(j - s) / STRIDE] * other;
+          if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < COLUMNS)
+            sum[s][i] += value[(j - s) / STRIDE] * other;
       }
     }
   };
@@ -367,8 +371,8 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
     const int64_t group = z.c / z.groups, taps = z.r * z.s, elements = group * taps, blocks = ceil_div(z.c, lanes);
     const int64_t span_h = (z.r - 1) * z.dilation_h, span_w = (z.s - 1) * z.dilation_w;
     const int64_t width = (z.q - 1) * z.stride_w + span_w + 1, row = width * lanes;
-    const int64_t depth = sum_depth(z.n * z.p * z.q, static_cast<double>(z.n * z.p * z.q) *
-                                                         static_cast<double>(z.c * elements));
+    const int64_t depth =
+        sum_depth(z.n * z.p * z.q, static_cast<double>(z.n * z.p * z.q) * static_cast<double>(z.c * elements));
     const int64_t summed = larger(1, depth / z.q);  // rows between two additions to memory
     const int64_t fitting = (kWindowBytes / (width * kVectorBytes) - span_h) / z.stride_h;
     const int64_t band_rows = smaller(z.p, larger(1, fitting / summed) * summed);
@@ -386,7 +390,8 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
           for (int64_t i = 0; i < elements * lanes; ++i) sums[i] = 0.0f;
           for (int64_t p = 0; p < z.p; p += band_rows) {
             const int64_t count = smaller(band_rows, z.p - p);
-            const Window seen{n, p * z.stride_h - z.pad_h, (count - 1) * z.stride_h + span_h + 1, 1, -z.pad_w, width, 1};
+            const Window seen{n, p * z.stride_h - z.pad_h, (count - 1) * z.stride_h + span_h + 1, 1, -z.pad_w, width,
+                              1};
             copy_window(x, seen, c, channels, window, row, lanes);
             copy_window(y, Window{n, p, count, 1, 0, z.q, 1}, c, channels, packed, z.q * lanes, lanes);
             for (int64_t i = 0; i < count; i += summed) {
@@ -416,9 +421,9 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_GROUPED(T)                                                                                 \
-  bool grouped_forward(const ConvForwardArgs<T>& args) { return forward(args); }                          \
-  bool grouped_backward_input(const ConvBackwardInputArgs<T>& args) { return backward_input(args); }      \
+#define DLKERN_GROUPED(T)                                                                            \
+  bool grouped_forward(const ConvForwardArgs<T>& args) { return forward(args); }                     \
+  bool grouped_backward_input(const ConvBackwardInputArgs<T>& args) { return backward_input(args); } \
   bool grouped_backward_weight(const ConvBackwardWeightArgs<T>& args) { return backward_weight(args); }
 DLKERN_GROUPED(float)
 DLKERN_GROUPED(double)

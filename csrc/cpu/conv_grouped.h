@@ -5,9 +5,9 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-#define DLKERN_GROUPED(T)                                               \
-  bool grouped_forward(const ConvForwardArgs<T>& args);                 \
-  bool grouped_backward_input(const ConvBackwardInputArgs<T>& args);    \
+#define DLKERN_GROUPED(T)                                            \
+  bool grouped_forward(const ConvForwardArgs<T>& args);              \
+  bool grouped_backward_input(const ConvBackwardInputArgs<T>& args); \
   bool grouped_backward_weight(const ConvBackwardWeightArgs<T>& args);
 DLKERN_GROUPED(float)
 DLKERN_GROUPED(double)

@@ -95,15 +95,14 @@ void outer_tile(int64_t pixels, const A* left, const A* right, const int32_t* of
   for (int i = 0; i < ROWS; ++i) {
     A* out = tile + i * tile_row;
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j)
-      store(out + j * lanes, add ? load(out + j * lanes) + sum[i][j] : sum[i][j]);
+    for (int j = 0; j < NV; ++j) store(out + j * lanes, add ? load(out + j * lanes) + sum[i][j] : sum[i][j]);
   }
 }
 
 // tile[i][0, NV vectors) (+)= sum over pixels p of left[offsets[p] + i] * right[p * right_row .. + NV vectors).
 template <class A>
-using TurnedTile = void (*)(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row, A* tile,
-                            int64_t tile_row, bool add);
+using TurnedTile = void (*)(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row,
+                            A* tile, int64_t tile_row, bool add);
 
 template <int ROWS, int NV, class A>
 void turned_tile(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row, A* tile,
@@ -133,9 +132,11 @@ void turned_tile(int64_t pixels, const A* left, const int32_t* offsets, const A*
 
 // The instance for a tile of rows x vectors.
 template <class A> inline CorrelateTile<A> correlate_tile_for(int64_t rows, int64_t vectors) {
-#define DLKERN_ROW(r)                                                                                        \
-  {correlate_tile<r, 1, A>, correlate_tile<r, 2, A>, correlate_tile<r, kTileVectors < 3 ? 2 : 3, A>,         \
-   correlate_tile<r, kTileVectors, A>}
+#define DLKERN_ROW(r)                                                                                 \
+  {                                                                                                   \
+    correlate_tile<r, 1, A>, correlate_tile<r, 2, A>, correlate_tile < r, kTileVectors<3 ? 2 : 3, A>, \
+        correlate_tile<r, kTileVectors, A>                                                            \
+  }
   static constexpr CorrelateTile<A> table[kTilePixels][4] = {DLKERN_ROW(1), DLKERN_ROW(2), DLKERN_ROW(3),
                                                              DLKERN_ROW(4), DLKERN_ROW(5), DLKERN_ROW(6)};
 #undef DLKERN_ROW

@@ -60,7 +60,8 @@ inline void copy_window(const Images<T>& x, const Window& v, int64_t c0, int64_t
   const int64_t plane = x.h * x.w;
   const auto zero = [&](A* row, int64_t from, int64_t to) {
     if (dst_pixel == channels) {
-      std::memset(static_cast<void*>(row + from * dst_pixel), 0, sizeof(A) * static_cast<size_t>((to - from) * channels));
+      std::memset(static_cast<void*>(row + from * dst_pixel), 0,
+                  sizeof(A) * static_cast<size_t>((to - from) * channels));
     } else {
       for (int64_t j = from; j < to; ++j)
         for (int64_t c = 0; c < channels; ++c) row[j * dst_pixel + c] = A(0);

@@ -28,7 +28,8 @@ struct Steps {
 };
 
 // sums[o][j] (+)= sum over steps of weights[step][o] * source[j][offset of the step ..].
-template <class A> using Tile = void (*)(const Steps&, const A* const* source, const A* weights, A* const* sums, int64_t sums_row, bool add);
+template <class A> using Tile = void (*)(const Steps&, const A* const* source, const A* weights, A* const* sums,
+                                         int64_t sums_row, bool add);
 
 template <int OUT, int NV, class A>
 void tile(const Steps& steps, const A* const* source, const A* weights, A* const* sums, int64_t sums_row, bool add) {
@@ -64,8 +65,20 @@ void tile(const Steps& steps, const A* const* source, const A* weights, A* const
 template <int OUT, class A> inline Tile<A> tile_of(int vectors) {
   constexpr int most = vectors_of(OUT);
   static constexpr Tile<A> table[8] = {
-      tile<OUT, 1, A>, tile<OUT, most < 2 ? 1 : 2, A>, tile<OUT, most < 3 ? 1 : 3, A>, tile<OUT, most < 4 ? 1 : 4, A>,
-      tile<OUT, most < 5 ? 1 : 5, A>, tile<OUT, most < 6 ? 1 : 6, A>, tile<OUT, most < 7 ? 1 : 7, A>, tile<OUT, most < 8 ? 1 : 8, A>};
+      tile<OUT, 1, A>,
+      tile < OUT,
+      most < 2 ? 1 : 2,
+      A >,
+      tile < OUT,
+      most < 3 ? 1 : 3,
+      A >,
+      tile < OUT,
+      most < 4 ? 1 : 4,
+      A >,
+      tile < OUT,
+      most < 5 ? 1 : 5,
+      A >
+      , tile < OUT, most < 6 ? 1 : 6, A >, tile < OUT, most < 7 ? 1 : 7, A >, tile < OUT, most < 8 ? 1 : 8, A > };
   return table[vectors - 1];
 }
 template <class A> inline Tile<A> tile_for(int outputs, int vectors) {
@@ -93,7 +106,8 @@ struct Plan {
 
 // Output rows [row_begin, row_end) of an image.
 template <class T>
-void run_band(const Correlation<T>& z, const Plan& plan, const acc_t<T>* weights, int64_t image, int64_t row_begin, int64_t row_end) {
+void run_band(const Correlation<T>& z, const Plan& plan, const acc_t<T>* weights, int64_t image, int64_t row_begin,
+              int64_t row_end) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
   const int64_t channels = z.source.channels, rows = row_end - row_begin, first = row_begin * z.stride_h + plan.min_h;
@@ -119,12 +133,13 @@ void run_band(const Correlation<T>& z, const Plan& plan, const acc_t<T>* weights
     zero(0, left);
     zero(left + width, plan.pitch - left - width);
     if (z.source.channels_last) {
-      transpose(z.source.data + ((image * z.source.h + h) * z.source.w + skipped) * channels, channels, width, channels, to + left,
-                plane);
+      transpose(z.source.data + ((image * z.source.h + h) * z.source.w + skipped) * channels, channels, width, channels,
+                to + left, plane);
     } else {
       for (int64_t c = 0; c < channels; ++c)
-        ::dlkern::cpu::DLKERN_ISA::copy(z.source.data + ((image * channels + c) * z.source.h + h) * z.source.w + skipped,
-                                        to + c * plane + left, width);
+        ::dlkern::cpu::DLKERN_ISA::copy(
+            z.source.data + ((image * channels + c) * z.source.h + h) * z.source.w + skipped, to + c * plane + left,
+            width);
     }
   }
 
@@ -210,7 +225,8 @@ template <class T> void correlate_planar(const Correlation<T>& z) {
   plan.bands = ceil_div(z.rows, plan.band);
   plan.band = ceil_div(z.rows, plan.bands);
   plan.bands = ceil_div(z.rows, plan.band);
-  const double work = static_cast<double>(z.source.n * z.rows * z.columns) * static_cast<double>(z.out_channels * channels * taps);
+  const double work =
+      static_cast<double>(z.source.n * z.rows * z.columns) * static_cast<double>(z.out_channels * channels * taps);
   plan.channel_block = larger(1, sum_depth(channels * taps, work) / taps);
   for (int64_t r = 0; r < z.taps_h; ++r) offsets[r] = (z.tap_h[r] - plan.min_h) * plan.pitch;
   for (int64_t s = 0; s < z.taps_w; ++s) offsets[z.taps_h + s] = z.tap_w[s] - plan.min_w;
@@ -223,8 +239,9 @@ template <class T> void correlate_planar(const Correlation<T>& z) {
       for (int64_t r = 0; r < z.taps_h; ++r)
         for (int64_t s = 0; s < z.taps_w; ++s)
           for (int64_t k = o; k < smaller(z.out_channels, o + plan.outputs); ++k)
-            *to++ = static_cast<A>(static_cast<acc_t<T>>(
-                z.weight[k * z.weight_out + c * z.weight_in + z.kernel_h[r] * z.weight_h + z.kernel_w[s] * z.weight_w]));
+            *to++ = static_cast<A>(
+                static_cast<acc_t<T>>(z.weight[k * z.weight_out + c * z.weight_in + z.kernel_h[r] * z.weight_h +
+                                               z.kernel_w[s] * z.weight_w]));
 
   const int64_t grain = larger(1, static_cast<int64_t>(131072.0 * static_cast<double>(z.source.n * plan.bands) / work));
   parallel_for(z.source.n * plan.bands, grain, [&](int64_t begin, int64_t end) {

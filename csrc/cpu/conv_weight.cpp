@@ -29,14 +29,14 @@ struct Tile {
 template <class T> struct Plan {
   using A = acc_t<T>;
   static constexpr int64_t kWidth = kOuterVectors * kLanes<A>;
-  int64_t channels, outputs;                      // of a group
-  int64_t pitch, blocks;                          // channels of a block, blocks
-  bool merged;                                    // a run is (s, c), not c alone
+  int64_t channels, outputs;  // of a group
+  int64_t pitch, blocks;  // channels of a block, blocks
+  bool merged;  // a run is (s, c), not c alone
   int64_t span_h, span_w, copy_h, copy_w, local_h, local_w;  // as in conv.cpp
   int64_t block_columns, column_blocks, block_rows, row_blocks, all_rows, most_rows, row;
   const Tile* tiles;
-  int64_t tile_count, columns;                    // columns: of the gradient as summed, padded
-  int64_t panels;                                 // of output channels, in a group
+  int64_t tile_count, columns;  // columns: of the gradient as summed, padded
+  int64_t panels;  // of output channels, in a group
   int64_t pixel_tasks, channel_tasks;
 };
 
@@ -124,8 +124,8 @@ void copy_input(const ConvShape& z, const Plan<T>& plan, const Images<T>& x, con
 
 // `count` output channels from k on of a band of grad_output, to packed[pixel][pitch]; what is beyond count is not used.
 template <class T, class A>
-void pack_pixels(const ConvShape& z, const T* y, bool channels_last, const Band& band, int64_t k, int64_t count, int64_t pitch,
-                 A* packed) {
+void pack_pixels(const ConvShape& z, const T* y, bool channels_last, const Band& band, int64_t k, int64_t count,
+                 int64_t pitch, A* packed) {
   for (int64_t row = band.row_begin; row < band.row_end;) {
     const int64_t image = row / z.p, i = row % z.p;
     const int64_t together = band.columns == z.q ? smaller(band.row_end - row, z.p - i) : 1;
@@ -173,16 +173,17 @@ void sum_bands(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64
       const int64_t pixels = (band.row_end - band.row_begin) * band.columns;
       copy_input(z, plan, x, band, group, copy, offsets);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-        pack_pixels(z, args.grad_output, args.grad_output_channels_last, band, group * plan.outputs + panel * kOuterRows,
-                    smaller(kOuterRows, plan.outputs - panel * kOuterRows), kOuterPitch, packed + panel * kBandPixels * kOuterPitch);
+        pack_pixels(z, args.grad_output, args.grad_output_channels_last, band,
+                    group * plan.outputs + panel * kOuterRows, smaller(kOuterRows, plan.outputs - panel * kOuterRows),
+                    kOuterPitch, packed + panel * kBandPixels * kOuterPitch);
       const int64_t tiles_a_block = plan.tile_count / plan.blocks;
       for (int64_t b = 0; b < plan.blocks; ++b)
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t k = panel * kOuterRows, rows = smaller(kOuterRows, plan.outputs - k);
           const A* left = packed + panel * kBandPixels * kOuterPitch;
           A* out = gradient + (group * plan.outputs + k) * plan.columns;
-          const int64_t depth = sum_depth(pixels, static_cast<double>(plan.all_rows * z.q) *
-                                                      static_cast<double>(z.k * plan.channels * z.r * z.s));
+          const int64_t depth = sum_depth(
+              pixels, static_cast<double>(plan.all_rows * z.q) * static_cast<double>(z.k * plan.channels * z.r * z.s));
           for (int64_t p = 0; p < pixels; p += depth)
             for (int64_t t = 0; t < tiles_a_block; ++t) {
               const Tile& tile = plan.tiles[b * tiles_a_block + t];
@@ -316,7 +317,8 @@ template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
 // Turned tiles: few input channels, enough output channels. The gradient is summed as [r][s, c][output channel].
 template <class T> bool is_turned(const ConvShape& z, const Plan<T>& plan) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t run = z.s * z.c, straight = ceil_div(run, lanes) * lanes * z.k, turned = ceil_div(z.k, lanes) * lanes * run;
+  const int64_t run = z.s * z.c, straight = ceil_div(run, lanes) * lanes * z.k,
+                turned = ceil_div(z.k, lanes) * lanes * run;
   return z.groups == 1 && plan.merged && plan.blocks == 1 && 8 * straight > 9 * turned;
 }
 
@@ -335,7 +337,8 @@ void sum_bands_turned(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan
   A* packed = scratch<A>(Slot::family_2, kBandPixels * kTurnedPanel);
   for (int64_t i = band_begin; i < band_end; ++i) {
     const int64_t row = i / plan.column_blocks * plan.block_rows, column = i % plan.column_blocks * plan.block_columns;
-    const Band band{row, smaller(row + plan.block_rows, plan.all_rows), column, smaller(plan.block_columns, z.q - column)};
+    const Band band{row, smaller(row + plan.block_rows, plan.all_rows), column,
+                    smaller(plan.block_columns, z.q - column)};
     const int64_t pixels = (band.row_end - band.row_begin) * band.columns;
     copy_input(z, plan, x, band, 0, copy, offsets);
     const int64_t depth = sum_depth(
@@ -348,8 +351,9 @@ void sum_bands_turned(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan
           for (int64_t e = 0; e < run; e += kOuterRows)
             for (int64_t j = 0; j < width; j += kOuterVectors * lanes)
               turned_tile_for<A>(smaller(kOuterRows, run - e), (width - j) / lanes)(
-                  smaller(depth, pixels - p), copy + r * z.dilation_h * plan.row + e, offsets + p, packed + p * width + j, width,
-                  gradient + (r * run + e) * gradient_row + k + j, gradient_row, i > band_begin || p > 0);
+                  smaller(depth, pixels - p), copy + r * z.dilation_h * plan.row + e, offsets + p,
+                  packed + p * width + j, width, gradient + (r * run + e) * gradient_row + k + j, gradient_row,
+                  i > band_begin || p > 0);
     }
   }
 }
@@ -367,7 +371,8 @@ template <class T> void backward_weight_turned(const ConvBackwardWeightArgs<T>& 
   });
   const bool last = args.grad_weight_channels_last;
   for (int64_t task = 1; task < tasks; ++task)
-    for (int64_t i = 0; i < size; i += lanes) store(gradients + i, load(gradients + i) + load(gradients + task * size + i));
+    for (int64_t i = 0; i < size; i += lanes)
+      store(gradients + i, load(gradients + i) + load(gradients + task * size + i));
   for (int64_t k = 0; k < z.k; ++k)
     for (int64_t r = 0; r < z.r; ++r)
       for (int64_t s = 0; s < z.s; ++s)
@@ -385,8 +390,9 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   plan_bands(z, plan);
   if (is_turned(z, plan)) return backward_weight_turned(args, plan);
   const int64_t tiles = most_tiles(z, plan), most_columns = tiles * Plan<T>::kWidth;
-  char* memory = scratch<char>(Slot::family_0, tiles * static_cast<int64_t>(sizeof(Tile)) + 64 +
-                                                   plan.pixel_tasks * z.k * most_columns * static_cast<int64_t>(sizeof(A)));
+  char* memory =
+      scratch<char>(Slot::family_0, tiles * static_cast<int64_t>(sizeof(Tile)) + 64 +
+                                        plan.pixel_tasks * z.k * most_columns * static_cast<int64_t>(sizeof(A)));
   plan_tiles(z, plan, reinterpret_cast<Tile*>(memory));
   A* gradients = reinterpret_cast<A*>(memory + ceil_div(tiles * static_cast<int64_t>(sizeof(Tile)), 64) * 64);
 

@@ -40,7 +40,9 @@ struct Keys {
 };
 
 // Philox blocks of the counters in the lanes' low halves; of the results, too, only the low halves mean something.
-struct Blocks { vuint64 c0, c1, c2, c3; };
+struct Blocks {
+  vuint64 c0, c1, c2, c3;
+};
 
 inline void round(Blocks& x, uint32_t k0, uint32_t k1) {
   const vuint64 p0 = multiply(x.c0, philox::kMultiplier0), p1 = multiply(x.c2, philox::kMultiplier1);

@@ -37,12 +37,11 @@ namespace gemm_detail {
 constexpr int kMR = 6;
 constexpr int kNV = kVectorBytes == 64 ? 4 : 2;  // 32 vector registers, or 16
 template <class T> constexpr int kNR = kNV * kLanes<T>;
-constexpr int64_t kKC = 128;       // also bounds the rounding error: at most 128 products in one sum
+constexpr int64_t kKC = 128;  // also bounds the rounding error: at most 128 products in one sum
 constexpr int64_t kMC = 32 * kMR;  // rows of A packed at a time
-constexpr int64_t kNC = 768;       // columns of B packed at a time; KC x NC fits the second-level cache
+constexpr int64_t kNC = 768;  // columns of B packed at a time; KC x NC fits the second-level cache
 // B is read where it is, a few rows at a time, when A has so few rows that packing would cost more than it saves.
 constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
-
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -87,7 +86,8 @@ void kernel(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, 
 
 // The kernel for a tile of rows x vectors.
 template <class T> inline Kernel<T> kernel_for(int rows, int vectors) {
-#define DLKERN_ROW(r) {kernel<r, 1, T>, kernel<r, 2, T>, kernel<r, kNV < 3 ? 2 : 3, T>, kernel<r, kNV, T>}
+#define DLKERN_ROW(r) \
+  { kernel<r, 1, T>, kernel<r, 2, T>, kernel < r, kNV<3 ? 2 : 3, T>, kernel<r, kNV, T> }
   static constexpr Kernel<T> table[kMR][4] = {DLKERN_ROW(1), DLKERN_ROW(2), DLKERN_ROW(3),
                                               DLKERN_ROW(4), DLKERN_ROW(5), DLKERN_ROW(6)};
 #undef DLKERN_ROW
@@ -120,9 +120,9 @@ inline void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_co
           const int64_t steps = smaller(lanes, k - p);
           for (int64_t c = 0; c < lanes; ++c) {
             const T* column = from + (v + c) * b_column + p;
-            square[c] = v + c >= columns   ? Vec<P>{}
-                        : steps == lanes   ? load(column)
-                                           : load_partial<T>(column, static_cast<int>(steps));
+            square[c] = v + c >= columns ? Vec<P>{}
+                        : steps == lanes ? load(column)
+                                         : load_partial<T>(column, static_cast<int>(steps));
           }
           transpose(square);
           for (int64_t step = 0; step < steps; ++step) store(packed + (p + step) * width + v, square[step]);
@@ -170,8 +170,8 @@ inline Block<P> pack_a(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t 
 
 // A finished tile into C: C (+)= tile, then the epilogue where this is the last block of k.
 template <class P, class C, class Epilogue>
-inline void finish(const P* tile, int64_t tile_row, int rows, int64_t columns, C* c, int64_t c_row, bool add,
-                   bool last, const Epilogue& epilogue, int64_t i0, int64_t j0) {
+inline void finish(const P* tile, int64_t tile_row, int rows, int64_t columns, C* c, int64_t c_row, bool add, bool last,
+                   const Epilogue& epilogue, int64_t i0, int64_t j0) {
   constexpr int lanes = kLanes<P>;
   for (int i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; j += lanes) {
@@ -187,14 +187,19 @@ inline void finish(const P* tile, int64_t tile_row, int rows, int64_t columns, C
     }
 }
 
-template <class A, class B> struct same { static constexpr bool value = false; };
-template <class A> struct same<A, A> { static constexpr bool value = true; };
+template <class A, class B> struct same {
+  static constexpr bool value = false;
+};
+template <class A> struct same<A, A> {
+  static constexpr bool value = true;
+};
 
 // Where rows of A and columns of B both lie along k, as in a linear layer's forward, and A is short, nothing is
 // packed: vectors run along k, a tile holds one sum a pair of row and column, and its lanes are added at the end.
 constexpr int kDotRows = kNV == 4 ? 6 : 3;
 constexpr int kDotColumns = 4;
-constexpr int64_t kDotMaxM = kVectorBytes == 64 ? 24 : 96, kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
+constexpr int64_t kDotMaxM = kVectorBytes == 64 ? 24 : 96,
+                  kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
 
 // The lanes of four vectors added up: result lane l holds sum l of 4.
 template <class V> [[gnu::always_inline]] inline V add_lanes(V v0, V v1, V v2, V v3) {
@@ -246,7 +251,8 @@ template <int ROWS, int COLUMNS, class T, class P>
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
-    V total = add_lanes(sum[i][0], sum[i][COLUMNS > 1 ? 1 : 0], sum[i][COLUMNS > 2 ? 2 : 0], sum[i][COLUMNS > 3 ? 3 : 0]);
+    V total =
+        add_lanes(sum[i][0], sum[i][COLUMNS > 1 ? 1 : 0], sum[i][COLUMNS > 2 ? 2 : 0], sum[i][COLUMNS > 3 ? 3 : 0]);
     for (int j = 0; j < COLUMNS; ++j) {
       P value = total[j % lanes];
       for (int l = 4; l < lanes; l += 4) value += total[l + j];
@@ -263,11 +269,15 @@ void dot_kernel(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_colu
   dot_tile<ROWS, COLUMNS, T, P>(k, a, a_row, b, b_column, out, out_row);
 }
 template <class T, class P> inline DotKernel<T, P> dot_kernel_for(int rows, int columns) {
-#define DLKERN_ROW(r) {dot_kernel<r, 1, T, P>, dot_kernel<r, 2, T, P>, dot_kernel<r, 3, T, P>, dot_kernel<r, 4, T, P>}
+#define DLKERN_ROW(r) \
+  { dot_kernel<r, 1, T, P>, dot_kernel<r, 2, T, P>, dot_kernel<r, 3, T, P>, dot_kernel<r, 4, T, P> }
   constexpr int most = kDotRows;
-  static constexpr DotKernel<T, P> table[6][4] = {
-      DLKERN_ROW(1), DLKERN_ROW(2), DLKERN_ROW(3), DLKERN_ROW((most < 4 ? 1 : 4)), DLKERN_ROW((most < 5 ? 1 : 5)),
-      DLKERN_ROW((most < 6 ? 1 : 6))};
+  static constexpr DotKernel<T, P> table[6][4] = {DLKERN_ROW(1),
+                                                  DLKERN_ROW(2),
+                                                  DLKERN_ROW(3),
+                                                  DLKERN_ROW((most < 4 ? 1 : 4)),
+                                                  DLKERN_ROW((most < 5 ? 1 : 5)),
+                                                  DLKERN_ROW((most < 6 ? 1 : 6))};
 #undef DLKERN_ROW
   return table[rows - 1][columns - 1];
 }
@@ -292,8 +302,8 @@ void run_dot(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int
         const int rows = static_cast<int>(smaller(kDotRows, i_end - i));
         for (int64_t c = 0; c < columns; c += kDotColumns) {
           const int some = static_cast<int>(smaller(kDotColumns, columns - c));
-          dot_kernel_for<T, P>(rows, some)(kc, g.a + i * g.a_row + pc, g.a_row,
-                                           g.b + (j + c) * g.b_column + pc, g.b_column, tile + c, group);
+          dot_kernel_for<T, P>(rows, some)(kc, g.a + i * g.a_row + pc, g.a_row, g.b + (j + c) * g.b_column + pc,
+                                           g.b_column, tile + c, group);
         }
         C* c_tile = g.c + i * g.c_row + j;
         if (!sums) {
@@ -339,7 +349,9 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
       const int64_t kc = smaller(kc_block, g.k - pc);
       const bool first = pc == 0, last = pc + kc_block >= g.k;
       const T* b = g.b + pc * g.b_row + jc * g.b_column;
-      const int64_t in_place = !b_in_place ? 0 : nc % kLanes<P> ? nc / width * width : nc;  // columns read where they are
+      const int64_t in_place = !b_in_place      ? 0
+                               : nc % kLanes<P> ? nc / width * width
+                                                : nc;  // columns read where they are
       if (in_place < nc) pack_b(kc, nc - in_place, b + in_place * g.b_column, g.b_row, g.b_column, packed_b);
       for (int64_t ic = i_begin; ic < i_end; ic += kMC) {
         const int64_t mc = smaller(kMC, i_end - ic);

@@ -40,9 +40,7 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
-}
+const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable"; }
 
 bool has_bf16_dot() {
 #ifdef DLKERN_NO_SIMD

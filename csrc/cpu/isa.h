@@ -16,10 +16,16 @@ bool has_bf16_dot();
 
 }  // namespace dlkern::cpu
 
-#define DLKERN_DECLARE(result, name, ...)                \
-  namespace portable { result name(__VA_ARGS__); }       \
-  namespace avx2 { result name(__VA_ARGS__); }           \
-  namespace avx512 { result name(__VA_ARGS__); }
+#define DLKERN_DECLARE(result, name, ...) \
+  namespace portable {                    \
+  result name(__VA_ARGS__);               \
+  }                                       \
+  namespace avx2 {                        \
+  result name(__VA_ARGS__);               \
+  }                                       \
+  namespace avx512 {                      \
+  result name(__VA_ARGS__);               \
+  }
 
 // A build may leave instruction sets out (DLKERN_ISAS): setup.py then defines DLKERN_BUILT_<NAME> for those it has.
 // (An instruction set below the lowest one built runs that.)
@@ -40,7 +46,7 @@ bool has_bf16_dot();
 #else
 #define DLKERN_CALL_AVX512(name, ...) DLKERN_CALL_AVX2(name, __VA_ARGS__)
 #endif
-#define DLKERN_CALL(name, ...)                                                                  \
-  (::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx512 ? DLKERN_CALL_AVX512(name, __VA_ARGS__)   \
-   : ::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx2 ? DLKERN_CALL_AVX2(name, __VA_ARGS__)     \
+#define DLKERN_CALL(name, ...)                                                                \
+  (::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx512 ? DLKERN_CALL_AVX512(name, __VA_ARGS__) \
+   : ::dlkern::cpu::isa() == ::dlkern::cpu::Isa::avx2 ? DLKERN_CALL_AVX2(name, __VA_ARGS__)   \
                                                       : DLKERN_CALL_PORTABLE(name, __VA_ARGS__))

@@ -20,8 +20,8 @@ template <class T> struct BiasActivation {
 };
 
 template <class T> void forward(const LinearArgs<T>& x) {
-  const Gemm<T> g{x.m, x.n, x.k, x.input, x.input_row, x.input_column,
-                  x.weight, x.weight_column, x.weight_row, x.output, x.n};
+  const Gemm<T> g{x.m,          x.n,      x.k, x.input, x.input_row, x.input_column, x.weight, x.weight_column,
+                  x.weight_row, x.output, x.n};
   if (x.bias || x.activation)
     gemm(g, BiasActivation<T>{x.bias, x.activation});
   else
@@ -29,8 +29,8 @@ template <class T> void forward(const LinearArgs<T>& x) {
 }
 
 template <class T> void backward_input(const LinearBackwardInputArgs<T>& x) {
-  gemm(Gemm<T>{x.m, x.k, x.n, x.grad_output, x.grad_output_row, x.grad_output_column,
-               x.weight, x.weight_row, x.weight_column, x.grad_input, x.k});
+  gemm(Gemm<T>{x.m, x.k, x.n, x.grad_output, x.grad_output_row, x.grad_output_column, x.weight, x.weight_row,
+               x.weight_column, x.grad_input, x.k});
 }
 
 // Column sums of grad_output, carried in double: a bias sees few enough numbers that this costs nothing.
@@ -48,7 +48,8 @@ template <class T> void sum_rows(const LinearBackwardWeightArgs<T>& x) {
         if (x.grad_output_column == 1) {
           sum += __builtin_convertvector(count == lanes ? load(row) : load_partial<T>(row, count), wide);
         } else {
-          for (int l = 0; l < count; ++l) sum[l] += static_cast<double>(static_cast<acc_t<T>>(row[l * x.grad_output_column]));
+          for (int l = 0; l < count; ++l)
+            sum[l] += static_cast<double>(static_cast<acc_t<T>>(row[l * x.grad_output_column]));
         }
       }
       const Vec<T> total = __builtin_convertvector(sum, Vec<T>);
@@ -61,8 +62,8 @@ template <class T> void sum_rows(const LinearBackwardWeightArgs<T>& x) {
 }
 
 template <class T> void backward_weight(const LinearBackwardWeightArgs<T>& x) {
-  gemm(Gemm<T>{x.n, x.k, x.m, x.grad_output, x.grad_output_column, x.grad_output_row,
-               x.input, x.input_row, x.input_column, x.grad_weight, x.k});
+  gemm(Gemm<T>{x.n, x.k, x.m, x.grad_output, x.grad_output_column, x.grad_output_row, x.input, x.input_row,
+               x.input_column, x.grad_weight, x.k});
   if (x.grad_bias) sum_rows(x);
 }
 
@@ -85,10 +86,10 @@ template <class T> void backward_activation(const ActivationBackwardArgs<T>& x) 
 
 }  // namespace
 
-#define DLKERN_LINEAR(T)                                                                    \
-  void linear_forward(const LinearArgs<T>& args) { forward(args); }                         \
-  void linear_backward_input(const LinearBackwardInputArgs<T>& args) { backward_input(args); }     \
-  void linear_backward_weight(const LinearBackwardWeightArgs<T>& args) { backward_weight(args); }  \
+#define DLKERN_LINEAR(T)                                                                          \
+  void linear_forward(const LinearArgs<T>& args) { forward(args); }                               \
+  void linear_backward_input(const LinearBackwardInputArgs<T>& args) { backward_input(args); }    \
+  void linear_backward_weight(const LinearBackwardWeightArgs<T>& args) { backward_weight(args); } \
   void activation_backward(const ActivationBackwardArgs<T>& args) { backward_activation(args); }
 DLKERN_LINEAR(float)
 DLKERN_LINEAR(double)

@@ -43,8 +43,8 @@ template <class T> struct ActivationBackwardArgs {
   T* grad_input;
   int activation;
 };
-#define DLKERN_LINEAR(T)                                                    \
-  DLKERN_DECLARE(void, linear_forward, const LinearArgs<T>&)                \
+#define DLKERN_LINEAR(T)                                                           \
+  DLKERN_DECLARE(void, linear_forward, const LinearArgs<T>&)                       \
   DLKERN_DECLARE(void, linear_backward_input, const LinearBackwardInputArgs<T>&)   \
   DLKERN_DECLARE(void, linear_backward_weight, const LinearBackwardWeightArgs<T>&) \
   DLKERN_DECLARE(void, activation_backward, const ActivationBackwardArgs<T>&)

@@ -27,7 +27,9 @@ inline int64_t chunk_of(const CrossEntropyShape& s) {
 template <class T> using A = acc_t<T>;
 
 // What the reduction of one chunk needs.
-struct Sums { double loss, weight; };
+struct Sums {
+  double loss, weight;
+};
 
 template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
   return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
@@ -177,8 +179,8 @@ void read_columns(const CrossEntropyArgs<T>& args, double weights, int64_t begin
       const double log_sum = std::log(static_cast<double>(sum[l]));
       args.largest[i + l] = top[l];
       args.log_sum[i + l] = static_cast<A<T>>(log_sum);
-      const double loss = loss_of(args, top[l], log_sum, static_cast<double>(smooth[l]), weights, x + l,
-                                  s.class_stride, args.target[i + l], sums);
+      const double loss = loss_of(args, top[l], log_sum, static_cast<double>(smooth[l]), weights, x + l, s.class_stride,
+                                  args.target[i + l], sums);
       if (args.reduction == 0) args.loss[i + l] = static_cast<T>(static_cast<A<T>>(loss));
     }
     i += count;
@@ -215,19 +217,24 @@ template <class T> void forward(const CrossEntropyArgs<T>& args) {
 
 // grad[c] = p[c] * all - w[c] * each away from the target; there along (p - 1) + each (sum(w) p - w), in this form
 // and in double, because it cancels.
-template <class T> struct Factors { A<T> all, each; double along; };
+template <class T> struct Factors {
+  A<T> all, each;
+  double along;
+};
 
 template <class T>
 inline Factors<T> factors(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t i, int64_t target) {
   double g = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? i : 0]));
   if (args.reduction == 1) g /= static_cast<double>(*args.total_weight);
   const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[target])) : 1.0;
-  const double along = g * (1 - args.label_smoothing) * w, spread = g * args.label_smoothing / static_cast<double>(args.shape.classes);
+  const double along = g * (1 - args.label_smoothing) * w,
+               spread = g * args.label_smoothing / static_cast<double>(args.shape.classes);
   return {static_cast<A<T>>(along + spread * weights), static_cast<A<T>>(spread), along};
 }
 
 template <class T>
-inline A<T> at_target(const CrossEntropyBackwardArgs<T>& args, const Factors<T>& f, double weights, int64_t i, T logit) {
+inline A<T> at_target(const CrossEntropyBackwardArgs<T>& args, const Factors<T>& f, double weights, int64_t i,
+                      T logit) {
   const double p = std::exp(static_cast<double>(static_cast<A<T>>(logit)) - static_cast<double>(args.largest[i]) -
                             static_cast<double>(args.log_sum[i]));
   const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[args.target[i]])) : 1.0;
@@ -313,8 +320,8 @@ template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_LOSS(T)                                                               \
-  void cross_entropy_forward(const CrossEntropyArgs<T>& args) { forward(args); }     \
+#define DLKERN_LOSS(T)                                                           \
+  void cross_entropy_forward(const CrossEntropyArgs<T>& args) { forward(args); } \
   void cross_entropy_backward(const CrossEntropyBackwardArgs<T>& args) { backward(args); }
 DLKERN_LOSS(float)
 DLKERN_LOSS(double)

@@ -38,8 +38,8 @@ template <class T> struct CrossEntropyBackwardArgs {
   double label_smoothing;
   T* grad_input;  // laid out as input
 };
-#define DLKERN_LOSS(T)                                                        \
-  DLKERN_DECLARE(void, cross_entropy_forward, const CrossEntropyArgs<T>&)     \
+#define DLKERN_LOSS(T)                                                    \
+  DLKERN_DECLARE(void, cross_entropy_forward, const CrossEntropyArgs<T>&) \
   DLKERN_DECLARE(void, cross_entropy_backward, const CrossEntropyBackwardArgs<T>&)
 DLKERN_LOSS(float)
 DLKERN_LOSS(double)

@@ -45,11 +45,11 @@ template <class T> struct AdaptivePoolArgs {
   T* output;
 };
 
-#define DLKERN_DECLARE_POOLING(T)                                             \
-  DLKERN_DECLARE(void, max_pool2d_forward, const MaxPoolArgs<T>&)             \
-  DLKERN_DECLARE(void, max_pool2d_backward, const MaxPoolBackwardArgs<T>&)    \
-  DLKERN_DECLARE(void, avg_pool2d_forward, const AvgPoolArgs<T>&)             \
-  DLKERN_DECLARE(void, avg_pool2d_backward, const AvgPoolArgs<T>&)            \
+#define DLKERN_DECLARE_POOLING(T)                                               \
+  DLKERN_DECLARE(void, max_pool2d_forward, const MaxPoolArgs<T>&)               \
+  DLKERN_DECLARE(void, max_pool2d_backward, const MaxPoolBackwardArgs<T>&)      \
+  DLKERN_DECLARE(void, avg_pool2d_forward, const AvgPoolArgs<T>&)               \
+  DLKERN_DECLARE(void, avg_pool2d_backward, const AvgPoolArgs<T>&)              \
   DLKERN_DECLARE(void, adaptive_avg_pool2d_forward, const AdaptivePoolArgs<T>&) \
   DLKERN_DECLARE(void, adaptive_avg_pool2d_backward, const AdaptivePoolArgs<T>&)
 DLKERN_DECLARE_POOLING(float)

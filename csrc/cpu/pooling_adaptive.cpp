@@ -114,28 +114,29 @@ template <class T> void forward_planes(const AdaptivePoolArgs<T>& args) {
   const PoolShape& s = args.shape;
   const int64_t width = round_up(s.w, kWide);
   const T* input_end = args.input + s.n * s.c * s.h * s.w;
-  parallel_for(s.n * s.c * s.out_h, grain_of(ceil_div(s.h, s.out_h) * s.w + s.w + s.out_w), [&](int64_t begin, int64_t end) {
-    double* line = scratch<double>(Slot::family_0, 2 * width);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t p = i % s.out_h, y0 = begin_of(p, s.h, s.out_h), y1 = end_of(p, s.h, s.out_h);
-      const T* x = args.input + i / s.out_h * s.h * s.w;
-      for (int64_t ix = 0; ix < s.w; ix += kWide) {
-        Sum<T, vdouble> sum;
-        for (int64_t y = y0; y < y1; ++y) sum += load_wide_before(x + y * s.w + ix, input_end);
-        store(line + ix, sum.value);
-        store(line + width + ix, sum.lost);
-      }
-      for (int64_t q = 0; q < s.out_w; ++q) {
-        const int64_t x0 = begin_of(q, s.w, s.out_w), x1 = end_of(q, s.w, s.out_w);
-        Sum<T, double> sum;
-        for (int64_t ix = x0; ix < x1; ++ix) {
-          sum += line[ix];
-          if constexpr (sizeof(T) == sizeof(double)) sum.lost += line[width + ix];
-        }
-        args.output[i * s.out_w + q] = narrow<T>(total(sum) / static_cast<double>((y1 - y0) * (x1 - x0)));
-      }
-    }
-  });
+  parallel_for(s.n * s.c * s.out_h, grain_of(ceil_div(s.h, s.out_h) * s.w + s.w + s.out_w),
+               [&](int64_t begin, int64_t end) {
+                 double* line = scratch<double>(Slot::family_0, 2 * width);
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t p = i % s.out_h, y0 = begin_of(p, s.h, s.out_h), y1 = end_of(p, s.h, s.out_h);
+                   const T* x = args.input + i / s.out_h * s.h * s.w;
+                   for (int64_t ix = 0; ix < s.w; ix += kWide) {
+                     Sum<T, vdouble> sum;
+                     for (int64_t y = y0; y < y1; ++y) sum += load_wide_before(x + y * s.w + ix, input_end);
+                     store(line + ix, sum.value);
+                     store(line + width + ix, sum.lost);
+                   }
+                   for (int64_t q = 0; q < s.out_w; ++q) {
+                     const int64_t x0 = begin_of(q, s.w, s.out_w), x1 = end_of(q, s.w, s.out_w);
+                     Sum<T, double> sum;
+                     for (int64_t ix = x0; ix < x1; ++ix) {
+                       sum += line[ix];
+                       if constexpr (sizeof(T) == sizeof(double)) sum.lost += line[width + ix];
+                     }
+                     args.output[i * s.out_w + q] = narrow<T>(total(sum) / static_cast<double>((y1 - y0) * (x1 - x0)));
+                   }
+                 }
+               });
 }
 
 // channels_last. A group of channels at a time: long enough to stream, its sums short enough to stay in L1.
@@ -145,52 +146,57 @@ template <class T> void forward_pixels(const AdaptivePoolArgs<T>& args) {
   constexpr int64_t kGroup = 512;
   const int64_t groups = ceil_div(s.c, kGroup);
   const T* input_end = args.input + s.n * in.n;
-  parallel_for(s.n * groups * s.out_h, grain_of(smaller(s.c, kGroup) * ceil_div(s.h, s.out_h) * s.w), [&](int64_t begin, int64_t end) {
-    double* value = scratch<double>(Slot::family_0, 2 * (kGroup + kWide));
-    double* lost = value + kGroup + kWide;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t p = i % s.out_h, c0 = i / s.out_h % groups * kGroup, n = i / s.out_h / groups;
-      const int64_t channels = smaller(kGroup, s.c - c0);
-      const int64_t y0 = begin_of(p, s.h, s.out_h), y1 = end_of(p, s.h, s.out_h);
-      const T* x = args.input + n * in.n + c0;
-      for (int64_t q = 0; q < s.out_w; ++q) {
-        const int64_t x0 = begin_of(q, s.w, s.out_w), x1 = end_of(q, s.w, s.out_w);
-        std::memset(value, 0, sizeof(double) * static_cast<size_t>(channels + kWide));
-        std::memset(lost, 0, sizeof(double) * static_cast<size_t>(channels + kWide));
-        for (int64_t y = y0; y < y1; ++y) {
-          int64_t ix = x0;
-          if constexpr (sizeof(T) < sizeof(double))
-            for (; ix + 4 <= x1; ix += 4) {
-              const T* from = x + y * in.y + ix * in.x;
-              for (int64_t c = 0; c < channels; c += kWide) {
-                const vdouble first = load_wide_before(from + c, input_end) + load_wide_before(from + in.x + c, input_end);
-                const vdouble second = load_wide_before(from + 2 * in.x + c, input_end) + load_wide_before(from + 3 * in.x + c, input_end);
-                store(value + c, load(value + c) + (first + second));
-              }
-            }
-          for (; ix < x1; ++ix) {
-            const T* from = x + y * in.y + ix * in.x;
-            for (int64_t c = 0; c < channels; c += kWide) {
-              Sum<T, vdouble> sum{load(value + c), load(lost + c)};
-              sum += load_wide_before(from + c, input_end);
-              store(value + c, sum.value);
-              if constexpr (sizeof(T) == sizeof(double)) store(lost + c, sum.lost);
-            }
-          }
-        }
-        T* to = args.output + n * out.n + p * out.y + q * out.x + c0;
-        const double count = static_cast<double>((y1 - y0) * (x1 - x0));
-        for (int64_t c = 0; c < channels; c += kWide) {
-          const vdouble sum = load(value + c), error = load(lost + c);
-          store_narrow(to + c, (error - error == 0.0 ? sum + error : sum) / count, channels - c);
-        }
-      }
-    }
-  });
+  parallel_for(s.n * groups * s.out_h, grain_of(smaller(s.c, kGroup) * ceil_div(s.h, s.out_h) * s.w),
+               [&](int64_t begin, int64_t end) {
+                 double* value = scratch<double>(Slot::family_0, 2 * (kGroup + kWide));
+                 double* lost = value + kGroup + kWide;
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t p = i % s.out_h, c0 = i / s.out_h % groups * kGroup, n = i / s.out_h / groups;
+                   const int64_t channels = smaller(kGroup, s.c - c0);
+                   const int64_t y0 = begin_of(p, s.h, s.out_h), y1 = end_of(p, s.h, s.out_h);
+                   const T* x = args.input + n * in.n + c0;
+                   for (int64_t q = 0; q < s.out_w; ++q) {
+                     const int64_t x0 = begin_of(q, s.w, s.out_w), x1 = end_of(q, s.w, s.out_w);
+                     std::memset(value, 0, sizeof(double) * static_cast<size_t>(channels + kWide));
+                     std::memset(lost, 0, sizeof(double) * static_cast<size_t>(channels + kWide));
+                     for (int64_t y = y0; y < y1; ++y) {
+                       int64_t ix = x0;
+                       if constexpr (sizeof(T) < sizeof(double))
+                         for (; ix + 4 <= x1; ix += 4) {
+                           const T* from = x + y * in.y + ix * in.x;
+                           for (int64_t c = 0; c < channels; c += kWide) {
+                             const vdouble first =
+                                 load_wide_before(from + c, input_end) + load_wide_before(from + in.x + c, input_end);
+                             const vdouble second = load_wide_before(from + 2 * in.x + c, input_end) +
+                                                    load_wide_before(from + 3 * in.x + c, input_end);
+                             store(value + c, load(value + c) + (first + second));
+                           }
+                         }
+                       for (; ix < x1; ++ix) {
+                         const T* from = x + y * in.y + ix * in.x;
+                         for (int64_t c = 0; c < channels; c += kWide) {
+                           Sum<T, vdouble> sum{load(value + c), load(lost + c)};
+                           sum += load_wide_before(from + c, input_end);
+                           store(value + c, sum.value);
+                           if constexpr (sizeof(T) == sizeof(double)) store(lost + c, sum.lost);
+                         }
+                       }
+                     }
+                     T* to = args.output + n * out.n + p * out.y + q * out.x + c0;
+                     const double count = static_cast<double>((y1 - y0) * (x1 - x0));
+                     for (int64_t c = 0; c < channels; c += kWide) {
+                       const vdouble sum = load(value + c), error = load(lost + c);
+                       store_narrow(to + c, (error - error == 0.0 ? sum + error : sum) / count, channels - c);
+                     }
+                   }
+                 }
+               });
 }
 
 // The share of each window, along one row of them: its gradient over its extent.
-template <class T> inline Vec<T> share(Vec<T> gradient, acc_t<T> rows, Vec<T> columns) { return gradient / (rows * columns); }
+template <class T> inline Vec<T> share(Vec<T> gradient, acc_t<T> rows, Vec<T> columns) {
+  return gradient / (rows * columns);
+}
 
 // One window a plane: its share everywhere.
 template <class T> void backward_runs(const AdaptivePoolArgs<T>& args) {
@@ -234,7 +240,8 @@ template <class T> void backward_planes(const AdaptivePoolArgs<T>& args) {
       for (int64_t p = p0; p <= p1; ++p) {
         const A rows = static_cast<A>(end_of(p, s.h, s.out_h) - begin_of(p, s.h, s.out_h));
         for (int64_t q = 0; q < s.out_w; q += kLanes<T>)
-          store(shares + (p - p0) * width + q, share<T>(load_before(gradient + p * s.out_w + q, gradient_end), rows, load(columns + q)));
+          store(shares + (p - p0) * width + q,
+                share<T>(load_before(gradient + p * s.out_w + q, gradient_end), rows, load(columns + q)));
       }
       for (int64_t x = 0; x < s.w; ++x) {
         A sum = 0;
@@ -249,7 +256,8 @@ template <class T> void backward_planes(const AdaptivePoolArgs<T>& args) {
 template <class T> void backward_pixels(const AdaptivePoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
-  const int64_t row_length = s.out_w * s.c, slots = RowRing::size_for(ceil_div(s.out_h, s.h) + 1), length = row_length + kLanes<T>;
+  const int64_t row_length = s.out_w * s.c, slots = RowRing::size_for(ceil_div(s.out_h, s.h) + 1),
+                length = row_length + kLanes<T>;
   const T* gradient_end = args.input + s.n * s.out_h * row_length;
   parallel_for(s.n * s.h, grain_of(s.w * ceil_div(4 * s.c, kLanes<T>)), [&](int64_t begin, int64_t end) {
     A* shares = scratch<A>(Slot::family_0, slots * length);
@@ -271,7 +279,8 @@ template <class T> void backward_pixels(const AdaptivePoolArgs<T>& args) {
           for (int64_t q = 0; q < s.out_w; ++q) {
             const Vec<T> columns = broadcast<T>(static_cast<A>(end_of(q, s.w, s.out_w) - begin_of(q, s.w, s.out_w)));
             for (int64_t c = q * s.c; c < (q + 1) * s.c; c += kLanes<T>)
-              store(shares + slot * length + c, share<T>(load_before(args.input + row * row_length + c, gradient_end), extent, columns));
+              store(shares + slot * length + c,
+                    share<T>(load_before(args.input + row * row_length + c, gradient_end), extent, columns));
           }
         });
       }

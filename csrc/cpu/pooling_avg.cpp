@@ -18,7 +18,8 @@ template <class T> struct Divisors {
   bool reciprocal;
 
   static int64_t size(const PoolShape& s) { return s.out_h + round_up(s.out_w, kLanes<T>); }
-  static int64_t covered(const AvgPoolArgs<T>& args, int64_t p, int64_t extent, int64_t kernel, int64_t stride, int64_t pad) {
+  static int64_t covered(const AvgPoolArgs<T>& args, int64_t p, int64_t extent, int64_t kernel, int64_t stride,
+                         int64_t pad) {
     const int64_t start = p * stride - pad, stop = smaller(start + kernel, extent + pad);
     return args.count_include_pad ? stop - start : smaller(stop, extent) - larger(start, 0);
   }
@@ -66,7 +67,8 @@ template <class T> void forward_planes(const AvgPoolArgs<T>& args) {
       int64_t count = 0;
       for (int64_t y = first; y < last; ++y) row_at[count++] = size * lay(plane * s.h + y);
       if (s.stride_h <= kStepAhead)
-        for (int64_t y = larger(last, first + s.stride_h); y < smaller(last + s.stride_h, s.h); ++y) lay(plane * s.h + y);
+        for (int64_t y = larger(last, first + s.stride_h); y < smaller(last + s.stride_h, s.h); ++y)
+          lay(plane * s.h + y);
       for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
         Vec<T> sum{};
         for (int64_t k = 0; k < count; ++k) {
@@ -103,14 +105,15 @@ template <class T> void forward_pairs(const AvgPoolArgs<T>& args) {
 
 // `vectors` of channels of the window whose elements inside the input are rows x columns from x on.
 template <class T, int vectors>
-inline void pixel(const T* x, const T* input_end, const Steps& in, int64_t rows, int64_t columns, const Divisors<T>& divisors,
-                  int64_t p, Vec<T> column, T* y, const T* limit) {
+inline void pixel(const T* x, const T* input_end, const Steps& in, int64_t rows, int64_t columns,
+                  const Divisors<T>& divisors, int64_t p, Vec<T> column, T* y, const T* limit) {
   Vec<T> sum[vectors] = {};
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t t = 0; t < columns; ++t) {
       const T* from = x + r * in.y + t * in.x;
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[v] += vectors > 1 ? load(from + v * kLanes<T>) : load_before(from, input_end);
+      for (int v = 0; v < vectors; ++v)
+        sum[v] += vectors > 1 ? load(from + v * kLanes<T>) : load_before(from, input_end);
     }
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
@@ -123,23 +126,27 @@ template <class T> void forward_pixels(const AvgPoolArgs<T>& args) {
   const PoolShape& s = args.shape;
   const Steps in(s.c, s.h, s.w, true);
   const T* input_end = args.input + s.n * in.n;
-  parallel_for(s.n * s.out_h, grain_of(s.out_w * ceil_div(s.c, kLanes<T>) * s.kernel_h * s.kernel_w / 2), [&](int64_t begin, int64_t end) {
-    const Divisors<T> divisors(args, scratch<acc_t<T>>(Slot::family_2, Divisors<T>::size(s)));
-    const T* limit = args.output + end * s.out_w * s.c;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t p = i % s.out_h, y0 = p * s.stride_h - s.pad_h, top = larger(y0, 0), rows = smaller(y0 + s.kernel_h, s.h) - top;
-      for (int64_t q = 0; q < s.out_w; ++q) {
-        const int64_t x0 = q * s.stride_w - s.pad_w, left = larger(x0, 0), columns = smaller(x0 + s.kernel_w, s.w) - left;
-        const T* x = args.input + i / s.out_h * in.n + top * in.y + left * in.x;
-        T* y = args.output + (i * s.out_w + q) * s.c;
-        const Vec<T> column = broadcast<T>(divisors.column[q]);
-        int64_t c = 0;
-        for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>)
-          pixel<T, 4>(x + c, input_end, in, rows, columns, divisors, p, column, y + c, limit);
-        for (; c < s.c; c += kLanes<T>) pixel<T, 1>(x + c, input_end, in, rows, columns, divisors, p, column, y + c, limit);
-      }
-    }
-  });
+  parallel_for(s.n * s.out_h, grain_of(s.out_w * ceil_div(s.c, kLanes<T>) * s.kernel_h * s.kernel_w / 2),
+               [&](int64_t begin, int64_t end) {
+                 const Divisors<T> divisors(args, scratch<acc_t<T>>(Slot::family_2, Divisors<T>::size(s)));
+                 const T* limit = args.output + end * s.out_w * s.c;
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t p = i % s.out_h, y0 = p * s.stride_h - s.pad_h, top = larger(y0, 0),
+                                 rows = smaller(y0 + s.kernel_h, s.h) - top;
+                   for (int64_t q = 0; q < s.out_w; ++q) {
+                     const int64_t x0 = q * s.stride_w - s.pad_w, left = larger(x0, 0),
+                                   columns = smaller(x0 + s.kernel_w, s.w) - left;
+                     const T* x = args.input + i / s.out_h * in.n + top * in.y + left * in.x;
+                     T* y = args.output + (i * s.out_w + q) * s.c;
+                     const Vec<T> column = broadcast<T>(divisors.column[q]);
+                     int64_t c = 0;
+                     for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>)
+                       pixel<T, 4>(x + c, input_end, in, rows, columns, divisors, p, column, y + c, limit);
+                     for (; c < s.c; c += kLanes<T>)
+                       pixel<T, 1>(x + c, input_end, in, rows, columns, divisors, p, column, y + c, limit);
+                   }
+                 }
+               });
 }
 
 template <class T> void backward_tiles(const AvgPoolArgs<T>& args) {
@@ -151,7 +158,8 @@ template <class T> void backward_tiles(const AvgPoolArgs<T>& args) {
     for (int64_t i = begin, p = begin % s.out_h; i < end; ++i) {
       for (int64_t r = 0; r < s.kernel_h; ++r)
         for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
-          const Vec<T> share = divisors.divide(load_before(args.input + i * s.out_w + q, gradient_end), p, load(divisors.column + q));
+          const Vec<T> share =
+              divisors.divide(load_before(args.input + i * s.out_w + q, gradient_end), p, load(divisors.column + q));
           store_pairs(args.output + (i * s.kernel_h + r) * s.w + 2 * q, share, share, limit);
         }
       if (++p == s.out_h) p = 0;
@@ -167,106 +175,117 @@ template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) 
   const int64_t left = ColumnTaps::left(s), phase_length = round_up(columns, kLanes<T>);
   const int64_t length = round_up(left + larger(s.out_w, columns + ColumnTaps::right(s)), kLanes<T>) + 2 * kLanes<T>;
   const T* gradient_end = args.input + s.n * s.c * s.out_h * s.out_w;
-  parallel_for(s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 8)), [&](int64_t begin, int64_t end) {
-    A* shares = scratch<A>(Slot::family_0, slots * length);  // of the last output rows, with zeros around each row
-    std::memset(static_cast<void*>(shares), 0, sizeof(A) * static_cast<size_t>(slots * length));
-    A* phases = stride == 0 ? scratch<A>(Slot::family_1, s.stride_w * phase_length) : nullptr;
-    const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
-    int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + s.kernel_h);
-    const ColumnTaps taps(s, memory);
-    int64_t* row_at = memory + ColumnTaps::memory(s);
-    RowRing ring(slots, row_at + s.kernel_h);
-    const T* limit = args.output + end * s.w;
-    auto lay = [&](int64_t plane, int64_t p) {
-      const int64_t row = plane * s.out_h + p;
-      return ring.slot(row, [&](int64_t slot) {
-        A* to = shares + slot * length + left;
-        for (int64_t q = 0; q < s.out_w; q += kLanes<T>)
-          store(to + q, divisors.divide(load_row(args.input + row * s.out_w + q, s.out_w - q, gradient_end, Vec<T>{}), p, load(divisors.column + q)));
-      });
-    };
-    for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
-      int64_t count = 0;
-      for_each_output_row(s, y, [&](int64_t, int64_t p) { row_at[count++] = left + length * lay(plane, p); });
-      const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
-      if (y + 1 < s.h && next < s.out_h) lay(plane, next);
-      // The sums of columns e, stride + e, … from number m on.
-      auto gather = [&](int64_t e, int64_t m) {
-        Vec<T> sum{};
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) sum += load(shares + row_at[k] + m + taps.shift[j]);
-        return sum;
-      };
-      T* dx = args.output + i * s.w;
-      if constexpr (stride == 1) {
-        for (int64_t m = 0; m < columns; m += kLanes<T>) store_before(dx + m, gather(0, m), limit);
-      } else if constexpr (stride == 2) {
-        for (int64_t m = 0; m < columns; m += kLanes<T>) store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
-      } else {
-        for (int64_t e = 0; e < s.stride_w; ++e)
-          for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
-        for (int64_t x = 0, m = 0, e = 0; x < s.w; ++x) {
-          dx[x] = static_cast<T>(phases[e * phase_length + m]);
-          if (++e == s.stride_w) e = 0, ++m;
+  parallel_for(
+      s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 8)), [&](int64_t begin, int64_t end) {
+        A* shares = scratch<A>(Slot::family_0, slots * length);  // of the last output rows, with zeros around each row
+        std::memset(static_cast<void*>(shares), 0, sizeof(A) * static_cast<size_t>(slots * length));
+        A* phases = stride == 0 ? scratch<A>(Slot::family_1, s.stride_w * phase_length) : nullptr;
+        const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
+        int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + s.kernel_h);
+        const ColumnTaps taps(s, memory);
+        int64_t* row_at = memory + ColumnTaps::memory(s);
+        RowRing ring(slots, row_at + s.kernel_h);
+        const T* limit = args.output + end * s.w;
+        auto lay = [&](int64_t plane, int64_t p) {
+          const int64_t row = plane * s.out_h + p;
+          return ring.slot(row, [&](int64_t slot) {
+            A* to = shares + slot * length + left;
+            for (int64_t q = 0; q < s.out_w; q += kLanes<T>)
+              store(to + q,
+                    divisors.divide(load_row(args.input + row * s.out_w + q, s.out_w - q, gradient_end, Vec<T>{}), p,
+                                    load(divisors.column + q)));
+          });
+        };
+        for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
+          int64_t count = 0;
+          for_each_output_row(s, y, [&](int64_t, int64_t p) { row_at[count++] = left + length * lay(plane, p); });
+          const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
+          if (y + 1 < s.h && next < s.out_h) lay(plane, next);
+          // The sums of columns e, stride + e, … from number m on.
+          auto gather = [&](int64_t e, int64_t m) {
+            Vec<T> sum{};
+            for (int64_t k = 0; k < count; ++k)
+              for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j)
+                sum += load(shares + row_at[k] + m + taps.shift[j]);
+            return sum;
+          };
+          T* dx = args.output + i * s.w;
+          if constexpr (stride == 1) {
+            for (int64_t m = 0; m < columns; m += kLanes<T>) store_before(dx + m, gather(0, m), limit);
+          } else if constexpr (stride == 2) {
+            for (int64_t m = 0; m < columns; m += kLanes<T>)
+              store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
+          } else {
+            for (int64_t e = 0; e < s.stride_w; ++e)
+              for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
+            for (int64_t x = 0, m = 0, e = 0; x < s.w; ++x) {
+              dx[x] = static_cast<T>(phases[e * phase_length + m]);
+              if (++e == s.stride_w) e = 0, ++m;
+            }
+          }
+          if (++y == s.h) y = 0, ++plane;
         }
-      }
-      if (++y == s.h) y = 0, ++plane;
-    }
-  });
+      });
 }
 
 template <class T> void backward_pixels(const AvgPoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
-  const int64_t slots = RowRing::size_for(reach_of_output(s)), row_length = s.out_w * s.c, length = row_length + kLanes<T>;
+  const int64_t slots = RowRing::size_for(reach_of_output(s)), row_length = s.out_w * s.c,
+                length = row_length + kLanes<T>;
   const T* gradient_end = args.input + s.n * s.out_h * row_length;
-  parallel_for(s.n * s.h, grain_of(s.w * ceil_div(s.c, kLanes<T>) * larger(1, s.kernel_h * s.kernel_w / 4)), [&](int64_t begin, int64_t end) {
-    A* shares = scratch<A>(Slot::family_0, slots * length);
-    const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
-    int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + s.kernel_h + s.kernel_h * s.kernel_w);
-    const ColumnTaps taps(s, memory);
-    int64_t *row_at = memory + ColumnTaps::memory(s), *at = row_at + s.kernel_h;  // at: shares of the windows that hold a pixel
-    RowRing ring(slots, at + s.kernel_h * s.kernel_w);
-    const T* limit = args.output + end * s.w * s.c;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / s.h, y = i % s.h;
-      int64_t rows = 0;
-      for_each_output_row(s, y, [&](int64_t, int64_t p) {
-        const int64_t row = image * s.out_h + p;
-        row_at[rows++] = length * ring.slot(row, [&](int64_t slot) {
-          for (int64_t q = 0; q < s.out_w; ++q) {
-            const Vec<T> column = broadcast<T>(divisors.column[q]);
-            for (int64_t c = q * s.c; c < (q + 1) * s.c; c += kLanes<T>)
-              store(shares + slot * length + c, divisors.divide(load_before(args.input + row * row_length + c, gradient_end), p, column));
+  parallel_for(
+      s.n * s.h, grain_of(s.w * ceil_div(s.c, kLanes<T>) * larger(1, s.kernel_h * s.kernel_w / 4)),
+      [&](int64_t begin, int64_t end) {
+        A* shares = scratch<A>(Slot::family_0, slots * length);
+        const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
+        int64_t* memory =
+            scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + s.kernel_h + s.kernel_h * s.kernel_w);
+        const ColumnTaps taps(s, memory);
+        int64_t *row_at = memory + ColumnTaps::memory(s),
+                *at = row_at + s.kernel_h;  // at: shares of the windows that hold a pixel
+        RowRing ring(slots, at + s.kernel_h * s.kernel_w);
+        const T* limit = args.output + end * s.w * s.c;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t image = i / s.h, y = i % s.h;
+          int64_t rows = 0;
+          for_each_output_row(s, y, [&](int64_t, int64_t p) {
+            const int64_t row = image * s.out_h + p;
+            row_at[rows++] = length * ring.slot(row, [&](int64_t slot) {
+              for (int64_t q = 0; q < s.out_w; ++q) {
+                const Vec<T> column = broadcast<T>(divisors.column[q]);
+                for (int64_t c = q * s.c; c < (q + 1) * s.c; c += kLanes<T>)
+                  store(shares + slot * length + c,
+                        divisors.divide(load_before(args.input + row * row_length + c, gradient_end), p, column));
+              }
+            });
+          });
+          for (int64_t x = 0, e = 0, m = 0; x < s.w; ++x) {
+            int64_t count = 0;
+            for (int64_t k = 0; k < rows; ++k)
+              for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
+                const int64_t q = m + taps.shift[j];
+                if (q >= 0 && q < s.out_w) at[count++] = row_at[k] + q * s.c;
+              }
+            T* dx = args.output + (i * s.w + x) * s.c;
+            int64_t c = 0;
+            for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>) {
+              Vec<T> sum[4] = {};
+              for (int64_t k = 0; k < count; ++k)
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; ++v) sum[v] += load(shares + at[k] + c + v * kLanes<T>);
+#pragma GCC unroll 4
+              for (int v = 0; v < 4; ++v) store(dx + c + v * kLanes<T>, sum[v]);
+            }
+            for (; c < s.c; c += kLanes<T>) {
+              Vec<T> sum{};
+              for (int64_t k = 0; k < count; ++k) sum += load(shares + at[k] + c);
+              store_before(dx + c, sum, limit);
+            }
+            if (++e == s.stride_w) e = 0, ++m;
           }
-        });
+        }
       });
-      for (int64_t x = 0, e = 0, m = 0; x < s.w; ++x) {
-        int64_t count = 0;
-        for (int64_t k = 0; k < rows; ++k)
-          for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
-            const int64_t q = m + taps.shift[j];
-            if (q >= 0 && q < s.out_w) at[count++] = row_at[k] + q * s.c;
-          }
-        T* dx = args.output + (i * s.w + x) * s.c;
-        int64_t c = 0;
-        for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>) {
-          Vec<T> sum[4] = {};
-          for (int64_t k = 0; k < count; ++k)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) sum[v] += load(shares + at[k] + c + v * kLanes<T>);
-#pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) store(dx + c + v * kLanes<T>, sum[v]);
-        }
-        for (; c < s.c; c += kLanes<T>) {
-          Vec<T> sum{};
-          for (int64_t k = 0; k < count; ++k) sum += load(shares + at[k] + c);
-          store_before(dx + c, sum, limit);
-        }
-        if (++e == s.stride_w) e = 0, ++m;
-      }
-    }
-  });
 }
 
 // One element after the other, in plain code: where scratch rows would be too large.
@@ -284,8 +303,10 @@ template <class T> void forward_plain(const AvgPoolArgs<T>& args) {
           const int64_t y0 = p * s.stride_h - s.pad_h, x0 = q * s.stride_w - s.pad_w;
           A sum = 0;
           for (int64_t iy = larger(y0, 0); iy < smaller(y0 + s.kernel_h, s.h); ++iy)
-            for (int64_t ix = larger(x0, 0); ix < smaller(x0 + s.kernel_w, s.w); ++ix) sum += static_cast<A>(x[iy * in.y + ix * in.x]);
-          y[p * out.y + q * out.x] = static_cast<T>(divisors.divide(broadcast<T>(sum), p, broadcast<T>(divisors.column[q]))[0]);
+            for (int64_t ix = larger(x0, 0); ix < smaller(x0 + s.kernel_w, s.w); ++ix)
+              sum += static_cast<A>(x[iy * in.y + ix * in.x]);
+          y[p * out.y + q * out.x] =
+              static_cast<T>(divisors.divide(broadcast<T>(sum), p, broadcast<T>(divisors.column[q]))[0]);
         }
     }
   });
@@ -308,7 +329,8 @@ template <class T> void backward_plain(const AvgPoolArgs<T>& args) {
           A sum = 0;
           for (int64_t p = first_p; p <= last_p; ++p)
             for (int64_t q = first_q; q <= last_q; ++q)
-              sum += divisors.divide(broadcast<T>(static_cast<A>(grad[p * out.y + q * out.x])), p, broadcast<T>(divisors.column[q]))[0];
+              sum += divisors.divide(broadcast<T>(static_cast<A>(grad[p * out.y + q * out.x])), p,
+                                     broadcast<T>(divisors.column[q]))[0];
           dx[y * in.y + x * in.x] = static_cast<T>(sum);
         }
       }
@@ -332,7 +354,8 @@ template <class T> void backward(const AvgPoolArgs<T>& args) {
   if (!rows_fit<T>(s) || s.kernel_h * s.kernel_w > (int64_t{1} << 21))
     backward_plain(args);
   else if (s.channels_last)
-    s.out_w * s.c <= (int64_t{1} << 24) / RowRing::size_for(reach_of_output(s)) ? backward_pixels(args) : backward_plain(args);
+    s.out_w* s.c <= (int64_t{1} << 24) / RowRing::size_for(reach_of_output(s)) ? backward_pixels(args)
+                                                                               : backward_plain(args);
   else if (tiles(s))
     backward_tiles(args);
   else if (s.stride_w == 1)

@@ -59,7 +59,8 @@ template <class T, IndexKind kind> void forward_planes(const MaxPoolArgs<T>& arg
   constexpr bool tagged = kind != IndexKind::none;
   constexpr A kLowest = -static_cast<A>(__builtin_inf());
   const PoolShape& s = args.shape;
-  const int64_t width = round_up(s.out_w, kLanes<T>), slots = RowRing::size_for(reach_of_input(s)), size = PhasedRows<T>::size(s);
+  const int64_t width = round_up(s.out_w, kLanes<T>), slots = RowRing::size_for(reach_of_input(s)),
+                size = PhasedRows<T>::size(s);
   const T* input_end = args.input + s.n * s.c * s.h * s.w;
   parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * (s.kernel_h + s.kernel_w)), [&](int64_t begin, int64_t end) {
     PhasedRows<T> lines(s, slots, scratch<A>(Slot::family_0, slots * size), kLowest);
@@ -191,23 +192,24 @@ template <class T, IndexKind kind> void forward_pixels(const MaxPoolArgs<T>& arg
   const PoolShape& s = args.shape;
   const Steps in(s.c, s.h, s.w, true);
   const T* input_end = args.input + s.n * in.n;
-  parallel_for(s.n * s.out_h, grain_of(s.out_w * ceil_div(s.c, kLanes<T>) * s.kernel_h * s.kernel_w), [&](int64_t begin, int64_t end) {
-    const int64_t limit = end * s.out_w * s.c;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t y0 = i % s.out_h * s.stride_h - s.pad_h;
-      const T* x = args.input + i / s.out_h * in.n;
-      const Taps rows(y0, s.h, s.kernel_h, s.dilation_h);
-      for (int64_t q = 0; q < s.out_w; ++q) {
-        const int64_t x0 = q * s.stride_w - s.pad_w, at = (i * s.out_w + q) * s.c;
-        const Taps columns(x0, s.w, s.kernel_w, s.dilation_w);
-        int64_t c = 0;
-        for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>)
-          pixel<T, kind, 4>(args, in, x + c, input_end, rows, columns, y0, x0, at + c, limit);
-        for (; c < s.c; c += kLanes<T>)
-          pixel<T, kind, 1>(args, in, x + c, input_end, rows, columns, y0, x0, at + c, limit);
-      }
-    }
-  });
+  parallel_for(s.n * s.out_h, grain_of(s.out_w * ceil_div(s.c, kLanes<T>) * s.kernel_h * s.kernel_w),
+               [&](int64_t begin, int64_t end) {
+                 const int64_t limit = end * s.out_w * s.c;
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t y0 = i % s.out_h * s.stride_h - s.pad_h;
+                   const T* x = args.input + i / s.out_h * in.n;
+                   const Taps rows(y0, s.h, s.kernel_h, s.dilation_h);
+                   for (int64_t q = 0; q < s.out_w; ++q) {
+                     const int64_t x0 = q * s.stride_w - s.pad_w, at = (i * s.out_w + q) * s.c;
+                     const Taps columns(x0, s.w, s.kernel_w, s.dilation_w);
+                     int64_t c = 0;
+                     for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>)
+                       pixel<T, kind, 4>(args, in, x + c, input_end, rows, columns, y0, x0, at + c, limit);
+                     for (; c < s.c; c += kLanes<T>)
+                       pixel<T, kind, 1>(args, in, x + c, input_end, rows, columns, y0, x0, at + c, limit);
+                   }
+                 }
+               });
 }
 
 // One window after the other, in plain code: where scratch rows would be too large, or indices too large for a tag.
@@ -215,29 +217,32 @@ template <class T> void forward_plain(const MaxPoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
   const Steps in(s.c, s.h, s.w, s.channels_last), out(s.c, s.out_h, s.out_w, s.channels_last);
-  parallel_for(s.n * s.c * s.out_h, grain_of(s.out_w * smaller(s.kernel_h, s.h) * smaller(s.kernel_w, s.w)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / s.out_h / s.c, c = i / s.out_h % s.c, p = i % s.out_h, y0 = p * s.stride_h - s.pad_h;
-      const T* x = args.input + n * in.n + c * in.c;
-      const Taps rows(y0, s.h, s.kernel_h, s.dilation_h);
-      for (int64_t q = 0; q < s.out_w; ++q) {
-        const int64_t x0 = q * s.stride_w - s.pad_w, at = n * out.n + c * out.c + p * out.y + q * out.x;
-        const Taps columns(x0, s.w, s.kernel_w, s.dilation_w);
-        A best = -static_cast<A>(__builtin_inf());
-        int64_t winner_r = rows.begin, winner_t = columns.begin;
-        for (int64_t r = rows.begin; r < rows.end; ++r)
-          for (int64_t t = columns.begin; t < columns.end; ++t) {
-            const A value = static_cast<A>(x[(y0 + r * s.dilation_h) * in.y + (x0 + t * s.dilation_w) * in.x]);
-            if (value > best || value != value) best = value, winner_r = r, winner_t = t;
+  parallel_for(
+      s.n * s.c * s.out_h, grain_of(s.out_w * smaller(s.kernel_h, s.h) * smaller(s.kernel_w, s.w)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / s.out_h / s.c, c = i / s.out_h % s.c, p = i % s.out_h, y0 = p * s.stride_h - s.pad_h;
+          const T* x = args.input + n * in.n + c * in.c;
+          const Taps rows(y0, s.h, s.kernel_h, s.dilation_h);
+          for (int64_t q = 0; q < s.out_w; ++q) {
+            const int64_t x0 = q * s.stride_w - s.pad_w, at = n * out.n + c * out.c + p * out.y + q * out.x;
+            const Taps columns(x0, s.w, s.kernel_w, s.dilation_w);
+            A best = -static_cast<A>(__builtin_inf());
+            int64_t winner_r = rows.begin, winner_t = columns.begin;
+            for (int64_t r = rows.begin; r < rows.end; ++r)
+              for (int64_t t = columns.begin; t < columns.end; ++t) {
+                const A value = static_cast<A>(x[(y0 + r * s.dilation_h) * in.y + (x0 + t * s.dilation_w) * in.x]);
+                if (value > best || value != value) best = value, winner_r = r, winner_t = t;
+              }
+            args.output[at] = static_cast<T>(best);
+            if (args.kind == IndexKind::offset8)
+              static_cast<uint8_t*>(args.indices)[at] = static_cast<uint8_t>(winner_r * s.kernel_w + winner_t);
+            if (args.kind == IndexKind::flat64)
+              static_cast<int64_t*>(args.indices)[at] =
+                  (y0 + winner_r * s.dilation_h) * s.w + x0 + winner_t * s.dilation_w;
           }
-        args.output[at] = static_cast<T>(best);
-        if (args.kind == IndexKind::offset8)
-          static_cast<uint8_t*>(args.indices)[at] = static_cast<uint8_t>(winner_r * s.kernel_w + winner_t);
-        if (args.kind == IndexKind::flat64)
-          static_cast<int64_t*>(args.indices)[at] = (y0 + winner_r * s.dilation_h) * s.w + x0 + winner_t * s.dilation_w;
-      }
-    }
-  });
+        }
+      });
 }
 
 template <class T, IndexKind kind> void forward(const MaxPoolArgs<T>& args) {

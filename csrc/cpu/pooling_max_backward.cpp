@@ -42,12 +42,15 @@ template <class T> struct GradientRows {
     return round_up(ColumnTaps::left(s) + columns, kLanes<T>) + 2 * kLanes<T>;
   }
   GradientRows(const PoolShape& s, int64_t slots)
-      : left(ColumnTaps::left(s)), length(length_of(s)), gradient(scratch<A>(Slot::family_0, slots * length)),
+      : left(ColumnTaps::left(s)),
+        length(length_of(s)),
+        gradient(scratch<A>(Slot::family_0, slots * length)),
         tag(scratch<TagElement<T>>(Slot::family_1, slots * length)) {
     std::memset(static_cast<void*>(gradient), 0, sizeof(A) * static_cast<size_t>(slots * length));
     std::memset(static_cast<void*>(tag), 0, sizeof(TagElement<T>) * static_cast<size_t>(slots * length));
   }
-  template <class Index> void put(int64_t slot, const T* g, const T* g_end, const Index* index, const Index* index_end, int64_t count) {
+  template <class Index> void put(int64_t slot, const T* g, const T* g_end, const Index* index, const Index* index_end,
+                                  int64_t count) {
     const int64_t to = slot * length + left;
     for (int64_t q = 0; q < count; q += kLanes<T>) {
       store(gradient + to + q, load_row(g + q, count - q, g_end, Vec<T>{}));
@@ -70,8 +73,9 @@ template <class T, class Index> void backward_tiles(const MaxPoolBackwardArgs<T>
           const Tag<T> tag = load_tags<T>(indices + at, indices + windows);
           Tag<T> target = tags<T>(r * 2);
           if (sizeof(Index) > 1) target = tags<T>((p * s.kernel_h + r) * s.w + 2 * q) + iota<T>() * 2;
-          store_pairs(args.grad_input + (i * s.kernel_h + r) * s.w + 2 * q, add_where<T>(Vec<T>{}, tag, target, gradient),
-                      add_where<T>(Vec<T>{}, tag, target + 1, gradient), limit);
+          store_pairs(args.grad_input + (i * s.kernel_h + r) * s.w + 2 * q,
+                      add_where<T>(Vec<T>{}, tag, target, gradient), add_where<T>(Vec<T>{}, tag, target + 1, gradient),
+                      limit);
         }
       if (++p == s.out_h) p = 0;
     }
@@ -86,64 +90,69 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
   const Index* indices = static_cast<const Index*>(args.indices);
   const int64_t windows = s.n * s.c * s.out_h * s.out_w, slots = RowRing::size_for(reach_of_output(s));
   const int64_t columns = ceil_div(s.w, s.stride_w), phase_length = round_up(columns, kLanes<T>);
-  parallel_for(s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 4)), [&](int64_t begin, int64_t end) {
-    GradientRows<T> rows(s, slots);
-    A* phases = stride == 0 ? scratch<A>(Slot::family_2, s.stride_w * phase_length) : nullptr;
-    int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
-    const ColumnTaps taps(s, memory);
-    int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
-    int64_t *at = row_tag + s.kernel_h, *offset = at + s.kernel_h * s.kernel_w;  // of the windows that hold an element
-    RowRing ring(slots, offset + s.kernel_h * s.kernel_w);
-    auto lay = [&](int64_t row) {
-      return ring.slot(row, [&](int64_t slot) {
-        rows.put(slot, args.grad_output + row * s.out_w, args.grad_output + windows, indices + row * s.out_w, indices + windows, s.out_w);
-      });
-    };
-    const T* limit = args.grad_input + end * s.w;
-    for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
-      int64_t count = 0;
-      for_each_output_row(s, y, [&](int64_t r, int64_t p) {
-        row_at[count] = rows.left + rows.length * lay(plane * s.out_h + p);
-        row_tag[count++] = r * s.kernel_w;
-      });
-      const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
-      if (y + 1 < s.h && next < s.out_h) lay(plane * s.out_h + next);
-      // Those of columns e, stride + e, …, relative to a column's number; column e's are [taps.start[e] * count, …).
-      for (int64_t e = 0, j = 0; e < s.stride_w; ++e)
-        for (int64_t k = 0; k < count; ++k)
-          for (int64_t t = taps.start[e]; t < taps.start[e + 1]; ++t, ++j) {
-            at[j] = row_at[k] + taps.shift[t];
-            offset[j] = row_tag[k] + taps.tap[t];
+  parallel_for(
+      s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 4)), [&](int64_t begin, int64_t end) {
+        GradientRows<T> rows(s, slots);
+        A* phases = stride == 0 ? scratch<A>(Slot::family_2, s.stride_w * phase_length) : nullptr;
+        int64_t* memory = scratch<int64_t>(
+            Slot::family_3, ColumnTaps::memory(s) + slots + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
+        const ColumnTaps taps(s, memory);
+        int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
+        int64_t *at = row_tag + s.kernel_h,
+                *offset = at + s.kernel_h * s.kernel_w;  // of the windows that hold an element
+        RowRing ring(slots, offset + s.kernel_h * s.kernel_w);
+        auto lay = [&](int64_t row) {
+          return ring.slot(row, [&](int64_t slot) {
+            rows.put(slot, args.grad_output + row * s.out_w, args.grad_output + windows, indices + row * s.out_w,
+                     indices + windows, s.out_w);
+          });
+        };
+        const T* limit = args.grad_input + end * s.w;
+        for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
+          int64_t count = 0;
+          for_each_output_row(s, y, [&](int64_t r, int64_t p) {
+            row_at[count] = rows.left + rows.length * lay(plane * s.out_h + p);
+            row_tag[count++] = r * s.kernel_w;
+          });
+          const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
+          if (y + 1 < s.h && next < s.out_h) lay(plane * s.out_h + next);
+          // Those of columns e, stride + e, …, relative to a column's number; column e's are [taps.start[e] * count, …).
+          for (int64_t e = 0, j = 0; e < s.stride_w; ++e)
+            for (int64_t k = 0; k < count; ++k)
+              for (int64_t t = taps.start[e]; t < taps.start[e + 1]; ++t, ++j) {
+                at[j] = row_at[k] + taps.shift[t];
+                offset[j] = row_tag[k] + taps.tap[t];
+              }
+          // The sums of columns e, stride + e, … from number m on.
+          auto gather = [&](int64_t e, int64_t m) {
+            const int64_t last = taps.start[e + 1] * count;
+            const TagElement<T>* tag = rows.tag + m;
+            const A* gradient = rows.gradient + m;
+            Vec<T> sum{};
+            Tag<T> target = tags<T>(y * s.w + e + m * s.stride_w) + iota<T>() * static_cast<TagElement<T>>(s.stride_w);
+            for (int64_t j = taps.start[e] * count; j < last; ++j) {
+              if (offsets) target = tags<T>(offset[j]);
+              sum = add_where<T>(sum, load_vector<Tag<T>>(tag + at[j]), target, load(gradient + at[j]));
+            }
+            return sum;
+          };
+          T* dx = args.grad_input + i * s.w;
+          if constexpr (stride == 1) {
+            for (int64_t m = 0; m < columns; m += kLanes<T>) store_before(dx + m, gather(0, m), limit);
+          } else if constexpr (stride == 2) {
+            for (int64_t m = 0; m < columns; m += kLanes<T>)
+              store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
+          } else {
+            for (int64_t e = 0; e < s.stride_w; ++e)
+              for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
+            for (int64_t x = 0, m = 0, e = 0; x < s.w; ++x) {
+              dx[x] = static_cast<T>(phases[e * phase_length + m]);
+              if (++e == s.stride_w) e = 0, ++m;
+            }
           }
-      // The sums of columns e, stride + e, … from number m on.
-      auto gather = [&](int64_t e, int64_t m) {
-        const int64_t last = taps.start[e + 1] * count;
-        const TagElement<T>* tag = rows.tag + m;
-        const A* gradient = rows.gradient + m;
-        Vec<T> sum{};
-        Tag<T> target = tags<T>(y * s.w + e + m * s.stride_w) + iota<T>() * static_cast<TagElement<T>>(s.stride_w);
-        for (int64_t j = taps.start[e] * count; j < last; ++j) {
-          if (offsets) target = tags<T>(offset[j]);
-          sum = add_where<T>(sum, load_vector<Tag<T>>(tag + at[j]), target, load(gradient + at[j]));
+          if (++y == s.h) y = 0, ++plane;
         }
-        return sum;
-      };
-      T* dx = args.grad_input + i * s.w;
-      if constexpr (stride == 1) {
-        for (int64_t m = 0; m < columns; m += kLanes<T>) store_before(dx + m, gather(0, m), limit);
-      } else if constexpr (stride == 2) {
-        for (int64_t m = 0; m < columns; m += kLanes<T>) store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
-      } else {
-        for (int64_t e = 0; e < s.stride_w; ++e)
-          for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
-        for (int64_t x = 0, m = 0, e = 0; x < s.w; ++x) {
-          dx[x] = static_cast<T>(phases[e * phase_length + m]);
-          if (++e == s.stride_w) e = 0, ++m;
-        }
-      }
-      if (++y == s.h) y = 0, ++plane;
-    }
-  });
+      });
 }
 
 template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>& args) {
@@ -153,53 +162,58 @@ template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>&
   const int64_t windows = s.n * s.out_h * s.out_w * s.c;
   const T* gradient_end = args.grad_output + windows;
   const Index* index_end = indices + windows;
-  parallel_for(s.n * s.h, grain_of(s.w * ceil_div(s.c, kLanes<T>) * larger(1, s.kernel_h * s.kernel_w / 2)), [&](int64_t begin, int64_t end) {
-    int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
-    const ColumnTaps taps(s, memory);
-    int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
-    int64_t *at = row_tag + s.kernel_h, *target = at + s.kernel_h * s.kernel_w;  // of the windows that hold a pixel
-    const T* limit = args.grad_input + end * s.w * s.c;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = i % s.h;
-      int64_t rows = 0;
-      for_each_output_row(s, y, [&](int64_t r, int64_t p) {
-        row_at[rows] = (i / s.h * s.out_h + p) * s.out_w;
-        row_tag[rows++] = r * s.kernel_w;
-      });
-      for (int64_t x = 0, e = 0, m = 0; x < s.w; ++x) {
-        int64_t count = 0;
-        for (int64_t k = 0; k < rows; ++k)
-          for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
-            const int64_t q = m + taps.shift[j];
-            if (q < 0 || q >= s.out_w) continue;
-            at[count] = (row_at[k] + q) * s.c;
-            target[count++] = offsets ? row_tag[k] + taps.tap[j] : y * s.w + x;
-          }
-        T* dx = args.grad_input + (i * s.w + x) * s.c;
-        int64_t c = 0;
-        for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>) {
-          Vec<T> sum[4] = {};
-          for (int64_t k = 0; k < count; ++k)
+  parallel_for(s.n * s.h, grain_of(s.w * ceil_div(s.c, kLanes<T>) * larger(1, s.kernel_h * s.kernel_w / 2)),
+               [&](int64_t begin, int64_t end) {
+                 int64_t* memory = scratch<int64_t>(
+                     Slot::family_3, ColumnTaps::memory(s) + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
+                 const ColumnTaps taps(s, memory);
+                 int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
+                 int64_t *at = row_tag + s.kernel_h,
+                         *target = at + s.kernel_h * s.kernel_w;  // of the windows that hold a pixel
+                 const T* limit = args.grad_input + end * s.w * s.c;
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t y = i % s.h;
+                   int64_t rows = 0;
+                   for_each_output_row(s, y, [&](int64_t r, int64_t p) {
+                     row_at[rows] = (i / s.h * s.out_h + p) * s.out_w;
+                     row_tag[rows++] = r * s.kernel_w;
+                   });
+                   for (int64_t x = 0, e = 0, m = 0; x < s.w; ++x) {
+                     int64_t count = 0;
+                     for (int64_t k = 0; k < rows; ++k)
+                       for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
+                         const int64_t q = m + taps.shift[j];
+                         if (q < 0 || q >= s.out_w) continue;
+                         at[count] = (row_at[k] + q) * s.c;
+                         target[count++] = offsets ? row_tag[k] + taps.tap[j] : y * s.w + x;
+                       }
+                     T* dx = args.grad_input + (i * s.w + x) * s.c;
+                     int64_t c = 0;
+                     for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>) {
+                       Vec<T> sum[4] = {};
+                       for (int64_t k = 0; k < count; ++k)
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) {
-              const int64_t from = at[k] + c + v * kLanes<T>;
-              sum[v] = add_where<T>(sum[v], load_tags<T>(indices + from), tags<T>(target[k]), load(args.grad_output + from));
-            }
+                         for (int v = 0; v < 4; ++v) {
+                           const int64_t from = at[k] + c + v * kLanes<T>;
+                           sum[v] = add_where<T>(sum[v], load_tags<T>(indices + from), tags<T>(target[k]),
+                                                 load(args.grad_output + from));
+                         }
 #pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) store(dx + c + v * kLanes<T>, sum[v]);
-        }
-        for (; c < s.c; c += kLanes<T>) {
-          Vec<T> sum{};
-          for (int64_t k = 0; k < count; ++k) {
-            const int64_t from = at[k] + c;
-            sum = add_where<T>(sum, load_tags<T>(indices + from, index_end), tags<T>(target[k]), load_before(args.grad_output + from, gradient_end));
-          }
-          store_before(dx + c, sum, limit);
-        }
-        if (++e == s.stride_w) e = 0, ++m;
-      }
-    }
-  });
+                       for (int v = 0; v < 4; ++v) store(dx + c + v * kLanes<T>, sum[v]);
+                     }
+                     for (; c < s.c; c += kLanes<T>) {
+                       Vec<T> sum{};
+                       for (int64_t k = 0; k < count; ++k) {
+                         const int64_t from = at[k] + c;
+                         sum = add_where<T>(sum, load_tags<T>(indices + from, index_end), tags<T>(target[k]),
+                                            load_before(args.grad_output + from, gradient_end));
+                       }
+                       store_before(dx + c, sum, limit);
+                     }
+                     if (++e == s.stride_w) e = 0, ++m;
+                   }
+                 }
+               });
 }
 
 // A group of channels of an image at a time. Sums are carried in grad_input itself, or, of bfloat16, in scratch.
@@ -210,7 +224,8 @@ template <class T, class Index> void scatter(const MaxPoolBackwardArgs<T>& args)
   const Index* indices = static_cast<const Index*>(args.indices);
   const Steps in(s.c, s.h, s.w, s.channels_last), out(s.c, s.out_h, s.out_w, s.channels_last);
   const int64_t plane = s.h * s.w;
-  const int64_t group = s.channels_last ? smaller(s.c, smaller(32, larger(1, 65536 / plane))) : 1, groups = ceil_div(s.c, group);
+  const int64_t group = s.channels_last ? smaller(s.c, smaller(32, larger(1, 65536 / plane))) : 1,
+                groups = ceil_div(s.c, group);
   const int64_t step = in_place ? in.x : group;  // between the sums of neighbouring pixels
   parallel_for(s.n * groups, grain_of(group * plane), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -232,7 +247,8 @@ template <class T, class Index> void scatter(const MaxPoolBackwardArgs<T>& args)
             if (offsets ? index >= s.kernel_h * s.kernel_w : index < 0 || index >= plane) continue;
             const int64_t y = offsets ? y0 + index / s.kernel_w * s.dilation_h : index / s.w;
             const int64_t x = offsets ? x0 + index % s.kernel_w * s.dilation_w : index % s.w;
-            if (y >= 0 && y < s.h && x >= 0 && x < s.w) sums[(y * s.w + x) * step + c] += static_cast<A>(args.grad_output[o + c]);
+            if (y >= 0 && y < s.h && x >= 0 && x < s.w)
+              sums[(y * s.w + x) * step + c] += static_cast<A>(args.grad_output[o + c]);
           }
         }
       if constexpr (!in_place)

@@ -23,7 +23,10 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 struct Steps {
   int64_t n, c, y, x;
   Steps(int64_t channels, int64_t h, int64_t w, bool channels_last)
-      : n(channels * h * w), c(channels_last ? 1 : h * w), y(channels_last ? w * channels : w), x(channels_last ? channels : 1) {}
+      : n(channels * h * w),
+        c(channels_last ? 1 : h * w),
+        y(channels_last ? w * channels : w),
+        x(channels_last ? channels : 1) {}
 };
 
 // First and last + 1 of the kernel's taps that fall inside [0, size) for a window that starts at `start`.
@@ -36,8 +39,14 @@ struct Taps {
 };
 
 // The integers beside Vec<T>: as many lanes, as wide.
-template <class T> struct tag_of { using vector = vint32; using element = int32_t; };
-template <> struct tag_of<double> { using vector = vint64; using element = int64_t; };
+template <class T> struct tag_of {
+  using vector = vint32;
+  using element = int32_t;
+};
+template <> struct tag_of<double> {
+  using vector = vint64;
+  using element = int64_t;
+};
 template <class T> using Tag = typename tag_of<T>::vector;
 template <class T> using TagElement = typename tag_of<T>::element;
 template <class T> inline Tag<T> tags(int64_t value) { return Tag<T>{} + static_cast<TagElement<T>>(value); }
@@ -48,9 +57,13 @@ template <class T> inline Tag<T> iota() {
 }
 
 // A byte a lane (64 bits a lane), and tags: bytes the compiler would convert lane by lane.
-template <class T> struct bytes_of { using type [[gnu::vector_size(kLanes<T>)]] = uint8_t; };
+template <class T> struct bytes_of {
+  using type [[gnu::vector_size(kLanes<T>)]] = uint8_t;
+};
 template <class T> using Bytes = typename bytes_of<T>::type;
-template <class T> struct longs_of { using type [[gnu::vector_size(8 * kLanes<T>)]] = int64_t; };
+template <class T> struct longs_of {
+  using type [[gnu::vector_size(8 * kLanes<T>)]] = int64_t;
+};
 template <class T> using Longs = typename longs_of<T>::type;
 template <class T> inline Tag<T> to_tags(Bytes<T> bytes) {
 #if defined(__AVX512F__)
@@ -69,7 +82,8 @@ template <class T> inline Bytes<T> to_bytes(Tag<T> tag) {
   if constexpr (sizeof(acc_t<T>) == 4) return (Bytes<T>)_mm512_cvtepi32_epi8((__m512i)tag);
 #elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
   if constexpr (sizeof(acc_t<T>) == 4) {
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)tag), _mm256_extracti128_si256((__m256i)tag, 1));
+    const __m128i words =
+        _mm_packus_epi32(_mm256_castsi256_si128((__m256i)tag), _mm256_extracti128_si256((__m256i)tag, 1));
     const int64_t low = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
     Bytes<T> bytes;
     std::memcpy(&bytes, &low, sizeof bytes);
@@ -79,7 +93,11 @@ template <class T> inline Bytes<T> to_bytes(Tag<T> tag) {
   return __builtin_convertvector(tag, Bytes<T>);
 }
 
-template <class V> inline V load_vector(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline V load_vector(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 template <class V> inline void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 // A vector at p, of which the lanes before `limit` are read or written; the others read as zero.
@@ -132,7 +150,13 @@ template <class T> struct PhasedRows {
   }
   static int64_t size(const PoolShape& s) { return s.stride_w * length_of(s); }  // of a row
   PhasedRows(const PoolShape& s, int64_t rows, A* memory, A around)
-      : w(s.w), stride(s.stride_w), pad(s.pad_w), length(length_of(s)), row_size(stride * length), data(memory), fill(around) {
+      : w(s.w),
+        stride(s.stride_w),
+        pad(s.pad_w),
+        length(length_of(s)),
+        row_size(stride * length),
+        data(memory),
+        fill(around) {
     for (int64_t i = 0; i < rows * row_size; ++i) data[i] = fill;
   }
   int64_t tap(int64_t t, int64_t dilation) const { return t * dilation % stride * length + t * dilation / stride; }
@@ -146,7 +170,8 @@ template <class T> struct PhasedRows {
       A *first = to + pad % 2 * length + pad / 2, *second = to + (pad + 1) % 2 * length + (pad + 1) / 2;
       for (int64_t i = 0; i < w; i += 2 * kLanes<T>) {
         Vec<T> even, odd;
-        part<T>(load_row(x + i, w - i, limit, around), load_row(x + i + kLanes<T>, w - i - kLanes<T>, limit, around), even, odd);
+        part<T>(load_row(x + i, w - i, limit, around), load_row(x + i + kLanes<T>, w - i - kLanes<T>, limit, around),
+                even, odd);
         store(first + i / 2, even);
         store(second + i / 2, odd);
       }
@@ -166,7 +191,8 @@ inline bool column_pairs(const PoolShape& s) {
 }
 // Whether the rows, too, are each in one window.
 inline bool tiles(const PoolShape& s) {
-  return column_pairs(s) && s.kernel_h == s.stride_h && s.pad_h == 0 && s.dilation_h == 1 && s.h == s.kernel_h * s.out_h;
+  return column_pairs(s) && s.kernel_h == s.stride_h && s.pad_h == 0 && s.dilation_h == 1 &&
+         s.h == s.kernel_h * s.out_h;
 }
 // The windows from column x on: the first and the second of each pair.
 template <class T> inline void load_pairs(const T* x, const T* limit, Vec<T>& first, Vec<T>& second) {
@@ -184,7 +210,8 @@ template <class T> inline void store_pairs(T* x, Vec<T> first, Vec<T> second, co
 struct ColumnTaps {
   int64_t *start, *tap, *shift;
   static int64_t memory(const PoolShape& s) { return s.stride_w + 1 + 2 * s.kernel_w; }
-  ColumnTaps(const PoolShape& s, int64_t* memory) : start(memory), tap(start + s.stride_w + 1), shift(tap + s.kernel_w) {
+  ColumnTaps(const PoolShape& s, int64_t* memory)
+      : start(memory), tap(start + s.stride_w + 1), shift(tap + s.kernel_w) {
     int64_t count = 0;
     for (int64_t e = 0; e < s.stride_w; ++e) {
       start[e] = count;
@@ -239,7 +266,9 @@ constexpr int64_t kStepAhead = 4;
 inline int64_t reach_of_input(const PoolShape& s) {
   return smaller(s.h, (s.kernel_h - 1) * s.dilation_h + 1 + (s.stride_h <= kStepAhead ? s.stride_h : 0));
 }
-inline int64_t reach_of_output(const PoolShape& s) { return smaller(s.out_h, (s.kernel_h - 1) * s.dilation_h / s.stride_h + 2); }
+inline int64_t reach_of_output(const PoolShape& s) {
+  return smaller(s.out_h, (s.kernel_h - 1) * s.dilation_h / s.stride_h + 2);
+}
 
 // Whether the rows that the plane kernels keep in scratch memory are of a sensible size.
 template <class T> inline bool rows_fit(const PoolShape& s) {

@@ -26,8 +26,12 @@ struct bfloat16 {
 };
 
 // The type sums are carried in: float for float and bfloat16, double for double.
-template <class T> struct accumulate_type { using type = float; };
-template <> struct accumulate_type<double> { using type = double; };
+template <class T> struct accumulate_type {
+  using type = float;
+};
+template <> struct accumulate_type<double> {
+  using type = double;
+};
 template <class T> using acc_t = typename accumulate_type<T>::type;
 
 }  // namespace dlkern

@@ -89,7 +89,9 @@ template <class S, class D>
   vfloat square[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
-    square[i] = i >= rows ? vfloat{} : columns == 16 ? load(src + i * src_row) : load_partial<S>(src + i * src_row, columns);
+    square[i] = i >= rows       ? vfloat{}
+                : columns == 16 ? load(src + i * src_row)
+                                : load_partial<S>(src + i * src_row, columns);
   transpose(square);
 #pragma GCC unroll 16
   for (int j = 0; j < 16; ++j)
@@ -113,7 +115,8 @@ inline void transpose(const S* src, int64_t src_row, int64_t rows, int64_t colum
       for (int64_t o = 0; o < outer; o += 16)
         for (int64_t n = 0; n < inner; n += 16) {
           const int64_t i = down ? n : o, j = down ? o : n;
-          const int r = static_cast<int>(rows - i < 16 ? rows - i : 16), c = static_cast<int>(columns - j < 16 ? columns - j : 16);
+          const int r = static_cast<int>(rows - i < 16 ? rows - i : 16),
+                    c = static_cast<int>(columns - j < 16 ? columns - j : 16);
           const S* from = src + i * src_row + j;
           D* to = dst + j * dst_row + i;
           if (r == 16 && c == 16)
@@ -148,7 +151,8 @@ template <class S, class D> inline void copy(const S* src, D* dst, int64_t count
   constexpr int lanes = kLanes<S>;
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) store(dst + i, load(src + i));
-  if (i < count) store_partial<D>(dst + i, load_partial<S>(src + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+  if (i < count)
+    store_partial<D>(dst + i, load_partial<S>(src + i, static_cast<int>(count - i)), static_cast<int>(count - i));
 }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

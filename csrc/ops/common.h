@@ -22,8 +22,8 @@
 
 namespace dlkern::ops {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
 
 template <class Error = std::runtime_error, class... Parts>
@@ -121,8 +121,8 @@ inline Tensor allocate(Ints size, ScalarType dtype, const Tensor& x, bool channe
     default: check(false, "dlkern: no allocation for this dtype");
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride,
-                                                  dtype_code, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride, dtype_code,
+                                                  device_type, device_index, &handle));
   Tensor result(handle);
   static const bool poison = std::getenv("DLKERN_POISON") != nullptr;
   if (poison && device_type == aoti_torch_device_type_cpu()) poison_memory(result, size, dtype);

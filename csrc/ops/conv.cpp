@@ -31,19 +31,19 @@ cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints stride, In
                                ": stride, padding and dilation must have two elements each");
   for (int i : {0, 1}) {
     check<std::invalid_argument>(stride[i] > 0 && stride[i] < kLargest, op, ": non-positive stride is not supported");
-    check<std::invalid_argument>(padding[i] >= 0 && padding[i] < kLargest, op,
-                                 ": negative padding is not supported");
+    check<std::invalid_argument>(padding[i] >= 0 && padding[i] < kLargest, op, ": negative padding is not supported");
     check<std::invalid_argument>(dilation[i] > 0 && dilation[i] < kLargest, op,
                                  ": dilation should be greater than zero");
   }
   for (int64_t size : input) check<std::invalid_argument>(size >= 0 && size < kLargest, op, ": size out of range");
-  for (int64_t size : weight) check<std::invalid_argument>(size > 0 && size < kLargest, op, ": weight size out of range");
+  for (int64_t size : weight)
+    check<std::invalid_argument>(size > 0 && size < kLargest, op, ": weight size out of range");
   check<std::invalid_argument>(input[1] > 0 && input[2] > 0 && input[3] > 0, op,
                                ": only the batch may be empty, but got input of size ", text(input));
   check<std::invalid_argument>(groups > 0, op, ": non-positive groups is not supported");
   check<std::invalid_argument>(input[1] % groups == 0 && input[1] / groups == weight[1] && weight[0] % groups == 0, op,
-                               ": Given groups=", groups, " and weight of size ", text(weight),
-                               ", input of size ", text(input), " does not fit");
+                               ": Given groups=", groups, " and weight of size ", text(weight), ", input of size ",
+                               text(input), " does not fit");
   cpu::ConvShape z{};
   z.n = input[0], z.c = input[1], z.h = input[2], z.w = input[3];
   z.k = weight[0], z.r = weight[2], z.s = weight[3];
@@ -61,8 +61,9 @@ cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints stride, In
   using Wide = __int128;
   const Wide limit = Wide{1} << 56;
   auto elements = [](int64_t a, int64_t b, int64_t c, int64_t d) { return Wide{a} * b * (Wide{c} * d); };
-  check<std::invalid_argument>(Wide{z.p} * z.q < limit && Wide{z.h} * z.w < limit && elements(z.n, z.c, z.h, z.w) < limit &&
-                                   elements(z.n, z.k, z.p, z.q) < limit && elements(z.k, weight[1], z.r, z.s) < limit,
+  check<std::invalid_argument>(Wide{z.p} * z.q < limit && Wide{z.h} * z.w < limit &&
+                                   elements(z.n, z.c, z.h, z.w) < limit && elements(z.n, z.k, z.p, z.q) < limit &&
+                                   elements(z.k, weight[1], z.r, z.s) < limit,
                                op, ": sizes too large");
   return z;
 }
@@ -91,8 +92,14 @@ Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::
   if (output.numel() == 0) return output;
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::ConvForwardArgs<T> args{z,       data<T>(x), data<T>(w), data<T>(b), mutable_data<T>(output),
-                                 is_channels_last(x), is_channels_last(w), channels_last};
+    cpu::ConvForwardArgs<T> args{z,
+                                 data<T>(x),
+                                 data<T>(w),
+                                 data<T>(b),
+                                 mutable_data<T>(output),
+                                 is_channels_last(x),
+                                 is_channels_last(w),
+                                 channels_last};
     DLKERN_CALL(conv2d_forward, args);
   });
   return output;
@@ -117,8 +124,13 @@ Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight
   if (grad_input.numel() == 0) return grad_input;
   dispatch_floating(y.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::ConvBackwardInputArgs<T> args{z, data<T>(y), data<T>(w), mutable_data<T>(grad_input), is_channels_last(y),
-                                       is_channels_last(w), channels_last};
+    cpu::ConvBackwardInputArgs<T> args{z,
+                                       data<T>(y),
+                                       data<T>(w),
+                                       mutable_data<T>(grad_input),
+                                       is_channels_last(y),
+                                       is_channels_last(w),
+                                       channels_last};
     DLKERN_CALL(conv2d_backward_input, args);
   });
   return grad_input;

@@ -34,7 +34,8 @@ struct Windows {
   Ints kernel, stride, padding, dilation;
 
   Windows(const char* op, Ints ints, size_t pairs) {
-    check<std::invalid_argument>(ints.size() == 2 * pairs, op, ": a window takes ", 2 * pairs, " ints, got ", ints.size());
+    check<std::invalid_argument>(ints.size() == 2 * pairs, op, ": a window takes ", 2 * pairs, " ints, got ",
+                                 ints.size());
     kernel = Ints(ints.data(), 2);
     stride = Ints(ints.data() + 2, 2);
     padding = Ints(ints.data() + 4, 2);
@@ -207,10 +208,8 @@ Tensor avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_size, Ints
                                 bool count_include_pad, std::optional<int64_t> divisor_override, bool channels_last) {
   const char* op = "avg_pool2d_backward";
   element_of(op, grad_output);
-  return average_backward(
-      op, grad_output,
-      pooling(op, input_size, {op, window, 3}, ceil_mode, channels_last),
-      average_rule(count_include_pad, divisor_override));
+  return average_backward(op, grad_output, pooling(op, input_size, {op, window, 3}, ceil_mode, channels_last),
+                          average_rule(count_include_pad, divisor_override));
 }
 
 constexpr cuda::AverageRule kAdaptive{true, false, 0};

@@ -56,7 +56,8 @@ Tensor linear_forward_cpu(const Tensor& input, const Tensor& weight, const std::
   check(weight.dim() == 2, "linear: weight has ", weight.dim(), " dimensions, expected 2");
   check(activation >= 0 && activation <= 3, "linear: no activation ", activation);
   const int64_t k = weight.size(1), n = weight.size(0);
-  check(input.size(input.dim() - 1) == k, "linear: input has ", input.size(input.dim() - 1), " features, weight takes ", k);
+  check(input.size(input.dim() - 1) == k, "linear: input has ", input.size(input.dim() - 1), " features, weight takes ",
+        k);
   std::optional<Tensor> b;
   if (bias) {
     check_operand("linear", "bias", *bias, input, 1);
@@ -67,8 +68,18 @@ Tensor linear_forward_cpu(const Tensor& input, const Tensor& weight, const std::
   Tensor output = allocate_with_last(input, n);
   dispatch_floating(input.scalar_type(), "linear", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::LinearArgs<T> args{x.rows, n, k, data<T>(x.tensor), x.row, x.column, data<T>(w.tensor), w.row, w.column,
-                            data<T>(b), mutable_data<T>(output), static_cast<int>(activation)};
+    cpu::LinearArgs<T> args{x.rows,
+                            n,
+                            k,
+                            data<T>(x.tensor),
+                            x.row,
+                            x.column,
+                            data<T>(w.tensor),
+                            w.row,
+                            w.column,
+                            data<T>(b),
+                            mutable_data<T>(output),
+                            static_cast<int>(activation)};
     DLKERN_CALL(linear_forward, args);
   });
   return output;
@@ -85,8 +96,16 @@ Tensor linear_backward_input_cpu(const Tensor& grad_output, const Tensor& weight
   Tensor grad_input = allocate_with_last(grad_output, k);
   dispatch_floating(grad_output.scalar_type(), "linear_backward_input", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::LinearBackwardInputArgs<T> args{g.rows, n, k, data<T>(g.tensor), g.row, g.column,
-                                         data<T>(w.tensor), w.row, w.column, mutable_data<T>(grad_input)};
+    cpu::LinearBackwardInputArgs<T> args{g.rows,
+                                         n,
+                                         k,
+                                         data<T>(g.tensor),
+                                         g.row,
+                                         g.column,
+                                         data<T>(w.tensor),
+                                         w.row,
+                                         w.column,
+                                         mutable_data<T>(grad_input)};
     DLKERN_CALL(linear_backward_input, args);
   });
   return grad_input;
@@ -104,8 +123,16 @@ std::tuple<Tensor, Tensor> linear_backward_weight_cpu(const Tensor& grad_output,
   Tensor grad_bias = allocate({bias ? n : 0}, input.scalar_type(), input);
   dispatch_floating(input.scalar_type(), "linear_backward_weight", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::LinearBackwardWeightArgs<T> args{g.rows, n, k, data<T>(g.tensor), g.row, g.column,
-                                          data<T>(x.tensor), x.row, x.column, mutable_data<T>(grad_weight),
+    cpu::LinearBackwardWeightArgs<T> args{g.rows,
+                                          n,
+                                          k,
+                                          data<T>(g.tensor),
+                                          g.row,
+                                          g.column,
+                                          data<T>(x.tensor),
+                                          x.row,
+                                          x.column,
+                                          mutable_data<T>(grad_weight),
                                           bias ? mutable_data<T>(grad_bias) : nullptr};
     DLKERN_CALL(linear_backward_weight, args);
   });
@@ -116,8 +143,7 @@ Tensor activation_backward_cpu(const Tensor& grad_output, const Tensor& output, 
   check_operand("activation_backward", "grad_output", grad_output, grad_output, 0);
   check_operand("activation_backward", "output", output, grad_output, 0);
   check(activation >= 0 && activation <= 3, "activation_backward: no activation ", activation);
-  check(same_sizes(grad_output.sizes(), output.sizes()),
-        "activation_backward: grad_output and output differ in size");
+  check(same_sizes(grad_output.sizes(), output.sizes()), "activation_backward: grad_output and output differ in size");
   const Tensor g = torch::stable::contiguous(grad_output), y = torch::stable::contiguous(output);
   Tensor grad_input = allocate(g.sizes(), g.scalar_type(), g);
   dispatch_floating(g.scalar_type(), "activation_backward", [&](auto* type) {

@@ -25,8 +25,8 @@ Checked checked(const char* op, const Tensor& input, const Tensor& target, const
   for (int64_t d = 0; d < target.dim(); ++d)
     check(target.size(d) == input.size(d == 0 ? 0 : d + 1), op, ": size ", d, " of target does not fit input");
   check<std::invalid_argument>(reduction >= 0 && reduction <= 2, op, ": no reduction ", reduction);
-  check(label_smoothing >= 0.0 && label_smoothing <= 1.0, "label_smoothing must be between 0.0 and 1.0. Got: ",
-        label_smoothing);
+  check(label_smoothing >= 0.0 && label_smoothing <= 1.0,
+        "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
   const int64_t classes = input.size(1);
   Checked result{{}, input, dense(target), std::nullopt, false};
   if (weight) {
@@ -37,7 +37,8 @@ Checked checked(const char* op, const Tensor& input, const Tensor& target, const
   }
   const int64_t* t = data<int64_t>(result.target);
   for (int64_t i = 0; i < result.target.numel(); ++i)
-    check<std::out_of_range>((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, "Target ", t[i], " is out of bounds.");
+    check<std::out_of_range>((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, "Target ", t[i],
+                             " is out of bounds.");
   result.channels_last = suggests_channels_last(input);
   const Layout layout = layout_of(input);
   if (result.channels_last ? layout != Layout::channels_last : layout != Layout::contiguous)
@@ -72,9 +73,17 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& input
   dispatch_floating(input.scalar_type(), "cross_entropy", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     auto* halves = mutable_data<acc_t<T>>(lse);
-    cpu::CrossEntropyArgs<T> args{c.shape, data<T>(c.input), data<int64_t>(c.target), data<T>(c.weight),
-                                  static_cast<int>(reduction), ignore_index, label_smoothing, mutable_data<T>(loss),
-                                  halves, halves + target.numel(), mutable_data<acc_t<T>>(total_weight)};
+    cpu::CrossEntropyArgs<T> args{c.shape,
+                                  data<T>(c.input),
+                                  data<int64_t>(c.target),
+                                  data<T>(c.weight),
+                                  static_cast<int>(reduction),
+                                  ignore_index,
+                                  label_smoothing,
+                                  mutable_data<T>(loss),
+                                  halves,
+                                  halves + target.numel(),
+                                  mutable_data<acc_t<T>>(total_weight)};
     DLKERN_CALL(cross_entropy_forward, args);
   });
   return {loss, lse, total_weight};
@@ -86,9 +95,12 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, 
   const char* op = "cross_entropy_backward";
   const Checked c = checked(op, input, target, weight, reduction, ignore_index, label_smoothing);
   const ScalarType accumulate = accumulate_type(input);
-  check(grad_loss.is_cpu() && grad_loss.scalar_type() == input.scalar_type(), op, ": grad_loss differs in dtype or device");
-  check(grad_loss.numel() == (reduction == 0 ? target.numel() : 1), op, ": grad_loss has ", grad_loss.numel(), " elements");
-  check(lse.is_cpu() && lse.scalar_type() == accumulate && lse.numel() == 2 * target.numel(), op, ": lse does not fit input");
+  check(grad_loss.is_cpu() && grad_loss.scalar_type() == input.scalar_type(), op,
+        ": grad_loss differs in dtype or device");
+  check(grad_loss.numel() == (reduction == 0 ? target.numel() : 1), op, ": grad_loss has ", grad_loss.numel(),
+        " elements");
+  check(lse.is_cpu() && lse.scalar_type() == accumulate && lse.numel() == 2 * target.numel(), op,
+        ": lse does not fit input");
   check(total_weight.is_cpu() && total_weight.scalar_type() == accumulate && total_weight.numel() == 1, op,
         ": total_weight does not fit input");
   const Tensor grad = dense(grad_loss), halves_tensor = dense(lse);
@@ -96,10 +108,18 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, 
   dispatch_floating(input.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* halves = data<acc_t<T>>(halves_tensor);
-    cpu::CrossEntropyBackwardArgs<T> args{c.shape, data<T>(grad), data<T>(c.input), data<int64_t>(c.target),
-                                          data<T>(c.weight), halves, halves + target.numel(),
-                                          data<acc_t<T>>(total_weight), static_cast<int>(reduction), ignore_index,
-                                          label_smoothing, mutable_data<T>(grad_input)};
+    cpu::CrossEntropyBackwardArgs<T> args{c.shape,
+                                          data<T>(grad),
+                                          data<T>(c.input),
+                                          data<int64_t>(c.target),
+                                          data<T>(c.weight),
+                                          halves,
+                                          halves + target.numel(),
+                                          data<acc_t<T>>(total_weight),
+                                          static_cast<int>(reduction),
+                                          ignore_index,
+                                          label_smoothing,
+                                          mutable_data<T>(grad_input)};
     DLKERN_CALL(cross_entropy_backward, args);
   });
   return grad_input;

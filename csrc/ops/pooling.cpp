@@ -34,7 +34,8 @@ struct Window {
   Ints kernel, stride, pad, dilation;
 
   Window(const char* op, Ints ints, size_t pairs) {
-    check<std::invalid_argument>(ints.size() == 2 * pairs, op, ": a window takes ", 2 * pairs, " ints, got ", ints.size());
+    check<std::invalid_argument>(ints.size() == 2 * pairs, op, ": a window takes ", 2 * pairs, " ints, got ",
+                                 ints.size());
     kernel = Ints(ints.data(), 2);
     stride = Ints(ints.data() + 2, 2);
     pad = Ints(ints.data() + 4, 2);
@@ -58,10 +59,12 @@ PoolShape pool_shape(const char* op, Ints size, const Window& window, bool ceil_
     check(p[i] >= 0, "pad must be non-negative, but got pad: ", p[i]);
     check(2 * p[i] <= k[i], "pad should be at most half of effective kernel size, but got pad=", p[i],
           ", kernel_size=", k[i], " and dilation=", d[i]);
-    check(size[i + 2] > 0 && size[i + 2] < kLargest, op, ": expected rows and columns, got [", size[2], ", ", size[3], "]");
+    check(size[i + 2] > 0 && size[i + 2] < kLargest, op, ": expected rows and columns, got [", size[2], ", ", size[3],
+          "]");
   }
   check(size[0] >= 0 && size[1] > 0, op, ": expected at least one channel, got [", size[0], ", ", size[1], ", ...]");
-  PoolShape shape{size[0], size[1], size[2], size[3], 0, 0, k[0], k[1], s[0], s[1], p[0], p[1], d[0], d[1], channels_last};
+  PoolShape shape{size[0], size[1], size[2], size[3], 0,    0,    k[0],         k[1],
+                  s[0],    s[1],    p[0],    p[1],    d[0], d[1], channels_last};
   shape.out_h = output_size(size[2], k[0], s[0], p[0], d[0], ceil_mode);
   shape.out_w = output_size(size[3], k[1], s[1], p[1], d[1], ceil_mode);
   check(shape.out_h > 0 && shape.out_w > 0, "Given input size: (", size[1], "x", size[2], "x", size[3],
@@ -96,9 +99,9 @@ std::tuple<Tensor, Tensor> max_pool2d_forward_cpu(const Tensor& input, Ints wind
                                ": a window of more than 256 elements needs int64 indices");
   const Tensor x = ordered(input, channels_last);
   Tensor output = allocate(pooled_size(shape), x.scalar_type(), x, channels_last);
-  Tensor winners = indices == 0 ? allocate({0}, ScalarType::Byte, x)
-                                : allocate(pooled_size(shape), indices == 1 ? ScalarType::Byte : ScalarType::Long, x,
-                                           channels_last);
+  Tensor winners =
+      indices == 0 ? allocate({0}, ScalarType::Byte, x)
+                   : allocate(pooled_size(shape), indices == 1 ? ScalarType::Byte : ScalarType::Long, x, channels_last);
   if (output.numel() == 0) return {output, winners};
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -149,7 +152,8 @@ Tensor avg_pool2d_forward_cpu(const Tensor& input, Ints window, bool ceil_mode, 
   if (output.numel() == 0) return output;
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::AvgPoolArgs<T> args{shape, count_include_pad, divisor_override.value_or(0), data<T>(x), mutable_data<T>(output)};
+    cpu::AvgPoolArgs<T> args{shape, count_include_pad, divisor_override.value_or(0), data<T>(x),
+                             mutable_data<T>(output)};
     DLKERN_CALL(avg_pool2d_forward, args);
   });
   return output;
@@ -167,7 +171,8 @@ Tensor avg_pool2d_backward_cpu(const Tensor& grad_output, Ints size, Ints window
   if (grad_input.numel() == 0) return grad_input;
   dispatch_floating(g.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::AvgPoolArgs<T> args{shape, count_include_pad, divisor_override.value_or(0), data<T>(g), mutable_data<T>(grad_input)};
+    cpu::AvgPoolArgs<T> args{shape, count_include_pad, divisor_override.value_or(0), data<T>(g),
+                             mutable_data<T>(grad_input)};
     DLKERN_CALL(avg_pool2d_backward, args);
   });
   return grad_input;
@@ -177,11 +182,12 @@ PoolShape adaptive_shape(const char* op, Ints size, Ints output, bool channels_l
   check<std::invalid_argument>(size.size() == 4, op, ": expected a 4-D tensor, got ", size.size(), " dimensions");
   check<std::invalid_argument>(output.size() == 2, op, ": output_size must be 2");
   for (int i : {0, 1}) {
-    check(output[i] >= 0 && output[i] < kLargest, op, ": elements of output_size must be greater than or equal to 0 but received {",
-          output[0], ", ", output[1], "}");
+    check(output[i] >= 0 && output[i] < kLargest, op,
+          ": elements of output_size must be greater than or equal to 0 but received {", output[0], ", ", output[1],
+          "}");
     check(size[i] >= 0 && size[i + 2] > 0 && size[i + 2] < kLargest, op,
-          ": Expected input to have non-zero size for non-batch dimensions, got [", size[0], ", ", size[1], ", ", size[2],
-          ", ", size[3], "]");
+          ": Expected input to have non-zero size for non-batch dimensions, got [", size[0], ", ", size[1], ", ",
+          size[2], ", ", size[3], "]");
   }
   PoolShape shape{};
   shape.n = size[0];

@@ -12,13 +12,13 @@ namespace dlkern::test {
 
 inline int failures = 0;
 
-#define CHECK(condition, ...)                                       \
-  do {                                                              \
-    if (!(condition) && ++dlkern::test::failures <= 20) {           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);   \
-      std::printf(__VA_ARGS__);                                     \
-      std::printf("\n");                                            \
-    }                                                               \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition) && ++dlkern::test::failures <= 20) {         \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 constexpr int kSkipped = 77;

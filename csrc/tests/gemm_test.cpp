@@ -43,8 +43,10 @@ template <class T> struct Operand {
 template <class T> static Operand<T> operand(int64_t rows, int64_t columns, Random& random) {
   const int64_t gap = random.one_of({int64_t{0}, int64_t{0}, int64_t{1}, int64_t{5}});
   switch (random.below(5)) {
-    case 0: case 1: return {rows, columns, columns + gap, 1, random};
-    case 2: case 3: return {rows, columns, 1, rows + gap, random};
+    case 0:
+    case 1: return {rows, columns, columns + gap, 1, random};
+    case 2:
+    case 3: return {rows, columns, 1, rows + gap, random};
     default: return {rows, columns, 2 * columns + gap, 2, random};
   }
 }
@@ -87,7 +89,8 @@ template <class T> static void one_product(Random& random) {
     for (int64_t j = 0; j < c_row && i * c_row + j < c_count; ++j) {
       const double old = before[static_cast<size_t>(i * c_row + j)], got = static_cast<acc_t<T>>(c[i * c_row + j]);
       if (j >= n) {
-        CHECK(got == old, "m %ld n %ld k %ld: wrote between the rows of C, (%ld, %ld)", long(m), long(n), long(k), long(i), long(j));
+        CHECK(got == old, "m %ld n %ld k %ld: wrote between the rows of C, (%ld, %ld)", long(m), long(n), long(k),
+              long(i), long(j));
         continue;
       }
       double exact = accumulate ? old : 0, size = std::fabs(exact);
@@ -104,8 +107,10 @@ template <class T> static void one_product(Random& random) {
       double bound = roundings / (1 - roundings) * size;
       if (sizeof(T) == 8) bound *= 2;  // the loop it is compared with rounds as much
       if (sizeof(T) == 2) bound += kStorageUnit * (std::fabs(exact) + bound);
-      CHECK(std::fabs(got - exact) <= bound, "m %ld n %ld k %ld strides %ld %ld %ld %ld accumulate %d: (%ld, %ld) is %.9g, not %.9g",
-            long(m), long(n), long(k), long(a.row), long(a.column), long(b.row), long(b.column), accumulate, long(i), long(j), got, exact);
+      CHECK(std::fabs(got - exact) <= bound,
+            "m %ld n %ld k %ld strides %ld %ld %ld %ld accumulate %d: (%ld, %ld) is %.9g, not %.9g", long(m), long(n),
+            long(k), long(a.row), long(a.column), long(b.row), long(b.column), accumulate, long(i), long(j), got,
+            exact);
     }
 }
 

@@ -73,7 +73,8 @@ template <class T> static void partial_loads_and_stores() {
     Guarded<T> from(count), to(count);
     for (int i = 0; i < count; ++i) from[i] = static_cast<T>(static_cast<acc_t<T>>(i + 1));
     const Vec<T> v = count == lanes ? simd::load(from.data()) : simd::load_partial<T>(from.data(), count);
-    for (int i = 0; i < lanes; ++i) CHECK(v[i] == (i < count ? i + 1 : 0), "load of %d: lane %d is %g", count, i, double(v[i]));
+    for (int i = 0; i < lanes; ++i)
+      CHECK(v[i] == (i < count ? i + 1 : 0), "load of %d: lane %d is %g", count, i, double(v[i]));
     if (count == lanes)
       simd::store(to.data(), v);
     else
@@ -83,8 +84,10 @@ template <class T> static void partial_loads_and_stores() {
   for (int count = 1; count <= kLanes<double>; ++count) {
     Guarded<T> from(count);
     for (int i = 0; i < count; ++i) from[i] = static_cast<T>(static_cast<acc_t<T>>(i + 1));
-    const auto v = count == kLanes<double> ? simd::load_wide(from.data()) : simd::load_wide_partial<T>(from.data(), count);
-    for (int i = 0; i < kLanes<double>; ++i) CHECK(v[i] == (i < count ? i + 1 : 0), "wide load of %d: lane %d", count, i);
+    const auto v =
+        count == kLanes<double> ? simd::load_wide(from.data()) : simd::load_wide_partial<T>(from.data(), count);
+    for (int i = 0; i < kLanes<double>; ++i)
+      CHECK(v[i] == (i < count ? i + 1 : 0), "wide load of %d: lane %d", count, i);
   }
 }
 
@@ -137,12 +140,14 @@ template <class S, class D> static void matrix_transpose() {
       Guarded<S> source((rows - 1) * source_row + columns);
       Guarded<D> target((columns - 1) * target_row + rows);
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) source[i * source_row + j] = static_cast<S>(static_cast<acc_t<S>>(i * 8 + j % 8));
+        for (int64_t j = 0; j < columns; ++j)
+          source[i * source_row + j] = static_cast<S>(static_cast<acc_t<S>>(i * 8 + j % 8));
       for (int64_t i = 0; i < (columns - 1) * target_row + rows; ++i) target[i] = static_cast<D>(acc_t<D>(-1));
       simd::transpose(source.data(), source_row, rows, columns, target.data(), target_row);
       for (int64_t j = 0; j < columns; ++j)
         for (int64_t i = 0; i < (j + 1 < columns ? target_row : rows); ++i)
-          CHECK(static_cast<acc_t<D>>(target[j * target_row + i]) == (i < rows ? static_cast<acc_t<D>>(i * 8 + j % 8) : -1),
+          CHECK(static_cast<acc_t<D>>(target[j * target_row + i]) ==
+                    (i < rows ? static_cast<acc_t<D>>(i * 8 + j % 8) : -1),
                 "%ld x %ld: element (%ld, %ld)", long(rows), long(columns), long(j), long(i));
     }
 }

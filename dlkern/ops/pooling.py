@@ -46,7 +46,10 @@ def _empty(size, like, channels_last, dtype=None):
 
 
 def _pooled(input, window, ceil_mode):
-    extents = [output_size(input.shape[2 + i], *window[i::2], ceil_mode) for i in (0, 1)]
+    extents = []
+    for i in (0, 1):
+        kernel_size, stride, padding, dilation = window[i::2]
+        extents.append(output_size(input.shape[2 + i], kernel_size, stride, padding, dilation, ceil_mode))
     return [input.shape[0], input.shape[1], *extents]
 
 
