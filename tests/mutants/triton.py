@@ -50,6 +50,6 @@ MUTANTS = [
     _mutant("batch_norm", "g = g - mean_g[None, :] - ", "g = g - ", "test_float32 and batch_norm"),
     # loss: the running maximum, the ignored targets, the share of the smoothed target
     _mutant("loss", "total = total * tl.exp(most - shift) + ", "total = total + ", "several_tiles"),
-    _mutant("loss", "& (target != ignore_index)", "", "test_float32 and cross_entropy"),
+    _mutant("loss", "(position < POSITIONS) & (target != ignore_index)", "position < POSITIONS", "test_float32 and cross_entropy"),
     _mutant("loss", "soft = grad * (smoothing / C).to(ACC)", "soft = grad * smoothing.to(ACC)", "test_float32 and smoothed"),
 ]
