@@ -12,14 +12,6 @@ struct NormShape {
   bool channels_last;
 };
 
-// A call is cut into this many pieces where the cut is over rows, and needs this many doubles of scratch memory:
-// the pieces' sums and the constants of each channel.
-inline int64_t batch_norm_parts(const NormShape& s, int64_t threads) {
-  const int64_t most = s.n * s.c * s.inner / 16384 + 1;  // below that many elements a thread costs more than it gives
-  return most < threads ? most : threads;
-}
-inline int64_t batch_norm_scratch(const NormShape& s, int64_t threads) { return s.c * (2 * batch_norm_parts(s, threads) + 4); }
-
 // mean, var (biased) and invstd of each channel, then output = activation((input - mean) * invstd * weight + bias +
 // residual). With train = false, mean and invstd are given. Pointers to residual, weight and bias may be null.
 template <class T> struct BatchNormArgs {
@@ -35,7 +27,6 @@ template <class T> struct BatchNormArgs {
   bool train;
   int activation;  // activation.h
   T* output;
-  double* scratch;
 };
 // output may be null without an activation, weight always, grad_residual where it is not wanted.
 template <class T> struct BatchNormBackwardArgs {
@@ -52,7 +43,6 @@ template <class T> struct BatchNormBackwardArgs {
   acc_t<T>* grad_weight;
   acc_t<T>* grad_bias;
   T* grad_residual;
-  double* scratch;
 };
 
 #define DLKERN_DECLARE_BATCH_NORM(T)                                    \

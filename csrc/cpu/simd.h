@@ -75,6 +75,14 @@ inline vdouble widen(vfloat_half v) {
   return __builtin_convertvector(v, vdouble);
 #endif
 }
+inline vdouble widen(vdouble v) { return v; }
+#if defined(__AVX512F__)
+inline vfloat_half low_half(vfloat v) { return (vfloat_half)_mm512_castps512_ps256((__m512)v); }
+inline vfloat_half high_half(vfloat v) { return (vfloat_half)_mm512_extractf32x8_ps((__m512)v, 1); }
+#else
+inline vfloat_half low_half(vfloat v) { vfloat_half h; std::memcpy(&h, &v, sizeof h); return h; }
+inline vfloat_half high_half(vfloat v) { vfloat_half h[2]; std::memcpy(h, &v, sizeof h); return h[1]; }
+#endif
 inline vdouble load_wide(const float* p) {
   vfloat_half v;
   std::memcpy(&v, p, sizeof v);
@@ -98,6 +106,25 @@ inline void store(bfloat16* p, vfloat v) {
   vuint16_half h = __builtin_convertvector(rounded, vuint16_half);
   std::memcpy(p, &h, sizeof h);
 }
+
+// Whether a store past the caches exists; stream() is that store, to a multiple of the stored bytes; order it by fence().
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+inline void stream(float* p, vfloat v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream(double* p, vdouble v) { _mm512_stream_pd(p, (__m512d)v); }
+inline void stream(bfloat16* p, vfloat v) {
+  bfloat16 some[kLanes<bfloat16>];
+  store(some, v);
+  __m256i bits;
+  std::memcpy(&bits, some, sizeof bits);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+inline void fence() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+template <class T> inline void stream(T* p, Vec<T> v) { store(p, v); }
+inline void fence() {}
+#endif
 
 // The first `count` lanes only (0 < count <= lanes); the others read as zero and are not written.
 template <class T> inline Vec<T> load_partial(const T* p, int count) {

@@ -93,10 +93,6 @@ void check_one_dtype(const char* op, const std::optional<Tensor>& a, const std::
   check(!a || !b || a->scalar_type() == b->scalar_type(), op, ": parameters and running statistics differ in dtype");
 }
 
-std::vector<double> scratch_for(const NormShape& shape) {
-  return std::vector<double>(static_cast<size_t>(cpu::batch_norm_scratch(shape, cpu::num_threads())));
-}
-
 template <class A> const A* pointer(const std::vector<A>& values) { return values.empty() ? nullptr : values.data(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
@@ -131,9 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
     using A = acc_t<T>;
     if (output.numel() > 0) {
       const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
-      auto scratch = scratch_for(shape);
       cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), mean.data(), invstd.data(), var.data(), eps, true,
-                                 static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
+                                 static_cast<int>(activation), mutable_data<T>(output)};
       DLKERN_CALL(batch_norm_forward, args);
     }
   });
@@ -193,8 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
     const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
-    auto scratch = scratch_for(shape);
-    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, nullptr, eps, false, static_cast<int>(activation), mutable_data<T>(output), scratch.data()};
+    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, nullptr, eps, false, static_cast<int>(activation), mutable_data<T>(output)};
     DLKERN_CALL(batch_norm_forward, args);
   });
   return {output, mean, invstd};
@@ -235,10 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
     A* sum_weight = sums.data();
     A* sum_bias = sum_weight + shape.c;
     if (x.numel() > 0) {
-      auto scratch = scratch_for(shape);
       cpu::BatchNormBackwardArgs<T> args{shape, data<T>(g), data<T>(x), data<T>(y), pointer(w), m.data(), s.data(), train,
                                          static_cast<int>(activation), mutable_data<T>(grad_input), sum_weight,
-                                         sum_bias, residual ? mutable_data<T>(grad_residual) : nullptr, scratch.data()};
+                                         sum_bias, residual ? mutable_data<T>(grad_residual) : nullptr};
       DLKERN_CALL(batch_norm_backward, args);
     }
     const ScalarType dtype = weight ? weight->scalar_type() : accumulated;

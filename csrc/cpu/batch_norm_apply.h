@@ -1,0 +1,102 @@
+// The last pass of batch norm over memory: each element from the streams and four constants of its channel, over
+// consecutive elements of one channel (apply_segment) or over rows of channels (apply_rows).
+#pragma once
+#include <cstdint>
+
+#include "activation.h"
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+constexpr int kApplyRows = 8;  // rows that share a load of the constants
+
+// `at` is the element's position, k the constants.
+template <class T, int activation> struct ApplyForward {
+  const T* input;
+  const T* residual;  // or null
+  T* output;
+  int streams() const { return residual ? 3 : 2; }
+  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[4], Load&& load_at, Store&& store_at) const {
+    const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
+    V y = centred * k[1] + (centred * k[3] + k[2]);
+    if (residual) y += load_at(residual + at);
+    store_at(output + at, activate(y, activation));
+  }
+};
+template <class T, int activation, bool train> struct ApplyBackward {
+  const T* grad_output;
+  const T* input;
+  const T* output;  // read where there is an activation
+  T* grad_input;
+  T* grad_residual;  // or null
+  int streams() const { return 2 + (activation != kNone) + train + (grad_residual != nullptr); }
+  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[4], Load&& load_at, Store&& store_at) const {
+    V g = load_at(grad_output + at);
+    if constexpr (activation != kNone) g = activation_backward(g, load_at(output + at), activation);
+    if (grad_residual) store_at(grad_residual + at, g);
+    if constexpr (train)
+      g = (g - k[2] - (load_at(input + at) - k[0]) * k[3]) * k[1];  // k: mean, scale, mean of g, slope
+    else
+      g = g * k[1] + g * k[2];  // k: -, scale, what rounding it lost (torch multiplies in double here)
+    store_at(grad_input + at, g);
+  }
+};
+
+// Results of more bytes than the caches hold are stored past them, where addresses allow: `past` is then the bits of an
+// address that must be zero, else all.
+template <class T> inline uintptr_t past_caches(bool wanted) { return kStreams && wanted ? sizeof(T) * kLanes<T> - 1 : ~uintptr_t{0}; }
+template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
+  if (kStreams && (reinterpret_cast<uintptr_t>(p) & past) == 0)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count, const acc_t<T>* constants, uintptr_t past) {
+  const Apply apply = shared;  // a copy that no store can change
+  Vec<T> k[4];
+#pragma GCC unroll 8
+  for (int m = 0; m < 4; ++m) k[m] = broadcast<T>(constants[m]);
+  const int64_t end = i + count;
+  for (; i + kLanes<T> <= end; i += kLanes<T>)
+    apply(i, k, [](const T* p) { return load(p); }, [past](T* p, Vec<T> v) { store_by(past, p, v); });
+  if (i < end) {
+    const int lanes = static_cast<int>(end - i);
+    apply(i, k, [lanes](const T* p) { return load_partial<T>(p, lanes); }, [lanes](T* p, Vec<T> v) { store_partial<T>(p, v, lanes); });
+  }
+}
+
+// `rows` rows of `width` columns from element `begin` on, `stride` elements apart; constants is [4][constants_apart].
+template <class T, class Apply>
+inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, int64_t stride, int64_t width, const acc_t<T>* constants,
+                            int64_t constants_apart, uintptr_t past) {
+  constexpr int step = kLanes<T>, tile = kVectorBytes == 64 ? 4 : 2;  // times four constants in registers
+  const Apply apply = shared;
+  auto columns = [&]<int vectors>(int64_t j, int64_t first, int64_t last, auto&& load_at, auto&& store_at) __attribute__((always_inline)) {
+    Vec<T> k[vectors][4];
+#pragma GCC unroll 8
+    for (int u = 0; u < vectors; ++u)
+#pragma GCC unroll 8
+      for (int m = 0; m < 4; ++m) k[u][m] = load(constants + m * constants_apart + j + u * step);
+    for (int64_t r = first; r < last; ++r)
+#pragma GCC unroll 8
+      for (int u = 0; u < vectors; ++u) apply(begin + r * stride + j + u * step, k[u], load_at, store_at);
+  };
+  auto load_whole = [](const T* p) { return load(p); };
+  auto store_whole = [past](T* p, Vec<T> v) { store_by(past, p, v); };
+  const int64_t block = width <= tile * step ? rows : kApplyRows;
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t last = first + block < rows ? first + block : rows;
+    int64_t j = 0;
+    for (; j + tile * step <= width; j += tile * step)
+      columns.template operator()<tile>(j, first, last, load_whole, store_whole);
+    for (; j + step <= width; j += step) columns.template operator()<1>(j, first, last, load_whole, store_whole);
+    if (j < width) {
+      const int lanes = static_cast<int>(width - j);
+      columns.template operator()<1>(j, first, last, [lanes](const T* p) { return load_partial<T>(p, lanes); },
+              [lanes](T* p, Vec<T> v) { store_partial<T>(p, v, lanes); });
+    }
+  }
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA
