@@ -32,7 +32,7 @@ struct Total {
   double centre = 0, first = 0, second = 0;
 };
 
-// One direction's arithmetic. Rule, Sums and Again (the sums where !good(total)) say how to sum; `summed` whether to,
+// One direction's arithmetic. Rule, Sums and Again (the sums where few() or !good(total)) say how to sum; `summed` whether to,
 // `apply_waits` whether the second pass needs the totals; centre(channel) is subtracted before summing; results() writes
 // what a channel returns, constants() what its apply pass needs.
 template <class T, int activation> struct ForwardJob {
@@ -57,6 +57,8 @@ template <class T, int activation> struct ForwardJob {
     }
     return finite_or_zero((((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) / 8);
   }
+  // Of few elements the rounding errors of floats do not average out.
+  bool few() const { return count < 512; }
   // Sums of floats do where nothing overflowed, underflowed or cancelled. A sum of exactly zero is a constant channel,
   // or one whose variance is nothing beside eps.
   bool good(const Total& t) const {
@@ -99,6 +101,7 @@ template <class T, int activation, bool train> struct BackwardJob {
     if constexpr (activation != kNone) streams.at[2] = a.output;
   }
   double centre(int64_t c) const { return static_cast<double>(args.mean[c]); }
+  bool few() const { return false; }
   bool good(const Total&) const { return true; }
   void results(int64_t c, const Total& t) const {
     args.grad_bias[c] = static_cast<acc_t<T>>(t.first);
@@ -141,8 +144,9 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
         job.constants(c, Total{}, k);
         for (int64_t n = 0; n < s.n; ++n) apply(n);
       } else if (job.apply_waits) {
-        Total found = sum_all(typename Job::template Sums<4>{});
-        if (!job.good(found)) found = sum_all(typename Job::template Again<4>{});
+        Total found;
+        if (!job.few()) found = sum_all(typename Job::template Sums<4>{});
+        if (job.few() || !job.good(found)) found = sum_all(typename Job::template Again<4>{});
         job.results(c, found);
         job.constants(c, found, k);
         for (int64_t n = s.n - 1; n >= 0; --n) apply(n);
@@ -324,7 +328,11 @@ template <class T, class Layout, class Job> struct Parts {
   }
 };
 template <class T, class Layout, class Job> void in_parts(const Layout& layout, const Job& job, int64_t parts) {
-  Parts<T, Layout, Job>{layout, job, smaller(parts, layout.units)}.template run<Job::template Sums, Job::template Again>();
+  Parts<T, Layout, Job> cut{layout, job, smaller(parts, layout.units)};
+  if (job.few())
+    cut.template run<Job::template Again, Job::template Again>();
+  else
+    cut.template run<Job::template Sums, Job::template Again>();
 }
 
 template <class T, class Job> void run(const NormShape& s, const Job& job) {

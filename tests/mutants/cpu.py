@@ -166,3 +166,27 @@ MUTANTS += [
          new='          for (int64_t i = 0; i < elements * lanes; ++i) total[i] = sums[i];',
          tests=["tests/test_conv.py", "-k", "exact_on_integers and (groups)"], build="native"),
 ]
+
+_NORM, _NORM_SUMS, _NORM_APPLY = "csrc/cpu/batch_norm.cpp", "csrc/cpu/batch_norm_sums.h", "csrc/cpu/batch_norm_apply.h"
+
+
+def _norm(file, old, new, selection):
+    return dict(file=file, old=old, new=new, tests=["tests/test_batch_norm.py", "-k", selection], build="native")
+
+
+MUTANTS += [
+    # Forward: the centre not put back, a tail of a row left in, float sums where they do not do, a half of a vector twice.
+    _norm(_NORM, "args.mean[c] = t.centre + mean;", "args.mean[c] = mean;", "mean_much_larger"),
+    _norm(_NORM_SUMS, "        if (lanes < step) Rule::leave_out(v, c[u], lanes);\n", "", "sizes_around"),
+    _norm(_NORM, "      if (!good) {", "      if (false) {", "huge"),
+    _norm(_NORM_SUMS, "    wide[1] += widen(high_half(p[0]));", "    wide[1] += widen(low_half(p[0]));", "against_numpy"),
+    # Backward: the mean left in, the mean of the gradient not taken out, a scale squared.
+    _norm(_NORM_SUMS, "sums.add(u, g, v[1] - mean);", "sums.add(u, g, v[1]);", "mean_much_larger"),
+    _norm(_NORM_APPLY, "g = (g - k[2] - (load", "g = (g - (load", "against_numpy"),
+    _norm(_NORM_APPLY, "g = g * k[1] + g * k[2];", "g = g * k[1] * k[1];", "frozen_backward"),
+    # Fused: a residual's first element, its gradient, and the sums' gradient before the activation.
+    _norm(_NORM_APPLY, "if (residual) y +=", "if (residual && at > 0) y +=", "fused_is"),
+    _norm(_NORM_APPLY, "if (grad_residual) store_at(grad_residual + at, g);",
+          "if (grad_residual) store_at(grad_residual + at, load_at(grad_output + at));", "fused_is"),
+    _norm(_NORM_SUMS, "activation_backward(v[0], v[kStreams - 1], activation)", "v[0]", "fused_is"),
+]
