@@ -3,8 +3,8 @@
 // over memory, so that it starts where the caches are warm.
 // Planes: each thread does both passes of a channel while it is in cache. Rows, and planes of few channels: all threads
 // sum their share of the positions, the shares are added in a fixed order, and all threads apply.
-// Sums are of x - s, s the mean of eight elements, in floats; where those turn out not to do (an overflow, a variance
-// that is small beside s) they are taken again in doubles.
+// Sums are of x - s, s the mean of eight elements, in doubles; for bfloat16 in floats, and where those turn out not to do
+// (an overflow, a variance that is small beside s) again in doubles.
 // Floors (S = bytes of the input): train forward 3 S, 2 S where a channel stays in cache; eval 2 S; backward 5 S or 3 S.
 #include "batch_norm.h"
 
@@ -32,14 +32,18 @@ struct Total {
   double centre = 0, first = 0, second = 0;
 };
 
+template <class T> constexpr bool kShortSums = sizeof(T) < sizeof(float);
+template <class T, int unroll> using SumsOf =
+    std::conditional_t<kShortSums<T>, ShortSums<unroll>,
+                       std::conditional_t<sizeof(T) == sizeof(float), WideSums<unroll>, ExactSums<unroll>>>;
+
 // One direction's arithmetic. Rule, Sums and Again (the sums where few() or !good(total)) say how to sum; `summed` whether to,
 // `apply_waits` whether the second pass needs the totals; centre(channel) is subtracted before summing; results() writes
 // what a channel returns, constants() what its apply pass needs.
 template <class T, int activation> struct ForwardJob {
   using Rule = Deviation;
-  static constexpr bool kExact = sizeof(T) == sizeof(double);
-  template <int unroll> using Sums = std::conditional_t<kExact, ExactSums<unroll>, ShortSums<unroll>>;
-  template <int unroll> using Again = std::conditional_t<kExact, ExactSums<unroll>, WideSums<unroll, double>>;
+  template <int unroll> using Sums = SumsOf<T, unroll>;
+  template <int unroll> using Again = std::conditional_t<kShortSums<T>, WideSums<unroll>, Sums<unroll>>;
   const BatchNormArgs<T>& args;
   Streams<T, 1> streams{{args.input}};
   ApplyForward<T, activation> apply{args.input, args.residual, args.output};
@@ -58,11 +62,11 @@ template <class T, int activation> struct ForwardJob {
     return finite_or_zero((((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) / 8);
   }
   // Of few elements the rounding errors of floats do not average out.
-  bool few() const { return count < 512; }
+  bool few() const { return kShortSums<T> && count < 512; }
   // Sums of floats do where nothing overflowed, underflowed or cancelled. A sum of exactly zero is a constant channel,
   // or one whose variance is nothing beside eps.
   bool good(const Total& t) const {
-    if (kExact || (t.second == 0 && args.eps > 0x1p-64)) return true;
+    if (!kShortSums<T> || (t.second == 0 && args.eps > 0x1p-64)) return true;
     return t.second - t.second == 0 && t.second >= count * 0x1p-80 && t.second - t.first * (t.first / count) >= t.second / 16;
   }
   void results(int64_t c, const Total& t) const {
@@ -85,9 +89,7 @@ template <class T, int activation> struct ForwardJob {
 
 template <class T, int activation, bool train> struct BackwardJob {
   using Rule = Gradient<activation>;
-  template <int unroll> using Sums =
-      std::conditional_t<sizeof(T) == sizeof(double), ExactSums<unroll>,
-                         std::conditional_t<sizeof(T) == sizeof(float), WideSums<unroll, float>, ShortSums<unroll>>>;
+  template <int unroll> using Sums = SumsOf<T, unroll>;
   template <int unroll> using Again = Sums<unroll>;
   const BatchNormBackwardArgs<T>& args;
   Streams<T, Rule::kStreams> streams;

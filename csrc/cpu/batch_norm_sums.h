@@ -1,8 +1,9 @@
 // The two sums of a channel that batch norm needs, over memory: of p and of p q, where forward p = q = x - s, s near the
 // channel's mean, and backward p = g, the gradient before the activation, and q = x - mean.
-// Three kinds: ShortSums adds at most kShort floats a lane before it widens them to double, which costs a third of
-// adding doubles and loses nothing that matters in a mean or a variance; WideSums adds doubles, as a gradient needs,
-// whose sum is small beside its terms; ExactSums carries the rounding errors of doubles along (Knuth's two-sum).
+// Three kinds: WideSums adds doubles; ShortSums, for bfloat16, adds at most kShort floats a lane before it widens them,
+// which costs a third of that (float32 inputs need doubles from the first difference on: all elements of a binade lie
+// on one grid, so x - s rounds to the same side for all of them); ExactSums carries the rounding errors of doubles along
+// (Knuth's two-sum), for float64.
 #pragma once
 #include "activation.h"
 #include "simd.h"
@@ -78,29 +79,17 @@ template <int unroll> struct ShortSums {
   }
 };
 
-// C: in what p and q are computed, float (their products are exact in double) or double.
-template <int unroll, class C> struct WideSums {
-  using Vector [[gnu::vector_size(kLanes<double> * sizeof(C))]] = C;
-  using Centre = C;
+template <int unroll> struct WideSums {
+  using Vector = vdouble;
+  using Centre = double;
   static constexpr int kStep = kLanes<double>, kBlock = 1 << 30;
   static constexpr bool kExact = false;
   vdouble p[unroll]{}, pq[unroll]{};
-  template <class T> DLKERN_INLINE static Vector read(const T* at) {
-    if constexpr (sizeof(C) == sizeof(double))
-      return load_wide(at);
-    else
-      return load_as<Vector>(at);
-  }
-  template <class T> DLKERN_INLINE static Vector read(const T* at, int lanes) {
-    if constexpr (sizeof(C) == sizeof(double))
-      return load_wide_partial<T>(at, lanes);
-    else
-      return low_half(load_partial<T>(at, lanes));
-  }
+  template <class T> DLKERN_INLINE static Vector read(const T* at) { return load_wide(at); }
+  template <class T> DLKERN_INLINE static Vector read(const T* at, int lanes) { return load_wide_partial<T>(at, lanes); }
   DLKERN_INLINE void add(int u, Vector a, Vector b) {
-    const vdouble wide = widen(a);
-    p[u] += wide;
-    pq[u] += wide * widen(b);
+    p[u] += a;
+    pq[u] += a * b;
   }
   DLKERN_INLINE void flush() {}
   static vdouble total(const vdouble (&sums)[unroll]) {
