@@ -1,6 +1,8 @@
 """batch_norm against NumPy in float64, torch's semantics call by call, hard inputs, fused forms; what every op promises is
 in test_contract.py."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_against_numpy(shape, dtype, channels_last):
     against_numpy(shape, dtype, channels_last)
 
 
-@pytest.mark.parametrize("size", range(1, 41))
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40])
 def test_sizes_around_vectors(size):
     """As many channels, and as many elements a plane, as a vector has lanes, and one more or less."""
     for channels_last in (False, True):
@@ -90,9 +92,8 @@ def test_sizes_around_vectors(size):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_large_enough_for_threads_and_streaming_stores(channels_last):
-    against_numpy((4, 3, 200, 210), channels_last=channels_last, draws=1)
-    against_numpy((3, 65, 170, 130), channels_last=channels_last, draws=1)
-    against_numpy((4, 64, 128, 128), channels_last=channels_last, draws=1)
+    against_numpy((4, 3, 80, 90), channels_last=channels_last, draws=1)
+    against_numpy((2, 65, 190, 171), channels_last=channels_last, draws=1)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -217,7 +218,7 @@ def test_evaluation_leaves_statistics_alone_and_zero_momentum_too():
     assert torch.equal(mean, kept[0]) and torch.equal(var, kept[1])
 
 
-@pytest.mark.parametrize("shape", [(40, 6), (3, 6, 50), (4, 6, 9, 8), (2, 3, 90, 80)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 6), (3, 6, 50), (4, 6, 9, 8), (2, 3, 50, 60)], ids=str)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_frozen_backward(shape, affine, channels_last):
@@ -237,7 +238,7 @@ def test_frozen_backward(shape, affine, channels_last):
         return [torch.randn(shape, dtype=torch.float64, requires_grad=True), *parameters]
 
     for dtype in (torch.float32, torch.bfloat16):
-        dlkern.testing.check(on(F), on(tF), inputs, dtype=dtype, draws=3).raise_if_failed()
+        dlkern.testing.check(on(F), on(tF), inputs, dtype=dtype, draws=4 if len(shape) < 4 else 1).raise_if_failed()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -314,17 +315,16 @@ def test_mixed_dtypes_as_torch_has_them(dtype, parameter, training):
         assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=2**-6, atol=2**-6)
 
 
-FUSED = [(6, 5), (4, 3, 17), (3, 6, 7, 5), (2, 48, 20, 21)]
+# Every combination on one shape; the other loops (rows, few channels, several threads) with what differs in them.
+FUSED = [
+    *itertools.product([(3, 6, 7, 5)], [False, True], [True, False], ["none", "other", "input"], ACTIVATIONS),
+    *itertools.product([(6, 50), (4, 3, 17)], [False], [True, False], ["other"], ACTIVATIONS),
+    *itertools.product([(2, 48, 14, 15)], [False, True], [True, False], ["other"], [None, Activation.RELU]),
+]
 
 
-@pytest.mark.parametrize("shape", FUSED, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("residual", ["none", "other", "input"])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_fused_is_the_composition(activation, residual, training, channels_last, shape):
-    if channels_last and len(shape) != 4:
-        pytest.skip("no such layout")
+@pytest.mark.parametrize(("shape", "channels_last", "training", "residual", "activation"), FUSED)
+def test_fused_is_the_composition(shape, channels_last, training, residual, activation):
     c = shape[1]
     torch.manual_seed(0)
     statistics = torch.randn(c).double(), torch.rand(c).double() + 0.5
@@ -360,7 +360,7 @@ def test_fused_is_the_composition(activation, residual, training, channels_last,
                     return inputs()
         return drawn
 
-    dlkern.testing.check(ours, theirs, inputs, draws=3 if len(shape) == 4 else 12, name="fused").raise_if_failed()
+    dlkern.testing.check(ours, theirs, inputs, draws=1 if shape[1] == 48 else 3, name="fused").raise_if_failed()
 
 
 def test_relu_of_a_nan_is_nan_and_its_gradient_passes_at_positive_only():
