@@ -76,7 +76,7 @@ template <class T, int activation> struct ForwardJob {
     args.mean[c] = t.centre + mean;
     args.invstd[c] = 1.0 / std::sqrt(args.var[c] + args.eps);
   }
-  void constants(int64_t c, const Total&, acc_t<T> (&k)[4]) const {
+  void constants(int64_t c, const Total&, acc_t<T> (&k)[kConstants]) const {
     using A = acc_t<T>;
     const double scale = args.weight ? args.invstd[c] * static_cast<double>(args.weight[c]) : args.invstd[c];
     k[0] = static_cast<A>(args.mean[c]);
@@ -109,14 +109,15 @@ template <class T, int activation, bool train> struct BackwardJob {
     args.grad_bias[c] = static_cast<acc_t<T>>(t.first);
     args.grad_weight[c] = static_cast<acc_t<T>>(t.second * args.invstd[c]);
   }
-  void constants(int64_t c, const Total& t, acc_t<T> (&k)[4]) const {
+  void constants(int64_t c, const Total& t, acc_t<T> (&k)[kConstants]) const {
     using A = acc_t<T>;
     const double invstd = args.invstd[c];
     const double scale = args.weight ? invstd * static_cast<double>(args.weight[c]) : invstd;
     k[0] = args.mean[c];
     k[1] = static_cast<A>(scale);
-    k[2] = static_cast<A>(train ? t.first / count : finite_or_zero(scale - static_cast<double>(k[1])));
+    k[2] = static_cast<A>(t.first / count);
     k[3] = static_cast<A>(t.second / count * invstd * invstd);
+    k[4] = static_cast<A>(finite_or_zero(scale - static_cast<double>(k[1])));
   }
 };
 
@@ -140,7 +141,7 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
           sum_segments<typename Job::Rule>(job.streams, first, s.n, apart, s.inner, centre, to);
         });
       };
-      acc_t<T> k[4] = {};
+      acc_t<T> k[kConstants] = {};
       auto apply = [&](int64_t n) { apply_segment<T>(job.apply, first + n * apart, s.inner, k, past); };
       if (!job.summed) {
         job.constants(c, Total{}, k);
@@ -229,7 +230,8 @@ struct CutPlanes {
   }
   template <class T, class Job> void apply(const Job& job, int64_t begin, int64_t end, const acc_t<T>* constants, int64_t apart, uintptr_t past) const {
     for (int64_t c = 0; c < width; ++c) {
-      const acc_t<T> k[4] = {constants[c], constants[apart + c], constants[2 * apart + c], constants[3 * apart + c]};
+      acc_t<T> k[kConstants];
+      for (int m = 0; m < kConstants; ++m) k[m] = constants[m * apart + c];
       each_segment(begin, end, c, [&](int64_t at, int64_t count) { apply_segment<T>(job.apply, at, count, k, past); });
     }
   }
@@ -242,10 +244,10 @@ template <class T, class Layout, class Job> struct Parts {
   int64_t parts;
   uintptr_t past = past_for<T>(layout.shape, job);
   int64_t c = layout.shape.c, columns = layout.width, apart = (columns + 15) / 16 * 16;
-  double* memory = scratch<double>(Slot::family_0, (4 * parts + 5) * apart + 3 * c);  // sums: [parts][4][apart]
+  double* memory = scratch<double>(Slot::family_0, (4 * parts + 1 + kConstants) * apart + 3 * c);  // sums: [parts][4][apart]
   double* centres = memory + 4 * parts * apart;                                      // [apart], double or float
-  acc_t<T>* constants = reinterpret_cast<acc_t<T>*>(centres + apart);                // [4][apart]
-  Total* totals = reinterpret_cast<Total*>(centres + 5 * apart);                     // [c]
+  acc_t<T>* constants = reinterpret_cast<acc_t<T>*>(centres + apart);                // [kConstants][apart]
+  Total* totals = reinterpret_cast<Total*>(centres + (1 + kConstants) * apart);                     // [c]
 
   // f(part, first unit, end).
   template <class F> void each_chunk(bool backwards, F&& f) const {
@@ -287,9 +289,9 @@ template <class T, class Layout, class Job> struct Parts {
   }
   void set_constants() {
     for (int64_t j = 0; j < columns; ++j) {
-      acc_t<T> k[4] = {};
+      acc_t<T> k[kConstants] = {};
       if (j < c) job.constants(j, totals[j], k);
-      for (int m = 0; m < 4; ++m) constants[m * apart + j] = j < c ? k[m] : constants[m * apart + j - c];
+      for (int m = 0; m < kConstants; ++m) constants[m * apart + j] = j < c ? k[m] : constants[m * apart + j - c];
     }
   }
   template <template <int> class Sums> void sum_all() {

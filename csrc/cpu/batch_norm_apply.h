@@ -1,4 +1,4 @@
-// The last pass of batch norm over memory: each element from the streams and four constants of its channel, over
+// The last pass of batch norm over memory: each element from the streams and the constants of its channel, over
 // consecutive elements of one channel (apply_segment) or over rows of channels (apply_rows).
 #pragma once
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-constexpr int kApplyRows = 8;  // rows that share a load of the constants
+constexpr int kApplyRows = 8;   // rows that share a load of the constants
+constexpr int kConstants = 5;   // of a channel; not all are used by all
 
 // `at` is the element's position, k the constants.
 template <class T, int activation> struct ApplyForward {
@@ -16,7 +17,7 @@ template <class T, int activation> struct ApplyForward {
   const T* residual;  // or null
   T* output;
   int streams() const { return residual ? 3 : 2; }
-  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[4], Load&& load_at, Store&& store_at) const {
+  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at, Store&& store_at) const {
     const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
     V y = centred * k[1] + (centred * k[3] + k[2]);
     if (residual) y += load_at(residual + at);
@@ -30,14 +31,13 @@ template <class T, int activation, bool train> struct ApplyBackward {
   T* grad_input;
   T* grad_residual;  // or null
   int streams() const { return 2 + (activation != kNone) + train + (grad_residual != nullptr); }
-  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[4], Load&& load_at, Store&& store_at) const {
+  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at, Store&& store_at) const {
     V g = load_at(grad_output + at);
     if constexpr (activation != kNone) g = activation_backward(g, load_at(output + at), activation);
     if (grad_residual) store_at(grad_residual + at, g);
-    if constexpr (train)
-      g = (g - k[2] - (load_at(input + at) - k[0]) * k[3]) * k[1];  // k: mean, scale, mean of g, slope
-    else
-      g = g * k[1] + g * k[2];  // k: -, scale, what rounding it lost (torch multiplies in double here)
+    // k: mean, scale, mean of g, slope, what rounding the scale lost (on frozen statistics torch multiplies in double).
+    if constexpr (train) g = g - k[2] - (load_at(input + at) - k[0]) * k[3];
+    g = g * k[1] + g * k[4];
     store_at(grad_input + at, g);
   }
 };
@@ -54,9 +54,9 @@ template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
 
 template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count, const acc_t<T>* constants, uintptr_t past) {
   const Apply apply = shared;  // a copy that no store can change
-  Vec<T> k[4];
+  Vec<T> k[kConstants];
 #pragma GCC unroll 8
-  for (int m = 0; m < 4; ++m) k[m] = broadcast<T>(constants[m]);
+  for (int m = 0; m < kConstants; ++m) k[m] = broadcast<T>(constants[m]);
   const int64_t end = i + count;
   for (; i + kLanes<T> <= end; i += kLanes<T>)
     apply(i, k, [](const T* p) { return load(p); }, [past](T* p, Vec<T> v) { store_by(past, p, v); });
@@ -66,18 +66,18 @@ template <class T, class Apply> inline void apply_segment(const Apply& shared, i
   }
 }
 
-// `rows` rows of `width` columns from element `begin` on, `stride` elements apart; constants is [4][constants_apart].
+// `rows` rows of `width` columns from element `begin` on, `stride` elements apart; constants is [kConstants][constants_apart].
 template <class T, class Apply>
 inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, int64_t stride, int64_t width, const acc_t<T>* constants,
                             int64_t constants_apart, uintptr_t past) {
-  constexpr int step = kLanes<T>, tile = kVectorBytes == 64 ? 4 : 2;  // times four constants in registers
+  constexpr int step = kLanes<T>, tile = kVectorBytes == 64 ? 4 : 2;  // times the constants in registers
   const Apply apply = shared;
   auto columns = [&]<int vectors>(int64_t j, int64_t first, int64_t last, auto&& load_at, auto&& store_at) __attribute__((always_inline)) {
-    Vec<T> k[vectors][4];
+    Vec<T> k[vectors][kConstants];
 #pragma GCC unroll 8
     for (int u = 0; u < vectors; ++u)
 #pragma GCC unroll 8
-      for (int m = 0; m < 4; ++m) k[u][m] = load(constants + m * constants_apart + j + u * step);
+      for (int m = 0; m < kConstants; ++m) k[u][m] = load(constants + m * constants_apart + j + u * step);
     for (int64_t r = first; r < last; ++r)
 #pragma GCC unroll 8
       for (int u = 0; u < vectors; ++u) apply(begin + r * stride + j + u * step, k[u], load_at, store_at);

@@ -182,8 +182,8 @@ MUTANTS += [
     _norm(_NORM_SUMS, "    wide[1] += widen(high_half(p[0]));", "    wide[1] += widen(low_half(p[0]));", "against_numpy"),
     # Backward: the mean left in, the mean of the gradient not taken out, a scale squared.
     _norm(_NORM_SUMS, "sums.add(u, g, v[1] - mean);", "sums.add(u, g, v[1]);", "mean_much_larger"),
-    _norm(_NORM_APPLY, "g = (g - k[2] - (load", "g = (g - (load", "against_numpy"),
-    _norm(_NORM_APPLY, "g = g * k[1] + g * k[2];", "g = g * k[1] * k[1];", "frozen_backward"),
+    _norm(_NORM_APPLY, "g = g - k[2] - (load", "g = g - (load", "against_numpy"),
+    _norm(_NORM_APPLY, "g = g * k[1] + g * k[4];", "g = g * k[1] * k[1];", "frozen_backward"),
     # Fused: a residual's first element, its gradient, and the sums' gradient before the activation.
     _norm(_NORM_APPLY, "if (residual) y +=", "if (residual && at > 0) y +=", "fused_is"),
     _norm(_NORM_APPLY, "if (grad_residual) store_at(grad_residual + at, g);",
