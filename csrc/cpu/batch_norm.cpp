@@ -21,6 +21,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
 constexpr int64_t kGrain = 16384;       // fewer elements a thread cost more than they give
+constexpr int64_t kLargePlane = 512;    // elements beside which a channel's constants cost nothing
 constexpr int64_t kTile = 1024;         // columns whose sums stay in L1
 constexpr int64_t kChunkBytes = 65536;  // what the apply pass takes forwards, while it goes backwards over chunks
 constexpr int64_t kCaches = 30'000'000;  // the last pass's tensors in bytes, from which on its results leave the caches anyway
@@ -160,6 +161,19 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
           apply(n);
         }));
       }
+    }
+    fence();
+  });
+}
+
+// Without sums, large planes are taken as they lie in memory.
+template <class T, class Job> void planes_in_order(const NormShape& s, const Job& job) {
+  const uintptr_t past = past_for<T>(s, job);
+  parallel_for(s.n * s.c, larger(1, kGrain / s.inner), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      acc_t<T> k[kConstants] = {};
+      job.constants(plane % s.c, Total{}, k);
+      apply_segment<T>(job.apply, plane * s.inner, s.inner, k, past);
     }
     fence();
   });
@@ -343,6 +357,8 @@ template <class T, class Job> void run(const NormShape& s, const Job& job) {
   const int64_t threads = num_threads(), parts = smaller(threads, s.n * s.c * s.inner / kGrain + 1);
   if (s.channels_last)
     in_parts<T>(Rows(s), job, parts);
+  else if (!job.summed && s.inner >= kLargePlane && s.n * s.c >= 4 * threads)
+    planes_in_order<T>(s, job);
   else if (s.c >= 4 * threads || s.c % threads == 0 || parts == 1)
     whole_channels<T>(s, job);
   else
