@@ -141,6 +141,18 @@ def test_huge_and_tiny_inputs(scale, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_huge_bfloat16_inputs(channels_last):
+    """Squares overflow the floats that bfloat16's sums begin in."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 15, 14)
+    x[:, 1:] *= 1e30
+    x = to_layout(x.bfloat16(), channels_last)
+    exact = numpy_batch_norm(x)[0]
+    y = F.batch_norm(x, None, None, None, None, True, 0.1, EPS)
+    assert (y.double() - exact).norm() <= 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_outliers_among_the_elements_that_are_looked_at_first(channels_last):
     def make(shape):
         x = torch.randn(shape)
