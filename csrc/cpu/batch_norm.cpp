@@ -20,11 +20,12 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;       // fewer elements a thread cost more than they give
-constexpr int64_t kLargePlane = 512;    // elements beside which a channel's constants cost nothing
-constexpr int64_t kTile = 1024;         // columns whose sums stay in L1
+constexpr int64_t kGrain = 16384;  // fewer elements a thread cost more than they give
+constexpr int64_t kLargePlane = 512;  // elements beside which a channel's constants cost nothing
+constexpr int64_t kTile = 1024;  // columns whose sums stay in L1
 constexpr int64_t kChunkBytes = 65536;  // what the apply pass takes forwards, while it goes backwards over chunks
-constexpr int64_t kCaches = 30'000'000;  // the last pass's tensors in bytes, from which on its results leave the caches anyway
+constexpr int64_t kCaches =
+    30'000'000;  // the last pass's tensors in bytes, from which on its results leave the caches anyway
 
 inline double finite_or_zero(double x) { return x - x == 0.0 ? x : 0.0; }
 
@@ -58,7 +59,8 @@ template <class T, int activation> struct ForwardJob {
     double v[8];
     for (int64_t i = 0; i < 8; ++i) {
       const int64_t p = i * positions / 8;
-      v[i] = static_cast<double>(args.input[s.channels_last ? p * s.c + c : (p / s.inner * s.c + c) * s.inner + p % s.inner]);
+      v[i] = static_cast<double>(
+          args.input[s.channels_last ? p * s.c + c : (p / s.inner * s.c + c) * s.inner + p % s.inner]);
     }
     return finite_or_zero((((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) / 8);
   }
@@ -68,7 +70,8 @@ template <class T, int activation> struct ForwardJob {
   // or one whose variance is nothing beside eps.
   bool good(const Total& t) const {
     if (!kShortSums<T> || (t.second == 0 && args.eps > 0x1p-64)) return true;
-    return t.second - t.second == 0 && t.second >= count * 0x1p-80 && t.second - t.first * (t.first / count) >= t.second / 16;
+    return t.second - t.second == 0 && t.second >= count * 0x1p-80 &&
+           t.second - t.first * (t.first / count) >= t.second / 16;
   }
   void results(int64_t c, const Total& t) const {
     if (!args.train) return;
@@ -82,8 +85,9 @@ template <class T, int activation> struct ForwardJob {
     const double scale = args.weight ? args.invstd[c] * static_cast<double>(args.weight[c]) : args.invstd[c];
     k[0] = static_cast<A>(args.mean[c]);
     k[1] = static_cast<A>(scale);
-    k[2] = static_cast<A>((args.bias ? static_cast<double>(args.bias[c]) : 0.0) -
-                          finite_or_zero((args.mean[c] - static_cast<double>(k[0])) * scale));  // what rounding the mean lost
+    k[2] = static_cast<A>(
+        (args.bias ? static_cast<double>(args.bias[c]) : 0.0) -
+        finite_or_zero((args.mean[c] - static_cast<double>(k[0])) * scale));  // what rounding the mean lost
     k[3] = static_cast<A>(finite_or_zero(scale - static_cast<double>(k[1])));
   }
 };
@@ -94,7 +98,8 @@ template <class T, int activation, bool train> struct BackwardJob {
   template <int unroll> using Again = Sums<unroll>;
   const BatchNormBackwardArgs<T>& args;
   Streams<T, Rule::kStreams> streams;
-  ApplyBackward<T, activation, train> apply{args.grad_output, args.input, args.output, args.grad_input, args.grad_residual};
+  ApplyBackward<T, activation, train> apply{args.grad_output, args.input, args.output, args.grad_input,
+                                            args.grad_residual};
   bool summed = true, apply_waits = train;
   double count = static_cast<double>(args.shape.n * args.shape.inner);
 
@@ -157,9 +162,9 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
       } else {
         job.constants(c, Total{}, k);
         job.results(c, total(typename Job::template Sums<4>{}, job.centre(c), 1, [&](int64_t n, auto centre, auto& to) {
-          sum_segments<typename Job::Rule>(job.streams, first + n * apart, 1, 0, s.inner, centre, to);
-          apply(n);
-        }));
+                      sum_segments<typename Job::Rule>(job.streams, first + n * apart, 1, 0, s.inner, centre, to);
+                      apply(n);
+                    }));
       }
     }
     fence();
@@ -198,19 +203,23 @@ struct Rows {
     full = elements / width;
   }
   template <template <int> class Sums, class T, class Job>
-  void sum(const Job& job, int64_t begin, int64_t end, const typename Sums<1>::Centre* centres, double* memory, int64_t apart) const {
+  void sum(const Job& job, int64_t begin, int64_t end, const typename Sums<1>::Centre* centres, double* memory,
+           int64_t apart) const {
     auto tiles = [&](int64_t first, int64_t last, int64_t columns) {
       for (int64_t j = 0; j < columns; j += kTile)
         for (int64_t r = first; r < last; r += kSumRows)
-          sum_row_block<typename Job::Rule, Sums, T>(job.streams, r * width + j, smaller(kSumRows, last - r), width, smaller(kTile, columns - j),
-                                                  centres + j, memory + j, apart);
+          sum_row_block<typename Job::Rule, Sums, T>(job.streams, r * width + j, smaller(kSumRows, last - r), width,
+                                                     smaller(kTile, columns - j), centres + j, memory + j, apart);
     };
     tiles(begin, smaller(end, full), width);
     if (end > full) tiles(full, full + 1, elements - full * width);
   }
-  template <class T, class Job> void apply(const Job& job, int64_t begin, int64_t end, const acc_t<T>* constants, int64_t apart, uintptr_t past) const {
-    if (begin < full) apply_row_block<T>(job.apply, begin * width, smaller(end, full) - begin, width, width, constants, apart, past);
-    if (end > full) apply_row_block<T>(job.apply, full * width, 1, width, elements - full * width, constants, apart, past);
+  template <class T, class Job> void apply(const Job& job, int64_t begin, int64_t end, const acc_t<T>* constants,
+                                           int64_t apart, uintptr_t past) const {
+    if (begin < full)
+      apply_row_block<T>(job.apply, begin * width, smaller(end, full) - begin, width, width, constants, apart, past);
+    if (end > full)
+      apply_row_block<T>(job.apply, full * width, 1, width, elements - full * width, constants, apart, past);
   }
 };
 
@@ -222,17 +231,20 @@ struct CutPlanes {
   // f(first element, how many) of a channel's pieces of planes.
   template <class F> void each_segment(int64_t begin, int64_t end, int64_t c, F&& f) const {
     while (begin < end) {
-      const int64_t n = begin / shape.inner, offset = begin % shape.inner, count = smaller(end - begin, shape.inner - offset);
+      const int64_t n = begin / shape.inner, offset = begin % shape.inner,
+                    count = smaller(end - begin, shape.inner - offset);
       f((n * shape.c + c) * shape.inner + offset, count);
       begin += count;
     }
   }
   template <template <int> class Sums, class T, class Job>
-  void sum(const Job& job, int64_t begin, int64_t end, const typename Sums<1>::Centre* centres, double* memory, int64_t apart) const {
+  void sum(const Job& job, int64_t begin, int64_t end, const typename Sums<1>::Centre* centres, double* memory,
+           int64_t apart) const {
     for (int64_t c = 0; c < width; ++c) {
       Sums<4> sums;
-      each_segment(begin, end, c,
-                   [&](int64_t at, int64_t count) { sum_segments<typename Job::Rule>(job.streams, at, 1, 0, count, centres[c], sums); });
+      each_segment(begin, end, c, [&](int64_t at, int64_t count) {
+        sum_segments<typename Job::Rule>(job.streams, at, 1, 0, count, centres[c], sums);
+      });
       const double found[2] = {sums.first(), sums.second()};
       for (int i = 0; i < 2; ++i) {
         Exact<double> all{memory[i * apart + c], memory[(i + 2) * apart + c]};
@@ -242,7 +254,8 @@ struct CutPlanes {
       }
     }
   }
-  template <class T, class Job> void apply(const Job& job, int64_t begin, int64_t end, const acc_t<T>* constants, int64_t apart, uintptr_t past) const {
+  template <class T, class Job> void apply(const Job& job, int64_t begin, int64_t end, const acc_t<T>* constants,
+                                           int64_t apart, uintptr_t past) const {
     for (int64_t c = 0; c < width; ++c) {
       acc_t<T> k[kConstants];
       for (int m = 0; m < kConstants; ++m) k[m] = constants[m * apart + c];
@@ -258,14 +271,16 @@ template <class T, class Layout, class Job> struct Parts {
   int64_t parts;
   uintptr_t past = past_for<T>(layout.shape, job);
   int64_t c = layout.shape.c, columns = layout.width, apart = (columns + 15) / 16 * 16;
-  double* memory = scratch<double>(Slot::family_0, (4 * parts + 1 + kConstants) * apart + 3 * c);  // sums: [parts][4][apart]
-  double* centres = memory + 4 * parts * apart;                                      // [apart], double or float
-  acc_t<T>* constants = reinterpret_cast<acc_t<T>*>(centres + apart);                // [kConstants][apart]
-  Total* totals = reinterpret_cast<Total*>(centres + (1 + kConstants) * apart);                     // [c]
+  double* memory =
+      scratch<double>(Slot::family_0, (4 * parts + 1 + kConstants) * apart + 3 * c);  // sums: [parts][4][apart]
+  double* centres = memory + 4 * parts * apart;  // [apart], double or float
+  acc_t<T>* constants = reinterpret_cast<acc_t<T>*>(centres + apart);  // [kConstants][apart]
+  Total* totals = reinterpret_cast<Total*>(centres + (1 + kConstants) * apart);  // [c]
 
   // f(part, first unit, end).
   template <class F> void each_chunk(bool backwards, F&& f) const {
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(T)) * kSumRows, chunk = larger(1, kChunkBytes / bytes) * kSumRows;
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(T)) * kSumRows,
+                  chunk = larger(1, kChunkBytes / bytes) * kSumRows;
     parallel_for(parts, 1, [&](int64_t from, int64_t to) {
       for (int64_t part = from; part < to; ++part) {
         const int64_t begin = layout.units * part / parts, end = layout.units * (part + 1) / parts;
@@ -287,7 +302,8 @@ template <class T, class Layout, class Job> struct Parts {
   }
   template <template <int> class Sums> void sum(int64_t part, int64_t begin, int64_t end) const {
     using Centre = typename Sums<1>::Centre;
-    layout.template sum<Sums, T>(job, begin, end, reinterpret_cast<const Centre*>(centres), memory + 4 * part * apart, apart);
+    layout.template sum<Sums, T>(job, begin, end, reinterpret_cast<const Centre*>(centres), memory + 4 * part * apart,
+                                 apart);
   }
   template <template <int> class Sums> Total total(int64_t channel) const {
     Exact<double> sums[2];
@@ -376,17 +392,17 @@ template <class F> inline void with_activation(int activation, F&& f) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_BATCH_NORM(T)                                                         \
-  void batch_norm_forward(const BatchNormArgs<T>& args) {                                   \
+#define DLKERN_DEFINE_BATCH_NORM(T)                                                                 \
+  void batch_norm_forward(const BatchNormArgs<T>& args) {                                           \
     with_activation(args.activation, [&]<int a>() { run<T>(args.shape, ForwardJob<T, a>{args}); }); \
-  }                                                                                         \
-  void batch_norm_backward(const BatchNormBackwardArgs<T>& args) {                          \
-    with_activation(args.activation, [&]<int a>() {                                         \
-      if (args.train)                                                                       \
-        run<T>(args.shape, BackwardJob<T, a, true>(args));                                  \
-      else                                                                                  \
-        run<T>(args.shape, BackwardJob<T, a, false>(args));                                 \
-    });                                                                                     \
+  }                                                                                                 \
+  void batch_norm_backward(const BatchNormBackwardArgs<T>& args) {                                  \
+    with_activation(args.activation, [&]<int a>() {                                                 \
+      if (args.train)                                                                               \
+        run<T>(args.shape, BackwardJob<T, a, true>(args));                                          \
+      else                                                                                          \
+        run<T>(args.shape, BackwardJob<T, a, false>(args));                                         \
+    });                                                                                             \
   }
 DLKERN_DEFINE_BATCH_NORM(float)
 DLKERN_DEFINE_BATCH_NORM(double)

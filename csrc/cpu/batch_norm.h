@@ -45,8 +45,8 @@ template <class T> struct BatchNormBackwardArgs {
   T* grad_residual;
 };
 
-#define DLKERN_DECLARE_BATCH_NORM(T)                                    \
-  DLKERN_DECLARE(void, batch_norm_forward, const BatchNormArgs<T>&)     \
+#define DLKERN_DECLARE_BATCH_NORM(T)                                \
+  DLKERN_DECLARE(void, batch_norm_forward, const BatchNormArgs<T>&) \
   DLKERN_DECLARE(void, batch_norm_backward, const BatchNormBackwardArgs<T>&)
 DLKERN_DECLARE_BATCH_NORM(float)
 DLKERN_DECLARE_BATCH_NORM(double)

@@ -17,7 +17,8 @@ template <class T, int activation> struct ApplyForward {
   const T* residual;  // or null
   T* output;
   int streams() const { return residual ? 3 : 2; }
-  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at, Store&& store_at) const {
+  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
+                                                              Store&& store_at) const {
     const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
     V y = centred * k[1] + (centred * k[3] + k[2]);
     if (residual) y += load_at(residual + at);
@@ -31,7 +32,8 @@ template <class T, int activation, bool train> struct ApplyBackward {
   T* grad_input;
   T* grad_residual;  // or null
   int streams() const { return 2 + (activation != kNone) + train + (grad_residual != nullptr); }
-  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at, Store&& store_at) const {
+  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
+                                                              Store&& store_at) const {
     V g = load_at(grad_output + at);
     if constexpr (activation != kNone) g = activation_backward(g, load_at(output + at), activation);
     if (grad_residual) store_at(grad_residual + at, g);
@@ -44,7 +46,9 @@ template <class T, int activation, bool train> struct ApplyBackward {
 
 // Results of more bytes than the caches hold are stored past them, where addresses allow: `past` is then the bits of an
 // address that must be zero, else all.
-template <class T> inline uintptr_t past_caches(bool wanted) { return kStreams && wanted ? sizeof(T) * kLanes<T> - 1 : ~uintptr_t{0}; }
+template <class T> inline uintptr_t past_caches(bool wanted) {
+  return kStreams && wanted ? sizeof(T) * kLanes<T> - 1 : ~uintptr_t{0};
+}
 template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
   if (kStreams && (reinterpret_cast<uintptr_t>(p) & past) == 0)
     stream(p, v);
@@ -52,7 +56,8 @@ template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
     store(p, v);
 }
 
-template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count, const acc_t<T>* constants, uintptr_t past) {
+template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count,
+                                                          const acc_t<T>* constants, uintptr_t past) {
   const Apply apply = shared;  // a copy that no store can change
   Vec<T> k[kConstants];
 #pragma GCC unroll 8
@@ -62,26 +67,31 @@ template <class T, class Apply> inline void apply_segment(const Apply& shared, i
     apply(i, k, [](const T* p) { return load(p); }, [past](T* p, Vec<T> v) { store_by(past, p, v); });
   if (i < end) {
     const int lanes = static_cast<int>(end - i);
-    apply(i, k, [lanes](const T* p) { return load_partial<T>(p, lanes); }, [lanes](T* p, Vec<T> v) { store_partial<T>(p, v, lanes); });
+    apply(
+        i, k, [lanes](const T* p) { return load_partial<T>(p, lanes); },
+        [lanes](T* p, Vec<T> v) { store_partial<T>(p, v, lanes); });
   }
 }
 
 // `rows` rows of `width` columns from element `begin` on, `stride` elements apart; constants is [kConstants][constants_apart].
 template <class T, class Apply>
-inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, int64_t stride, int64_t width, const acc_t<T>* constants,
-                            int64_t constants_apart, uintptr_t past) {
+inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, int64_t stride, int64_t width,
+                            const acc_t<T>* constants, int64_t constants_apart, uintptr_t past) {
   constexpr int step = kLanes<T>, tile = kVectorBytes == 64 ? 4 : 2;  // times the constants in registers
   const Apply apply = shared;
-  auto columns = [&]<int vectors>(int64_t j, int64_t first, int64_t last, auto&& load_at, auto&& store_at) __attribute__((always_inline)) {
-    Vec<T> k[vectors][kConstants];
+  auto columns = [&]<int vectors>(int64_t j, int64_t first, int64_t last, auto&& load_at, auto&& store_at)
+                     __attribute__((always_inline)) {
+                       Vec<T> k[vectors][kConstants];
 #pragma GCC unroll 8
-    for (int u = 0; u < vectors; ++u)
+                       for (int u = 0; u < vectors; ++u)
 #pragma GCC unroll 8
-      for (int m = 0; m < kConstants; ++m) k[u][m] = load(constants + m * constants_apart + j + u * step);
-    for (int64_t r = first; r < last; ++r)
+                         for (int m = 0; m < kConstants; ++m)
+                           k[u][m] = load(constants + m * constants_apart + j + u * step);
+                       for (int64_t r = first; r < last; ++r)
 #pragma GCC unroll 8
-      for (int u = 0; u < vectors; ++u) apply(begin + r * stride + j + u * step, k[u], load_at, store_at);
-  };
+                         for (int u = 0; u < vectors; ++u)
+                           apply(begin + r * stride + j + u * step, k[u], load_at, store_at);
+                     };
   auto load_whole = [](const T* p) { return load(p); };
   auto store_whole = [past](T* p, Vec<T> v) { store_by(past, p, v); };
   const int64_t block = width <= tile * step ? rows : kApplyRows;
@@ -93,8 +103,9 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
     for (; j + step <= width; j += step) columns.template operator()<1>(j, first, last, load_whole, store_whole);
     if (j < width) {
       const int lanes = static_cast<int>(width - j);
-      columns.template operator()<1>(j, first, last, [lanes](const T* p) { return load_partial<T>(p, lanes); },
-              [lanes](T* p, Vec<T> v) { store_partial<T>(p, v, lanes); });
+      columns.template operator()<1>(
+          j, first, last, [lanes](const T* p) { return load_partial<T>(p, lanes); },
+          [lanes](T* p, Vec<T> v) { store_partial<T>(p, v, lanes); });
     }
   }
 }

@@ -19,7 +19,11 @@ constexpr int kSumRows = 8;  // rows of channels read side by side
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class V> inline V load_as(const void* at) { V v; std::memcpy(&v, at, sizeof v); return v; }
+template <class V> inline V load_as(const void* at) {
+  V v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
 
 // A sum of doubles (V: double or vdouble) and the rounding errors it lost.
 template <class V> struct Exact {
@@ -86,7 +90,9 @@ template <int unroll> struct WideSums {
   static constexpr bool kExact = false;
   vdouble p[unroll]{}, pq[unroll]{};
   template <class T> DLKERN_INLINE static Vector read(const T* at) { return load_wide(at); }
-  template <class T> DLKERN_INLINE static Vector read(const T* at, int lanes) { return load_wide_partial<T>(at, lanes); }
+  template <class T> DLKERN_INLINE static Vector read(const T* at, int lanes) {
+    return load_wide_partial<T>(at, lanes);
+  }
   DLKERN_INLINE void add(int u, Vector a, Vector b) {
     p[u] += a;
     pq[u] += a * b;
@@ -187,8 +193,8 @@ template <int activation> struct Gradient {
 
 // Adds `segments` pieces of one channel, `length` elements each, the first at element `begin`, `apart` elements apart.
 template <class Rule, class Sums, class T>
-inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin, int64_t segments, int64_t apart, int64_t length,
-                         typename Sums::Centre centre, Sums& out) {
+inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin, int64_t segments, int64_t apart,
+                         int64_t length, typename Sums::Centre centre, Sums& out) {
   using V = typename Sums::Vector;
   constexpr int step = Sums::kStep;
   const Streams<T, Rule::kStreams> streams = shared;
@@ -239,8 +245,8 @@ inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin
 // Adds `rows` rows of `width` columns that start at element `begin`, `stride` elements apart, to the columns' sums.
 // At most kSumRows.
 template <class Rule, template <int> class Sums, class T>
-inline void sum_row_block(const Streams<T, Rule::kStreams>& shared, int64_t begin, int64_t rows, int64_t stride, int64_t width,
-                          const typename Sums<1>::Centre* centre, double* memory, int64_t arrays_apart) {
+inline void sum_row_block(const Streams<T, Rule::kStreams>& shared, int64_t begin, int64_t rows, int64_t stride,
+                          int64_t width, const typename Sums<1>::Centre* centre, double* memory, int64_t arrays_apart) {
   using V = typename Sums<1>::Vector;
   constexpr int step = Sums<1>::kStep, tile = kVectorBytes == 64 ? 64 / step : 4;
   const Streams<T, Rule::kStreams> streams = shared;

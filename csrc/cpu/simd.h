@@ -38,23 +38,41 @@ using vfloat_half [[gnu::vector_size(kVectorBytes / 2)]] = float;
 using vuint32_half [[gnu::vector_size(kVectorBytes / 2)]] = uint32_t;
 using vuint16_quarter [[gnu::vector_size(kVectorBytes / 4)]] = uint16_t;
 
-template <class T> struct vector_of { using type = vfloat; };
-template <> struct vector_of<double> { using type = vdouble; };
+template <class T> struct vector_of {
+  using type = vfloat;
+};
+template <> struct vector_of<double> {
+  using type = vdouble;
+};
 // The vector in which elements of type T are computed: Vec<bfloat16> is a vector of float.
 template <class T> using Vec = typename vector_of<T>::type;
 // As many lanes of double.
 using vdouble_pair [[gnu::vector_size(2 * kVectorBytes)]] = double;
-template <class T> struct wide_of { using type = vdouble_pair; };
-template <> struct wide_of<double> { using type = vdouble; };
+template <class T> struct wide_of {
+  using type = vdouble_pair;
+};
+template <> struct wide_of<double> {
+  using type = vdouble;
+};
 template <class T> using Wide = typename wide_of<T>::type;
 // Lanes of Vec<T>.
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
-template <class T> inline Vec<T> broadcast(acc_t<T> value) { return value - Vec<T>{}; }  // x - 0 is x, for -0 too: no addition is left
+template <class T> inline Vec<T> broadcast(acc_t<T> value) {
+  return value - Vec<T>{};
+}  // x - 0 is x, for -0 too: no addition is left
 
 // Unaligned loads and stores of a whole vector.
-inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
-inline vdouble load(const double* p) { vdouble v; std::memcpy(&v, p, sizeof v); return v; }
+inline vfloat load(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vdouble load(const double* p) {
+  vdouble v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline vfloat load(const bfloat16* p) {
   vuint16_half h;
   std::memcpy(&h, p, sizeof h);
@@ -80,8 +98,16 @@ inline vdouble widen(vdouble v) { return v; }
 inline vfloat_half low_half(vfloat v) { return (vfloat_half)_mm512_castps512_ps256((__m512)v); }
 inline vfloat_half high_half(vfloat v) { return (vfloat_half)_mm512_extractf32x8_ps((__m512)v, 1); }
 #else
-inline vfloat_half low_half(vfloat v) { vfloat_half h; std::memcpy(&h, &v, sizeof h); return h; }
-inline vfloat_half high_half(vfloat v) { vfloat_half h[2]; std::memcpy(h, &v, sizeof h); return h[1]; }
+inline vfloat_half low_half(vfloat v) {
+  vfloat_half h;
+  std::memcpy(&h, &v, sizeof h);
+  return h;
+}
+inline vfloat_half high_half(vfloat v) {
+  vfloat_half h[2];
+  std::memcpy(h, &v, sizeof h);
+  return h[1];
+}
 #endif
 inline vdouble load_wide(const float* p) {
   vfloat_half v;
@@ -168,7 +194,9 @@ template <> inline vdouble load_partial<double>(const double* p, int count) {
 template <> inline void store_partial<double>(double* p, vdouble v, int count) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(count)), (__m512d)v);
 }
-template <> inline vdouble load_wide_partial<double>(const double* p, int count) { return load_partial<double>(p, count); }
+template <> inline vdouble load_wide_partial<double>(const double* p, int count) {
+  return load_partial<double>(p, count);
+}
 template <> inline vdouble load_wide_partial<float>(const float* p, int count) {
   return (vdouble)_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>(lane_mask(count)), p));
 }

@@ -11,13 +11,16 @@ namespace {
 
 using cpu::NormShape;
 
-ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType accumulate_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // x in the given order of dimensions.
 Tensor ordered(const Tensor& x, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   if (!channels_last) return x.is_contiguous() ? x : torch::stable::contiguous(x);
-  if (layout_of(x) == Layout::channels_last || (x.is_contiguous() && (x.size(1) == 1 || x.numel() == x.size(0) * x.size(1))))
+  if (layout_of(x) == Layout::channels_last ||
+      (x.is_contiguous() && (x.size(1) == 1 || x.numel() == x.size(0) * x.size(1))))
     return x;
   return torch::stable::contiguous(x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
 }
@@ -45,7 +48,8 @@ void check_like(const char* op, const std::optional<Tensor>& x, const Tensor& in
 }
 
 void check_activation(const char* op, int64_t activation) {
-  check<std::invalid_argument>(activation >= 0 && activation <= 3, op, ": activation must be 0, 1, 2 or 3, got ", activation);
+  check<std::invalid_argument>(activation >= 0 && activation <= 3, op, ": activation must be 0, 1, 2 or 3, got ",
+                               activation);
 }
 
 // A per-channel tensor as numbers of type A; empty where there is none.
@@ -97,7 +101,8 @@ template <class A> const A* pointer(const std::vector<A>& values) { return value
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
     const Tensor& input, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
-    std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum, double eps, int64_t activation) {
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum, double eps,
+    int64_t activation) {
   const char* op = "batch_norm";
   check_input(op, input);
   check_like(op, residual, input, "residual");
@@ -127,8 +132,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cpu(
     using A = acc_t<T>;
     if (output.numel() > 0) {
       const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
-      cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), mean.data(), invstd.data(), var.data(), eps, true,
-                                 static_cast<int>(activation), mutable_data<T>(output)};
+      cpu::BatchNormArgs<T> args{shape,
+                                 data<T>(x),
+                                 data<T>(r),
+                                 pointer(w),
+                                 pointer(b),
+                                 mean.data(),
+                                 invstd.data(),
+                                 var.data(),
+                                 eps,
+                                 true,
+                                 static_cast<int>(activation),
+                                 mutable_data<T>(output)};
       DLKERN_CALL(batch_norm_forward, args);
     }
   });
@@ -188,7 +203,18 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cpu(const Tensor& input, std::op
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
     const auto w = per_channel<A>(weight), b = per_channel<A>(bias);
-    cpu::BatchNormArgs<T> args{shape, data<T>(x), data<T>(r), pointer(w), pointer(b), m, s, nullptr, eps, false, static_cast<int>(activation), mutable_data<T>(output)};
+    cpu::BatchNormArgs<T> args{shape,
+                               data<T>(x),
+                               data<T>(r),
+                               pointer(w),
+                               pointer(b),
+                               m,
+                               s,
+                               nullptr,
+                               eps,
+                               false,
+                               static_cast<int>(activation),
+                               mutable_data<T>(output)};
     DLKERN_CALL(batch_norm_forward, args);
   });
   return {output, mean, invstd};
@@ -204,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
   check_like(op, output, input, "output");
   check_parameter(op, weight, input, "weight");
   check_activation(op, activation);
-  check<std::invalid_argument>(activation == 0 || output.has_value(), op, ": an activation's backward needs its output");
+  check<std::invalid_argument>(activation == 0 || output.has_value(), op,
+                               ": an activation's backward needs its output");
   const ScalarType accumulated = accumulate_dtype(input.scalar_type());
   for (const Tensor& t : {mean, invstd}) {
     check(t.numel() == input.size(1), op, ": mean and invstd should contain ", input.size(1), " elements");
@@ -217,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
   std::optional<Tensor> y;
   if (activation != 0) y = ordered(*output, channels_last);
   Tensor grad_input = allocate(x.sizes(), x.scalar_type(), x, channels_last);
-  Tensor grad_residual = residual ? allocate(x.sizes(), x.scalar_type(), x, channels_last)
-                                  : allocate({0}, x.scalar_type(), x);
+  Tensor grad_residual =
+      residual ? allocate(x.sizes(), x.scalar_type(), x, channels_last) : allocate({0}, x.scalar_type(), x);
   Tensor grad_weight, grad_bias;
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -229,9 +256,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_outpu
     A* sum_weight = sums.data();
     A* sum_bias = sum_weight + shape.c;
     if (x.numel() > 0) {
-      cpu::BatchNormBackwardArgs<T> args{shape, data<T>(g), data<T>(x), data<T>(y), pointer(w), m.data(), s.data(), train,
-                                         static_cast<int>(activation), mutable_data<T>(grad_input), sum_weight,
-                                         sum_bias, residual ? mutable_data<T>(grad_residual) : nullptr};
+      cpu::BatchNormBackwardArgs<T> args{shape,
+                                         data<T>(g),
+                                         data<T>(x),
+                                         data<T>(y),
+                                         pointer(w),
+                                         m.data(),
+                                         s.data(),
+                                         train,
+                                         static_cast<int>(activation),
+                                         mutable_data<T>(grad_input),
+                                         sum_weight,
+                                         sum_bias,
+                                         residual ? mutable_data<T>(grad_residual) : nullptr};
       DLKERN_CALL(batch_norm_backward, args);
     }
     const ScalarType dtype = weight ? weight->scalar_type() : accumulated;
