@@ -63,7 +63,8 @@ def against_numpy(shape, dtype=torch.float32, channels_last=False, draws=4, make
         x = make(shape).to(dtype).double()
         weight, bias, grad = (torch.randn(s).to(dtype).double() for s in (shape[1], shape[1], shape))
         exact = [numpy_batch_norm(x, weight, bias)[0], *numpy_backward(x, grad, weight)]
-        columns.append((run(F, x, weight, bias, grad, dtype, channels_last), run(tF, x, weight, bias, grad, dtype, channels_last), exact))
+        ours, torchs = (run(f, x, weight, bias, grad, dtype, channels_last) for f in (F, tF))
+        columns.append((ours, torchs, exact))
     for i, name in enumerate(("output", "grad input", "grad weight", "grad bias")):
         rows = compare(name, *([c[k][i] for c in columns] for k in range(3)), dtype)
         assert all(row.ok for row in rows), [row for row in rows if not row.ok]
@@ -485,3 +486,25 @@ def test_wrong_raw_calls():
         backward(x, x, None, w, w, w, True, 1, False)
     with pytest.raises((RuntimeError, ValueError)):
         backward(x[:2], x, None, w, w, w, True, 0, False)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_infinities_stay_infinite(dtype, channels_last):
+    """On frozen statistics an infinite input or gradient is infinite after, of the sign torch gives it."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(4, 6, 5, 7, dtype=dtype).contiguous(memory_format=layout)
+    mean, weight, bias, grad = (torch.randn(s, dtype=dtype) for s in (6, 6, 6, x.shape))
+    variance = torch.rand(6, dtype=dtype) + 0.1
+    for tensor in (x, grad):
+        for c in range(6):
+            tensor[1, c, 3, 4], tensor[0, c, 1, 1] = float("inf"), -float("inf")
+    for infinite in (x, grad):
+        found = []
+        for f in (F, tF):
+            value = (x if infinite is x else torch.zeros_like(x)).clone().requires_grad_()
+            output = f.batch_norm(value, mean, variance, weight, bias, False)
+            gradient = torch.autograd.grad(output, value, grad if infinite is grad else torch.ones_like(grad))[0]
+            found.append(output.detach() if infinite is x else gradient)
+        assert torch.equal(found[0].isinf(), found[1].isinf()) and torch.equal(found[0].isnan(), found[1].isnan())
+        assert torch.equal(found[0].sign(), found[1].sign())

@@ -11,6 +11,9 @@ namespace dlkern::cpu::DLKERN_ISA {
 constexpr int kApplyRows = 8;   // rows that share a load of the constants
 constexpr int kConstants = 5;   // of a channel; not all are used by all
 
+// A correction by what rounding lost; none to what is infinite, where it could be the opposite infinity.
+template <class V> inline V finite_part(V v) { return v - v == V{} ? v : V{}; }
+
 // `at` is the element's position, k the constants.
 template <class T, int activation> struct ApplyForward {
   const T* input;
@@ -20,7 +23,7 @@ template <class T, int activation> struct ApplyForward {
   template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
                                                               Store&& store_at) const {
     const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
-    V y = centred * k[1] + (centred * k[3] + k[2]);
+    V y = centred * k[1] + (finite_part(centred * k[3]) + k[2]);
     if (residual) y += load_at(residual + at);
     store_at(output + at, activate(y, activation));
   }
@@ -39,7 +42,7 @@ template <class T, int activation, bool train> struct ApplyBackward {
     if (grad_residual) store_at(grad_residual + at, g);
     // k: mean, scale, mean of g, slope, what rounding the scale lost (on frozen statistics torch multiplies in double).
     if constexpr (train) g = g - k[2] - (load_at(input + at) - k[0]) * k[3];
-    g = g * k[1] + g * k[4];
+    g = g * k[1] + finite_part(g * k[4]);
     store_at(grad_input + at, g);
   }
 };
