@@ -134,7 +134,8 @@ def _linear() -> Iterator[Case]:
         "2-D": ((13, 21), 17, True), "3-D": ((3, 5, 8), 33, True), "1-D": ((24,), 40, True), "no bias": ((7, 64), 32, False)
     }.items():
         yield Case("linear", "linear", label, lambda *t: F.linear(*t), tF.linear,
-                   lambda x=x, n=n, b=bias: [_randn(*x), _randn(n, x[-1], scale=0.3), *([_randn(n)] if b else [])])
+                   lambda x=x, n=n, b=bias: [_randn(*x), _randn(n, x[-1], scale=0.3), *([_randn(n)] if b else [])],
+                   draws=128 if len(x) == 1 else 4)  # one row: its largest error settles only over many
 
 
 def _loss() -> Iterator[Case]:
