@@ -218,9 +218,14 @@ def test_modules_follow_torchs(shape, options):
 
 def test_statistics_of_one_image_are_unbiased():
     x = torch.randn(2, 3, 1, 1)
-    mean, var = torch.zeros(3), torch.zeros(3)
-    F.batch_norm(x, mean, var, None, None, True, 1.0)
-    assert torch.allclose(mean, x.mean((0, 2, 3)), atol=2**-22) and torch.allclose(var, x.var((0, 2, 3)), rtol=2**-20)
+    found = []
+    for namespace, value in ((F, x), (tF, x), (tF, x.double())):
+        mean, var = value.new_zeros(3), value.new_zeros(3)
+        namespace.batch_norm(value, mean, var, None, None, True, 1.0)
+        found.append((mean, var))
+    assert torch.allclose(found[2][1], x.double().var((0, 2, 3)))  # the yardstick is the unbiased one
+    for name, *values in zip(("mean", "var"), *found):
+        assert all(row.ok for row in compare(name, *([value] for value in values), torch.float32))
 
 
 def test_evaluation_leaves_statistics_alone_and_zero_momentum_too():
@@ -314,18 +319,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 def test_mixed_dtypes_as_torch_has_them(dtype, parameter, training):
     x = torch.randn(4, 3, 5).to(dtype)
 
-    def call(namespace):
-        weight, bias, mean, var = (torch.full((3,), v).to(parameter) for v in (1.5, 0.5, 0.1, 0.9))
-        return namespace.batch_norm(x, mean, var, weight, bias, training), mean, var
+    def call(namespace, *types):
+        weight, bias, mean, var = (torch.full((3,), v).to(parameter).to(*types) for v in (1.5, 0.5, 0.1, 0.9))
+        return namespace.batch_norm(x.to(*types), mean, var, weight, bias, training), mean, var
 
     try:
-        theirs = call(tF)
+        theirs = call(tF, x.device)
     except RuntimeError:
         with pytest.raises(RuntimeError):
-            call(F)
+            call(F, x.device)
         return
-    for a, b in zip(call(F), theirs):
-        assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=2**-6, atol=2**-6)
+    for a, b, exact in zip(call(F, x.device), theirs, call(tF, torch.float64)):
+        assert a.dtype == b.dtype
+        if a.dtype == torch.float64:  # nothing wider to judge by
+            assert torch.allclose(a, b, rtol=2**-6, atol=2**-6)
+        else:
+            assert all(row.ok for row in compare("value", [a], [b], [exact], a.dtype))
 
 
 # Every combination on one shape; the other loops (rows, few channels, several threads) with what differs in them.
