@@ -157,7 +157,8 @@ def convert(model: Model, *, skip: Skip | None = None, verbose: bool = False) ->
 def revert(model: Model) -> Model:
     """Gives every dlkern.nn module in `model` torch.nn's class again, in place, and returns the model.
 
-    The result needs no dlkern to be unpickled. Modules that were built as dlkern.nn's become torch's as well.
+    The result needs no dlkern to be unpickled. Modules that were built as dlkern.nn's become torch's as well, and frozen
+    ones are frozen no more.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -168,6 +169,7 @@ def revert(model: Model) -> Model:
         plain = _plain_class(module)
         if plain in TO_TORCH:
             _set_class(module, TO_TORCH[plain])
+            vars(module).pop("_frozen", None)
     return model
 
 

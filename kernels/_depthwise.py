@@ -56,12 +56,12 @@ def depthwise_forward_kernel(
 
 @triton.jit
 def depthwise_backward_input_kernel(
-    dy_ptr, weight_ptr, dx_ptr, M, C, MULTIPLIER, H, W, P, Q,
+    dy_ptr, weight_ptr, bias_ptr, dx_ptr, M, C, MULTIPLIER, H, W, P, Q,
     dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q, weight_stride_k, weight_stride_r, weight_stride_s,
     dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # One program: BLOCK_M input pixels x BLOCK_C input channels; taps that meet no output pixel are not loaded.
     m, n, h, w, c = _pixels(C, H, W, BLOCK_M, BLOCK_C, LARGE)
@@ -81,6 +81,8 @@ def depthwise_backward_input_kernel(
                 dy = tl.load(tile + offset[:, None], mask=inside[:, None] & (c < C)[None, :], other=0.0).to(ACC)
                 tap = weight_ptr + k * weight_stride_k + r * weight_stride_r + s * weight_stride_s
                 acc += dy * tl.load(tap, mask=c < C, other=0.0).to(ACC)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
     dx_offset = (n * dx_stride_n + h * dx_stride_h + w * dx_stride_w)[:, None] + (c * dx_stride_c)[None, :]
     tl.store(dx_ptr + dx_offset, acc.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
 
@@ -150,14 +152,15 @@ def forward(x, weight, bias, output, groups, constants):
     )
 
 
-def backward_input(dy, weight, grad_input, constants):
+def backward_input(dy, weight, bias, grad_input, constants):
     (C, H, W), (K, P, Q) = grad_input.shape[1:], dy.shape[1:]
     M = grad_input.shape[0] * H * W
     config = configs.batch_norm(dy, M, C, dy.stride(1) == 1)
     launch(
         depthwise_backward_input_kernel, (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_C"]),),
-        dy, weight, grad_input, M, C, K // C, H, W, P, Q, *dy.stride(), *_taps(weight), *grad_input.stride(),
-        LARGE=is_large(dy, grad_input), **_options(dy, config, constants),
+        dy, weight, bias if bias is not None else weight, grad_input, M, C, K // C, H, W, P, Q,
+        *dy.stride(), *_taps(weight), *grad_input.stride(), HAS_BIAS=bias is not None, LARGE=is_large(dy, grad_input),
+        **_options(dy, config, constants),
     )
 
 

@@ -1,4 +1,5 @@
 """conv2d and its gradients, as implicit matrix products on the tensor cores: no column matrix is ever stored.
+conv_transpose2d is the input gradient, with a bias.
 
 Forward: rows are output pixels (n, p, q), columns output channels, and the contraction runs over (r, s, c) with the
 channels innermost, so that channels_last reads are contiguous; NCHW is read through its strides. Where a group has
@@ -114,12 +115,12 @@ def _residue(residue, size, FILTER: tl.constexpr, STRIDE: tl.constexpr, PADDING:
 
 @triton.jit
 def conv2d_backward_input_kernel(
-    dy_ptr, weight_ptr, dx_ptr, N, C, K, H, W, P, Q,
+    dy_ptr, weight_ptr, bias_ptr, dx_ptr, N, C, K, H, W, P, Q,
     dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q, weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
     dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, HAS_BIAS: tl.constexpr,
     FLAT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -185,6 +186,8 @@ def conv2d_backward_input_kernel(
                 weight_column[None, :] + weight_row[:, None], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
             )
             acc = tl.dot(dy, weight, acc, input_precision=PRECISION, out_dtype=ACC)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + group * C + c, mask=c < C, other=0.0).to(ACC)[None, :]
     dx_row = n * dx_stride_n + h * dx_stride_h + w * dx_stride_w
     dx_column = (group * C + c) * dx_stride_c
     tl.store(
@@ -254,6 +257,29 @@ def conv2d_backward_weight_kernel(
         )
 
 
+@triton.jit
+def conv2d_backward_bias_kernel(
+    dy_ptr, dbias_ptr, M, M_PART, K, P, Q, dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
+    ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    # One program: the sums of BLOCK_C channels over one part of the pixels.
+    k = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(1)
+    if LARGE:
+        k = k.to(tl.int64)
+    end = tl.minimum(M, (part + 1) * M_PART)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
+    for start in range(part * M_PART, end, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        in_part = m < end
+        if LARGE:
+            m = m.to(tl.int64)
+        pixel = m // Q // P * dy_stride_n + m // Q % P * dy_stride_p + m % Q * dy_stride_q
+        mask = in_part[:, None] & (k < K)[None, :]
+        acc += tl.load(dy_ptr + pixel[:, None] + (k * dy_stride_k)[None, :], mask=mask, other=0.0).to(ACC)
+    tl.store(dbias_ptr + part * K + k, tl.sum(acc, axis=0).to(dbias_ptr.dtype.element_ty), mask=k < K)
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -315,10 +341,7 @@ def conv2d_forward(input, weight, bias, stride, padding, dilation, groups):
     return output
 
 
-def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last):
-    """Gradient of conv2d by its input."""
-    op = "conv2d_backward_input"
-    check_tensors(op, grad_output, weight)
+def _backward_input(op, grad_output, weight, bias, input_size, stride, padding, dilation, groups, channels_last):
     P, Q = _geometry(op, input_size, weight.shape, stride, padding, dilation, groups)
     (N, _, H, W), (K, C, R, S) = input_size, weight.shape
     check(tuple(grad_output.shape) == (N, K, P, Q), f"{op}: expected grad_output {(N, K, P, Q)}")
@@ -328,8 +351,9 @@ def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dila
     if K == 0:
         return grad_input.zero_()
     constants = _constants(weight.shape, stride, padding, dilation)
+    bias = bias.contiguous() if bias is not None else None
     if C == 1 and groups > 1:
-        _depthwise.backward_input(dense(grad_output), weight, grad_input, constants)
+        _depthwise.backward_input(dense(grad_output), weight, bias, grad_input, constants)
         return grad_input
     dy, w = dense(grad_output), _packed(weight)
     classes = stride[0] * stride[1]
@@ -338,13 +362,59 @@ def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dila
     tiles = triton.cdiv(largest, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_N"])
     steps = {f"STEP_{d}": s // math.gcd(s, dil) for d, s, dil in zip("HW", stride, dilation)}
     launch(
-        conv2d_backward_input_kernel, (tiles, groups, classes), dy, w, grad_input,
+        conv2d_backward_input_kernel, (tiles, groups, classes), dy, w, bias if bias is not None else w, grad_input,
         N, C, K // groups, H, W, P, Q, *dy.stride(), *w.stride(), *grad_input.stride(),
-        **constants, **steps,
+        **constants, **steps, HAS_BIAS=bias is not None,
         ACC=accumulator(dy.dtype), PRECISION=dot_precision(dy.dtype, allow_tf32_conv()),
         LARGE=is_large(dy, w, grad_input), **config,
     )
     return grad_input
+
+
+def conv2d_backward_input(grad_output, weight, input_size, stride, padding, dilation, groups, channels_last):
+    """Gradient of conv2d by its input."""
+    op = "conv2d_backward_input"
+    check_tensors(op, grad_output, weight)
+    return _backward_input(op, grad_output, weight, None, input_size, stride, padding, dilation, groups, channels_last)
+
+
+def conv_transpose2d_forward(input, weight, bias, stride, padding, output_padding, groups, dilation):
+    """torch.nn.functional.conv_transpose2d, for an output_padding below the stride."""
+    op = "conv_transpose2d"
+    check_tensors(op, input, weight, bias)
+    check(input.dim() == 4 and weight.dim() == 4, f"{op}: expected a 4-D input and weight")
+    check(all(len(v) == 2 for v in (stride, padding, output_padding, dilation)), f"{op}: settings come in twos")
+    check(all(0 <= o < s for o, s in zip(output_padding, stride)), f"{op}: output padding must be smaller than stride")
+    size = [input.shape[0], weight.shape[1] * groups]
+    for i in (0, 1):
+        reach = dilation[i] * (weight.shape[2 + i] - 1) + output_padding[i] + 1
+        size.append((input.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach)
+    check(bias is None or bias.shape == (size[1],), f"{op}: expected bias [{size[1]}]")
+    channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+    return _backward_input(op, input, weight, bias, size, stride, padding, dilation, groups, channels_last)
+
+
+def conv2d_backward_bias(grad_output):
+    """The sum of each channel."""
+    op = "conv2d_backward_bias"
+    check_tensors(op, grad_output)
+    check(grad_output.dim() == 4, f"{op}: expected a 4-D grad_output")
+    dy = dense(grad_output)
+    N, K, P, Q = dy.shape
+    grad_bias = torch.empty((K,), dtype=dy.dtype, device=dy.device)
+    M = N * P * Q
+    if M == 0 or K == 0:
+        return grad_bias.zero_()
+    config = configs.batch_norm(dy, M, K, dy.stride(1) == 1)
+    parts, part_length = configs.row_blocks(dy, M, K, config)
+    out = torch.empty((parts, K), dtype=accumulator_dtype(dy.dtype), device=dy.device) if parts > 1 else grad_bias
+    launch(
+        conv2d_backward_bias_kernel, (triton.cdiv(K, config["BLOCK_C"]), parts), dy, out, M, part_length, K, P, Q,
+        *dy.stride(), ACC=accumulator(dy.dtype), LARGE=is_large(dy), **config,
+    )
+    if parts > 1:
+        sum_parts(out, grad_bias)
+    return grad_bias
 
 
 def conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dilation, groups, bias, channels_last):

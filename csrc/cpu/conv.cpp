@@ -49,7 +49,7 @@ template <class T> struct Plan {
   int64_t block_depth, block_count;  // steps between two additions to memory
   Borders rows, columns;
   const PieceTable* classes;  // [rows.count][columns.count]
-  A *weights, *bias;  // packed, for all groups
+  const A *weights, *bias;  // packed, for all groups
 
   int64_t width_of(int64_t panel) const {
     const int64_t count = smaller(panel_width, outputs - panel * panel_width);
@@ -58,9 +58,15 @@ template <class T> struct Plan {
   int64_t outputs_padded() const { return (panels - 1) * panel_width + width_of(panels - 1); }
 };
 
-template <class T> void plan_source(const Correlation<T>& z, Plan<T>& plan) {
+template <class T> void plan_panels(const Correlation<T>& z, Plan<T>& plan) {
   plan.channels = z.source.channels / z.groups;
   plan.outputs = z.out_channels / z.groups;
+  plan.panel_width = kTileVectors * kLanes<acc_t<T>>;
+  plan.panels = ceil_div(plan.outputs, plan.panel_width);
+  plan.depth = z.taps_h * z.taps_w * plan.channels;
+}
+
+template <class T> void plan_source(const Correlation<T>& z, Plan<T>& plan) {
   plan.min_h = z.tap_h[0];
   plan.min_w = z.tap_w[0];
   plan.span_h = z.tap_h[z.taps_h - 1] - plan.min_h;
@@ -124,7 +130,8 @@ template <class T> Filter<T> plan_filter(const Correlation<T>& z, const Plan<T>&
   return f;
 }
 
-template <class T> void pack_weights(const Correlation<T>& z, const Plan<T>& plan, const Filter<T>& filter) {
+template <class T>
+void pack_weights(const Correlation<T>& z, const Plan<T>& plan, const Filter<T>& filter, acc_t<T>* weights) {
   const int64_t padded = plan.outputs_padded();
   const int64_t grain = larger(1, 8192 / (plan.panel_width * plan.depth));
   parallel_for(z.groups * plan.panels, grain, [&](int64_t begin, int64_t end) {
@@ -133,12 +140,16 @@ template <class T> void pack_weights(const Correlation<T>& z, const Plan<T>& pla
       const int64_t width = plan.width_of(panel), count = smaller(width, plan.outputs - first);
       Filter<T> f = filter;
       f.data = z.weight + g * z.weight_group;
-      pack_filter(f, first, count, width, plan.weights + (g * padded + first) * plan.depth);
-      for (int64_t j = 0; j < width; ++j)
-        plan.bias[g * padded + first + j] =
-            z.bias && j < count ? static_cast<acc_t<T>>(z.bias[g * plan.outputs + first + j]) : acc_t<T>(0);
+      pack_filter(f, first, count, width, weights + (g * padded + first) * plan.depth);
     }
   });
+}
+
+// The bias, each group's zero-padded to whole vectors.
+template <class T> void pack_bias(const Correlation<T>& z, const Plan<T>& plan, acc_t<T>* bias) {
+  for (int64_t g = 0, padded = plan.outputs_padded(); g < z.groups; ++g)
+    for (int64_t j = 0; j < padded; ++j)
+      bias[g * padded + j] = j < plan.outputs ? static_cast<acc_t<T>>(z.bias[g * plan.outputs + j]) : acc_t<T>(0);
 }
 
 // A finished panel of a block's pixels, sums[pixel][width], to channels [first, first + count) of the output.
@@ -280,10 +291,8 @@ template <class T> void correlate(const Correlation<T>& z) {
   Plan<T> plan;
   plan.rows = find_borders(z.rows, z.stride_h, z.source.h, z.tap_h, z.taps_h, ranges);
   plan.columns = find_borders(z.columns, z.stride_w, z.source.w, z.tap_w, z.taps_w, ranges + z.rows);
+  plan_panels(z, plan);
   plan_source(z, plan);
-  plan.panel_width = kTileVectors * kLanes<A>;
-  plan.panels = ceil_div(plan.outputs, plan.panel_width);
-  plan.depth = z.taps_h * z.taps_w * plan.channels;
   plan_blocks(z, plan);
 
   plan.block_depth = sum_depth(
@@ -292,9 +301,10 @@ template <class T> void correlate(const Correlation<T>& z) {
   const int64_t taps = z.taps_h * z.taps_w, classes = plan.rows.count * plan.columns.count;
   const int64_t most_pieces = taps + plan.block_count;
   const int64_t table = z.kernel_size * plan.channels, padded = z.groups * plan.outputs_padded();
-  Arena arena{scratch<char>(Slot::family_0,
-                            64 * 8 + classes * (16 + 24 * most_pieces + 4 * (plan.block_count + 1) + 128) +
-                                8 * (taps + table) + static_cast<int64_t>(sizeof(A)) * padded * (plan.depth + 1))};
+  const int64_t packing = z.packed ? 0 : 8 * (taps + table) + static_cast<int64_t>(sizeof(A)) * padded * plan.depth;
+  Arena arena{scratch<char>(Slot::family_0, 64 * 8 +
+                                                classes * (16 + 24 * most_pieces + 4 * (plan.block_count + 1) + 128) +
+                                                static_cast<int64_t>(sizeof(A)) * padded + packing)};
   PieceTable* tables = arena.take<PieceTable>(classes);
   WindowShape shape{plan.channels, plan.pixel, plan.row, z.taps_h,
                     z.taps_w,      z.tap_h,    z.tap_w,  plan.pixel == plan.channels};
@@ -305,11 +315,19 @@ template <class T> void correlate(const Correlation<T>& z) {
                 plan.block_depth, plan.block_count, tables[c].list, tables[c].starts);
   }
   plan.classes = tables;
-  int64_t* tap_offsets = arena.take<int64_t>(taps);
-  const Filter<T> filter = plan_filter(z, plan, tap_offsets, arena.take<int64_t>(table));
-  plan.bias = arena.take<A>(padded);
-  plan.weights = arena.take<A>(padded * plan.depth);
-  pack_weights(z, plan, filter);
+  if (z.bias) {
+    A* bias = arena.take<A>(padded);
+    pack_bias(z, plan, bias);
+    plan.bias = bias;
+  }
+  plan.weights = z.packed;
+  if (!z.packed) {
+    int64_t* tap_offsets = arena.take<int64_t>(taps);
+    const Filter<T> filter = plan_filter(z, plan, tap_offsets, arena.take<int64_t>(table));
+    A* weights = arena.take<A>(padded * plan.depth);
+    pack_weights(z, plan, filter, weights);
+    plan.weights = weights;
+  }
 
   const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
   const double work = static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth);
@@ -326,33 +344,58 @@ template <class T> void correlate(const Correlation<T>& z) {
   });
 }
 
+// What forward's correlation reads of the weight; kernel_h and kernel_w stay to be set.
+template <class T> void describe_weight(const ConvShape& z, const T* weight, bool channels_last, Correlation<T>& c) {
+  const int64_t channels = z.c / z.groups;
+  c.out_channels = z.k;
+  c.taps_h = z.r, c.taps_w = z.s;
+  c.weight = weight;
+  c.weight_out = channels * z.r * z.s;
+  c.weight_in = channels_last ? 1 : z.r * z.s;
+  c.weight_h = channels_last ? z.s * channels : z.s;
+  c.weight_w = channels_last ? channels : 1;
+  c.weight_group = z.k / z.groups * c.weight_out;
+  c.kernel_size = z.r * z.s;
+  c.groups = z.groups;
+}
+
+template <class T> int64_t pack(const ConvPackArgs<T>& args) {
+  const ConvShape& z = args.shape;
+  Correlation<T> c{};
+  describe_weight(z, args.weight, args.weight_channels_last, c);
+  c.source.channels = z.c;
+  Plan<T> plan;
+  plan_panels(c, plan);
+  const int64_t taps = z.r * z.s;
+  if (args.packed) {
+    int64_t* lists = scratch<int64_t>(Slot::family_3, z.r + z.s + taps + taps * plan.channels);
+    int64_t *kernel_h = lists, *kernel_w = kernel_h + z.r, *tap_offsets = kernel_w + z.s;
+    for (int64_t r = 0; r < z.r; ++r) kernel_h[r] = r;
+    for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
+    c.kernel_h = kernel_h, c.kernel_w = kernel_w;
+    pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
+  }
+  return z.groups * plan.outputs_padded() * plan.depth;
+}
+
 template <class T> void forward(const ConvForwardArgs<T>& args) {
   if (depthwise_forward(args) || grouped_forward(args)) return;
   const ConvShape& z = args.shape;
-  const int64_t channels = z.c / z.groups;
   int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
   int64_t *tap_h = lists, *kernel_h = tap_h + z.r, *tap_w = kernel_h + z.r, *kernel_w = tap_w + z.s;
   for (int64_t r = 0; r < z.r; ++r) tap_h[r] = r * z.dilation_h - z.pad_h, kernel_h[r] = r;
   for (int64_t s = 0; s < z.s; ++s) tap_w[s] = s * z.dilation_w - z.pad_w, kernel_w[s] = s;
-  const bool last = args.weight_channels_last;
   Correlation<T> c{};
+  describe_weight(z, args.weight, args.weight_channels_last, c);
   c.source = {args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
   c.output = args.output;
   c.output_channels_last = args.output_channels_last;
-  c.out_channels = z.k, c.out_h = c.rows = z.p, c.out_w = c.columns = z.q;
+  c.out_h = c.rows = z.p, c.out_w = c.columns = z.q;
   c.step_h = c.step_w = 1;
   c.stride_h = z.stride_h, c.stride_w = z.stride_w;
-  c.taps_h = z.r, c.taps_w = z.s;
   c.tap_h = tap_h, c.tap_w = tap_w, c.kernel_h = kernel_h, c.kernel_w = kernel_w;
-  c.weight = args.weight;
-  c.weight_out = channels * z.r * z.s;
-  c.weight_in = last ? 1 : z.r * z.s;
-  c.weight_h = last ? z.s * channels : z.s;
-  c.weight_w = last ? channels : 1;
-  c.weight_group = z.k / z.groups * c.weight_out;
-  c.kernel_size = z.r * z.s;
   c.bias = args.bias;
-  c.groups = z.groups;
+  c.packed = args.packed;
   correlate(c);
 }
 
@@ -377,12 +420,34 @@ bool leaves_gaps(int64_t stride, int64_t dilation, int64_t taps) {
   return false;
 }
 
+// Every channel of x filled with, or increased by, its bias (zero where there is none).
+template <class T> void apply_bias(const ConvBackwardInputArgs<T>& args, bool fill) {
+  const ConvShape& z = args.shape;
+  const int64_t inner = args.grad_input_channels_last ? z.c : z.h * z.w, lines = z.n * z.c * z.h * z.w / inner;
+  parallel_for(lines, 1 + 16384 / inner, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      T* to = args.grad_input + line * inner;
+      for (int64_t i = 0; i < inner; ++i) {
+        const int64_t channel = args.grad_input_channels_last ? i : line % z.c;
+        const acc_t<T> bias = args.bias ? static_cast<acc_t<T>>(args.bias[channel]) : acc_t<T>(0);
+        to[i] = static_cast<T>(fill ? bias : static_cast<acc_t<T>>(to[i]) + bias);
+      }
+    }
+  });
+}
+
 template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
-  if (depthwise_backward_input(args) || grouped_backward_input(args)) return;
+  if (depthwise_backward_input(args) || grouped_backward_input(args)) {
+    if (args.bias) apply_bias(args, false);
+    return;
+  }
   const ConvShape& z = args.shape;
   const int64_t channels = z.c / z.groups;
   const bool last = args.weight_channels_last;
-  if (leaves_gaps(z.stride_h, z.dilation_h, z.r) || leaves_gaps(z.stride_w, z.dilation_w, z.s)) {
+  const bool gaps = leaves_gaps(z.stride_h, z.dilation_h, z.r) || leaves_gaps(z.stride_w, z.dilation_w, z.s);
+  if (gaps && args.bias) {
+    apply_bias(args, true);
+  } else if (gaps) {
     constexpr int64_t kRun = 16384;
     const int64_t total = z.n * z.c * z.h * z.w;
     parallel_for(ceil_div(total, kRun), 4, [&](int64_t begin, int64_t end) {
@@ -413,6 +478,7 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
       c.weight_w = last ? channels : 1;
       c.weight_group = z.k / z.groups * c.weight_in;
       c.kernel_size = z.r * z.s;
+      c.bias = args.bias;
       c.groups = z.groups;
       correlate(c);
     }
@@ -421,6 +487,7 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
 }  // namespace
 
 #define DLKERN_DEFINE_CONV(T)                                            \
+  int64_t conv2d_pack(const ConvPackArgs<T>& args) { return pack(args); } \
   void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); } \
   void conv2d_backward_input(const ConvBackwardInputArgs<T>& args) { backward_input(args); }
 DLKERN_DEFINE_CONV(float)

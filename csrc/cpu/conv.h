@@ -24,11 +24,14 @@ template <class T> struct ConvForwardArgs {
   const T* bias;  // or null
   T* output;
   bool input_channels_last, weight_channels_last, output_channels_last;
+  const acc_t<T>* packed;  // what conv2d_pack made of the weight, or null
 };
+// A transposed convolution's forward is this, too: then there is a bias of the input's channels.
 template <class T> struct ConvBackwardInputArgs {
   ConvShape shape;
   const T* grad_output;
   const T* weight;
+  const T* bias;  // or null
   T* grad_input;
   bool grad_output_channels_last, weight_channels_last, grad_input_channels_last;
 };
@@ -41,10 +44,28 @@ template <class T> struct ConvBackwardWeightArgs {
   bool grad_output_channels_last, input_channels_last, grad_weight_channels_last;
 };
 
-#define DLKERN_DECLARE_CONV(T)                                                 \
-  DLKERN_DECLARE(void, conv2d_forward, const ConvForwardArgs<T>&)              \
-  DLKERN_DECLARE(void, conv2d_backward_input, const ConvBackwardInputArgs<T>&) \
-  DLKERN_DECLARE(void, conv2d_backward_weight, const ConvBackwardWeightArgs<T>&)
+// The weight as the dense kernel reads it; conv2d_pack returns how many elements that are, of the shape's k, c, r, s and
+// groups alone, and only counts them where packed is null.
+template <class T> struct ConvPackArgs {
+  ConvShape shape;
+  const T* weight;
+  bool weight_channels_last;
+  acc_t<T>* packed;
+};
+// grad_bias[k] = sum of grad_output[:, k], of n images with p x q pixels.
+template <class T> struct ConvBackwardBiasArgs {
+  int64_t n, k, p, q;
+  const T* grad_output;
+  bool channels_last;
+  T* grad_bias;
+};
+
+#define DLKERN_DECLARE_CONV(T)                                                   \
+  DLKERN_DECLARE(int64_t, conv2d_pack, const ConvPackArgs<T>&)                   \
+  DLKERN_DECLARE(void, conv2d_forward, const ConvForwardArgs<T>&)                \
+  DLKERN_DECLARE(void, conv2d_backward_input, const ConvBackwardInputArgs<T>&)   \
+  DLKERN_DECLARE(void, conv2d_backward_weight, const ConvBackwardWeightArgs<T>&) \
+  DLKERN_DECLARE(void, conv2d_backward_bias, const ConvBackwardBiasArgs<T>&)
 DLKERN_DECLARE_CONV(float)
 DLKERN_DECLARE_CONV(double)
 DLKERN_DECLARE_CONV(bfloat16)

@@ -1,5 +1,6 @@
 // What convolution's kernels read, laid out for them: windows of an image, zero-padded, as [row][column][channel]; and
-// weights as [panel of output channels][tap][input channel][the panel's width]. Both are made anew in every call.
+// weights as [panel of output channels][tap][input channel][the panel's width]. Both are made anew in every call, but for
+// weights that a caller had packed for good (conv2d_pack).
 #pragma once
 #include "conv_kernel.h"
 #include "transpose.h"
@@ -42,6 +43,7 @@ template <class T> struct Correlation {
   int64_t kernel_size;  // elements of one channel's filter
   const T* bias;
   int64_t groups;
+  const acc_t<T>* packed;  // the whole packed weight, or null
 };
 
 // Rows first_row + i * step_h and columns first_column + j * step_w of an image; zero where there is none.

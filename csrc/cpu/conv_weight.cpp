@@ -243,73 +243,58 @@ template <class V> struct CarefulSum {
   V total() const { return value + (lost == lost ? lost : V{}); }  // NaN where the sum is infinite
 };
 
-// Sums of grad_output over pixels: float in short runs, so that rounding errors do not grow with their number; double,
-// which has no wider type, with its rounding errors carried along.
-template <class T> void sum_bias(const ConvBackwardWeightArgs<T>& args) {
-  using A = acc_t<T>;
-  constexpr int64_t lanes = kLanes<A>, run = 16;
-  const ConvShape& z = args.shape;
-  const int64_t pixels = z.p * z.q;
-  if (args.grad_output_channels_last) {
-    const int64_t all = z.n * pixels;
-    parallel_for(ceil_div(z.k, lanes), 1 + 16384 / all, [&](int64_t begin, int64_t end) {
+// Sums of lanes: of float and bfloat16 in double, of double, which has no wider type, with its rounding errors.
+template <class T> struct LaneSums {
+  Wide<T> sum{};
+  void add(Vec<T> x) { sum += __builtin_convertvector(x, Wide<T>); }
+  Vec<T> lanes() const { return __builtin_convertvector(sum, Vec<T>); }
+  acc_t<T> total() const {
+    double all = 0;
+    for (int l = 0; l < kLanes<T>; ++l) all += sum[l];
+    return static_cast<acc_t<T>>(all);
+  }
+};
+template <> struct LaneSums<double> {
+  CarefulSum<Vec<double>> sums;
+  void add(Vec<double> x) { sums.add(x); }
+  Vec<double> lanes() const { return sums.total(); }
+  double total() const {
+    CarefulSum<double> sum;
+    for (int l = 0; l < kLanes<double>; ++l) sum.add(sums.value[l]);
+    for (int l = 0; l < kLanes<double>; ++l) sum.add(sums.lost[l] == sums.lost[l] ? sums.lost[l] : 0.0);
+    return sum.total();
+  }
+};
+
+// Sums of grad_output over pixels.
+template <class T> void sum_bias(const ConvBackwardBiasArgs<T>& args) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t pixels = args.p * args.q;
+  if (args.channels_last) {
+    const int64_t all = args.n * pixels;
+    parallel_for(ceil_div(args.k, lanes), 1 + 16384 / all, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
         const int64_t k = v * lanes;
-        const int count = static_cast<int>(smaller(lanes, z.k - k));
-        Vec<A> total{};
-        if constexpr (sizeof(A) == sizeof(double)) {
-          CarefulSum<Vec<A>> sum;
-          for (int64_t p = 0; p < all; ++p) {
-            const T* from = args.grad_output + p * z.k + k;
-            sum.add(count == lanes ? load(from) : load_partial<T>(from, count));
-          }
-          store_partial<T>(args.grad_bias + k, sum.total(), count);
-          continue;
+        const int count = static_cast<int>(smaller(lanes, args.k - k));
+        LaneSums<T> sums;
+        for (int64_t p = 0; p < all; ++p) {
+          const T* from = args.grad_output + p * args.k + k;
+          sums.add(count == lanes ? load(from) : load_partial<T>(from, count));
         }
-        for (int64_t outer = 0; outer < all; outer += run * run) {
-          Vec<A> middle{};
-          for (int64_t inner = outer; inner < all && inner < outer + run * run; inner += run) {
-            Vec<A> sum{};
-            for (int64_t p = inner; p < all && p < inner + run; ++p) {
-              const T* from = args.grad_output + p * z.k + k;
-              sum += count == lanes ? load(from) : load_partial<T>(from, count);
-            }
-            middle += sum;
-          }
-          total += middle;
-        }
-        store_partial<T>(args.grad_bias + k, total, count);
+        store_partial<T>(args.grad_bias + k, sums.lanes(), count);
       }
     });
     return;
   }
-  parallel_for(z.k, 1 + 16384 / (z.n * pixels), [&](int64_t begin, int64_t end) {
+  parallel_for(args.k, 1 + 16384 / (args.n * pixels), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      if constexpr (sizeof(A) == sizeof(double)) {
-        CarefulSum<Vec<A>> sums;
-        for (int64_t n = 0; n < z.n; ++n) {
-          const T* from = args.grad_output + (n * z.k + k) * pixels;
-          for (int64_t p = 0; p < pixels; p += lanes)
-            sums.add(p + lanes <= pixels ? load(from + p) : load_partial<T>(from + p, static_cast<int>(pixels - p)));
-        }
-        CarefulSum<A> sum;
-        for (int64_t l = 0; l < lanes; ++l) sum.add(sums.value[l]);
-        for (int64_t l = 0; l < lanes; ++l) sum.add(sums.lost[l] == sums.lost[l] ? sums.lost[l] : A(0));
-        args.grad_bias[k] = sum.total();
-        continue;
+      LaneSums<T> sums;
+      for (int64_t n = 0; n < args.n; ++n) {
+        const T* from = args.grad_output + (n * args.k + k) * pixels;
+        for (int64_t p = 0; p < pixels; p += lanes)
+          sums.add(p + lanes <= pixels ? load(from + p) : load_partial<T>(from + p, static_cast<int>(pixels - p)));
       }
-      double total = 0;
-      for (int64_t n = 0; n < z.n; ++n) {
-        const T* from = args.grad_output + (n * z.k + k) * pixels;
-        for (int64_t outer = 0; outer < pixels; outer += run * lanes) {
-          Vec<A> sum{};
-          const int64_t stop = smaller(pixels, outer + run * lanes);
-          for (int64_t p = outer; p < stop; p += lanes)
-            sum += p + lanes <= stop ? load(from + p) : load_partial<T>(from + p, static_cast<int>(stop - p));
-          total += static_cast<double>(reduce_add(sum));
-        }
-      }
-      args.grad_bias[k] = static_cast<T>(total);
+      args.grad_bias[k] = static_cast<T>(sums.total());
     }
   });
 }
@@ -384,7 +369,8 @@ template <class T> void backward_weight_turned(const ConvBackwardWeightArgs<T>& 
 template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   const ConvShape& z = args.shape;
-  if (args.grad_bias) sum_bias(args);
+  if (args.grad_bias)
+    sum_bias(ConvBackwardBiasArgs<T>{z.n, z.k, z.p, z.q, args.grad_output, args.grad_output_channels_last, args.grad_bias});
   if (depthwise_backward_weight(args) || grouped_backward_weight(args)) return;
   Plan<T> plan;
   plan_bands(z, plan);
@@ -412,8 +398,12 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
 
 }  // namespace
 
-void conv2d_backward_weight(const ConvBackwardWeightArgs<float>& args) { backward_weight(args); }
-void conv2d_backward_weight(const ConvBackwardWeightArgs<double>& args) { backward_weight(args); }
-void conv2d_backward_weight(const ConvBackwardWeightArgs<bfloat16>& args) { backward_weight(args); }
+#define DLKERN_DEFINE_CONV(T)                                                                      \
+  void conv2d_backward_weight(const ConvBackwardWeightArgs<T>& args) { backward_weight(args); }    \
+  void conv2d_backward_bias(const ConvBackwardBiasArgs<T>& args) { sum_bias(args); }
+DLKERN_DEFINE_CONV(float)
+DLKERN_DEFINE_CONV(double)
+DLKERN_DEFINE_CONV(bfloat16)
+#undef DLKERN_DEFINE_CONV
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -1,4 +1,5 @@
-// conv2d, op layer: dlkern::conv2d_forward_cpu, conv2d_backward_input_cpu, conv2d_backward_weight_cpu.
+// conv2d and conv_transpose2d, op layer: dlkern::conv2d_{forward,backward_input,backward_weight,backward_bias}_cpu,
+// conv_transpose2d_forward_cpu, and conv2d_{pack,forward_packed}_cpu for weights that stay (dlkern.freeze).
 // Everything a kernel relies on is checked here; what is dense in neither layout is copied.
 #include "../cpu/conv.h"
 
@@ -72,22 +73,63 @@ cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints stride, In
 Tensor dense(const Tensor& x) { return layout_of(x) == Layout::other ? torch::stable::contiguous(x) : x; }
 bool is_channels_last(const Tensor& x) { return layout_of(x) == Layout::channels_last; }
 
-Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
-                          Ints padding, Ints dilation, int64_t groups) {
+std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input, int64_t size) {
+  if (!bias) return bias;
+  check_tensor(op, "bias", *bias, input, 1);
+  check<std::invalid_argument>(bias->size(0) == size, op, ": expected bias to have ", size, " elements, but got ",
+                               bias->size(0));
+  return bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+}
+
+// The dtype packed weights are in: what sums are carried in.
+ScalarType packed_dtype(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
+}
+
+template <class T> int64_t pack(const cpu::ConvShape& z, const Tensor& weight, acc_t<T>* packed) {
+  const cpu::ConvPackArgs<T> args{z, data<T>(weight), is_channels_last(weight), packed};
+  return DLKERN_CALL(conv2d_pack, args);
+}
+
+// The shape of a weight alone.
+cpu::ConvShape weight_shape(const char* op, const Tensor& weight, int64_t groups) {
+  check_tensor(op, "weight", weight, weight, 4);
+  check<std::invalid_argument>(groups > 0 && groups < kLargest, op, ": non-positive groups is not supported");
+  const Ints size = weight.sizes();
+  for (int64_t n : size) check<std::invalid_argument>(n > 0 && n < kLargest, op, ": weight size out of range");
+  const int64_t input[] = {0, size[1] * groups, size[2], size[3]}, ones[] = {1, 1}, zeros[] = {0, 0};
+  return shape_of(op, input, size, ones, zeros, ones, groups);
+}
+
+Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups) {
+  const char* op = "conv2d_pack";
+  const cpu::ConvShape z = weight_shape(op, weight, groups);
+  const Tensor w = dense(weight);
+  std::optional<Tensor> packed;
+  dispatch_floating(w.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    packed = allocate({pack<T>(z, w, nullptr)}, packed_dtype(w.scalar_type()), w);
+    pack<T>(z, w, mutable_data<acc_t<T>>(*packed));
+  });
+  return *packed;
+}
+
+Tensor forward(const Tensor& input, const Tensor& weight, const Tensor* packed, const std::optional<Tensor>& bias,
+               Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const char* op = "conv2d_forward";
   check_tensor(op, "input", input, input, 4);
   check_tensor(op, "weight", weight, input, 4);
   const cpu::ConvShape z = shape_of(op, input.sizes(), weight.sizes(), stride, padding, dilation, groups);
-  if (bias) {
-    check_tensor(op, "bias", *bias, input, 1);
-    check<std::invalid_argument>(bias->size(0) == z.k, op, ": expected bias to have ", z.k, " elements, but got ",
-                                 bias->size(0));
-  }
+  const std::optional<Tensor> b = checked_bias(op, bias, input, z.k);
   const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
   const Tensor x = dense(input), w = dense(weight);
-  std::optional<Tensor> b = bias;
-  if (b && !b->is_contiguous()) b = torch::stable::contiguous(*b);
-  dispatch_floating(x.scalar_type(), op, [](auto*) {});
+  dispatch_floating(x.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (packed)
+      check(packed->is_cpu() && packed->scalar_type() == packed_dtype(x.scalar_type()) && packed->is_contiguous() &&
+                packed->dim() == 1 && packed->size(0) == pack<T>(z, w, nullptr),
+            op, ": packed is not what conv2d_pack makes of this weight");
+  });
   Tensor output = allocate({z.n, z.k, z.p, z.q}, x.scalar_type(), x, channels_last);
   if (output.numel() == 0) return output;
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
@@ -99,10 +141,22 @@ Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::
                                  mutable_data<T>(output),
                                  is_channels_last(x),
                                  is_channels_last(w),
-                                 channels_last};
+                                 channels_last,
+                                 packed ? data<acc_t<T>>(*packed) : nullptr};
     DLKERN_CALL(conv2d_forward, args);
   });
   return output;
+}
+
+Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
+                          Ints padding, Ints dilation, int64_t groups) {
+  return forward(input, weight, nullptr, bias, stride, padding, dilation, groups);
+}
+
+Tensor conv2d_forward_packed_cpu(const Tensor& input, const Tensor& weight, const Tensor& packed,
+                                 const std::optional<Tensor>& bias, Ints stride, Ints padding, Ints dilation,
+                                 int64_t groups) {
+  return forward(input, weight, &packed, bias, stride, padding, dilation, groups);
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const cpu::ConvShape& z) {
@@ -111,12 +165,9 @@ void check_grad_output(const char* op, const Tensor& grad_output, const cpu::Con
                                text(expected), ", but got ", text(grad_output.sizes()));
 }
 
-Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
-                                 Ints padding, Ints dilation, int64_t groups, bool channels_last) {
-  const char* op = "conv2d_backward_input";
-  check_tensor(op, "grad_output", grad_output, grad_output, 4);
-  check_tensor(op, "weight", weight, grad_output, 4);
-  const cpu::ConvShape z = shape_of(op, input_size, weight.sizes(), stride, padding, dilation, groups);
+// The gradient of a convolution's input; with a bias, a transposed convolution.
+Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& grad_output, const Tensor& weight,
+                      const std::optional<Tensor>& bias, bool channels_last) {
   check_grad_output(op, grad_output, z);
   const Tensor y = dense(grad_output), w = dense(weight);
   dispatch_floating(y.scalar_type(), op, [](auto*) {});
@@ -127,6 +178,7 @@ Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight
     cpu::ConvBackwardInputArgs<T> args{z,
                                        data<T>(y),
                                        data<T>(w),
+                                       data<T>(bias),
                                        mutable_data<T>(grad_input),
                                        is_channels_last(y),
                                        is_channels_last(w),
@@ -134,6 +186,57 @@ Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight
     DLKERN_CALL(conv2d_backward_input, args);
   });
   return grad_input;
+}
+
+Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
+                                 Ints padding, Ints dilation, int64_t groups, bool channels_last) {
+  const char* op = "conv2d_backward_input";
+  check_tensor(op, "grad_output", grad_output, grad_output, 4);
+  check_tensor(op, "weight", weight, grad_output, 4);
+  const cpu::ConvShape z = shape_of(op, input_size, weight.sizes(), stride, padding, dilation, groups);
+  return backward_input(op, z, grad_output, weight, std::nullopt, channels_last);
+}
+
+// Here output_padding is less than stride: then convolving the output gives back the input's size.
+Tensor conv_transpose2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                    Ints stride, Ints padding, Ints output_padding, int64_t groups, Ints dilation) {
+  const char* op = "conv_transpose2d_forward";
+  check_tensor(op, "input", input, input, 4);
+  check_tensor(op, "weight", weight, input, 4);
+  check<std::invalid_argument>(groups > 0 && groups < kLargest, op, ": non-positive groups is not supported");
+  check<std::invalid_argument>(stride.size() == 2 && padding.size() == 2 && output_padding.size() == 2 &&
+                                   dilation.size() == 2,
+                               op, ": stride, padding, output_padding and dilation must have two elements each");
+  int64_t size[4] = {input.size(0), weight.size(1) * groups, 0, 0};
+  for (int i : {0, 1}) {
+    for (int64_t setting : {stride[i], padding[i], output_padding[i], dilation[i]})
+      check<std::invalid_argument>(setting >= 0 && setting < kLargest, op, ": a setting is out of range");
+    check<std::invalid_argument>(output_padding[i] < stride[i], op, ": output padding must be smaller than stride");
+    check<std::invalid_argument>(input.size(2 + i) > 0 && input.size(2 + i) < kLargest && weight.size(2 + i) < kLargest,
+                                 op, ": size out of range");
+    size[2 + i] = (input.size(2 + i) - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.size(2 + i) - 1) +
+                  output_padding[i] + 1;
+    check<std::invalid_argument>(size[2 + i] > 0, op, ": the output would have no pixels");
+  }
+  const cpu::ConvShape z = shape_of(op, size, weight.sizes(), stride, padding, dilation, groups);
+  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
+  return backward_input(op, z, input, weight, checked_bias(op, bias, input, z.c), channels_last);
+}
+
+Tensor conv2d_backward_bias_cpu(const Tensor& grad_output) {
+  const char* op = "conv2d_backward_bias";
+  check_tensor(op, "grad_output", grad_output, grad_output, 4);
+  const Tensor y = dense(grad_output);
+  dispatch_floating(y.scalar_type(), op, [](auto*) {});
+  Tensor grad_bias = allocate({y.size(1)}, y.scalar_type(), y);
+  if (y.numel() == 0) return torch::stable::zero_(grad_bias);
+  dispatch_floating(y.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::ConvBackwardBiasArgs<T> args{y.size(0),  y.size(1),           y.size(2),                 y.size(3),
+                                      data<T>(y), is_channels_last(y), mutable_data<T>(grad_bias)};
+    DLKERN_CALL(conv2d_backward_bias, args);
+  });
+  return grad_bias;
 }
 
 std::tuple<Tensor, Tensor> conv2d_backward_weight_cpu(const Tensor& grad_output, const Tensor& input, Ints weight_size,
@@ -168,7 +271,11 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cpu(const Tensor& grad_output,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
+  m.impl("conv2d_pack_cpu", TORCH_BOX(&conv2d_pack_cpu));
   m.impl("conv2d_forward_cpu", TORCH_BOX(&conv2d_forward_cpu));
+  m.impl("conv2d_forward_packed_cpu", TORCH_BOX(&conv2d_forward_packed_cpu));
+  m.impl("conv_transpose2d_forward_cpu", TORCH_BOX(&conv_transpose2d_forward_cpu));
+  m.impl("conv2d_backward_bias_cpu", TORCH_BOX(&conv2d_backward_bias_cpu));
   m.impl("conv2d_backward_input_cpu", TORCH_BOX(&conv2d_backward_input_cpu));
   m.impl("conv2d_backward_weight_cpu", TORCH_BOX(&conv2d_backward_weight_cpu));
 }

@@ -1,7 +1,8 @@
-"""conv2d: schemas, fake kernels, autograd, dispatch.
+"""conv2d and conv_transpose2d: schemas, fake kernels, autograd, dispatch.
 
 The gradients with respect to the input and to the weight are ops of their own: each runs only where it is wanted,
-and each is bilinear, so that its own derivative is the reference's.
+and each is bilinear, so that its own derivative is the reference's. conv_transpose2d is the input gradient of a
+convolution, with a bias; its own gradients are that convolution and its weight gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.ops._registry import define, raw
 from dlkern.reference import conv as reference
 
-__all__ = ["conv2d", "run"]
+__all__ = ["conv2d", "conv_transpose2d", "forward_packed", "pack", "run", "run_transpose"]
 
 
 def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
@@ -44,6 +45,21 @@ def _backward_weight_fake(
     return grad_weight, grad_output.new_empty(grad_output.shape[1] if bias else 0)
 
 
+def _transpose_forward_fake(input, weight, bias, stride, padding, output_padding, groups, dilation):
+    size = [input.shape[0], weight.shape[1] * groups]
+    for i in (0, 1):
+        reach = dilation[i] * (weight.shape[2 + i] - 1) + output_padding[i] + 1
+        size.append((input.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach)
+    channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last))
+
+
+def _pack_fake(weight, groups):
+    # How far channels are padded depends on the instruction set.
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(size, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
 define(
     "conv2d_forward",
     "(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
@@ -64,16 +80,41 @@ define(
     _backward_weight_fake,
     triton="dlkern.kernels.conv:conv2d_backward_weight",
 )
+define(
+    "conv2d_backward_bias", "(Tensor grad_output) -> Tensor", lambda grad_output: grad_output.new_empty(grad_output.shape[1]),
+    triton="dlkern.kernels.conv:conv2d_backward_bias",
+)
+define(
+    "conv_transpose2d_forward",
+    "(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int groups, "
+    "int[] dilation) -> Tensor",
+    _transpose_forward_fake,
+    triton="dlkern.kernels.conv:conv_transpose2d_forward",
+)
+# For weights that stay (dlkern.freeze): what the dense kernel reads, made once. The CPU column alone has these.
+define("conv2d_pack", "(Tensor weight, int groups) -> Tensor", _pack_fake)
+define(
+    "conv2d_forward_packed",
+    "(Tensor input, Tensor weight, Tensor packed, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) "
+    "-> Tensor",
+    lambda input, weight, packed, *settings: _forward_fake(input, weight, *settings),
+)
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }.items():
-    columns.declare("conv2d", _column, _dtypes)
+    for _op in ("conv2d", "conv_transpose2d"):
+        columns.declare(_op, _column, _dtypes)
 
 
-_forward, _backward_input, _backward_weight = (
-    raw[op] for op in ("conv2d_forward", "conv2d_backward_input", "conv2d_backward_weight")
-)
+_forward, _backward_input, _backward_weight, _backward_bias, _transpose_forward = (
+    raw[op]
+    for op in (
+        "conv2d_forward", "conv2d_backward_input", "conv2d_backward_weight", "conv2d_backward_bias",
+        "conv_transpose2d_forward",
+    )
+)  # fmt: skip
+pack, forward_packed = raw["conv2d_pack"]["cpu"], raw["conv2d_forward_packed"]["cpu"]
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -163,6 +204,44 @@ class Conv2d(_autograd.Function):
         )  # fmt: skip
 
 
+class ConvTranspose2d(_autograd.Function):
+    @staticmethod
+    def forward(input, weight, bias, stride, padding, output_padding, groups, dilation, column):
+        return _transpose_forward[column](input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _bias, stride, padding, _output_padding, groups, dilation, column = inputs
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(input if need[1] else None, weight if need[0] else None)
+        channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+        ctx.constants = need, weight.shape, (stride, padding, dilation, groups), channels_last, column
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        need, weight_size, settings, channels_last, column = ctx.constants
+        again = torch.is_grad_enabled()
+        grad_input = grad_weight = grad_bias = None
+        if need[0]:
+            if again:
+                grad_input = _autograd.apply(Conv2d, grad_output, weight, None, *settings, column)
+            else:
+                grad_input = _forward[column](grad_output, weight, None, *settings)
+        if need[1]:
+            if again:
+                grad_weight, _ = _autograd.apply(
+                    Conv2dBackwardWeight, input, grad_output, weight_size, *settings, False, channels_last, column
+                )
+            else:
+                grad_weight, _ = _backward_weight[column](
+                    input, grad_output, weight_size, *settings, False, channels_last
+                )
+        if need[2]:
+            grad_bias = grad_output.sum((0, 2, 3)) if again else _backward_bias[column](grad_output)
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
+
+
 def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -171,8 +250,10 @@ def conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    op: str = "conv2d",
 ) -> torch.Tensor:
-    """Convolution of input [N, C, H, W] with weight [K, C/groups, R, S]; arguments are valid and in pairs."""
+    """Convolution of input [N, C, H, W] with weight [K, C/groups, R, S]; arguments are valid and in pairs. `op` is the
+    public op that trace() is told of."""
     if _autograd.use_reference():
         return reference.conv2d(input, weight, bias, stride, padding, dilation, groups)
     choice = columns.choose(
@@ -180,7 +261,7 @@ def conv2d(
         ("grouped",) if groups > 1 else (),
     )
     if tracing.active:
-        tracing.record("conv2d", choice.column, choice.reason, input, weight, bias)
+        tracing.record(op, choice.column, choice.reason, input, weight, bias)
     if choice.column == "reference":
         return reference.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if _autograd.needs_grad(input, weight, bias):
@@ -193,3 +274,40 @@ def run(column, input, weight, bias, stride, padding, dilation, groups):
     if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return Conv2d.fast_apply(input, weight, bias, stride, padding, dilation, groups, column)
     return _forward[column](input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    op: str = "conv_transpose2d",
+) -> torch.Tensor:
+    """Transposed convolution of input [N, C, H, W] with weight [C, K/groups, R, S]; arguments are valid and in pairs,
+    output_padding is below stride."""
+    settings = (stride, padding, output_padding, groups, dilation)
+    if _autograd.use_reference():
+        return reference.conv_transpose2d(input, weight, bias, *settings)
+    choice = columns.choose(
+        "conv_transpose2d", input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
+        ("grouped",) if groups > 1 else (),
+    )
+    if tracing.active:
+        tracing.record(op, choice.column, choice.reason, input, weight, bias)
+    if choice.column == "reference":
+        return reference.conv_transpose2d(input, weight, bias, *settings)
+    if _autograd.needs_grad(input, weight, bias):
+        return _autograd.apply(ConvTranspose2d, input, weight, bias, *settings, choice.column)
+    return _transpose_forward[choice.column](input, weight, bias, *settings)
+
+
+def run_transpose(column, input, weight, bias, stride, padding, output_padding, groups, dilation):
+    """conv_transpose2d on a given column, for a plain call (see _plain.py)."""
+    settings = (stride, padding, output_padding, groups, dilation, column)
+    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return ConvTranspose2d.fast_apply(input, weight, bias, *settings)
+    return _transpose_forward[column](input, weight, bias, *settings[:5])

@@ -1,4 +1,4 @@
-"""conv2d and its gradients in plain torch expressions."""
+"""conv2d, its gradients and conv_transpose2d in plain torch expressions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import grad
 
-__all__ = ["conv2d", "conv2d_backward_input", "conv2d_backward_weight"]
+__all__ = ["conv2d", "conv2d_backward_input", "conv2d_backward_weight", "conv_transpose2d"]
 
 
 def conv2d(
@@ -54,3 +54,20 @@ def conv2d_backward_weight(
         input, list(weight_size), grad_output, tuple(stride), tuple(padding), tuple(dilation), groups
     )
     return grad_weight, grad_output.sum((0, 2, 3)) if bias else grad_output.new_empty(0)
+
+
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> torch.Tensor:
+    """What conv2d of these settings maps back: y[n, k, h, w] = bias[k] + sum over c, r, s with h = i·sh - ph + r·dh and
+    w = j·sw - pw + s·dw of weight[c, k, r, s] x[n, c, i, j]."""
+    return F.conv_transpose2d(
+        input, weight, bias, tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+    )

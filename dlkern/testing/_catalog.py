@@ -77,6 +77,43 @@ def _conv() -> Iterator[Case]:
             images=True,
         )
 
+    sequences: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, dict[str, Any]]] = {
+        "3": ((3, 5, 21), (6, 5, 3), True, dict(padding=1)),
+        "5 stride 2": ((2, 4, 23), (7, 4, 5), False, dict(stride=2, padding=2)),
+        "causal": ((2, 6, 19), (9, 2, 3), True, dict(groups=3, dilation=2, padding=4)),
+        "depthwise": ((2, 8, 17), (8, 1, 4), True, dict(groups=8, padding=2)),
+    }
+    for label, (x, w, bias, options) in sequences.items():
+        yield Case(
+            "conv", "conv1d", label,
+            lambda *t, o=options: F.conv1d(*t, **o), lambda *t, o=options: tF.conv1d(*t, **o),
+            lambda x=x, w=w, b=bias: [_randn(*x), _randn(*w, scale=0.3), *([_randn(w[0])] if b else [])],
+        )
+
+
+def _conv_transpose() -> Iterator[Case]:
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, dict[str, Any]]] = {
+        "4x4 stride 2": ((2, 5, 6, 5), (5, 6, 4, 4), True, dict(stride=2, padding=1)),
+        "3x3": ((2, 4, 7, 6), (4, 5, 3, 3), False, dict(padding=1)),
+        "stride over kernel": ((1, 3, 5, 4), (3, 4, 2, 2), True, dict(stride=3, output_padding=(1, 2))),
+        "dilated": ((1, 4, 6, 7), (4, 3, 3, 2), True, dict(dilation=(3, 2), output_padding=(2, 1), padding=1)),
+        "grouped": ((2, 6, 5, 6), (6, 2, 3, 3), True, dict(groups=3, stride=2, output_padding=1)),
+        "depthwise": ((2, 8, 6, 5), (8, 1, 3, 3), True, dict(groups=8, stride=2, padding=1)),
+    }
+    for label, (x, w, bias, options) in shapes.items():
+        outputs = w[1] * options.get("groups", 1)
+        yield Case(
+            "conv", "conv_transpose2d", label,
+            lambda *t, o=options: F.conv_transpose2d(*t, **o), lambda *t, o=options: tF.conv_transpose2d(*t, **o),
+            lambda x=x, w=w, b=outputs if bias else 0: [_randn(*x), _randn(*w, scale=0.3), *([_randn(b)] if b else [])],
+            images=True,
+        )
+    yield Case(
+        "conv", "conv_transpose1d", "4 stride 2",
+        lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1), lambda x, w, b: tF.conv_transpose1d(x, w, b, 2, 1),
+        lambda: [_randn(2, 5, 9), _randn(5, 6, 4, scale=0.3), _randn(6)],
+    )
+
 
 def _pooling() -> Iterator[Case]:
     shape = (2, 5, 9, 11)
@@ -161,7 +198,7 @@ def _dropout() -> Iterator[Case]:
                    lambda: [_randn(3, 5, 8, 9), torch.randint(0, 2**62, ())], images=True)
 
 
-CASES: tuple[Case, ...] = (*_conv(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout())
+CASES: tuple[Case, ...] = (*_conv(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout())
 
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,40 +12,35 @@ from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.ops import _plain
 
-__all__ = ["conv2d"]
+__all__ = ["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"]
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    """An int, or one or two of them, as a pair; None for what torch has to judge."""
+_Numbers = tuple[int, ...]
+
+
+def _numbers(value: Any, dims: int) -> _Numbers | None:
+    """An int, or one or `dims` of them, as `dims` ints; None for what torch has to judge."""
     try:
         if isinstance(value, tuple | list):
-            if len(value) == 2:
-                return operator.index(value[0]), operator.index(value[1])
+            if len(value) == dims:
+                return tuple(operator.index(v) for v in value)
             if len(value) != 1:
                 return None
             value = value[0]
-        if isinstance(value, bool):
-            return None
-        value = operator.index(value)
-        return value, value
+        return None if isinstance(value, bool) else (operator.index(value),) * dims
     except TypeError:
         return None
 
 
-def _refuses(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: tuple[int, int] | None,
-    padding: tuple[int, int] | None,
-    dilation: tuple[int, int] | None,
-    groups: int,
+def _unfit(
+    dims: int, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_channels: int,
+    positive: tuple[_Numbers | None, ...], natural: tuple[_Numbers | None, ...], groups: int,
 ) -> str | None:
-    """Why this call is torch's to answer (nearly always with an exception), or None."""
-    if stride is None or padding is None or dilation is None or type(groups) is not int:
-        return "arguments are not integers in ones or pairs"
-    if weight.dim() != 4 or input.dim() != 4:
-        return "input is not 3-D or 4-D, or weight not 4-D"
+    """Why a call is torch's to answer whatever the geometry: input and weight batched, settings in two kinds."""
+    if None in positive or None in natural or type(groups) is not int:
+        return "arguments are not integers, one or one a dimension"
+    if weight.dim() != dims + 2 or input.dim() != dims + 2:
+        return f"input is not {dims + 1}-D or {dims + 2}-D, or weight not {dims + 2}-D"
     dtype = input.dtype
     if not dtype.is_floating_point:
         return f"no kernel for {dtype}"
@@ -54,17 +50,10 @@ def _refuses(
         return "devices differ"
     if input.layout != torch.strided or weight.layout != torch.strided:
         return "a tensor is not strided"
-    if min(stride) <= 0 or min(padding) < 0 or min(dilation) <= 0 or groups <= 0:
+    if groups <= 0 or min(v for p in positive if p for v in p) <= 0 or min(v for n in natural if n for v in n) < 0:
         return "a setting is not positive"
-    _, channels, *size = input.shape
-    out_channels, group_channels, *kernel = weight.shape
-    if channels != group_channels * groups or out_channels % groups != 0:
-        return "channels do not fit the groups"
-    if channels == 0 or out_channels == 0 or size[0] == 0 or size[1] == 0 or kernel[0] == 0 or kernel[1] == 0:
+    if any(size == 0 for size in (*input.shape[1:], *weight.shape)):
         return "a dimension is zero"
-    for i in (0, 1):
-        if size[i] + 2 * padding[i] < dilation[i] * (kernel[i] - 1) + 1:
-            return "the kernel is larger than the padded input"
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
         return "bias has not one element an output channel"
     return None
@@ -75,6 +64,98 @@ def _autocast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.T
     return [
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     ]
+
+
+def _hand_on(name: str, function: Callable[..., torch.Tensor], reason: str, *args: Any) -> torch.Tensor:
+    if tracing.active and isinstance(args[0], torch.Tensor) and isinstance(args[1], torch.Tensor):
+        tracing.record(name, "torch", reason, *args[:3])
+    return function(*args)
+
+
+def _row(x: torch.Tensor) -> torch.Tensor:
+    """A sequence [N, C, L] as a one-row image. As in torch, the result of a 1-D convolution is contiguous."""
+    return x.contiguous().unsqueeze(2)
+
+
+def _convolution(
+    dims: int, function: Callable[..., torch.Tensor], input: Any, weight: Any, bias: Any, stride: Any, padding: Any,
+    dilation: Any, groups: Any,
+) -> torch.Tensor:
+    """conv1d or conv2d the long way: any argument, any state of torch."""
+    name, original = f"conv{dims}d", (input, weight, bias, stride, padding, dilation, groups)
+    if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
+        return function(*original)
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
+    step, spread = _numbers(stride, dims), _numbers(dilation, dims)
+    before: list[int] = []  # zeros in front of a symmetric padding's: of the last dimension first, left and right
+    if isinstance(padding, str):
+        pad: _Numbers | None = (0,) * dims if padding == "valid" else None
+        if padding == "same" and step == (1,) * dims and spread is not None and weight.dim() == dims + 2:
+            total = [spread[i] * (weight.shape[2 + i] - 1) for i in range(dims)]
+            pad = tuple(t // 2 for t in total)
+            if any(t % 2 for t in total):
+                before = [side for t in reversed(total) for side in (0, t % 2)]
+    else:
+        pad = _numbers(padding, dims)
+    unbatched = input.dim() == dims + 1
+    x = input.unsqueeze(0) if unbatched else input
+    out_channels = weight.shape[0] if weight.dim() else 0
+    reason = _unfit(dims, x, weight, bias, out_channels, (step, spread), (pad,), groups)
+    if reason is None:
+        assert step is not None and pad is not None and spread is not None
+        extra = before[1::2][::-1] or [0] * dims
+        if x.shape[1] != weight.shape[1] * groups or out_channels % groups != 0:
+            reason = "channels do not fit the groups"
+        for i in range(dims):
+            if x.shape[2 + i] + 2 * pad[i] + extra[i] < spread[i] * (weight.shape[2 + i] - 1) + 1:
+                reason = "the kernel is larger than the padded input"
+    if reason is not None:
+        return _hand_on(name, function, reason, *original)
+    assert step is not None and pad is not None and spread is not None
+    if before:
+        x = torch.nn.functional.pad(x, before)
+    if dims == 1:
+        output = ops.conv.conv2d(_row(x), _row(weight), bias, (1, *step), (0, *pad), (1, *spread), groups, name).squeeze(2)
+    else:
+        output = ops.conv.conv2d(x, weight, bias, step, pad, spread, groups, name)
+    return output.squeeze(0) if unbatched else output
+
+
+def conv1d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """torch.nn.functional.conv1d, on conv2d's kernels: a sequence is an image of one row.
+
+    Args:
+        input: [N, C, L] or [C, L]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        weight: [K, C / groups, S].
+        bias: [K] or None.
+        stride, padding, dilation, groups: as in conv2d, for one dimension.
+
+    Returns:
+        [N, K, Q], contiguous, with Q = (L + 2·padding - dilation·(S - 1) - 1) // stride + 1.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, for wrong arguments.
+    """
+    try:
+        column = _plain.column("conv2d", input, ("grouped",) if groups > 1 else ())
+        if column is not None and input.dim() == 3 and weight.dim() == 3:
+            step, pad, spread = _plain.number(stride), _plain.number(padding), _plain.number(dilation)
+            if step is not None and pad is not None and spread is not None and type(groups) is int:
+                settings = ((1, step), (0, pad), (1, spread), groups)
+                return ops.conv.run(column, _row(input), _row(weight), bias, *settings).squeeze(2)
+    except _plain.REFUSALS:
+        pass  # the long way says what is wrong
+    return _convolution(1, torch.nn.functional.conv1d, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d(
@@ -113,33 +194,119 @@ def conv2d(
                 return ops.conv.run(column, input, weight, bias, step, pad, spread, groups)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
+    return _convolution(2, torch.nn.functional.conv2d, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _transposed(
+    dims: int, function: Callable[..., torch.Tensor], input: Any, weight: Any, bias: Any, stride: Any, padding: Any,
+    output_padding: Any, groups: Any, dilation: Any,
+) -> torch.Tensor:
+    """conv_transpose1d or conv_transpose2d the long way."""
+    name, original = f"conv_transpose{dims}d", (input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
-        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    x, w, b = input, weight, bias
-    device = x.device.type
+        return function(*original)
+    device = input.device.type
     if torch.is_autocast_enabled(device):
-        x, w, b = _autocast(torch.get_autocast_dtype(device), x, w, b)  # type: ignore[assignment]
-    stride2, dilation2 = _pair(stride), _pair(dilation)
-    before: list[int] | None = None  # zeros in front of a symmetric padding's: left, right, top, bottom
-    if isinstance(padding, str):
-        padding2: tuple[int, int] | None = (0, 0) if padding == "valid" else None
-        if padding == "same" and stride2 == (1, 1) and dilation2 is not None and w.dim() == 4:
-            total = [dilation2[i] * (w.shape[2 + i] - 1) for i in (0, 1)]
-            padding2 = total[0] // 2, total[1] // 2
-            if total[0] % 2 or total[1] % 2:
-                before = [0, total[1] % 2, 0, total[0] % 2]
-    else:
-        padding2 = _pair(padding)
-    unbatched = x.dim() == 3
-    if unbatched:
-        x = x.unsqueeze(0)
-    if before is not None and x.dim() == 4 and min(dilation2 or (0,)) > 0:
-        x = torch.nn.functional.pad(x, before)
-    reason = _refuses(x, w, b, stride2, padding2, dilation2, groups)
+        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
+    step, spread = _numbers(stride, dims), _numbers(dilation, dims)
+    pad, more = _numbers(padding, dims), _numbers(output_padding, dims)
+    unbatched = input.dim() == dims + 1
+    x = input.unsqueeze(0) if unbatched else input
+    out_channels = weight.shape[1] * groups if weight.dim() > 1 and type(groups) is int else 0
+    reason = _unfit(dims, x, weight, bias, out_channels, (step, spread), (pad, more), groups)
+    if reason is None:
+        assert step is not None and pad is not None and spread is not None and more is not None
+        if x.shape[1] != weight.shape[0] or weight.shape[0] % groups != 0:
+            reason = "channels do not fit the groups"
+        for i in range(dims):
+            reach = spread[i] * (weight.shape[2 + i] - 1) + more[i] + 1
+            if more[i] >= max(step[i], spread[i]):
+                reason = "output_padding is not below stride or dilation"
+            elif (x.shape[2 + i] - 1) * step[i] - 2 * pad[i] + reach <= 0:
+                reason = "the output would have no elements"
     if reason is not None:
-        if tracing.active:
-            tracing.record("conv2d", "torch", reason, input, weight, bias)
-        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    assert stride2 is not None and padding2 is not None and dilation2 is not None
-    output = ops.conv.conv2d(x, w, b, stride2, padding2, dilation2, groups)
+        return _hand_on(name, function, reason, *original)
+    assert step is not None and pad is not None and spread is not None and more is not None
+    if any(m >= s for m, s in zip(more, step)):
+        # Whole strides of output_padding are what further elements of the input, all zero, would reach.
+        x = torch.nn.functional.pad(x, [side for m, s in reversed([*zip(more, step)]) for side in (0, m // s)])
+        more = tuple(m % s for m, s in zip(more, step))
+    if dims == 1:
+        settings = ((1, *step), (0, *pad), (0, *more), groups, (1, *spread), name)
+        output = ops.conv.conv_transpose2d(_row(x), _row(weight), bias, *settings).squeeze(2)
+    else:
+        output = ops.conv.conv_transpose2d(x, weight, bias, step, pad, more, groups, spread, name)
     return output.squeeze(0) if unbatched else output
+
+
+def conv_transpose1d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> torch.Tensor:
+    """torch.nn.functional.conv_transpose1d, on conv_transpose2d's kernels: a sequence is an image of one row.
+
+    Args:
+        input: [N, C, L] or [C, L]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        weight: [C, K / groups, S].
+        bias: [K] or None.
+        stride, padding, output_padding, groups, dilation: as in conv_transpose2d, for one dimension.
+
+    Returns:
+        [N, K, M], contiguous, with M = (L - 1)·stride - 2·padding + dilation·(S - 1) + output_padding + 1.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, for wrong arguments.
+    """
+    function = torch.nn.functional.conv_transpose1d
+    return _transposed(1, function, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> torch.Tensor:
+    """torch.nn.functional.conv_transpose2d: the gradient of a conv2d by its input, as a layer that enlarges images.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        weight: [C, K / groups, R, S].
+        bias: [K] or None.
+        stride: step in the output between neighbouring inputs, an int, or one for each of height and width.
+        padding: rows and columns cut off each side of the output.
+        output_padding: rows and columns added at the bottom and the right; below stride or dilation.
+        groups: blocked connections: C / groups channels feed K / groups outputs each.
+        dilation: step between the elements of the kernel.
+
+    Returns:
+        [N, K, P, Q] with P = (H - 1)·stride - 2·padding + dilation·(R - 1) + output_padding + 1, in channels_last where
+        the input or the weight is:  y[n,k,p,q] = bias[k] + sum over c and all i, j, r, s with
+        p = i·stride - padding + r·dilation, q = j·stride - padding + s·dilation of weight[c,k,r,s] · x[n,c,i,j].
+        Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", chapter 4.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, for wrong arguments.
+    """
+    try:
+        column = _plain.column("conv_transpose2d", input, ("grouped",) if groups > 1 else ())
+        if column is not None and input.dim() == 4:
+            step, pad, spread = _plain.pair(stride), _plain.pair(padding), _plain.pair(dilation)
+            more = _plain.pair(output_padding)
+            known = step is not None and pad is not None and spread is not None and more is not None
+            if known and more[0] < step[0] and more[1] < step[1] and type(groups) is int:  # type: ignore[index]
+                return ops.conv.run_transpose(column, input, weight, bias, step, pad, more, groups, spread)
+    except _plain.REFUSALS:
+        pass  # the long way says what is wrong
+    function = torch.nn.functional.conv_transpose2d
+    return _transposed(2, function, input, weight, bias, stride, padding, output_padding, groups, dilation)

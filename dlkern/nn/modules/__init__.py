@@ -8,7 +8,16 @@ from dlkern.nn.modules.batch_norm import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from dlkern.nn.modules.conv import Conv2d, LazyConv2d
+from dlkern.nn.modules.conv import (
+    Conv1d,
+    Conv2d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+)
 from dlkern.nn.modules.dropout import Dropout
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
@@ -21,13 +30,19 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
     "CrossEntropyLoss",
     "Dropout",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LazyConv1d",
     "LazyConv2d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
     "LazyLinear",
     "Linear",
     "MaxPool2d",
