@@ -114,30 +114,54 @@ def agree(ours_function, theirs_function, inputs, dtype):
 
 
 @st.composite
-def conv_calls(draw):
+def conv_calls(draw, dims=2, transposed=False):
     dtype = draw(dtypes)
+    settings = pairs if dims == 2 else st.one_of(small, st.tuples(small))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     c, k = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 5))
+    group_channels = (c, k // groups) if transposed else (k, c // groups)
     if draw(st.integers(0, 9)) == 0:
         c += 1
-    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
-    size = (draw(st.integers(0, 2)), c, draw(st.integers(1, 9)), draw(st.integers(1, 9)))
-    weight = tensor(draw, (k, c // groups, *kernel), dtype)
+    size = (draw(st.integers(0, 2)), c, *(draw(st.integers(1, 9)) for _ in range(dims)))
+    weight = tensor(draw, (*group_channels, *(draw(st.integers(1, 4)) for _ in range(dims))), dtype)
     x = tensor(draw, size[1:] if draw(st.booleans()) and size[0] else size, dtype)
     bias = [torch.randn(k + (draw(st.integers(0, 9)) == 0), dtype=dtype)] if draw(st.booleans()) else [None]
-    options = dict(
-        stride=draw(pairs), dilation=draw(pairs), groups=groups,
-        padding=draw(st.one_of(pairs, st.sampled_from(["same", "valid", "SAME"]))),
-    )
+    options = dict(stride=draw(settings), dilation=draw(settings), groups=groups, padding=draw(settings))
+    if transposed:
+        options["output_padding"] = draw(st.one_of(st.just(0), settings))
+    elif draw(st.booleans()):
+        options["padding"] = draw(st.sampled_from(["same", "valid", "SAME"]))
     return [x, weight, *bias], options, dtype
+
+
+def agree_on(op, call):
+    inputs, options, dtype = call
+    present = [x for x in inputs if x is not None]
+    agree(lambda *t: getattr(F, op)(*t, **options), lambda *t: getattr(tF, op)(*t, **options), present, dtype)
 
 
 @fuzz
 @given(conv_calls())
 def test_conv2d(call):
-    inputs, options, dtype = call
-    present = [x for x in inputs if x is not None]
-    agree(lambda *t: F.conv2d(*t, **options), lambda *t: tF.conv2d(*t, **options), present, dtype)
+    agree_on("conv2d", call)
+
+
+@fuzz
+@given(conv_calls(dims=1))
+def test_conv1d(call):
+    agree_on("conv1d", call)
+
+
+@fuzz
+@given(conv_calls(transposed=True))
+def test_conv_transpose2d(call):
+    agree_on("conv_transpose2d", call)
+
+
+@fuzz
+@given(conv_calls(dims=1, transposed=True))
+def test_conv_transpose1d(call):
+    agree_on("conv_transpose1d", call)
 
 
 @st.composite
