@@ -95,10 +95,10 @@ def _conv_transpose() -> Iterator[Case]:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, dict[str, Any]]] = {
         "4x4 stride 2": ((2, 5, 6, 5), (5, 6, 4, 4), True, dict(stride=2, padding=1)),
         "3x3": ((2, 4, 7, 6), (4, 5, 3, 3), False, dict(padding=1)),
-        "stride over kernel": ((1, 3, 5, 4), (3, 4, 2, 2), True, dict(stride=3, output_padding=(1, 2))),
-        "dilated": ((1, 4, 6, 7), (4, 3, 3, 2), True, dict(dilation=(3, 2), output_padding=(2, 1), padding=1)),
-        "grouped": ((2, 6, 5, 6), (6, 2, 3, 3), True, dict(groups=3, stride=2, output_padding=1)),
-        "depthwise": ((2, 8, 6, 5), (8, 1, 3, 3), True, dict(groups=8, stride=2, padding=1)),
+        "stride over kernel": ((6, 7, 5, 4), (7, 8, 2, 2), True, dict(stride=3, output_padding=(1, 2))),
+        "dilated": ((3, 8, 6, 7), (8, 7, 3, 2), True, dict(dilation=(3, 2), output_padding=(2, 1), padding=1)),
+        "grouped": ((4, 9, 5, 6), (9, 3, 3, 3), True, dict(groups=3, stride=2, output_padding=1)),
+        "depthwise": ((3, 8, 6, 5), (8, 1, 3, 3), True, dict(groups=8, stride=2, padding=1)),
     }
     for label, (x, w, bias, options) in shapes.items():
         outputs = w[1] * options.get("groups", 1)
@@ -106,7 +106,7 @@ def _conv_transpose() -> Iterator[Case]:
             "conv", "conv_transpose2d", label,
             lambda *t, o=options: F.conv_transpose2d(*t, **o), lambda *t, o=options: tF.conv_transpose2d(*t, **o),
             lambda x=x, w=w, b=outputs if bias else 0: [_randn(*x), _randn(*w, scale=0.3), *([_randn(b)] if b else [])],
-            images=True,
+            images=True, draws=8,  # sums of few terms
         )
     yield Case(
         "conv", "conv_transpose1d", "4 stride 2",
