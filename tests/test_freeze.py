@@ -111,9 +111,9 @@ def test_compiled_traced_and_autocast_calls_go_the_usual_way(image):
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"):
         dlkern.freeze(3)
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"):
         dlkern.unfreeze(3)
     with pytest.raises(ValueError, match="convert"):
         dlkern.freeze(torch.nn.Conv2d(3, 4, 3))

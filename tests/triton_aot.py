@@ -127,6 +127,8 @@ def _conv(half):
     conv.conv2d_forward(x, w, b, one, one, one, 128)
     conv.conv2d_backward_input(y, w, x.shape, one, one, one, 128, True)
     conv.conv2d_backward_weight(y, x, w.shape, one, one, one, 128, True, True)
+    conv.conv_transpose2d_forward(image(32, 128, 28, 28), image(128, 128, 4, 4), b, two, one, (0, 0), 1, one)
+    conv.conv2d_backward_bias(y)
     single = _empty(32, 128, 56, 56, dtype=torch.float32)
     conv.conv2d_forward(single, _empty(128, 128, 3, 3, dtype=torch.float32), None, one, one, one, 1)
 

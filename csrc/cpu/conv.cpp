@@ -486,9 +486,9 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_CONV(T)                                            \
+#define DLKERN_DEFINE_CONV(T)                                             \
   int64_t conv2d_pack(const ConvPackArgs<T>& args) { return pack(args); } \
-  void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); } \
+  void conv2d_forward(const ConvForwardArgs<T>& args) { forward(args); }  \
   void conv2d_backward_input(const ConvBackwardInputArgs<T>& args) { backward_input(args); }
 DLKERN_DEFINE_CONV(float)
 DLKERN_DEFINE_CONV(double)

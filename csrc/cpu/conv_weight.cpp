@@ -370,7 +370,8 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   const ConvShape& z = args.shape;
   if (args.grad_bias)
-    sum_bias(ConvBackwardBiasArgs<T>{z.n, z.k, z.p, z.q, args.grad_output, args.grad_output_channels_last, args.grad_bias});
+    sum_bias(
+        ConvBackwardBiasArgs<T>{z.n, z.k, z.p, z.q, args.grad_output, args.grad_output_channels_last, args.grad_bias});
   if (depthwise_backward_weight(args) || grouped_backward_weight(args)) return;
   Plan<T> plan;
   plan_bands(z, plan);
@@ -398,8 +399,8 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_CONV(T)                                                                      \
-  void conv2d_backward_weight(const ConvBackwardWeightArgs<T>& args) { backward_weight(args); }    \
+#define DLKERN_DEFINE_CONV(T)                                                                   \
+  void conv2d_backward_weight(const ConvBackwardWeightArgs<T>& args) { backward_weight(args); } \
   void conv2d_backward_bias(const ConvBackwardBiasArgs<T>& args) { sum_bias(args); }
 DLKERN_DEFINE_CONV(float)
 DLKERN_DEFINE_CONV(double)

@@ -73,7 +73,8 @@ cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints stride, In
 Tensor dense(const Tensor& x) { return layout_of(x) == Layout::other ? torch::stable::contiguous(x) : x; }
 bool is_channels_last(const Tensor& x) { return layout_of(x) == Layout::channels_last; }
 
-std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input, int64_t size) {
+std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input,
+                                   int64_t size) {
   if (!bias) return bias;
   check_tensor(op, "bias", *bias, input, 1);
   check<std::invalid_argument>(bias->size(0) == size, op, ": expected bias to have ", size, " elements, but got ",
@@ -82,9 +83,7 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
 }
 
 // The dtype packed weights are in: what sums are carried in.
-ScalarType packed_dtype(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
-}
+ScalarType packed_dtype(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype; }
 
 template <class T> int64_t pack(const cpu::ConvShape& z, const Tensor& weight, acc_t<T>* packed) {
   const cpu::ConvPackArgs<T> args{z, data<T>(weight), is_channels_last(weight), packed};
@@ -204,9 +203,9 @@ Tensor conv_transpose2d_forward_cpu(const Tensor& input, const Tensor& weight, c
   check_tensor(op, "input", input, input, 4);
   check_tensor(op, "weight", weight, input, 4);
   check<std::invalid_argument>(groups > 0 && groups < kLargest, op, ": non-positive groups is not supported");
-  check<std::invalid_argument>(stride.size() == 2 && padding.size() == 2 && output_padding.size() == 2 &&
-                                   dilation.size() == 2,
-                               op, ": stride, padding, output_padding and dilation must have two elements each");
+  check<std::invalid_argument>(
+      stride.size() == 2 && padding.size() == 2 && output_padding.size() == 2 && dilation.size() == 2, op,
+      ": stride, padding, output_padding and dilation must have two elements each");
   int64_t size[4] = {input.size(0), weight.size(1) * groups, 0, 0};
   for (int i : {0, 1}) {
     for (int64_t setting : {stride[i], padding[i], output_padding[i], dilation[i]})
@@ -232,8 +231,8 @@ Tensor conv2d_backward_bias_cpu(const Tensor& grad_output) {
   if (y.numel() == 0) return torch::stable::zero_(grad_bias);
   dispatch_floating(y.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::ConvBackwardBiasArgs<T> args{y.size(0),  y.size(1),           y.size(2),                 y.size(3),
-                                      data<T>(y), is_channels_last(y), mutable_data<T>(grad_bias)};
+    cpu::ConvBackwardBiasArgs<T> args{
+        y.size(0), y.size(1), y.size(2), y.size(3), data<T>(y), is_channels_last(y), mutable_data<T>(grad_bias)};
     DLKERN_CALL(conv2d_backward_bias, args);
   });
   return grad_bias;

@@ -183,10 +183,33 @@ MUTANTS += [
     # Backward: the mean left in, the mean of the gradient not taken out, a scale squared.
     _norm(_NORM_SUMS, "sums.add(u, g, v[1] - mean);", "sums.add(u, g, v[1]);", "mean_much_larger"),
     _norm(_NORM_APPLY, "g = g - k[2] - (load", "g = g - (load", "against_numpy"),
-    _norm(_NORM_APPLY, "g = g * k[1] + g * k[4];", "g = g * k[1] * k[1];", "frozen_backward"),
+    _norm(_NORM_APPLY, "g = g * k[1] + finite_part(g * k[4]);", "g = g * k[1] * k[1];", "frozen_backward"),
     # Fused: a residual's first element, its gradient, and the sums' gradient before the activation.
     _norm(_NORM_APPLY, "if (residual) y +=", "if (residual && at > 0) y +=", "fused_is"),
     _norm(_NORM_APPLY, "if (grad_residual) store_at(grad_residual + at, g);",
           "if (grad_residual) store_at(grad_residual + at, load_at(grad_output + at));", "fused_is"),
     _norm(_NORM_SUMS, "activation_backward(v[0], v[kStreams - 1], activation)", "v[0]", "fused_is"),
+]
+
+_CONV = "csrc/cpu/conv.cpp"
+
+
+def _transposed(old: str, new: str, file: str = _CONV, tests: tuple[str, ...] = ("tests/test_conv_transpose.py", "-k", "exact")) -> dict:
+    return dict(file=file, old=old, new=new, tests=list(tests), build="native")
+
+
+MUTANTS += [
+    # transposed convolution: no bias in gaps, none behind the depthwise kernels, none in the dense kernel
+    _transposed("if (gaps && args.bias) {", "if (gaps && !args.bias) {"),
+    _transposed("if (args.bias) apply_bias(args, false);", "if (args.bias && args.grad_input_channels_last) apply_bias(args, false);"),
+    _transposed("      c.bias = args.bias;\n      c.groups = z.groups;\n      correlate(c);", "      c.groups = z.groups;\n      correlate(c);"),
+    # the bias's gradient: the last pixels, the images
+    _transposed("load_partial<T>(from + p, static_cast<int>(pixels - p)));\n      }", "load(from + p));\n      }", "csrc/cpu/conv_weight.cpp"),
+    _transposed("for (int64_t n = 0; n < args.n; ++n) {\n        const T* from = args.grad_output + (n * args.k + k)",
+                "for (int64_t n = 0; n < args.n; ++n) {\n        const T* from = args.grad_output + k", "csrc/cpu/conv_weight.cpp"),
+    # freeze: a bias of the wrong group, a filter's last tap, groups' weights mixed up
+    _transposed("z.bias[g * plan.outputs + j]) : acc_t<T>(0);\n}", "z.bias[j]) : acc_t<T>(0);\n}"),
+    _transposed("for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;\n    c.kernel_h", "for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = 0;\n    c.kernel_h",
+                tests=("tests/test_freeze.py", "-k", "same_bits")),
+    _transposed("c.packed = args.packed;", "c.packed = args.packed ? args.packed + 1 : nullptr;", tests=("tests/test_freeze.py", "-k", "same_bits")),
 ]
