@@ -10,25 +10,45 @@ from dlkern.testing._training import check_training
 from dlkern.training import Data, batches, digits, train_side_by_side
 
 
-def lenet(nn):
-    torch.manual_seed(0)
-    return models.lenet(nn=nn)
+def make(name, **settings):
+    """A factory of the network by its name, without dropout, from one seed."""
+
+    def build(nn):
+        torch.manual_seed(0)
+        return getattr(models, name)(nn=nn, **settings)
+
+    return build
 
 
-def resnet18(nn):
-    torch.manual_seed(0)
-    return models.resnet18(10, nn=nn)
+# name -> the factory, the input's channels and size (the smallest that every layer has work at), the batch.
+NETWORKS = {
+    "mlp": (make("mlp"), 1, 32, 16),
+    "lenet": (make("lenet"), 1, 32, 16),
+    "alexnet": (make("alexnet", classes=10, dropout=0.0, hidden=256), 3, 63, 4),
+    "vgg11": (make("vgg11", classes=10, dropout=0.0, hidden=256), 3, 32, 4),
+    "vgg16 with batch norm": (make("vgg16", classes=10, dropout=0.0, hidden=256, batch_norm=True), 3, 32, 4),
+    "nin": (make("nin", dropout=0.0), 3, 32, 4),
+    "googlenet": (make("googlenet", classes=10, dropout=0.0), 3, 33, 4),
+    "resnet18": (make("resnet18", classes=10), 3, 24, 4),
+    "resnet50": (make("resnet50", classes=10), 3, 33, 4),
+    "preact_resnet18": (make("preact_resnet18", classes=10), 3, 33, 4),
+    "densenet121": (make("densenet121", classes=10), 3, 33, 4),
+}
+each_network = pytest.mark.parametrize("name", NETWORKS)
+lenet, resnet18 = NETWORKS["lenet"][0], NETWORKS["resnet18"][0]
 
 
-def digit_batches(count, size, colour=False):
-    stream = batches(digits(), size, seed=3)
+def digit_batches(count, batch, channels=1, size=32):
+    stream = batches(digits(), batch, seed=3)
     for _ in range(count):
         x, y = next(stream)
-        yield x[..., 4:28, 4:28].expand(-1, 3, -1, -1).contiguous() if colour else x, y
+        x = torch.nn.functional.interpolate(x, size, mode="bilinear") if size > 32 else x[..., :size, :size]
+        yield x.expand(-1, channels, -1, -1).contiguous(), y
 
 
-@pytest.mark.parametrize("make", [lenet, resnet18])
-def test_twins_have_the_same_start_and_state(make):
+@each_network
+def test_twins_have_the_same_start_and_state(name):
+    make = NETWORKS[name][0]
     ours, twin = make(dlkern.nn), make(torch.nn)
     assert repr(ours) == repr(twin)
     assert ours.state_dict().keys() == twin.state_dict().keys()
@@ -44,12 +64,13 @@ def gentle(parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "size", "draws"), [(lenet, 16, 4), (resnet18, 4, 1)])
-def test_twenty_training_steps(make, size, draws):
+@each_network
+def test_twenty_training_steps(name):
     """Output, every gradient, the loss curve, and weights and running statistics at the end."""
-    drawn = list(digit_batches(20, size, colour=make is resnet18))
+    make, channels, size, batch = NETWORKS[name]
+    drawn = list(digit_batches(20, batch, channels, size))
     with dlkern.trace() as calls:
-        certificate = check_training(make, drawn, draws=draws, optimizer=gentle)
+        certificate = check_training(make, drawn, draws=4 if batch > 4 else 1, optimizer=gentle, name=name)
     certificate.raise_if_failed()
     assert {call.backend for call in calls} == {"cpu"}
     tensors = {row.tensor for row in certificate.rows}
@@ -68,15 +89,33 @@ def test_the_rule_of_training_can_fail():
     assert not check_training(broken, list(digit_batches(2, 8))).ok
 
 
-def test_resnet18_is_torchvisions():
+@pytest.mark.parametrize("name", ["alexnet", "vgg11", "vgg16_bn", "googlenet", "resnet18", "resnet50", "densenet121"])
+def test_networks_are_torchvisions(name):
+    """Its parameters load, and give its output. (In training mode: with untouched statistics the logits are biases.)"""
     torch.manual_seed(0)
-    theirs = torchvision().models.resnet18(num_classes=10).eval()
-    ours, twin = models.resnet18(10).eval(), models.resnet18(10, nn=torch.nn).eval()
-    for model in (ours, twin):
+    settings = dict(aux_logits=False, init_weights=False) if name == "googlenet" else {}
+    theirs = getattr(torchvision().models, name)(num_classes=10, **settings).train()
+    settings = dict(batch_norm=True) if name.endswith("_bn") else {}
+    x = torch.randn(2, 3, 64, 65)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for nn in (torch.nn, dlkern.nn):
+        model = getattr(models, name.removesuffix("_bn"))(10, nn=nn, **settings).train()
         model.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 33, 40)
-    assert torch.equal(twin(x), theirs(x))
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        actual, expected = model(x), theirs(x)
+        if nn is torch.nn:
+            assert torch.equal(actual, expected)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_wrong_widths_raise():
+    with pytest.raises(ValueError, match="widths of input and output"):
+        models.mlp((10,))
 
 
 @pytest.mark.parametrize("network", [lenet, resnet18])

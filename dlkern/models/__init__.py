@@ -4,7 +4,16 @@ Every factory takes `nn`, the namespace its layers come from: `lenet()` runs on 
 torch twin, and a state_dict of one loads into the other.
 """
 
+from dlkern.models.alexnet import AlexNet, alexnet
+from dlkern.models.densenet import DenseNet, densenet121
+from dlkern.models.googlenet import GoogLeNet, googlenet
 from dlkern.models.lenet import LeNet, lenet
-from dlkern.models.resnet import ResNet, resnet18
+from dlkern.models.mlp import MLP, mlp
+from dlkern.models.nin import NiN, nin
+from dlkern.models.resnet import ResNet, preact_resnet18, preact_resnet50, resnet18, resnet50
+from dlkern.models.vgg import VGG, vgg11, vgg16
 
-__all__ = ["LeNet", "ResNet", "lenet", "resnet18"]
+__all__ = [
+    "MLP", "VGG", "AlexNet", "DenseNet", "GoogLeNet", "LeNet", "NiN", "ResNet", "alexnet", "densenet121", "googlenet",
+    "lenet", "mlp", "nin", "preact_resnet18", "preact_resnet50", "resnet18", "resnet50", "vgg11", "vgg16",
+]  # fmt: skip
