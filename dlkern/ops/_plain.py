@@ -19,7 +19,7 @@ from dlkern import columns
 from dlkern import trace as tracing
 from dlkern.ops._autograd import functorch_active
 
-__all__ = ["REFUSALS", "column", "pair"]
+__all__ = ["REFUSALS", "column", "number", "pair"]
 
 # What a raw op raises for wrong arguments, and what tensors' attributes raise on other things.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -50,3 +50,10 @@ def pair(value: Any) -> tuple[int, int] | None:
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
     return None
+
+
+def number(value: Any) -> int | None:
+    """An int or a tuple of one as an int, None for other forms."""
+    if type(value) is tuple and len(value) == 1:
+        value = value[0]
+    return value if type(value) is int else None
