@@ -95,7 +95,9 @@ def lp_pool2d_slope_kernel(
     )
     dy = tl.load(dy_ptr + i, mask=i < count, other=0.0).to(ACC)
     slope = dy * (INVERSE * _power(total, INVERSE - 1.0)) * share
-    tl.store(slope_ptr + i, tl.where(total == 0, 0.0, slope), mask=i < count)  # a sum of zero passes nothing on
+    # As in torch: nothing from a sum of zero, and of one that is NaN nothing but a slope's own NaN.
+    slope = tl.where(total == 0, 0.0, tl.where(total != total, slope * 0.0, slope))
+    tl.store(slope_ptr + i, slope, mask=i < count)
 
 
 @triton.jit

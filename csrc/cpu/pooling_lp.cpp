@@ -3,7 +3,7 @@
 // Sums and powers are in double, so that x^norm overflows only where float64's does. Rows are powered and added in
 // vectors (of neighbouring pixels, or of pixels and channels in channels_last), then columns, then roots are taken.
 // Backward, with m the mean: dy / (norm m') (m' = size m)^(1 / norm - 1) is made once a window, rows and columns of
-// windows are added for each element, and its own norm x^(norm - 1) comes last. A window of sum zero passes nothing on.
+// windows are added for each element, and its own norm x^(norm - 1) comes last.
 #include "pooling_window.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
@@ -133,7 +133,8 @@ template <class T> void backward(const LpPoolBackwardArgs<T>& args) {
         const vdouble sum = load(sums + k);
         const vdouble slope =
             load_wide_before(gradient + k, gradient_end) * (inverse * root_slope(sum)) * load(shares + k);
-        const vdouble some = sum == 0.0 ? vdouble{} : slope;
+        // As in torch: nothing from a sum of zero, and of one that is NaN nothing but a slope's own NaN.
+        const vdouble some = sum == 0.0 ? vdouble{} : sum != sum ? slope * 0.0 : slope;
         if (limit - (slopes + k) >= kWide)
           store(slopes + k, some);
         else

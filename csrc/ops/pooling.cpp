@@ -239,6 +239,7 @@ std::tuple<Tensor, Tensor> adaptive_max_pool2d_forward_cpu(const Tensor& input, 
   check_floating(input, op);
   const bool channels_last = suggests_channels_last(input);
   const PoolShape shape = adaptive_shape(op, input.sizes(), output_size, channels_last);
+  check(shape.c > 0, op, ": expected at least one channel");
   const Tensor x = ordered(input, channels_last);
   Tensor output = allocate(pooled_size(shape), x.scalar_type(), x, channels_last);
   Tensor indices = allocate(pooled_size(shape), ScalarType::Long, x, channels_last);
