@@ -27,6 +27,14 @@ def _max_pool2d_with_indices(
     return F.max_pool2d(input, kernel_size, stride if stride else None, padding, dilation, ceil_mode, True)
 
 
+def _max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+    return F.max_pool1d(input, kernel_size, stride if stride else None, padding, dilation, ceil_mode)
+
+
+def _max_pool1d_with_indices(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=True):
+    return F.max_pool1d(input, kernel_size, stride if stride else None, padding, dilation, ceil_mode, True)
+
+
 def _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -63,6 +71,11 @@ def _table() -> dict[_Function, _Function]:
         torch.max_pool2d: _max_pool2d,
         torch._C._nn.max_pool2d_with_indices: _max_pool2d_with_indices,
         torch.nn.functional.max_pool2d_with_indices: _max_pool2d_with_indices,
+        torch.max_pool1d: _max_pool1d,
+        torch.max_pool1d_with_indices: _max_pool1d_with_indices,
+        torch.nn.functional.max_pool1d_with_indices: _max_pool1d_with_indices,
+        torch.adaptive_max_pool1d: F.adaptive_max_pool1d_with_indices,
+        torch._C._nn.adaptive_max_pool2d: F.adaptive_max_pool2d_with_indices,
         torch.batch_norm: _batch_norm,
         torch.dropout: _dropout,
         torch.dropout_: _dropout_,

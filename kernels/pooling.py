@@ -1,4 +1,4 @@
-"""max_pool2d, avg_pool2d, adaptive_avg_pool2d, forward and backward.
+"""max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, forward and backward.
 
 One lane computes one element of the result, lanes in the memory order of the result, so that reads and writes
 coalesce in either layout. The backwards gather: an input element visits the windows that hold it (at most
@@ -224,6 +224,56 @@ def adaptive_avg_pool2d_backward_kernel(
     tl.store(dx_ptr + i, total.to(dx_ptr.dtype.element_ty), mask=i < count)
 
 
+# --- adaptive maximum -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adaptive_max_pool2d_forward_kernel(
+    x_ptr, y_ptr, indices_ptr, count, C, H, W, P, Q, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+    LONGEST_H, LONGEST_W, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # The windows of the adaptive average.
+    i, n, c, p, q = _position(C, P, Q, LARGE, CHANNELS_LAST, BLOCK)
+    plane = x_ptr + n * x_stride_n + c * x_stride_c
+    h_start, h_end = p * H // P, ((p + 1) * H + P - 1) // P
+    w_start, w_end = q * W // Q, ((q + 1) * W + Q - 1) // Q
+    best = tl.full((BLOCK,), -float("inf"), ACC)
+    place = (h_start * W + w_start).to(tl.int64)
+    for r in range(LONGEST_H):
+        h = h_start + r
+        for s in range(LONGEST_W):
+            w = w_start + s
+            inside = (i < count) & (h < h_end) & (w < w_end)
+            x = tl.load(plane + h * x_stride_h + w * x_stride_w, mask=inside, other=-float("inf")).to(ACC)
+            take = inside & ((x > best) | (x != x))  # the first of equal values, the last NaN
+            best = tl.where(take, x, best)
+            place = tl.where(take, (h * W + w).to(tl.int64), place)
+    tl.store(y_ptr + i, best.to(y_ptr.dtype.element_ty), mask=i < count)
+    tl.store(indices_ptr + i, place, mask=i < count)
+
+
+@triton.jit
+def adaptive_max_pool2d_backward_kernel(
+    dy_ptr, indices_ptr, dx_ptr, count, C, H, W, P, Q, dy_stride_n, dy_stride_c, dy_stride_h, dy_stride_w,
+    WINDOWS_H, WINDOWS_W, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # indices has the strides of dy.
+    i, n, c, h, w = _position(C, H, W, LARGE, CHANNELS_LAST, BLOCK)
+    plane = n * dy_stride_n + c * dy_stride_c
+    p_start, p_end = h * P // H, ((h + 1) * P + H - 1) // H
+    q_start, q_end = w * Q // W, ((w + 1) * Q + W - 1) // W
+    total = tl.zeros((BLOCK,), ACC)
+    for a in range(WINDOWS_H):
+        p = p_start + a
+        for b in range(WINDOWS_W):
+            q = q_start + b
+            inside = (i < count) & (p < p_end) & (q < q_end)
+            offset = plane + p * dy_stride_h + q * dy_stride_w
+            mine = tl.load(indices_ptr + offset, mask=inside, other=-1) == h * W + w
+            total += tl.load(dy_ptr + offset, mask=inside & mine, other=0.0).to(ACC)
+    tl.store(dx_ptr + i, total.to(dx_ptr.dtype.element_ty), mask=i < count)
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +416,11 @@ def avg_pool2d_backward(
     return grad_input
 
 
+def _longest(sizes, outputs):
+    """Elements of the longest window, a dimension."""
+    return [max(triton.cdiv((p + 1) * size, out) - p * size // out for p in range(out)) for size, out in zip(sizes, outputs)]
+
+
 def adaptive_avg_pool2d_forward(input, output_size):
     """Means over windows that divide the input as evenly as they can."""
     op = "adaptive_avg_pool2d"
@@ -374,8 +429,7 @@ def adaptive_avg_pool2d_forward(input, output_size):
     (N, C, H, W), x = input.shape, dense(input)
     output = empty((N, C, P, Q), x, suggests_channels_last(input))
     if output.numel():
-        longest = [max((p + 1) * size // out + ((p + 1) * size % out > 0) - p * size // out for p in range(out))
-                   for size, out in ((H, P), (W, Q))]
+        longest = _longest((H, W), (P, Q))
         _run(adaptive_avg_pool2d_forward_kernel, (x,), (output,), output, (C, H, W, P, Q), *longest)
     return output
 
@@ -395,4 +449,41 @@ def adaptive_avg_pool2d_backward(grad_output, input_size, channels_last):
         return grad_input.zero_()
     most = [triton.cdiv(out, size) + 1 for size, out in ((H, P), (W, Q))]
     _run(adaptive_avg_pool2d_backward_kernel, (dy,), (grad_input,), grad_input, (C, H, W, P, Q), *most)
+    return grad_input
+
+
+def adaptive_max_pool2d_forward(input, output_size):
+    """Maxima over windows that divide the input as evenly as they can, and where they were (int64, h * W + w)."""
+    op = "adaptive_max_pool2d"
+    _check_input(op, input)
+    P, Q = _pair(op, "output_size", output_size, 0)
+    (N, C, H, W), x = input.shape, dense(input)
+    channels_last = suggests_channels_last(input)
+    output = empty((N, C, P, Q), x, channels_last)
+    place = empty((N, C, P, Q), x, channels_last, torch.int64)
+    if output.numel():
+        longest = _longest((H, W), (P, Q))
+        _run(adaptive_max_pool2d_forward_kernel, (x,), (output, place), output, (C, H, W, P, Q), *longest)
+    return output, place
+
+
+def adaptive_max_pool2d_backward(grad_output, indices, input_size, channels_last):
+    """Each gradient goes to the element its index names."""
+    op = "adaptive_max_pool2d_backward"
+    check_tensors(op, grad_output)
+    check(indices.dtype == torch.int64, f"{op}: indices must be int64")
+    check(indices.device == grad_output.device, f"{op}: indices on {indices.device}")
+    check(len(input_size) == 4 and min(input_size) >= 0, f"{op}: input_size must be four sizes")
+    check(grad_output.dim() == 4 and indices.shape == grad_output.shape, f"{op}: grad_output and indices differ in shape")
+    check(tuple(grad_output.shape[:2]) == tuple(input_size[:2]), f"{op}: wrong input_size")
+    (N, C, H, W), (P, Q) = input_size, grad_output.shape[2:]
+    dy = dense(grad_output)
+    place = indices if indices.stride() == dy.stride() else torch.empty_like(dy, dtype=indices.dtype).copy_(indices)
+    grad_input = empty((N, C, H, W), dy, channels_last)
+    if grad_input.numel() == 0:
+        return grad_input
+    if dy.numel() == 0:
+        return grad_input.zero_()
+    most = [triton.cdiv(out, size) + 1 for size, out in ((H, P), (W, Q))]
+    _run(adaptive_max_pool2d_backward_kernel, (dy, place), (grad_input,), grad_input, (C, H, W, P, Q), *most)
     return grad_input

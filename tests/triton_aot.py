@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dlkern.kernels import batch_norm, configs, conv, dropout, linear, loss, pooling
+from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, linear, loss, pooling
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "budgets" / f"triton-{triton.__version__}"
@@ -142,6 +142,11 @@ def _pooling(half):
     pooling.avg_pool2d_backward(y, x.shape, window, False, True, None, True)
     y = pooling.adaptive_avg_pool2d_forward(x, (7, 7))
     pooling.adaptive_avg_pool2d_backward(y, x.shape, True)
+    y, place = pooling.adaptive_max_pool2d_forward(x, (7, 7))
+    pooling.adaptive_max_pool2d_backward(y, place, x.shape, True)
+    for norm in (2.0, 2.5):
+        y = _lp_pooling.lp_pool2d_forward(x, norm, window[:4], False)
+        _lp_pooling.lp_pool2d_backward(y, x, norm, window[:4], False)
 
 
 def _batch_norm(half):

@@ -45,13 +45,45 @@ template <class T> struct AdaptivePoolArgs {
   T* output;
 };
 
-#define DLKERN_DECLARE_POOLING(T)                                               \
+template <class T> struct AdaptiveMaxPoolArgs {
+  PoolShape shape;
+  const T* input;
+  T* output;
+  int64_t* indices;  // y * w + x
+};
+template <class T> struct AdaptiveMaxPoolBackwardArgs {
+  PoolShape shape;
+  const T* grad_output;
+  const int64_t* indices;
+  T* grad_input;
+};
+// No padding and no dilation. The norm is finite and not 0.
+template <class T> struct LpPoolArgs {
+  PoolShape shape;
+  double norm;
+  const T* input;
+  T* output;
+};
+template <class T> struct LpPoolBackwardArgs {
+  PoolShape shape;
+  double norm;
+  const T* grad_output;
+  const T* input;
+  double* slopes;  // as many as there are windows: what each passes on to its elements' powers
+  T* grad_input;
+};
+
+#define DLKERN_DECLARE_POOLING(T)                                                     \
   DLKERN_DECLARE(void, max_pool2d_forward, const MaxPoolArgs<T>&)               \
   DLKERN_DECLARE(void, max_pool2d_backward, const MaxPoolBackwardArgs<T>&)      \
   DLKERN_DECLARE(void, avg_pool2d_forward, const AvgPoolArgs<T>&)               \
   DLKERN_DECLARE(void, avg_pool2d_backward, const AvgPoolArgs<T>&)              \
   DLKERN_DECLARE(void, adaptive_avg_pool2d_forward, const AdaptivePoolArgs<T>&) \
-  DLKERN_DECLARE(void, adaptive_avg_pool2d_backward, const AdaptivePoolArgs<T>&)
+  DLKERN_DECLARE(void, adaptive_avg_pool2d_backward, const AdaptivePoolArgs<T>&)      \
+  DLKERN_DECLARE(void, adaptive_max_pool2d_forward, const AdaptiveMaxPoolArgs<T>&)          \
+  DLKERN_DECLARE(void, adaptive_max_pool2d_backward, const AdaptiveMaxPoolBackwardArgs<T>&) \
+  DLKERN_DECLARE(void, lp_pool2d_forward, const LpPoolArgs<T>&)                             \
+  DLKERN_DECLARE(void, lp_pool2d_backward, const LpPoolBackwardArgs<T>&)
 DLKERN_DECLARE_POOLING(float)
 DLKERN_DECLARE_POOLING(double)
 DLKERN_DECLARE_POOLING(bfloat16)

@@ -10,14 +10,6 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-constexpr int kWide = kLanes<double>;
-
-inline int64_t begin_of(int64_t i, int64_t size, int64_t out_size) { return i * size / out_size; }
-inline int64_t end_of(int64_t i, int64_t size, int64_t out_size) { return ceil_div((i + 1) * size, out_size); }
-// First and last window that hold element `i`: the inverse of begin_of and end_of.
-inline int64_t first_with(int64_t i, int64_t size, int64_t out_size) { return i * out_size / size; }
-inline int64_t last_with(int64_t i, int64_t size, int64_t out_size) { return ceil_div((i + 1) * out_size, size) - 1; }
-
 // V: double or vdouble. Elements of float64 are summed with what each addition loses.
 template <class T, class V> struct Sum {
   V value{}, lost{};
@@ -33,26 +25,6 @@ template <class T, class V> struct Sum {
 };
 template <class T> inline double total(const Sum<T, double>& sum) {
   return sum.lost - sum.lost == 0.0 ? sum.value + sum.lost : sum.value;  // not where infinities met
-}
-
-// kWide elements from p on, those before `limit` read.
-template <class T> inline vdouble load_wide_before(const T* p, const T* limit) {
-  if (limit - p >= kWide) return load_wide(p);
-  return p < limit ? load_wide_partial(p, static_cast<int>(limit - p)) : vdouble{};
-}
-template <class T> inline T narrow(double x) { return static_cast<T>(static_cast<acc_t<T>>(x)); }
-// The first `count` lanes of v, rounded to T.
-template <class T> inline void store_narrow(T* p, vdouble v, int64_t count) {
-  if constexpr (sizeof(T) == 4)
-    if (count >= kWide) {
-#if defined(__AVX512F__)
-      _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
-#else
-      store_vector(p, __builtin_convertvector(v, vfloat_half));
-#endif
-      return;
-    }
-  for (int64_t l = 0; l < count && l < kWide; ++l) p[l] = narrow<T>(v[l]);
 }
 
 // Both halves of v, widened and added.

@@ -9,23 +9,6 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-// (best, tag) becomes (value, value_tag) in the lanes where value is larger, or NaN (the last NaN of a window is kept).
-template <class T, bool tagged>
-inline void challenge(Vec<T> value, Tag<T> value_tag, Vec<T>& best, Tag<T>& tag) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(acc_t<T>) == 4) {
-    const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
-    const __mmask16 kept = _mm512_mask_cmp_ps_mask(ordered, (__m512)value, (__m512)best, _CMP_NGT_UQ);
-    best = (Vec<T>)_mm512_mask_mov_ps((__m512)value, kept, (__m512)best);
-    if constexpr (tagged) tag = (Tag<T>)_mm512_mask_mov_epi32((__m512i)value_tag, kept, (__m512i)tag);
-    return;
-  }
-#endif
-  const auto won = (value > best) | (value != value);
-  best = won ? value : best;
-  if constexpr (tagged) tag = won ? value_tag : tag;
-}
-
 template <class T, IndexKind kind> inline void store_indices(void* indices, int64_t at, Tag<T> tag, int64_t limit) {
   if constexpr (kind == IndexKind::offset8) {
     const Bytes<T> bytes = to_bytes<T>(tag);

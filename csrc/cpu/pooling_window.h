@@ -111,6 +111,22 @@ template <class T> inline void store_before(T* p, Vec<T> v, const T* limit) {
   else if (p < limit)
     store_partial<T>(p, v, static_cast<int>(limit - p));
 }
+// (best, tag) becomes (value, value_tag) in the lanes where value is larger, or NaN (the last NaN of a window is kept).
+template <class T, bool tagged>
+inline void challenge(Vec<T> value, Tag<T> value_tag, Vec<T>& best, Tag<T>& tag) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t<T>) == 4) {
+    const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
+    const __mmask16 kept = _mm512_mask_cmp_ps_mask(ordered, (__m512)value, (__m512)best, _CMP_NGT_UQ);
+    best = (Vec<T>)_mm512_mask_mov_ps((__m512)value, kept, (__m512)best);
+    if constexpr (tagged) tag = (Tag<T>)_mm512_mask_mov_epi32((__m512i)value_tag, kept, (__m512i)tag);
+    return;
+  }
+#endif
+  const auto won = (value > best) | (value != value);
+  best = won ? value : best;
+  if constexpr (tagged) tag = won ? value_tag : tag;
+}
 // Lanes from `count` on become `fill`.
 template <class T> inline Vec<T> first_lanes(Vec<T> v, int64_t count, Vec<T> fill) {
   return iota<T>() < tags<T>(count) ? v : fill;
@@ -119,6 +135,27 @@ template <class T> inline Vec<T> first_lanes(Vec<T> v, int64_t count, Vec<T> fil
 template <class T> inline Vec<T> load_row(const T* p, int64_t count, const T* limit, Vec<T> fill) {
   if (count >= kLanes<T>) return load(p);
   return count <= 0 ? fill : first_lanes<T>(load_before(p, limit), count, fill);
+}
+
+constexpr int kWide = kLanes<double>;
+// kWide elements from p on, those before `limit` read.
+template <class T> inline vdouble load_wide_before(const T* p, const T* limit) {
+  if (limit - p >= kWide) return load_wide(p);
+  return p < limit ? load_wide_partial(p, static_cast<int>(limit - p)) : vdouble{};
+}
+template <class T> inline T narrow(double x) { return static_cast<T>(static_cast<acc_t<T>>(x)); }
+// The first `count` lanes of v, rounded to T.
+template <class T> inline void store_narrow(T* p, vdouble v, int64_t count) {
+  if constexpr (sizeof(T) == 4)
+    if (count >= kWide) {
+#if defined(__AVX512F__)
+      _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
+#else
+      store_vector(p, __builtin_convertvector(v, vfloat_half));
+#endif
+      return;
+    }
+  for (int64_t l = 0; l < count && l < kWide; ++l) p[l] = narrow<T>(v[l]);
 }
 
 // The even and the odd elements of two vectors in a row, and back.
@@ -277,6 +314,13 @@ template <class T> inline bool rows_fit(const PoolShape& s) {
   const int64_t width = larger(PhasedRows<T>::size(s), ColumnTaps::left(s) + larger(s.out_w, s.w) + 4 * kLanes<T>);
   return width * RowRing::size_for(larger(reach_of_input(s), reach_of_output(s))) <= kMost;
 }
+
+// Window i of an adaptive dimension covers [begin_of, end_of); first_with and last_with are the windows that hold
+// element i: the inverse.
+inline int64_t begin_of(int64_t i, int64_t size, int64_t out_size) { return i * size / out_size; }
+inline int64_t end_of(int64_t i, int64_t size, int64_t out_size) { return ceil_div((i + 1) * size, out_size); }
+inline int64_t first_with(int64_t i, int64_t size, int64_t out_size) { return i * out_size / size; }
+inline int64_t last_with(int64_t i, int64_t size, int64_t out_size) { return ceil_div((i + 1) * out_size, size) - 1; }
 
 // Pieces of work for parallel_for: as many items as hold some 16,000 steps.
 inline int64_t grain_of(int64_t steps) { return larger(1, 16384 / larger(steps, 1)); }

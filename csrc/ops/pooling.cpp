@@ -1,4 +1,4 @@
-// Pooling, op layer: max_pool2d, avg_pool2d, adaptive_avg_pool2d and their backwards.
+// Pooling, op layer: max_pool2d, avg_pool2d, lp_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d and their backwards.
 #include "../cpu/pooling.h"
 
 #include <array>
@@ -28,7 +28,7 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, i
   return count;
 }
 
-// Kernel size, stride, padding and (of max_pool2d) dilation, in pairs. One list, because each list of ints that crosses
+// Kernel size, stride, (not of lp_pool2d) padding and (of max_pool2d) dilation, in pairs. One list, because each list of ints that crosses
 // from Python costs as much as a small pooling.
 struct Window {
   Ints kernel, stride, pad, dilation;
@@ -38,12 +38,12 @@ struct Window {
                                  ints.size());
     kernel = Ints(ints.data(), 2);
     stride = Ints(ints.data() + 2, 2);
-    pad = Ints(ints.data() + 4, 2);
+    pad = Ints(pairs >= 3 ? ints.data() + 4 : kNoPadding, 2);
     dilation = Ints(pairs == 4 ? ints.data() + 6 : kNoDilation, 2);
   }
 
  private:
-  static constexpr int64_t kNoDilation[2] = {1, 1};
+  static constexpr int64_t kNoPadding[2] = {0, 0}, kNoDilation[2] = {1, 1};
 };
 
 // Checks the window and the input's sizes and works out the output's.
@@ -234,6 +234,90 @@ Tensor adaptive_avg_pool2d_backward_cpu(const Tensor& grad_output, Ints size, bo
   return grad_input;
 }
 
+std::tuple<Tensor, Tensor> adaptive_max_pool2d_forward_cpu(const Tensor& input, Ints output_size) {
+  const char* op = "adaptive_max_pool2d";
+  check_floating(input, op);
+  const bool channels_last = suggests_channels_last(input);
+  const PoolShape shape = adaptive_shape(op, input.sizes(), output_size, channels_last);
+  check(shape.c > 0, op, ": expected at least one channel");
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = allocate(pooled_size(shape), x.scalar_type(), x, channels_last);
+  Tensor indices = allocate(pooled_size(shape), ScalarType::Long, x, channels_last);
+  if (output.numel() == 0) return {output, indices};
+  dispatch_floating(x.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::AdaptiveMaxPoolArgs<T> args{shape, data<T>(x), mutable_data<T>(output), mutable_data<int64_t>(indices)};
+    DLKERN_CALL(adaptive_max_pool2d_forward, args);
+  });
+  return {output, indices};
+}
+
+Tensor adaptive_max_pool2d_backward_cpu(const Tensor& grad_output, const Tensor& indices, Ints size,
+                                        bool channels_last) {
+  const char* op = "adaptive_max_pool2d_backward";
+  check_floating(grad_output, op);
+  check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
+  const PoolShape shape = adaptive_shape(op, size, Ints(grad_output.sizes().data() + 2, 2), channels_last);
+  check_size(grad_output, pooled_size(shape), op, "grad_output");
+  check_size(indices, pooled_size(shape), op, "indices");
+  check(indices.scalar_type() == ScalarType::Long, op, ": indices must be int64");
+  check<std::invalid_argument>(indices.is_cpu(), op, ": indices must be on the CPU");
+  const Tensor g = ordered(grad_output, channels_last), places = ordered(indices, channels_last);
+  Tensor grad_input = allocate(input_size(shape), g.scalar_type(), g, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  if (g.numel() == 0) return torch::stable::zero_(grad_input);
+  dispatch_floating(g.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::AdaptiveMaxPoolBackwardArgs<T> args{shape, data<T>(g), data<int64_t>(places), mutable_data<T>(grad_input)};
+    DLKERN_CALL(adaptive_max_pool2d_backward, args);
+  });
+  return grad_input;
+}
+
+void check_norm(double norm, const char* op) {
+  check<std::invalid_argument>(norm - norm == 0.0 && norm != 0.0, op, ": the norm must be finite and not 0, got ", norm);
+}
+
+Tensor lp_pool2d_forward_cpu(const Tensor& input, double norm, Ints window, bool ceil_mode) {
+  const char* op = "lp_pool2d";
+  check_floating(input, op);
+  check_norm(norm, op);
+  const bool channels_last = suggests_channels_last(input);
+  const PoolShape shape = pool_shape(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = allocate(pooled_size(shape), x.scalar_type(), x, channels_last);
+  if (output.numel() == 0) return output;
+  dispatch_floating(x.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::LpPoolArgs<T> args{shape, norm, data<T>(x), mutable_data<T>(output)};
+    DLKERN_CALL(lp_pool2d_forward, args);
+  });
+  return output;
+}
+
+Tensor lp_pool2d_backward_cpu(const Tensor& grad_output, const Tensor& input, double norm, Ints window,
+                              bool ceil_mode) {
+  const char* op = "lp_pool2d_backward";
+  check_floating(input, op);
+  check_norm(norm, op);
+  check(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output and input differ in dtype");
+  check<std::invalid_argument>(grad_output.is_cpu(), op, ": grad_output must be on the CPU");
+  const bool channels_last = suggests_channels_last(input);
+  const PoolShape shape = pool_shape(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
+  check_size(grad_output, pooled_size(shape), op, "grad_output");
+  const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
+  Tensor grad_input = allocate(input_size(shape), x.scalar_type(), x, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  Tensor slopes = allocate(pooled_size(shape), ScalarType::Double, x);
+  dispatch_floating(x.scalar_type(), op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    cpu::LpPoolBackwardArgs<T> args{shape,      norm, data<T>(g), data<T>(x), mutable_data<double>(slopes),
+                                    mutable_data<T>(grad_input)};
+    DLKERN_CALL(lp_pool2d_backward, args);
+  });
+  return grad_input;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
@@ -243,6 +327,10 @@ STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
   m.impl("avg_pool2d_backward_cpu", TORCH_BOX(&avg_pool2d_backward_cpu));
   m.impl("adaptive_avg_pool2d_forward_cpu", TORCH_BOX(&adaptive_avg_pool2d_forward_cpu));
   m.impl("adaptive_avg_pool2d_backward_cpu", TORCH_BOX(&adaptive_avg_pool2d_backward_cpu));
+  m.impl("adaptive_max_pool2d_forward_cpu", TORCH_BOX(&adaptive_max_pool2d_forward_cpu));
+  m.impl("adaptive_max_pool2d_backward_cpu", TORCH_BOX(&adaptive_max_pool2d_backward_cpu));
+  m.impl("lp_pool2d_forward_cpu", TORCH_BOX(&lp_pool2d_forward_cpu));
+  m.impl("lp_pool2d_backward_cpu", TORCH_BOX(&lp_pool2d_backward_cpu));
 }
 
 }  // namespace dlkern::ops

@@ -56,6 +56,10 @@ def _randn(*shape: int, grad: bool = True, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, dtype=torch.float64) * scale).requires_grad_(grad)
 
 
+def _positive(*shape: int) -> torch.Tensor:
+    return (torch.rand(shape, dtype=torch.float64) + 0.1).requires_grad_()
+
+
 def _conv() -> Iterator[Case]:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, dict[str, Any]]] = {
         "3x3": ((2, 5, 9, 7), (6, 5, 3, 3), True, dict(padding=1)),
@@ -134,6 +138,33 @@ def _pooling() -> Iterator[Case]:
     for size in (1, (4, 5)):
         yield Case("pooling", "adaptive_avg_pool2d", f"to {size}", lambda x, s=size: F.adaptive_avg_pool2d(x, s),
                    lambda x, s=size: tF.adaptive_avg_pool2d(x, s), lambda: [_randn(*shape)], images=True)
+
+
+    for size in (1, (4, 5)):
+        yield Case("pooling", "adaptive_max_pool2d", f"to {size}", lambda x, s=size: F.adaptive_max_pool2d(x, s),
+                   lambda x, s=size: tF.adaptive_max_pool2d(x, s), lambda: [_randn(*shape)], images=True)
+    for label, options in {
+        "2": dict(norm_type=2, kernel_size=2), "1, overlapping": dict(norm_type=1.0, kernel_size=3, stride=2),
+        "2, ceil": dict(norm_type=2, kernel_size=(2, 4), stride=(3, 3), ceil_mode=True),
+        "3, to positive": dict(norm_type=3, kernel_size=3, stride=2),
+        "2.5, to positive": dict(norm_type=2.5, kernel_size=(3, 2), stride=(2, 1)),
+    }.items():
+        positive = "positive" in label  # sums of odd powers may be negative, and roots of those NaN
+        yield Case("pooling", "lp_pool2d", label, lambda x, o=options: F.lp_pool2d(x, **o),
+                   lambda x, o=options: tF.lp_pool2d(x, **o), lambda p=positive: [_positive(*shape) if p else _randn(*shape)],
+                   images=True)
+    yield from _pooling_of_sequences()
+
+
+def _pooling_of_sequences() -> Iterator[Case]:
+    for op, label, options in (
+        ("max_pool1d", "3 stride 2", dict(kernel_size=3, stride=2, padding=1)), ("max_pool1d", "dilated", dict(kernel_size=2, dilation=3)),
+        ("avg_pool1d", "4 stride 3", dict(kernel_size=4, stride=3, padding=2, ceil_mode=True)),
+        ("adaptive_avg_pool1d", "to 5", dict(output_size=5)), ("adaptive_max_pool1d", "to 4", dict(output_size=4)),
+        ("lp_pool1d", "2", dict(norm_type=2, kernel_size=3, stride=2)),
+    ):
+        yield Case("pooling", op, label, lambda x, f=op, o=options: getattr(F, f)(x, **o),
+                   lambda x, f=op, o=options: getattr(tF, f)(x, **o), lambda: [_randn(3, 5, 23)])
 
 
 def _batch_norm() -> Iterator[Case]:

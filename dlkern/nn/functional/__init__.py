@@ -5,10 +5,31 @@ from dlkern.nn.functional.conv import conv1d, conv2d, conv_transpose1d, conv_tra
 from dlkern.nn.functional.dropout import dropout
 from dlkern.nn.functional.linear import linear
 from dlkern.nn.functional.loss import cross_entropy
-from dlkern.nn.functional.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d, max_pool2d_with_indices
+from dlkern.nn.functional.pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool1d_with_indices,
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_with_indices,
+    avg_pool1d,
+    avg_pool2d,
+    lp_pool1d,
+    lp_pool2d,
+    max_pool1d,
+    max_pool1d_with_indices,
+    max_pool2d,
+    max_pool2d_with_indices,
+)
 
 __all__ = [
+    "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool1d_with_indices",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool2d_with_indices",
+    "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
     "batch_norm_act",
@@ -19,6 +40,10 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "linear",
+    "lp_pool1d",
+    "lp_pool2d",
+    "max_pool1d",
+    "max_pool1d_with_indices",
     "max_pool2d",
     "max_pool2d_with_indices",
 ]

@@ -21,11 +21,26 @@ from dlkern.nn.modules.conv import (
 from dlkern.nn.modules.dropout import Dropout
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
-from dlkern.nn.modules.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from dlkern.nn.modules.pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool1d,
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    LPPool1d,
+    LPPool2d,
+    MaxPool1d,
+    MaxPool2d,
+)
 from dlkern.nn.modules.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
+    "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AvgPool1d",
     "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -44,7 +59,10 @@ __all__ = [
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyLinear",
+    "LPPool1d",
+    "LPPool2d",
     "Linear",
+    "MaxPool1d",
     "MaxPool2d",
     "TransformerEncoder",
     "TransformerEncoderLayer",
