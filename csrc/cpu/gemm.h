@@ -42,6 +42,8 @@ constexpr int64_t kMC = 32 * kMR;  // rows of A packed at a time
 constexpr int64_t kNC = 768;  // columns of B packed at a time; KC x NC fits the second-level cache
 // B is read where it is, a few rows at a time, when A has so few rows that packing would cost more than it saves.
 constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
+// Blocks of k where the product is small or narrow: libraries take inner products there, whose sums are short.
+constexpr int64_t kShortKC = 16, kSmallWork = 262144, kNarrowN = 12;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -334,7 +336,8 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   const int64_t m = i_end - i_begin, nc_max = smaller(kNC, blocks(j_end - j_begin, width) * width);
   // Copies pay where they are read often enough. B in place is walked a few rows at a time.
   const bool b_in_place = same_type && g.b_column == 1 && g.m <= kInPlaceM;
-  const int64_t kc_block = b_in_place ? kInPlaceKC : kKC, kc_max = smaller(kc_block, g.k);
+  const bool short_sums = g.n <= kNarrowN || g.m * g.n * g.k < kSmallWork;
+  const int64_t kc_block = short_sums ? kShortKC : b_in_place ? kInPlaceKC : kKC, kc_max = smaller(kc_block, g.k);
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
@@ -410,7 +413,7 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
   using namespace gemm_detail;
   if (g.m <= 0 || g.n <= 0) return;
   const int64_t threads = num_threads();
-  if (threads == 1 || g.m * g.n * (g.k + 1) < 262144) {  // not worth waking a thread
+  if (threads == 1 || g.m * g.n * (g.k + 1) < kSmallWork) {  // not worth waking a thread
     run(g, epilogue, 0, g.m, 0, g.n);
     return;
   }

@@ -247,7 +247,33 @@ template <class V> inline auto reduce_add(V v) {
 // Larger of two lanes; NaN in either gives NaN, as torch.max has it.
 template <class V> inline V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
 
-// e^x, Cephes' degree-5 polynomial after reduction by ln 2; under 2 ulp, flushes below -87.3.
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2: Cephes' polynomial of degree 5 in float; Taylor's of degree 11 in double (4e-18
+// of e^r off).
+inline vfloat exp_polynomial(vfloat r) {
+  vfloat y = broadcast<float>(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  return y;
+}
+inline vdouble exp_polynomial(vdouble r) {
+  vdouble y = broadcast<double>(1.0 / 6227020800.0);
+  y = y * r + 1.0 / 479001600.0;
+  y = y * r + 1.0 / 39916800.0;
+  y = y * r + 1.0 / 3628800.0;
+  y = y * r + 1.0 / 362880.0;
+  y = y * r + 1.0 / 40320.0;
+  y = y * r + 1.0 / 5040.0;
+  y = y * r + 1.0 / 720.0;
+  y = y * r + 1.0 / 120.0;
+  y = y * r + 1.0 / 24.0;
+  y = y * r + 1.0 / 6.0;
+  y = y * r + 0.5;
+  return y;
+}
+// e^x, a polynomial after reduction by ln 2; under 2 ulp, flushes below -87.3.
 inline vfloat exp(vfloat x) {
   constexpr float kHigh = 88.3762626647949f, kLow = -87.3365447504f;
   vfloat clamped = x > kHigh ? broadcast<float>(kHigh) : x;
@@ -257,13 +283,7 @@ inline vfloat exp(vfloat x) {
   vfloat k = __builtin_convertvector(n, vfloat);
   vfloat r = clamped - k * 0.693359375f;
   r = r - k * -2.12194440e-4f;
-  vfloat y = broadcast<float>(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
+  vfloat y = exp_polynomial(r) * (r * r) + r + 1.0f;
   vint32 half = n >> 1;  // in two steps, so that 2^n for n = 128 does not overflow
   vint32 first = (half + 127) << 23, second = (n - half + 127) << 23;
   vfloat scale1, scale2;
@@ -281,13 +301,7 @@ inline vfloat exp_nonpositive(vfloat x) {
   const vfloat t = x * 1.44269504088896341f + kShifter, k = t - kShifter;
   vfloat r = x - k * 0.693359375f;
   r = r - k * -2.12194440e-4f;
-  vfloat y = broadcast<float>(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
+  vfloat y = exp_polynomial(r) * (r * r) + r + 1.0f;
   vint32 n, bits;
   std::memcpy(&n, &t, sizeof n);
   std::memcpy(&bits, &y, sizeof bits);
@@ -296,7 +310,7 @@ inline vfloat exp_nonpositive(vfloat x) {
   y = x < kLow ? broadcast<float>(0.0f) : y;
   return x != x ? x : y;
 }
-// Taylor's polynomial of degree 13 after reduction by ln 2 in two parts (4e-18 off); under 1 ulp, subnormal results too.
+// Reduced by ln 2 in two parts; under 1 ulp, subnormal results too.
 inline vdouble exp(vdouble x) {
   constexpr double kHigh = 709.782712893384, kLow = -745.2, kShifter = 6755399441055744.0;  // 1.5 * 2^52
   vdouble clamped = x > kHigh ? broadcast<double>(kHigh) : x;
@@ -304,19 +318,7 @@ inline vdouble exp(vdouble x) {
   const vdouble k = (clamped * 1.4426950408889634074 + kShifter) - kShifter;
   vdouble r = clamped - k * 6.93147180369123816490e-01;
   r = r - k * 1.90821492927058770002e-10;
-  vdouble y = broadcast<double>(1.0 / 6227020800.0);
-  y = y * r + 1.0 / 479001600.0;
-  y = y * r + 1.0 / 39916800.0;
-  y = y * r + 1.0 / 3628800.0;
-  y = y * r + 1.0 / 362880.0;
-  y = y * r + 1.0 / 40320.0;
-  y = y * r + 1.0 / 5040.0;
-  y = y * r + 1.0 / 720.0;
-  y = y * r + 1.0 / 120.0;
-  y = y * r + 1.0 / 24.0;
-  y = y * r + 1.0 / 6.0;
-  y = y * r + 0.5;
-  y = y * (r * r) + r + 1.0;
+  vdouble y = exp_polynomial(r) * (r * r) + r + 1.0;
   // 2^k in two steps, so that neither over- nor underflows: an integer's bits lie at the end of its sum with kShifter.
   const vdouble half = (k * 0.5 + kShifter) - kShifter;
   const vdouble first_sum = half + (kShifter + 1023.0), second_sum = (k - half) + (kShifter + 1023.0);
@@ -335,21 +337,73 @@ inline vdouble exp(vdouble x) {
 inline vdouble exp_nonpositive(vdouble x) { return exp(x); }
 inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
 inline vdouble sigmoid(vdouble x) { return 1.0 / (1.0 + exp(-x)); }
-// tanh |x| = 1 - 2 / (e^{2|x|} + 1); an odd polynomial (Cephes) where |x| < 0.625, where that form cancels.
+// 1 - 2 / (1 + E) for E = scale + scale u > 1.5, scale a power of 2: what rounding 1 + E and the last difference lost is
+// put back, so that little but the division's error is left, of which at most half counts.
+template <class V> inline V one_minus_two_over(V scale, V u) {
+  const V one = scale + 1, sum = one + scale * u, sum_lost = scale * u - (sum - one);
+  const V part = 2 / sum, rest = 1 - part;
+  return rest + (((1 - rest) - part) + part * part * sum_lost / 2);
+}
+// tanh |x| = 1 - 2 / (e^{2|x|} + 1), of which e^{2|x|} comes as 2^k (1 + u); where that form cancels, |x| < 0.625, Cephes'
+// odd polynomial (float) or rational function (double). Under 0.9 ulp; the sign is x's, for zeros too.
 inline vfloat tanh(vfloat x) {
-  vfloat z = x * x;
+  constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23
+  vuint32 bits, sign;
+  std::memcpy(&bits, &x, sizeof x);
+  sign = bits & 0x80000000u;
+  bits ^= sign;
+  vfloat a;
+  std::memcpy(&a, &bits, sizeof a);
+  const vfloat z = a * a;
   vfloat p = broadcast<float>(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
   p = p * z + -5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z + -3.33332819422e-1f;
-  vfloat small = p * z * x + x;
-  vfloat magnitude = x < 0.0f ? -x : x;
-  vfloat large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);  // of |x|: no cancellation near -1
-  return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
+  const vfloat small = p * z * a + a;
+
+  const vfloat twice = a > 10.0f ? broadcast<float>(20.0f) : a + a;  // from 9.02 on the result is 1
+  const vfloat shifted = twice * 1.44269504088896341f + kShifter, k = shifted - kShifter;
+  const vfloat high = twice - k * 0.693359375f, r = high - k * -2.12194440e-4f, lost = (high - r) - k * -2.12194440e-4f;
+  vuint32 n;
+  std::memcpy(&n, &shifted, sizeof n);
+  n = (n + 127u) << 23;
+  vfloat scale;
+  std::memcpy(&scale, &n, sizeof n);
+  const vfloat result = a < 0.625f ? small : one_minus_two_over(scale, (exp_polynomial(r) * (r * r) + lost) + r);
+  std::memcpy(&bits, &result, sizeof bits);
+  bits |= sign;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 inline vdouble tanh(vdouble x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  constexpr double kShifter = 6755399441055744.0;  // 1.5 * 2^52
+  vint64 bits, sign;
+  std::memcpy(&bits, &x, sizeof x);
+  sign = bits & INT64_MIN;
+  bits ^= sign;
+  vdouble a;
+  std::memcpy(&a, &bits, sizeof a);
+  const vdouble z = a * a;
+  const vdouble p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const vdouble q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  const vdouble small = p / q * z * a + a;
+
+  const vdouble twice = a > 20.0 ? broadcast<double>(40.0) : a + a;  // from 19.1 on the result is 1
+  const vdouble shifted = twice * 1.4426950408889634074 + kShifter, k = shifted - kShifter;
+  const vdouble high = twice - k * 6.93147180369123816490e-01, r = high - k * 1.90821492927058770002e-10,
+                lost = (high - r) - k * 1.90821492927058770002e-10;
+  const vdouble scale_sum = k + (kShifter + 1023.0);
+  vint64 n;
+  std::memcpy(&n, &scale_sum, sizeof n);
+  n <<= 52;
+  vdouble scale;
+  std::memcpy(&scale, &n, sizeof n);
+  const vdouble u = (exp_polynomial(r) * (r * r) + lost) + r;
+  const vdouble result = a < 0.625 ? small : one_minus_two_over(scale, u);
+  std::memcpy(&bits, &result, sizeof bits);
+  bits |= sign;
+  std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
