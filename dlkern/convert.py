@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils import parametrize
@@ -119,7 +119,10 @@ def conversion_report(model: torch.nn.Module) -> list[ModuleReport]:
     return [_report(name, module) for name, module in _workers(model)]
 
 
-def convert(model: Model, *, skip: Skip | None = None, verbose: bool = False) -> Model:
+def convert(
+    model: Model, *, skip: Skip | None = None, fuse: bool = False, memory_format: torch.memory_format | None = None,
+    verbose: bool = False,
+) -> Model:
     """Makes `model` run on dlkern, in place: each torch.nn module dlkern has becomes dlkern.nn's of the same name.
 
     Parameters, buffers, hooks, state_dict, train/eval mode and the identity of every object stay. Users' own
@@ -130,28 +133,51 @@ def convert(model: Model, *, skip: Skip | None = None, verbose: bool = False) ->
     Args:
         model: any torch.nn.Module, a single layer too. Converting twice changes nothing more.
         skip: a function of (name, module) that returns True where a module is to stay torch's.
-        verbose: print what was swapped and what was not, and why.
+        fuse: run convolution, batch norm, addition and ReLU that follow each other as one op, where torch.fx can trace
+            the model and the modules have no hooks. The result is then a torch.fx.GraphModule that shares all
+            parameters and buffers, under their names; its `fusions` lists what was fused. Python control flow is what
+            it was in the mode (train or eval) that the model was in.
+        memory_format: torch.channels_last, say: what to bring the parameters to; give inputs in it, too.
+        verbose: print what was swapped and what was not, and why, and what was fused.
 
     Returns:
-        The same object.
+        The same object; with fuse=True, a torch.fx.GraphModule of it.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
+        ValueError: fuse=True, and torch.fx cannot trace the model, which is then unchanged.
 
     Example:
         >>> model = dlkern.convert(torchvision.models.resnet18())
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
+    swapped = []
     for name, module in model.named_modules():
         if skip is not None and skip(name, module):
             continue
         target, _ = _target(module)
         if target is not None:
+            swapped.append((module, _plain_class(module)))
             _set_class(module, target)
+    result: torch.nn.Module = model
+    if fuse:
+        from dlkern import fusion
+
+        try:
+            result, found = fusion.fuse(model)
+        except ValueError:
+            for module, cls in swapped:
+                _set_class(module, cls)
+            raise
+        result.fusions = found  # type: ignore[assignment]
+    if memory_format is not None:
+        result.to(memory_format=memory_format)  # type: ignore[call-overload]
     if verbose:
         _print_report(model)
-    return model
+        if fuse:
+            _print_fusions(found)
+    return result  # type: ignore[return-value]
 
 
 def revert(model: Model) -> Model:
@@ -177,6 +203,13 @@ def _print_report(model: torch.nn.Module) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(report_table(conversion_report(model)).rich("whose kernels each module runs on"))
+
+
+def _print_fusions(found: list[Any]) -> None:
+    from rich.console import Console
+
+    rows = [(fusion.what, ", ".join(fusion.modules)) for fusion in found]
+    Console(highlight=False).print(Table(("fused", "modules"), rows).rich("what runs as one op"))
 
 
 def report_table(records: list[ModuleReport]) -> Table:

@@ -69,7 +69,7 @@ def convolution(
         input, weight = input.contiguous().unsqueeze(2), weight.unsqueeze(2)
     try:
         packed = frozen.weight(weight, lambda w: ops.conv.pack(w, groups))
-        output = ops.conv.forward_packed(input, weight, packed, bias, *settings)
+        output = ops.conv.forward_packed(input, weight, packed, bias, None, *settings, 0)
     except _plain.REFUSALS:
         return None  # the usual way says what is wrong
     return output.squeeze(2) if dims == 1 else output

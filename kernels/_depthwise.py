@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dlkern.kernels import configs
+from dlkern.kernels._activation import activate
 from dlkern.kernels._launch import accumulator, accumulator_dtype, is_large, launch
 from dlkern.kernels._parts import sum_parts
 
@@ -28,12 +29,13 @@ def _pixels(C, ROWS, COLUMNS, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, LARG
 
 @triton.jit
 def depthwise_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, M, K, MULTIPLIER, H, W, P, Q,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, M, K, MULTIPLIER, H, W, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, weight_stride_k, weight_stride_r, weight_stride_s,
     y_stride_n, y_stride_k, y_stride_p, y_stride_q,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # One program: BLOCK_M output pixels x BLOCK_C output channels; output channel k reads input channel k // MULTIPLIER.
     m, n, p, q, k = _pixels(K, P, Q, BLOCK_M, BLOCK_C, LARGE)
@@ -51,7 +53,10 @@ def depthwise_forward_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
     y_offset = (n * y_stride_n + p * y_stride_p + q * y_stride_q)[:, None] + (k * y_stride_k)[None, :]
-    tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + y_offset, mask=mask, other=0.0).to(ACC)
+    tl.store(y_ptr + y_offset, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -140,14 +145,14 @@ def _taps(weight):
     return stride_k, stride_r, stride_s
 
 
-def forward(x, weight, bias, output, groups, constants):
+def forward(x, weight, bias, residual, output, groups, constants):
     (K, P, Q), (H, W) = output.shape[1:], x.shape[2:]
     M = output.shape[0] * P * Q
     config = configs.batch_norm(x, M, K, x.stride(1) == 1)
     launch(
         depthwise_forward_kernel, (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(K, config["BLOCK_C"]),),
-        x, weight, bias if bias is not None else weight, output, M, K, K // groups, H, W, P, Q,
-        *x.stride(), *_taps(weight), *output.stride(), HAS_BIAS=bias is not None, LARGE=is_large(x, output),
+        x, weight, bias, residual, output, M, K, K // groups, H, W, P, Q,
+        *x.stride(), *_taps(weight), *output.stride(), LARGE=is_large(x, output),
         **_options(x, config, constants),
     )
 

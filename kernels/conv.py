@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from dlkern.kernels import _depthwise, configs
+from dlkern.kernels._activation import activate
 from dlkern.kernels._launch import (
     accumulator,
     accumulator_dtype,
@@ -36,12 +37,13 @@ from dlkern.kernels._parts import sum_parts
 
 @triton.jit
 def conv2d_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, M, C, K, H, W, P, Q,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, M, C, K, H, W, P, Q,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, weight_stride_k, weight_stride_c, weight_stride_r, weight_stride_s,
     y_stride_n, y_stride_k, y_stride_p, y_stride_q,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # One program: BLOCK_M output pixels x BLOCK_N output channels of one group. M = N P Q; C and K are a group's.
@@ -96,9 +98,11 @@ def conv2d_forward_kernel(
         acc += tl.load(bias_ptr + group * K + k, mask=k < K, other=0.0).to(ACC)[None, :]
     y_row = n * y_stride_n + p * y_stride_p + q * y_stride_q
     y_column = (group * K + k) * y_stride_k
-    tl.store(
-        y_ptr + y_row[:, None] + y_column[None, :], acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :]
-    )
+    y_tile = y_row[:, None] + y_column[None, :]
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + y_tile, mask=mask, other=0.0).to(ACC)
+    tl.store(y_ptr + y_tile, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -314,28 +318,41 @@ def _packed(weight):
 
 def conv2d_forward(input, weight, bias, stride, padding, dilation, groups):
     """torch.nn.functional.conv2d."""
+    return conv2d_act_forward(input, weight, bias, None, stride, padding, dilation, groups, 0)
+
+
+def conv2d_act_forward(input, weight, bias, residual, stride, padding, dilation, groups, activation):
+    """activation(conv2d + residual)."""
     op = "conv2d"
-    check_tensors(op, input, weight, bias)
+    check_tensors(op, input, weight, bias, residual)
     P, Q = _geometry(op, input.shape, weight.shape, stride, padding, dilation, groups)
     check(bias is None or bias.shape == weight.shape[:1], f"{op}: expected bias [{weight.shape[0]}]")
+    check(0 <= activation <= 3, f"{op}: no activation {activation}")
     (N, _, H, W), (K, C, R, S) = input.shape, weight.shape
     channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
     output = empty((N, K, P, Q), input, channels_last)
+    if residual is not None:
+        check(residual.shape == output.shape, f"{op}: expected a residual {tuple(output.shape)}")
+        check(
+            all(n <= 1 or a == b for n, a, b in zip(output.shape, residual.stride(), output.stride())),
+            f"{op}: the residual is not laid out as the output",
+        )
     if output.numel() == 0:
         return output
     bias = bias.contiguous() if bias is not None else None
     constants = _constants(weight.shape, stride, padding, dilation)
+    constants |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "ACTIVATION": activation}
+    extra = bias if bias is not None else weight, residual if residual is not None else weight
     if C == 1 and groups > 1:
-        _depthwise.forward(dense(input), weight, bias, output, groups, constants)
+        _depthwise.forward(dense(input), weight, *extra, output, groups, constants)
         return output
     x, w = dense(input), _packed(weight)
     M = N * P * Q
     config = configs.conv(x, M, K // groups, C, R * S)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(K // groups, config["BLOCK_N"])
     launch(
-        conv2d_forward_kernel, (tiles, groups), x, w, bias if bias is not None else w, output,
-        M, C, K // groups, H, W, P, Q, *x.stride(), *w.stride(), *output.stride(),
-        **constants, HAS_BIAS=bias is not None,
+        conv2d_forward_kernel, (tiles, groups), x, w, *extra, output,
+        M, C, K // groups, H, W, P, Q, *x.stride(), *w.stride(), *output.stride(), **constants,
         ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_conv()), LARGE=is_large(x, w, output), **config,
     )
     return output

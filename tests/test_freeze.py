@@ -123,5 +123,5 @@ def test_wrong_arguments():
     with pytest.raises(RuntimeError, match="packed is not what conv2d_pack makes"):
         weight = torch.randn(4, 3, 3, 3)
         torch.ops.dlkern.conv2d_forward_packed_cpu(
-            torch.randn(1, 3, 5, 5), weight, torch.randn(7), None, [1, 1], [0, 0], [1, 1], 1
+            torch.randn(1, 3, 5, 5), weight, torch.randn(7), None, None, [1, 1], [0, 0], [1, 1], 1, 0
         )

@@ -11,6 +11,7 @@
 
 #include "conv_borders.h"
 #include "conv_depthwise.h"
+#include "conv_finish.h"
 #include "conv_grouped.h"
 #include "conv_pack.h"
 #include "conv_planar.h"
@@ -197,6 +198,28 @@ void group_pixels(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begi
       *order++ = next[plan.rows.of[row % z.rows] * across + plan.columns.of[q]]++;
 }
 
+// Residual and activation for channels [first, first + count) of a block's pixels. Only of outputs without steps.
+template <class T>
+void finish_block(const Correlation<T>& z, int64_t first, int64_t count, int64_t row_begin, int64_t row_end,
+                  int64_t column_begin, int64_t columns) {
+  const auto finish = [&](int64_t at, int64_t length) {
+    finish_run(z.output + at, z.residual ? z.residual + at : nullptr, length, z.activation);
+  };
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const int64_t image = row / z.rows, h = row % z.rows;
+    if (!z.output_channels_last) {
+      for (int64_t k = first; k < first + count; ++k)
+        finish(((image * z.out_channels + k) * z.out_h + h) * z.out_w + column_begin, columns);
+    } else {
+      const int64_t at = ((image * z.out_h + h) * z.out_w + column_begin) * z.out_channels;
+      if (count == z.out_channels)
+        finish(at, columns * count);
+      else
+        for (int64_t q = 0; q < columns; ++q) finish(at + q * z.out_channels + first, count);
+    }
+  }
+}
+
 // One block of output pixels, for panels [panel_begin, panel_end) of one group.
 template <class T>
 void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end, int64_t column_begin,
@@ -282,10 +305,13 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
     if (!here)
       write_out(z, sums, width, group * plan.outputs + first, count, row_begin, row_end, column_begin, columns);
   }
+  if (z.residual || z.activation) {
+    const int64_t first = panel_begin * plan.panel_width, end = smaller(panel_end * plan.panel_width, plan.outputs);
+    finish_block(z, group * plan.outputs + first, end - first, row_begin, row_end, column_begin, columns);
+  }
 }
 
 template <class T> void correlate(const Correlation<T>& z) {
-  if (is_planar(z)) return correlate_planar(z);
   using A = acc_t<T>;
   uint8_t* ranges = reinterpret_cast<uint8_t*>(scratch<char>(Slot::family_4, z.rows + z.columns));
   Plan<T> plan;
@@ -378,8 +404,21 @@ template <class T> int64_t pack(const ConvPackArgs<T>& args) {
   return z.groups * plan.outputs_padded() * plan.depth;
 }
 
+// Residual and activation over the whole output, behind kernels that do not know of them.
+template <class T> void finish_all(const ConvForwardArgs<T>& args) {
+  if (!args.residual && !args.activation) return;
+  const ConvShape& z = args.shape;
+  constexpr int64_t kRun = 16384;
+  const int64_t total = z.n * z.k * z.p * z.q;
+  parallel_for(ceil_div(total, kRun), 1, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * kRun;
+    finish_run(args.output + at, args.residual ? args.residual + at : nullptr, smaller(end * kRun, total) - at,
+               args.activation);
+  });
+}
+
 template <class T> void forward(const ConvForwardArgs<T>& args) {
-  if (depthwise_forward(args) || grouped_forward(args)) return;
+  if (depthwise_forward(args) || grouped_forward(args)) return finish_all(args);
   const ConvShape& z = args.shape;
   int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
   int64_t *tap_h = lists, *kernel_h = tap_h + z.r, *tap_w = kernel_h + z.r, *kernel_w = tap_w + z.s;
@@ -396,6 +435,12 @@ template <class T> void forward(const ConvForwardArgs<T>& args) {
   c.tap_h = tap_h, c.tap_w = tap_w, c.kernel_h = kernel_h, c.kernel_w = kernel_w;
   c.bias = args.bias;
   c.packed = args.packed;
+  if (is_planar(c)) {
+    correlate_planar(c);
+    return finish_all(args);
+  }
+  c.residual = args.residual;
+  c.activation = args.activation;
   correlate(c);
 }
 
@@ -480,7 +525,7 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
       c.kernel_size = z.r * z.s;
       c.bias = args.bias;
       c.groups = z.groups;
-      correlate(c);
+      is_planar(c) ? correlate_planar(c) : correlate(c);
     }
 }
 

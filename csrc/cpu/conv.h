@@ -25,6 +25,8 @@ template <class T> struct ConvForwardArgs {
   T* output;
   bool input_channels_last, weight_channels_last, output_channels_last;
   const acc_t<T>* packed;  // what conv2d_pack made of the weight, or null
+  const T* residual;  // added to the output, whose layout it has; or null
+  int activation;  // then applied
 };
 // A transposed convolution's forward is this, too: then there is a bias of the input's channels.
 template <class T> struct ConvBackwardInputArgs {

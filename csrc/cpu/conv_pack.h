@@ -44,6 +44,8 @@ template <class T> struct Correlation {
   const T* bias;
   int64_t groups;
   const acc_t<T>* packed;  // the whole packed weight, or null
+  const T* residual;  // as in ConvForwardArgs
+  int activation;
 };
 
 // Rows first_row + i * step_h and columns first_column + j * step_w of an image; zero where there is none.

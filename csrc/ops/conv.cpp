@@ -1,4 +1,4 @@
-// conv2d and conv_transpose2d, op layer: dlkern::conv2d_{forward,backward_input,backward_weight,backward_bias}_cpu,
+// conv2d and conv_transpose2d, op layer: dlkern::conv2d_{forward,act_forward,backward_*}_cpu,
 // conv_transpose2d_forward_cpu, and conv2d_{pack,forward_packed}_cpu for weights that stay (dlkern.freeze).
 // Everything a kernel relies on is checked here; what is dense in neither layout is copied.
 #include "../cpu/conv.h"
@@ -113,8 +113,10 @@ Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups) {
   return *packed;
 }
 
+// activation(conv(input) + residual), all of it but the convolution optional.
 Tensor forward(const Tensor& input, const Tensor& weight, const Tensor* packed, const std::optional<Tensor>& bias,
-               Ints stride, Ints padding, Ints dilation, int64_t groups) {
+               const std::optional<Tensor>& residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
+               int64_t activation) {
   const char* op = "conv2d_forward";
   check_tensor(op, "input", input, input, 4);
   check_tensor(op, "weight", weight, input, 4);
@@ -122,6 +124,18 @@ Tensor forward(const Tensor& input, const Tensor& weight, const Tensor* packed, 
   const std::optional<Tensor> b = checked_bias(op, bias, input, z.k);
   const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
   const Tensor x = dense(input), w = dense(weight);
+  check(activation >= 0 && activation <= 3, op, ": no activation ", activation);
+  if (residual) {
+    check_tensor(op, "residual", *residual, input, 4);
+    const int64_t expected[] = {z.n, z.k, z.p, z.q};
+    check<std::invalid_argument>(same_sizes(residual->sizes(), expected), op, ": expected a residual of size ",
+                                 text(expected), ", but got ", text(residual->sizes()));
+    int64_t stride_expected[4];
+    fill_strides(expected, channels_last, stride_expected);
+    for (int d = 0; d < 4; ++d)
+      check<std::invalid_argument>(expected[d] <= 1 || residual->strides()[d] == stride_expected[d], op,
+                                   ": the residual is not laid out as the output");
+  }
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (packed)
@@ -141,7 +155,9 @@ Tensor forward(const Tensor& input, const Tensor& weight, const Tensor* packed, 
                                  is_channels_last(x),
                                  is_channels_last(w),
                                  channels_last,
-                                 packed ? data<acc_t<T>>(*packed) : nullptr};
+                                 packed ? data<acc_t<T>>(*packed) : nullptr,
+                                 data<T>(residual),
+                                 static_cast<int>(activation)};
     DLKERN_CALL(conv2d_forward, args);
   });
   return output;
@@ -149,13 +165,19 @@ Tensor forward(const Tensor& input, const Tensor& weight, const Tensor* packed, 
 
 Tensor conv2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                           Ints padding, Ints dilation, int64_t groups) {
-  return forward(input, weight, nullptr, bias, stride, padding, dilation, groups);
+  return forward(input, weight, nullptr, bias, std::nullopt, stride, padding, dilation, groups, 0);
+}
+
+Tensor conv2d_act_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& residual, Ints stride, Ints padding, Ints dilation,
+                              int64_t groups, int64_t activation) {
+  return forward(input, weight, nullptr, bias, residual, stride, padding, dilation, groups, activation);
 }
 
 Tensor conv2d_forward_packed_cpu(const Tensor& input, const Tensor& weight, const Tensor& packed,
-                                 const std::optional<Tensor>& bias, Ints stride, Ints padding, Ints dilation,
-                                 int64_t groups) {
-  return forward(input, weight, &packed, bias, stride, padding, dilation, groups);
+                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, Ints stride,
+                                 Ints padding, Ints dilation, int64_t groups, int64_t activation) {
+  return forward(input, weight, &packed, bias, residual, stride, padding, dilation, groups, activation);
 }
 
 void check_grad_output(const char* op, const Tensor& grad_output, const cpu::ConvShape& z) {
@@ -272,6 +294,7 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cpu(const Tensor& grad_output,
 STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
   m.impl("conv2d_pack_cpu", TORCH_BOX(&conv2d_pack_cpu));
   m.impl("conv2d_forward_cpu", TORCH_BOX(&conv2d_forward_cpu));
+  m.impl("conv2d_act_forward_cpu", TORCH_BOX(&conv2d_act_forward_cpu));
   m.impl("conv2d_forward_packed_cpu", TORCH_BOX(&conv2d_forward_packed_cpu));
   m.impl("conv_transpose2d_forward_cpu", TORCH_BOX(&conv_transpose2d_forward_cpu));
   m.impl("conv2d_backward_bias_cpu", TORCH_BOX(&conv2d_backward_bias_cpu));

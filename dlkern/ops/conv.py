@@ -16,9 +16,10 @@ from dlkern import trace as tracing
 from dlkern.ops import _autograd
 from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.ops._registry import define, raw
+from dlkern.ops.linear import ActivationBackward
 from dlkern.reference import conv as reference
 
-__all__ = ["conv2d", "conv_transpose2d", "forward_packed", "pack", "run", "run_transpose"]
+__all__ = ["conv2d", "conv2d_act", "conv_transpose2d", "forward_packed", "pack", "run", "run_transpose"]
 
 
 def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
@@ -52,6 +53,10 @@ def _transpose_forward_fake(input, weight, bias, stride, padding, output_padding
         size.append((input.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach)
     channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last))
+
+
+def _act_forward_fake(input, weight, bias, residual, stride, padding, dilation, groups, activation):
+    return _forward_fake(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _pack_fake(weight, groups):
@@ -95,9 +100,16 @@ define(
 define("conv2d_pack", "(Tensor weight, int groups) -> Tensor", _pack_fake)
 define(
     "conv2d_forward_packed",
-    "(Tensor input, Tensor weight, Tensor packed, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) "
-    "-> Tensor",
-    lambda input, weight, packed, *settings: _forward_fake(input, weight, *settings),
+    "(Tensor input, Tensor weight, Tensor packed, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int groups, int activation) -> Tensor",
+    lambda input, weight, packed, *rest: _act_forward_fake(input, weight, *rest),
+)
+define(
+    "conv2d_act_forward",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+    "int groups, int activation) -> Tensor",
+    _act_forward_fake,
+    triton="dlkern.kernels.conv:conv2d_act_forward",
 )
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
@@ -107,13 +119,14 @@ for _column, _dtypes in {
         columns.declare(_op, _column, _dtypes)
 
 
-_forward, _backward_input, _backward_weight, _backward_bias, _transpose_forward = (
+_forward, _backward_input, _backward_weight, _backward_bias, _act_forward, _transpose_forward = (
     raw[op]
     for op in (
-        "conv2d_forward", "conv2d_backward_input", "conv2d_backward_weight", "conv2d_backward_bias",
+        "conv2d_forward", "conv2d_backward_input", "conv2d_backward_weight", "conv2d_backward_bias", "conv2d_act_forward",
         "conv_transpose2d_forward",
     )
 )  # fmt: skip
+_activation_backward = raw["activation_backward"]
 pack, forward_packed = raw["conv2d_pack"]["cpu"], raw["conv2d_forward_packed"]["cpu"]
 _grad_enabled = torch.is_grad_enabled
 
@@ -201,6 +214,46 @@ class Conv2d(_autograd.Function):
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
             None, None, None, None, None,
+        )  # fmt: skip
+
+
+class Conv2dAct(_autograd.Function):
+    """activation(conv2d(input) + residual). The activation's derivative comes from the output, which is kept."""
+
+    @staticmethod
+    def forward(input, weight, bias, residual, stride, padding, dilation, groups, activation, column):
+        return _act_forward[column](input, weight, bias, residual, stride, padding, dilation, groups, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _bias, _residual, *settings, activation, column = inputs
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(
+            input if need[1] or need[2] else None, weight if need[0] else None, output if activation else None
+        )
+        channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+        ctx.constants = need, input.shape, weight.shape, settings, channels_last, activation, column
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, output = ctx.saved_tensors
+        need, input_size, weight_size, settings, channels_last, activation, column = ctx.constants
+        again = torch.is_grad_enabled()
+        if activation and again:
+            grad_output = _autograd.apply(ActivationBackward, grad_output, output, activation, column)
+        elif activation:
+            grad_output = _activation_backward[column](grad_output, output, activation)
+        grad_input = grad_weight = grad_bias = None
+        if need[0]:
+            args = (grad_output, weight, input_size, *settings, channels_last)
+            grad_input = _autograd.apply(Conv2dBackwardInput, *args, column) if again else _backward_input[column](*args)
+        if need[1] or need[2]:
+            args = (grad_output, input, weight_size, *settings, need[2], channels_last)
+            both = _autograd.apply(Conv2dBackwardWeight, *args, column) if again else _backward_weight[column](*args)
+            grad_weight, grad_bias = both
+        return (
+            grad_input, grad_weight if need[1] else None, grad_bias if need[2] else None,
+            grad_output if need[3] else None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -311,3 +364,34 @@ def run_transpose(column, input, weight, bias, stride, padding, output_padding, 
     if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return ConvTranspose2d.fast_apply(input, weight, bias, *settings)
     return _transpose_forward[column](input, weight, bias, *settings[:5])
+
+
+def conv2d_act(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+) -> torch.Tensor:
+    """activation(conv2d + residual); arguments are valid and in pairs, residual has the result's shape."""
+    settings = (stride, padding, dilation, groups, activation)
+    if _autograd.use_reference():
+        return reference.conv2d_act(input, weight, bias, residual, *settings)
+    choice = columns.choose(
+        "conv2d", input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
+        ("grouped",) if groups > 1 else (),
+    )
+    if tracing.active:
+        tracing.record("conv2d_act", choice.column, choice.reason, input, weight, bias, residual)
+    if choice.column == "reference":
+        return reference.conv2d_act(input, weight, bias, residual, *settings)
+    if residual is not None:
+        channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+        residual = residual.contiguous(memory_format=memory_format(channels_last))
+    if _autograd.needs_grad(input, weight, bias, residual):
+        return _autograd.apply(Conv2dAct, input, weight, bias, residual, *settings, choice.column)
+    return _act_forward[choice.column](input, weight, bias, residual, *settings)

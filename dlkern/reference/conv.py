@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn import grad
 
-__all__ = ["conv2d", "conv2d_backward_input", "conv2d_backward_weight", "conv_transpose2d"]
+from dlkern.reference.linear import activate
+
+__all__ = ["conv2d", "conv2d_act", "conv2d_backward_input", "conv2d_backward_weight", "conv_transpose2d"]
 
 
 def conv2d(
@@ -22,6 +24,22 @@ def conv2d(
 ) -> torch.Tensor:
     """y[n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s] x[n, c, p·sh - ph + r·dh, q·sw - pw + s·dw]."""
     return F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def conv2d_act(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+) -> torch.Tensor:
+    """activation(conv2d(input) + residual)."""
+    y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return activate(y if residual is None else y + residual, activation)
 
 
 def conv2d_backward_input(

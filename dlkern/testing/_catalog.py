@@ -15,6 +15,7 @@ import torch.nn.functional as tF
 
 import dlkern.nn.functional as F
 from dlkern import ops, reference
+from dlkern.ops._activation import Activation
 
 __all__ = ["CASES", "Case", "cases"]
 
@@ -93,6 +94,21 @@ def _conv() -> Iterator[Case]:
             lambda *t, o=options: F.conv1d(*t, **o), lambda *t, o=options: tF.conv1d(*t, **o),
             lambda x=x, w=w, b=bias: [_randn(*x), _randn(*w, scale=0.3), *([_randn(w[0])] if b else [])],
         )
+
+
+def _conv_act() -> Iterator[Case]:
+    relu = Activation.RELU
+    for label, (x, w, options) in {
+        "relu": ((2, 5, 9, 7), (20, 5, 3, 3), dict(padding=1)), "grouped": ((2, 6, 7, 8), (9, 2, 3, 3), dict(groups=3)),
+        "depthwise": ((2, 8, 9, 7), (8, 1, 3, 3), dict(groups=8, stride=2, padding=1)),
+    }.items():
+        size = tF.conv2d(torch.empty(x), torch.empty(w), **options).shape
+        yield Case(
+            "conv", "conv2d_act", label,
+            lambda x, w, b, r, o=options: F.conv2d_act(x, w, b, **o, activation=relu, residual=r),
+            lambda x, w, b, r, o=options: torch.relu(tF.conv2d(x, w, b, **o) + r),
+            lambda x=x, w=w, r=size: [_randn(*x), _randn(*w, scale=0.3), _randn(w[0]), _randn(*r)], images=True, draws=8,
+        )  # fmt: skip
 
 
 def _conv_transpose() -> Iterator[Case]:
@@ -229,7 +245,7 @@ def _dropout() -> Iterator[Case]:
                    lambda: [_randn(3, 5, 8, 9), torch.randint(0, 2**62, ())], images=True)
 
 
-CASES: tuple[Case, ...] = (*_conv(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout())
+CASES: tuple[Case, ...] = (*_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout())
 
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:

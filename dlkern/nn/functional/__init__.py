@@ -1,7 +1,7 @@
 """torch.nn.functional's names and signatures, on dlkern's kernels. A file a family."""
 
 from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
-from dlkern.nn.functional.conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
+from dlkern.nn.functional.conv import conv1d, conv2d, conv2d_act, conv_transpose1d, conv_transpose2d
 from dlkern.nn.functional.dropout import dropout
 from dlkern.nn.functional.linear import linear
 from dlkern.nn.functional.loss import cross_entropy
@@ -35,6 +35,7 @@ __all__ = [
     "batch_norm_act",
     "conv1d",
     "conv2d",
+    "conv2d_act",
     "conv_transpose1d",
     "conv_transpose2d",
     "cross_entropy",

@@ -10,6 +10,7 @@ from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
+from dlkern.reference.linear import activate
 
 __all__ = ["batch_norm", "batch_norm_act"]
 
@@ -97,7 +98,8 @@ def batch_norm_act(
     if reason is not None:
         if tracing.active and isinstance(input, torch.Tensor):
             tracing.record("batch_norm", "torch", reason, input)
-        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return activate(output if residual is None else output + residual, code)
     results = ops.batch_norm.batch_norm(
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code
     )

@@ -11,8 +11,10 @@ import torch
 from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.ops import _plain
+from dlkern.ops._activation import Activation
+from dlkern.reference.linear import activate
 
-__all__ = ["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"]
+__all__ = ["conv1d", "conv2d", "conv2d_act", "conv_transpose1d", "conv_transpose2d"]
 
 
 _Numbers = tuple[int, ...]
@@ -79,15 +81,15 @@ def _row(x: torch.Tensor) -> torch.Tensor:
 
 def _convolution(
     dims: int, function: Callable[..., torch.Tensor], input: Any, weight: Any, bias: Any, stride: Any, padding: Any,
-    dilation: Any, groups: Any,
+    dilation: Any, groups: Any, activation: int = 0, residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """conv1d or conv2d the long way: any argument, any state of torch."""
+    """conv1d or conv2d (or conv2d_act) the long way: any argument, any state of torch."""
     name, original = f"conv{dims}d", (input, weight, bias, stride, padding, dilation, groups)
     if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
         return function(*original)
     device = input.device.type
     if torch.is_autocast_enabled(device):
-        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
+        input, weight, bias, residual = _autocast(torch.get_autocast_dtype(device), input, weight, bias, residual)
     step, spread = _numbers(stride, dims), _numbers(dilation, dims)
     before: list[int] = []  # zeros in front of a symmetric padding's: of the last dimension first, left and right
     if isinstance(padding, str):
@@ -112,14 +114,21 @@ def _convolution(
             if x.shape[2 + i] + 2 * pad[i] + extra[i] < spread[i] * (weight.shape[2 + i] - 1) + 1:
                 reason = "the kernel is larger than the padded input"
     if reason is not None:
-        return _hand_on(name, function, reason, *original)
+        output = _hand_on(name, function, reason, *original)
+        return activate(output if residual is None else output + residual, activation)
     assert step is not None and pad is not None and spread is not None
     if before:
         x = torch.nn.functional.pad(x, before)
     if dims == 1:
         output = ops.conv.conv2d(_row(x), _row(weight), bias, (1, *step), (0, *pad), (1, *spread), groups, name).squeeze(2)
-    else:
+    elif activation == 0 and residual is None:
         output = ops.conv.conv2d(x, weight, bias, step, pad, spread, groups, name)
+    else:
+        extra_batch = residual is not None and unbatched
+        output = ops.conv.conv2d_act(
+            x, weight, bias, residual.unsqueeze(0) if extra_batch else residual,  # type: ignore[union-attr]
+            step, pad, spread, groups, activation,
+        )  # fmt: skip
     return output.squeeze(0) if unbatched else output
 
 
@@ -195,6 +204,63 @@ def conv2d(
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
     return _convolution(2, torch.nn.functional.conv2d, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_act(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    *,
+    activation: Activation | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(conv2d(input) + residual), the last steps taken while the result is in the cache; torch has no such
+    function.
+
+    Args:
+        input, ..., groups: as in conv2d.
+        activation: dlkern.Activation to apply at the end, or None.
+        residual: tensor of the result's shape and dtype that is added before the activation, or None.
+
+    Returns:
+        As conv2d.
+
+    Raises:
+        ValueError: an unknown activation, a residual of another shape or dtype.
+        RuntimeError, TypeError: what conv2d raises.
+    """
+    code = 0 if activation is None else int(Activation(activation))
+    if residual is not None and isinstance(input, torch.Tensor):
+        fits = isinstance(residual, torch.Tensor) and residual.dim() == input.dim() and residual.device == input.device
+        if not fits or (residual.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type)):
+            got = f"{residual.dim()}-D {residual.dtype}" if isinstance(residual, torch.Tensor) else type(residual).__name__
+            raise ValueError(f"residual: expected a {input.dim()}-D {input.dtype} tensor like the result, got {got}")
+        size = result_size(input, weight, stride, padding, dilation)
+        if size is not None and residual.shape != size:
+            raise ValueError(f"residual: expected the result's size {size}, got {tuple(residual.shape)}")
+    function = torch.nn.functional.conv2d
+    return _convolution(2, function, input, weight, bias, stride, padding, dilation, groups, code, residual)
+
+
+def result_size(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...] | None:
+    """Size of a conv2d's result; None where torch has to judge the arguments."""
+    step, spread = _numbers(stride, 2), _numbers(dilation, 2)
+    tensors = isinstance(weight, torch.Tensor) and weight.dim() == 4 and input.dim() in (3, 4)
+    if not tensors or step is None or spread is None or min(step) <= 0:
+        return None
+    if padding == "same":
+        return (*input.shape[:-3], weight.shape[0], *input.shape[-2:])
+    pad = (0, 0) if padding == "valid" else _numbers(padding, 2)
+    if pad is None:
+        return None
+    sizes = (
+        (input.shape[i - 2] + 2 * pad[i] - spread[i] * (weight.shape[2 + i] - 1) - 1) // step[i] + 1 for i in (0, 1)
+    )
+    return (*input.shape[:-3], weight.shape[0], *sizes)
 
 
 def _transposed(

@@ -6,11 +6,16 @@ from __future__ import annotations
 import torch
 
 from dlkern.nn import functional as F
+from dlkern.ops._activation import Activation
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
 
 
-def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: torch.Tensor) -> torch.Tensor:
+def _forward(
+    self: torch.nn.modules.batchnorm._BatchNorm, input: torch.Tensor, *, activation: Activation | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch.nn's forward; with the keywords, which torch has not, activation(batch_norm(input) + residual)."""
     self._check_input_dim(input)
     momentum = 0.0 if self.momentum is None else self.momentum
     if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -20,9 +25,12 @@ def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: torch.Tensor) -
     # Without buffers the batch's own statistics serve in evaluation too; buffers that are not tracked stay as they are.
     training = self.training or (self.running_mean is None and self.running_var is None)
     use_buffers = not self.training or self.track_running_stats
-    return F.batch_norm(
-        input, self.running_mean if use_buffers else None, self.running_var if use_buffers else None, self.weight,
-        self.bias, training, momentum, self.eps,
+    mean, variance = (self.running_mean, self.running_var) if use_buffers else (None, None)
+    if activation is None and residual is None:
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, training, momentum, self.eps)
+    return F.batch_norm_act(
+        input, mean, variance, self.weight, self.bias, training, momentum, self.eps, activation=activation,
+        residual=residual,
     )
 
 

@@ -1,0 +1,236 @@
+"""convert(fuse=True): layers that follow each other in a model, found with torch.fx and run as one op.
+
+A convolution, a batch norm, the addition of a residual and a ReLU in a row, or any tail of that row with two members,
+become one call. In training, convolution and batch norm stay two ops, of which the second takes the residual and the
+activation along. Where nothing is to be differentiated and batch norm is in evaluation mode, its scale is folded into
+the convolution's weight, anew in every call (O(weights)). The modules stay where they are and keep their parameters, so
+that state_dict does not change.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import dlkern.nn
+from dlkern.nn import functional as F
+from dlkern.nn.functional.conv import result_size
+from dlkern.ops._activation import Activation
+from dlkern.reference.linear import activate
+
+__all__ = ["Fused", "Fusion", "fuse"]
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_RELUS = (torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_)
+_METHODS_ADD, _METHODS_RELU = ("add", "add_"), ("relu", "relu_")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One fused row: the modules' names in named_modules(), and what happens in it ("conv + batch_norm + add + relu")."""
+
+    modules: tuple[str, ...]
+    what: str
+
+
+class Fused(torch.nn.Module):
+    """activation(batch_norm(conv(x)) + residual) of modules that live elsewhere in the model.
+
+    Attributes:
+        conv: a dlkern.nn.Conv2d, or None.
+        norm: a dlkern.nn.BatchNorm1d, 2d or 3d, or None.
+        activation: what comes last.
+    """
+
+    conv: Any
+    norm: Any
+    activation: Activation
+
+    def __init__(self, conv: torch.nn.Module | None, norm: torch.nn.Module | None, activation: Activation) -> None:
+        super().__init__()
+        # Not registered: their parameters belong to the modules' own names.
+        vars(self).update(conv=conv, norm=norm)
+        self.activation = activation
+
+    def extra_repr(self) -> str:
+        return " + ".join(part for part in (
+            "conv" if self.conv is not None else "", "batch_norm" if self.norm is not None else "",
+            self.activation.name.lower() if self.activation else "",
+        ) if part)  # fmt: skip
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        conv, norm, activation = self.conv, self.norm, self.activation
+        if norm is not None and (conv is None or norm.training or norm.running_mean is None or torch.is_grad_enabled()):
+            y = x if conv is None else conv(x)
+            if _fits(residual, y.shape, y.dtype):
+                return norm(y, activation=activation, residual=residual)
+            return activate(norm(y) + residual, activation)  # type: ignore[operator]
+        weight, bias = (conv.weight, conv.bias) if norm is None else folded(conv, norm)
+        settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if _fits(residual, result_size(x, weight, *settings[:3]), x.dtype):
+            return F.conv2d_act(x, weight, bias, *settings, activation=activation, residual=residual)
+        return activate(F.conv2d(x, weight, bias, *settings) + residual, activation)
+
+
+def _fits(residual: torch.Tensor | None, size: Any, dtype: torch.dtype) -> bool:
+    """Whether a kernel can add the residual; an addition in a model may broadcast or change the dtype."""
+    return residual is None or (residual.shape == size and residual.dtype == dtype)
+
+
+def folded(conv: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the convolution that does both in evaluation:
+    weight · scale and (bias - running_mean) · scale + norm.bias, with scale = norm.weight / sqrt(running_var + eps)."""
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    dtype = conv.weight.dtype
+    return (conv.weight * scale.reshape(-1, 1, 1, 1)).to(dtype), bias.to(dtype)
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return any(
+        getattr(module, name)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+
+
+class _Finder:
+    """The rows of one graph."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+
+    def module(self, node: fx.Node, *classes: type) -> Any:
+        """The node's module where it is exactly of one of the classes, called with one tensor, and has no hooks."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        module = self.modules[str(node.target)]
+        plain = type(module) in classes and not _has_hooks(module) and "forward" not in vars(module)
+        return module if plain else None
+
+    def is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return self.module(node, torch.nn.ReLU) is not None
+        if node.op == "call_function":
+            return node.target in _RELUS
+        return node.op == "call_method" and node.target in _METHODS_RELU
+
+    def is_addition(self, node: fx.Node) -> bool:
+        function = node.op == "call_function" and node.target in _ADDITIONS
+        method = node.op == "call_method" and node.target in _METHODS_ADD
+        return (function or method) and len(node.args) == 2 and not node.kwargs and all(
+            isinstance(a, fx.Node) for a in node.args
+        )
+
+    def writes_to(self, node: fx.Node) -> Any:
+        """What an addition writes its result into, or None."""
+        return node.args[0] if node.target in (operator.iadd, "add_") else None
+
+    def conv(self, node: Any) -> Any:
+        conv = self.module(node, dlkern.nn.Conv2d) if isinstance(node, fx.Node) and len(node.users) == 1 else None
+        return conv if conv is not None and conv.padding_mode == "zeros" and conv.weight.shape[1] else None
+
+    def norm(self, node: Any) -> Any:
+        classes = (dlkern.nn.BatchNorm1d, dlkern.nn.BatchNorm2d, dlkern.nn.BatchNorm3d)
+        return self.module(node, *classes) if isinstance(node, fx.Node) and len(node.users) == 1 else None
+
+    def producer(self, node: Any) -> tuple[list[fx.Node], Any, Any] | None:
+        """The nodes of a batch norm or convolution that ends at `node`, first to last, and the two modules."""
+        norm = self.norm(node)
+        if norm is not None:
+            conv = self.conv(node.args[0]) if isinstance(norm, dlkern.nn.BatchNorm2d) else None
+            return ([node.args[0], node] if conv is not None else [node]), conv, norm
+        conv = self.conv(node)
+        return ([node], conv, None) if conv is not None else None
+
+
+def _replace(model: fx.GraphModule, nodes: list[fx.Node], last: fx.Node, number: int, fused: Fused, residual: Any) -> None:
+    name = f"fused_{number}"
+    model.add_submodule(name, fused)
+    with model.graph.inserting_after(last):
+        args = (nodes[0].args[0],) if residual is None else (nodes[0].args[0], residual)
+        node = model.graph.call_module(name, args)
+    last.replace_all_uses_with(node)
+
+
+def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
+    """A torch.fx.GraphModule that runs `model` with rows of layers as one op, and the rows it found.
+
+    Both share modules, parameters and buffers; submodules of the result have the names they had.
+
+    Raises:
+        ValueError: torch.fx cannot trace the model; the error says where.
+    """
+    try:
+        graph_module = fx.symbolic_trace(model)
+    except Exception as error:
+        raise ValueError(f"convert(fuse=True): torch.fx cannot trace {type(model).__name__}: {error}") from error
+    finder, found = _Finder(graph_module), list[Fusion]()
+    for node in list(graph_module.graph.nodes):
+        if node._erased or not (finder.is_relu(node) or finder.norm(node)):
+            continue
+        row = _row_at(finder, node)
+        if row is None:
+            continue
+        nodes, last, conv, norm, residual, relu = row
+        fused = Fused(conv, norm, Activation.RELU if relu else Activation.NONE)
+        _replace(graph_module, nodes, last, len(found), fused, residual)
+        parts = [("conv", conv is not None), ("batch_norm", norm is not None), ("add", residual is not None), ("relu", relu)]
+        found.append(Fusion(
+            tuple(str(n.target) for n in nodes if n.op == "call_module"), " + ".join(word for word, there in parts if there)
+        ))  # fmt: skip
+        graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    # What the graph does not call, any more or at all, stays for its parameters.
+    for name, module in model.named_modules():
+        if name and not _has(graph_module, name) and next(module.children(), None) is None:
+            graph_module.add_submodule(name, module)
+    for name, parameter in model.named_parameters():
+        owner, _, own_name = name.rpartition(".")
+        if _has(graph_module, owner) and own_name not in graph_module.get_submodule(owner)._parameters:
+            graph_module.get_submodule(owner).register_parameter(own_name, parameter)
+    graph_module.training = model.training
+    return graph_module, found
+
+
+def _has(model: torch.nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _row_at(finder: _Finder, node: fx.Node) -> tuple[list[fx.Node], fx.Node, Any, Any, Any, bool] | None:
+    """The row that ends at `node`: its modules' nodes, its last node, convolution, batch norm, residual, whether a ReLU."""
+    if finder.is_relu(node):
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            return None
+        if finder.is_addition(before):
+            for mine, other in (before.args, reversed(before.args)):
+                made = finder.producer(mine)
+                seen_later = finder.writes_to(before) is other and len(other.users) > 1
+                if made is not None and mine is not other and not seen_later:
+                    return made[0], node, made[1], made[2], other, True
+            return None
+        made = finder.producer(before)
+        return None if made is None else (made[0], node, made[1], made[2], None, True)
+    # A batch norm on its own: worth it only behind a convolution, and where no ReLU will take it along.
+    made = finder.producer(node)
+    if made is None or made[1] is None:
+        return None
+    (user,) = node.users
+    if finder.is_relu(user) or (finder.is_addition(user) and len(user.users) == 1 and finder.is_relu(next(iter(user.users)))):
+        return None
+    return made[0], node, made[1], made[2], None, False

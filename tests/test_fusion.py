@@ -1,0 +1,260 @@
+"""convert(fuse=True): which rows are found, that nothing changes but speed, and what must be left alone."""
+
+from collections import Counter
+
+import pytest
+import test_conv
+import torch
+import torch.nn.functional as TF
+from torchvision_stub import torchvision
+
+import dlkern
+import dlkern.nn.functional as F
+from dlkern import Activation, models
+from dlkern.testing import check
+from dlkern.testing._training import check_training
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+ROWS = {
+    "resnet18": {"conv + batch_norm + relu": 9, "conv + batch_norm + add + relu": 8, "conv + batch_norm": 3},
+    "densenet121": {"conv + batch_norm + relu": 59, "batch_norm + relu": 62},
+    "googlenet": {"conv + batch_norm + relu": 57},
+    "vgg11_bn": {"conv + batch_norm + relu": 8},
+    "alexnet": {"conv + relu": 5},
+}
+
+
+def plain(name):
+    settings = dict(aux_logits=False, init_weights=False) if name == "googlenet" else {}
+    torch.manual_seed(0)
+    model = getattr(torchvision().models, name)(num_classes=10, **settings)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_torchvisions_networks(name):
+    """Rows, names, and the results in training and evaluation, folded and not."""
+    theirs, model = plain(name), plain(name)
+    fused = dlkern.convert(model, fuse=True)
+    assert Counter(fusion.what for fusion in fused.fusions) == ROWS[name]
+    assert fused.state_dict().keys() == theirs.state_dict().keys()
+    assert {id(p) for p in fused.parameters()} == {id(p) for p in model.parameters()}
+    theirs.load_state_dict(fused.state_dict())
+    fused.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3, 64, 65)
+    torch.testing.assert_close(fused(x), theirs(x), rtol=1e-3, atol=1e-3)
+    for ours, expected in zip(fused.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    fused.eval(), theirs.eval()
+    with dlkern.trace() as calls:
+        torch.testing.assert_close(fused(x), theirs(x), rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), theirs(x), rtol=1e-3, atol=1e-3)
+    assert {c.backend for c in calls} == {"cpu"}
+    assert any(c.op == "conv2d_act" for c in calls)
+
+
+def small(nn, **settings):
+    torch.manual_seed(0)
+    return models.resnet18(10, width=8, nn=nn)
+
+
+def test_training_by_the_rule():
+    def make(nn):
+        model = small(torch.nn)
+        return model if nn is torch.nn else dlkern.convert(model, fuse=True)
+
+    batches = [(torch.randn(8, 3, 33, 33), torch.randint(0, 10, (8,))) for _ in range(4)]
+    check_training(make, batches, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3), name="fused").raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folded_inference_by_the_rule(dtype, layout):
+    theirs, made = small(torch.nn), small(torch.nn)
+    for model in (theirs, made):
+        torch.manual_seed(1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                torch.nn.init.normal_(module.weight)
+                torch.nn.init.normal_(module.bias)
+    fused = dlkern.convert(made.eval(), fuse=True, memory_format=layout)
+    theirs.eval()
+
+    def run(model):
+        def call(x):
+            with torch.no_grad():
+                return model.to(x.dtype)(x.contiguous(memory_format=layout))
+
+        return call
+
+    check(run(fused), run(theirs), lambda: [torch.randn(4, 3, 33, 33)], dtype=dtype, draws=8, name="folded").raise_if_failed()
+
+
+class Net(torch.nn.Module):
+    """One row, and what a test changes of it."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.relu = torch.nn.ReLU()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+BODIES = {
+    "row": (lambda m, x: m.relu(m.norm(m.conv(x))), ["conv + batch_norm + relu"]),
+    "residual left": (lambda m, x: m.relu(x + m.norm(m.conv(x))), ["conv + batch_norm + add + relu"]),
+    "residual method": (lambda m, x: m.norm(m.conv(x)).add_(x).relu_(), ["conv + batch_norm + add + relu"]),
+    "function": (lambda m, x: TF.relu(m.norm(m.conv(x)), inplace=True), ["conv + batch_norm + relu"]),
+    "no relu": (lambda m, x: m.norm(m.conv(x)) * 2, ["conv + batch_norm"]),
+    "convolution and relu": (lambda m, x: torch.relu(m.conv(x)), ["conv + relu"]),
+    "convolution, add, relu": (lambda m, x: torch.relu(m.conv(x) + x), ["conv + add + relu"]),
+    "norm and relu": (lambda m, x: m.relu(m.norm(x)), ["batch_norm + relu"]),
+    "broadcast residual": (lambda m, x: m.relu(m.norm(m.conv(x)) + x.mean((2, 3), keepdim=True)), ["conv + batch_norm + add + relu"]),
+    "broadcast result": (lambda m, x: m.relu(m.norm(m.conv(x[:, :, :1, :1])) + x), ["conv + batch_norm + add + relu"]),
+    "convolution seen twice": (lambda m, x: (lambda y: m.relu(m.norm(y)) + y)(m.conv(x)), ["batch_norm + relu"]),
+    "norm seen twice": (lambda m, x: (lambda y: m.relu(y) + y)(m.norm(m.conv(x))), []),
+    "added to itself": (lambda m, x: (lambda y: m.relu(y + y))(m.norm(m.conv(x))), []),
+    "number added": (lambda m, x: m.relu(m.norm(m.conv(x)) + 1), ["conv + batch_norm"]),
+    "written into, seen later": (
+        lambda m, x: (lambda y: m.relu(y.add_(m.norm(m.conv(x)))) + y)(x * 2), ["conv + batch_norm"],
+    ),
+    "used twice": (lambda m, x: m.relu(m.norm(m.conv(m.relu(m.norm(m.conv(x)))))), ["conv + batch_norm + relu"] * 2),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_rows(name):
+    body, expected = BODIES[name]
+    torch.manual_seed(0)
+    theirs = Net(body)
+    ours = Net(body)
+    ours.load_state_dict(theirs.state_dict())
+    fused = dlkern.convert(ours, fuse=True)
+    assert [fusion.what for fusion in fused.fusions] == expected
+    assert fused.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(4, 3, 5, 6)
+    for mode in (True, False):
+        fused.train(mode), theirs.train(mode)
+        torch.testing.assert_close(fused(x.clone()), theirs(x.clone()))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), theirs(x.clone()))
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_what_is_left_alone():
+    body = BODIES["row"][0]
+    hooked = Net(body)
+    seen = []
+    hooked.norm.register_forward_hook(lambda *args: seen.append(1))
+    fused = dlkern.convert(hooked, fuse=True)
+    assert fused.fusions == []
+    fused(torch.randn(2, 3, 4, 4))
+    assert seen == [1]
+    assert dlkern.convert(Net(body), fuse=True, skip=lambda name, _: name == "norm").fusions == []
+    mirrored = Net(body)
+    mirrored.conv = torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+    assert [f.what for f in dlkern.convert(mirrored, fuse=True).fusions] == ["batch_norm + relu"]
+
+
+def test_an_untraceable_model_is_unchanged():
+    model = Net(lambda m, x: m.conv(x) if x.sum() > 0 else x)
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace Net"):
+        dlkern.convert(model, fuse=True)
+    assert type(model.conv) is torch.nn.Conv2d
+
+
+def test_unused_modules_keep_their_parameters():
+    model = Net(lambda m, x: m.relu(m.conv(x)))
+    fused = dlkern.convert(model, fuse=True)
+    assert fused.state_dict().keys() == model.state_dict().keys()
+
+
+def test_compiles_and_says_what_it_is(capsys):
+    fused = dlkern.convert(Net(BODIES["residual left"][0]).eval(), fuse=True, verbose=True)
+    assert "conv + batch_norm + add + relu" in capsys.readouterr().out
+    assert "conv + batch_norm + relu" in repr(fused.fused_0)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fused, fullgraph=True, backend="aot_eager")(x), fused(x))
+
+
+@pytest.mark.parametrize("name", test_conv.CASES)
+def test_fused_convolution_is_exact_on_integers(name):
+    """relu(conv + bias + residual), every bit; the gradients too."""
+    size, weight_size, stride, padding, dilation, groups, bias = test_conv.CASES[name]
+    for layout in LAYOUTS:
+        inputs = [torch.randint(-4, 5, s).float() for s in (size, weight_size, *([weight_size[:1]] if bias else []))]
+        inputs[0] = inputs[0].to(memory_format=layout)
+        settings = (stride, padding, dilation, groups)
+        residual = torch.randint(-9, 10, TF.conv2d(*inputs, *([] if bias else [None]), *settings).shape).float()
+        inputs = [t.requires_grad_() for t in (*inputs, residual)]
+
+        def ours(x, w, *rest):
+            b = rest[0] if len(rest) == 2 else None
+            return F.conv2d_act(x, w, b, *settings, activation=Activation.RELU, residual=rest[-1])  # noqa: B023
+
+        def theirs(x, w, *rest):
+            return torch.relu(TF.conv2d(x, w, rest[0] if len(rest) == 2 else None, *settings) + rest[-1])  # noqa: B023
+
+        outputs = [f(*inputs) for f in (ours, theirs)]
+        assert torch.equal(*outputs) and outputs[0].stride() == TF.conv2d(*inputs[:2], None, *settings).stride()
+        cotangent = torch.randint(-4, 5, residual.shape).float()
+        for actual, expected in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in outputs)):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_fused_convolution_derivatives(activation):
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4, 4), (4, 3, 3, 3), (4,)))
+    r = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    f = lambda x, w, b, r: F.conv2d_act(x, w, b, activation=activation, residual=r)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (x, w, b, r))
+    assert torch.autograd.gradgradcheck(f, (x, w, b, r))
+
+
+def test_fused_convolution_of_one_image_and_under_autocast():
+    x, w, r = torch.randn(3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4, 5, 5)
+    y = F.conv2d_act(x, w, padding="same", activation=Activation.TANH, residual=r)
+    torch.testing.assert_close(y, torch.tanh(TF.conv2d(x, w, padding="same") + r))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.conv2d_act(x, w, padding="same", residual=r).dtype == torch.bfloat16
+
+
+def test_fused_convolution_wrong_arguments():
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+    for residual in (torch.randn(2, 4, 3, 2), torch.randn(4, 3, 3), torch.randn(2, 4, 3, 3).double(), 1.0):
+        with pytest.raises(ValueError, match="residual"):
+            F.conv2d_act(x, w, residual=residual)
+    with pytest.raises(ValueError, match="17"):
+        F.conv2d_act(x, w, activation=17)
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        F.conv2d_act(x[:, :2], w, activation=Activation.RELU)
+    raw_op = torch.ops.dlkern.conv2d_act_forward_cpu
+    plain = ([1, 1], [0, 0], [1, 1], 1)
+    for bias, residual, activation in (
+        (None, torch.randn(2, 4, 3, 2), 1), (None, torch.randn(4, 3, 3), 1), (None, None, 4), (None, None, -1),
+        (None, torch.randn(2, 3, 3, 4).permute(0, 3, 1, 2), 1), (torch.randn(3), None, 1),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            raw_op(x, w, bias, residual, *plain, activation)
+
+
+def test_batch_norm_act_that_goes_to_torch_keeps_residual_and_activation():
+    x, r = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    mean, variance = torch.zeros(3).double(), torch.ones(3).double()
+    try:
+        expected = torch.relu(TF.batch_norm(x, mean, variance) + r)
+    except RuntimeError:
+        pytest.skip("torch refuses mixed dtypes here")
+    y = F.batch_norm_act(x, mean, variance, activation=Activation.RELU, residual=r)
+    torch.testing.assert_close(y, expected)
