@@ -68,11 +68,13 @@ class Fused(torch.nn.Module):
             y = x if conv is None else conv(x)
             if _fits(residual, y.shape, y.dtype):
                 return norm(y, activation=activation, residual=residual)
-            return activate(norm(y) + residual, activation)  # type: ignore[operator]
+            assert residual is not None
+            return activate(norm(y) + residual, activation)
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(conv, norm)
         settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if _fits(residual, result_size(x, weight, *settings[:3]), x.dtype):
             return F.conv2d_act(x, weight, bias, *settings, activation=activation, residual=residual)
+        assert residual is not None
         return activate(F.conv2d(x, weight, bias, *settings) + residual, activation)
 
 
@@ -107,13 +109,12 @@ class _Finder:
 
     def __init__(self, model: fx.GraphModule) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
 
     def module(self, node: fx.Node, *classes: type) -> Any:
         """The node's module where it is exactly of one of the classes, called with one tensor, and has no hooks."""
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
-        module = self.modules[str(node.target)]
+        module = self.model.get_submodule(str(node.target))
         plain = type(module) in classes and not _has_hooks(module) and "forward" not in vars(module)
         return module if plain else None
 
@@ -153,13 +154,28 @@ class _Finder:
         return ([node], conv, None) if conv is not None else None
 
 
-def _replace(model: fx.GraphModule, nodes: list[fx.Node], last: fx.Node, number: int, fused: Fused, residual: Any) -> None:
+@dataclass(frozen=True)
+class _Row:
+    """What one op replaces: the modules' nodes, the last node, the modules, the residual's node, whether a ReLU ends it."""
+
+    nodes: list[fx.Node]
+    last: fx.Node
+    conv: Any
+    norm: Any
+    residual: Any
+    relu: bool
+
+
+def _replace(model: fx.GraphModule, row: _Row, number: int) -> Fusion:
     name = f"fused_{number}"
-    model.add_submodule(name, fused)
-    with model.graph.inserting_after(last):
-        args = (nodes[0].args[0],) if residual is None else (nodes[0].args[0], residual)
-        node = model.graph.call_module(name, args)
-    last.replace_all_uses_with(node)
+    model.add_submodule(name, Fused(row.conv, row.norm, Activation.RELU if row.relu else Activation.NONE))
+    source = row.nodes[0].args[0]
+    with model.graph.inserting_after(row.last):
+        node = model.graph.call_module(name, (source,) if row.residual is None else (source, row.residual))
+    row.last.replace_all_uses_with(node)
+    modules = tuple(str(n.target) for n in row.nodes)
+    words = (row.conv, "conv"), (row.norm, "batch_norm"), (row.residual, "add"), (row.relu or None, "relu")
+    return Fusion(modules, " + ".join(word for there, word in words if there is not None))
 
 
 def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
@@ -175,20 +191,12 @@ def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
     except Exception as error:
         raise ValueError(f"convert(fuse=True): torch.fx cannot trace {type(model).__name__}: {error}") from error
     finder, found = _Finder(graph_module), list[Fusion]()
-    for node in list(graph_module.graph.nodes):
-        if node._erased or not (finder.is_relu(node) or finder.norm(node)):
-            continue
-        row = _row_at(finder, node)
-        if row is None:
-            continue
-        nodes, last, conv, norm, residual, relu = row
-        fused = Fused(conv, norm, Activation.RELU if relu else Activation.NONE)
-        _replace(graph_module, nodes, last, len(found), fused, residual)
-        parts = [("conv", conv is not None), ("batch_norm", norm is not None), ("add", residual is not None), ("relu", relu)]
-        found.append(Fusion(
-            tuple(str(n.target) for n in nodes if n.op == "call_module"), " + ".join(word for word, there in parts if there)
-        ))  # fmt: skip
-        graph_module.graph.eliminate_dead_code()
+    for ends in (finder.is_relu, finder.norm):  # a batch norm ends a row only where no ReLU took it along
+        for node in list(graph_module.graph.nodes):
+            row = _row_at(finder, node) if not node._erased and ends(node) else None
+            if row is not None:
+                found.append(_replace(graph_module, row, len(found)))
+                graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
     # What the graph does not call, any more or at all, stays for its parameters.
@@ -199,6 +207,12 @@ def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
         owner, _, own_name = name.rpartition(".")
         if _has(graph_module, owner) and own_name not in graph_module.get_submodule(owner)._parameters:
             graph_module.get_submodule(owner).register_parameter(own_name, parameter)
+    # In the model's order: an optimizer's state_dict counts on it.
+    for name, module in model.named_modules():
+        if _has(graph_module, name):
+            mine = graph_module.get_submodule(name)._modules
+            rest = [key for key in mine if key not in module._modules]
+            mine |= {key: mine.pop(key) for key in (*(k for k in module._modules if k in mine), *rest)}
     graph_module.training = model.training
     return graph_module, found
 
@@ -211,26 +225,20 @@ def _has(model: torch.nn.Module, name: str) -> bool:
     return True
 
 
-def _row_at(finder: _Finder, node: fx.Node) -> tuple[list[fx.Node], fx.Node, Any, Any, Any, bool] | None:
-    """The row that ends at `node`: its modules' nodes, its last node, convolution, batch norm, residual, whether a ReLU."""
-    if finder.is_relu(node):
-        before = node.args[0] if node.args else None
-        if not isinstance(before, fx.Node) or len(before.users) != 1:
-            return None
-        if finder.is_addition(before):
-            for mine, other in (before.args, reversed(before.args)):
-                made = finder.producer(mine)
-                seen_later = finder.writes_to(before) is other and len(other.users) > 1
-                if made is not None and mine is not other and not seen_later:
-                    return made[0], node, made[1], made[2], other, True
-            return None
+def _row_at(finder: _Finder, node: fx.Node) -> _Row | None:
+    """The row that ends at `node`, a ReLU or a batch norm."""
+    if not finder.is_relu(node):
+        made = finder.producer(node)
+        return None if made is None or made[1] is None else _Row(made[0], node, made[1], made[2], None, False)
+    before = node.args[0] if node.args else None
+    if not isinstance(before, fx.Node) or len(before.users) != 1:
+        return None
+    if not finder.is_addition(before):
         made = finder.producer(before)
-        return None if made is None else (made[0], node, made[1], made[2], None, True)
-    # A batch norm on its own: worth it only behind a convolution, and where no ReLU will take it along.
-    made = finder.producer(node)
-    if made is None or made[1] is None:
-        return None
-    (user,) = node.users
-    if finder.is_relu(user) or (finder.is_addition(user) and len(user.users) == 1 and finder.is_relu(next(iter(user.users)))):
-        return None
-    return made[0], node, made[1], made[2], None, False
+        return None if made is None else _Row(made[0], node, made[1], made[2], None, True)
+    for mine, other in (before.args, reversed(before.args)):
+        made = finder.producer(mine)
+        seen_later = finder.writes_to(before) is other and len(other.users) > 1
+        if made is not None and mine is not other and not seen_later:
+            return _Row(made[0], node, made[1], made[2], other, True)
+    return None

@@ -41,7 +41,7 @@ def test_torchvisions_networks(name):
     fused = dlkern.convert(model, fuse=True)
     assert Counter(fusion.what for fusion in fused.fusions) == ROWS[name]
     assert fused.state_dict().keys() == theirs.state_dict().keys()
-    assert {id(p) for p in fused.parameters()} == {id(p) for p in model.parameters()}
+    assert [id(p) for p in fused.parameters()] == [id(p) for p in model.parameters()]  # an optimizer's order
     theirs.load_state_dict(fused.state_dict())
     fused.load_state_dict(theirs.state_dict())
     x = torch.randn(4, 3, 64, 65)
@@ -119,11 +119,13 @@ BODIES = {
     "convolution and relu": (lambda m, x: torch.relu(m.conv(x)), ["conv + relu"]),
     "convolution, add, relu": (lambda m, x: torch.relu(m.conv(x) + x), ["conv + add + relu"]),
     "norm and relu": (lambda m, x: m.relu(m.norm(x)), ["batch_norm + relu"]),
-    "broadcast residual": (lambda m, x: m.relu(m.norm(m.conv(x)) + x.mean((2, 3), keepdim=True)), ["conv + batch_norm + add + relu"]),
+    "broadcast residual": (
+        lambda m, x: m.relu(m.norm(m.conv(x)) + x.mean((2, 3), keepdim=True)), ["conv + batch_norm + add + relu"],
+    ),
     "broadcast result": (lambda m, x: m.relu(m.norm(m.conv(x[:, :, :1, :1])) + x), ["conv + batch_norm + add + relu"]),
     "convolution seen twice": (lambda m, x: (lambda y: m.relu(m.norm(y)) + y)(m.conv(x)), ["batch_norm + relu"]),
     "norm seen twice": (lambda m, x: (lambda y: m.relu(y) + y)(m.norm(m.conv(x))), []),
-    "added to itself": (lambda m, x: (lambda y: m.relu(y + y))(m.norm(m.conv(x))), []),
+    "added to itself": (lambda m, x: (lambda y: m.relu(y + y))(m.norm(m.conv(x))), ["conv + batch_norm"]),
     "number added": (lambda m, x: m.relu(m.norm(m.conv(x)) + 1), ["conv + batch_norm"]),
     "written into, seen later": (
         lambda m, x: (lambda y: m.relu(y.add_(m.norm(m.conv(x)))) + y)(x * 2), ["conv + batch_norm"],
@@ -247,14 +249,3 @@ def test_fused_convolution_wrong_arguments():
     ):
         with pytest.raises((RuntimeError, ValueError)):
             raw_op(x, w, bias, residual, *plain, activation)
-
-
-def test_batch_norm_act_that_goes_to_torch_keeps_residual_and_activation():
-    x, r = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
-    mean, variance = torch.zeros(3).double(), torch.ones(3).double()
-    try:
-        expected = torch.relu(TF.batch_norm(x, mean, variance) + r)
-    except RuntimeError:
-        pytest.skip("torch refuses mixed dtypes here")
-    y = F.batch_norm_act(x, mean, variance, activation=Activation.RELU, residual=r)
-    torch.testing.assert_close(y, expected)

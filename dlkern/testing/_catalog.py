@@ -98,10 +98,11 @@ def _conv() -> Iterator[Case]:
 
 def _conv_act() -> Iterator[Case]:
     relu = Activation.RELU
-    for label, (x, w, options) in {
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
         "relu": ((2, 5, 9, 7), (20, 5, 3, 3), dict(padding=1)), "grouped": ((2, 6, 7, 8), (9, 2, 3, 3), dict(groups=3)),
         "depthwise": ((2, 8, 9, 7), (8, 1, 3, 3), dict(groups=8, stride=2, padding=1)),
-    }.items():
+    }
+    for label, (x, w, options) in shapes.items():
         size = tF.conv2d(torch.empty(x), torch.empty(w), **options).shape
         yield Case(
             "conv", "conv2d_act", label,
@@ -245,7 +246,9 @@ def _dropout() -> Iterator[Case]:
                    lambda: [_randn(3, 5, 8, 9), torch.randint(0, 2**62, ())], images=True)
 
 
-CASES: tuple[Case, ...] = (*_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout())
+CASES: tuple[Case, ...] = (
+    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout(),
+)  # fmt: skip
 
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:
