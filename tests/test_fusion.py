@@ -229,7 +229,8 @@ def test_fused_convolution_of_one_image_and_under_autocast():
     y = F.conv2d_act(x, w, padding="same", activation=Activation.TANH, residual=r)
     torch.testing.assert_close(y, torch.tanh(TF.conv2d(x, w, padding="same") + r))
     with torch.autocast("cpu", torch.bfloat16):
-        assert F.conv2d_act(x, w, padding="same", residual=r).dtype == torch.bfloat16
+        assert F.conv2d_act(x, w, padding="same", residual=r).dtype == (TF.conv2d(x, w, padding="same") + r).dtype
+        assert F.conv2d_act(x, w, padding="same", residual=r.bfloat16()).dtype == torch.bfloat16
 
 
 def test_fused_convolution_wrong_arguments():

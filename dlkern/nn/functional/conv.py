@@ -89,7 +89,7 @@ def _convolution(
         return function(*original)
     device = input.device.type
     if torch.is_autocast_enabled(device):
-        input, weight, bias, residual = _autocast(torch.get_autocast_dtype(device), input, weight, bias, residual)
+        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
     step, spread = _numbers(stride, dims), _numbers(dilation, dims)
     before: list[int] = []  # zeros in front of a symmetric padding's: of the last dimension first, left and right
     if isinstance(padding, str):
@@ -123,6 +123,9 @@ def _convolution(
         output = ops.conv.conv2d(_row(x), _row(weight), bias, (1, *step), (0, *pad), (1, *spread), groups, name).squeeze(2)
     elif activation == 0 and residual is None:
         output = ops.conv.conv2d(x, weight, bias, step, pad, spread, groups, name)
+    elif residual is not None and residual.dtype != x.dtype:  # under autocast: then the sum has the wider dtype
+        output = ops.conv.conv2d(x, weight, bias, step, pad, spread, groups, name)
+        return activate((output.squeeze(0) if unbatched else output) + residual, activation)
     else:
         extra_batch = residual is not None and unbatched
         output = ops.conv.conv2d_act(
