@@ -7,6 +7,7 @@ from dlkern.nn.modules.batch_norm import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
 from dlkern.nn.modules.conv import (
     Conv1d,
@@ -67,6 +68,7 @@ __all__ = [
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
+    "SyncBatchNorm",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
