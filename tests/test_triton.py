@@ -159,6 +159,32 @@ def test_max_pooling_is_torchs(layout):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_adaptive_max_and_lp_pooling_of_special_values(layout):
+    """Ties, NaN and -inf; powers of zeros and of both signs."""
+    x = torch.randint(-2, 1, (2, 3, 6, 7)).float()
+    x[0, 0, 1, 1] = x[0, 0, 1, 2] = x[1, 1, 3, 3] = math.nan
+    x[0, 1, 2:, 2:] = -math.inf
+    x = x.contiguous(memory_format=layout)
+    values, places = torch.nn.functional.adaptive_max_pool2d(x, (4, 3), return_indices=True)
+    ours, indices = raw["adaptive_max_pool2d_forward"]["triton"](x, [4, 3])
+    assert torch.equal(ours.nan_to_num(9.5), values.nan_to_num(9.5)) and ours.stride() == values.stride()
+    assert torch.equal(indices, places)
+    grad = torch.randn(values.shape)
+    got = raw["adaptive_max_pool2d_backward"]["triton"](grad, indices, x.shape, layout == torch.channels_last)
+    torch.testing.assert_close(got, torch.ops.aten.adaptive_max_pool2d_backward(grad, x, places))
+    for norm in (1.0, 2.0, 3.0, 2.5, -1.0):
+        z = x.clone(memory_format=torch.preserve_format)
+        z[1, 2] = 0.0
+        results = []
+        for function in (F.lp_pool2d, torch.nn.functional.lp_pool2d):
+            leaf = z.detach().double().requires_grad_()
+            y = function(leaf, norm, 2, 2, True)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y) * 2)))
+        for a, e in zip(*results, strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
+
+
 def test_cross_entropy_over_several_tiles():
     """More classes than a tile holds: the running maximum and sum."""
     target = torch.randint(0, 37, (21,))
