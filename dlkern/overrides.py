@@ -10,6 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 import dlkern.nn.functional as F
+from dlkern.nn.functional.dropout import feature_dropout
 
 __all__ = ["enabled"]
 
@@ -47,6 +48,14 @@ def _dropout_(input, p, train):
     return F.dropout(input, p, train, inplace=True)
 
 
+def _feature_dropout(input, p, train):
+    return feature_dropout(input, p, train)
+
+
+def _feature_dropout_(input, p, train):
+    return input.copy_(feature_dropout(input, p, train))
+
+
 _REDUCTIONS = ("none", "mean", "sum")  # by the numbers of at::Reduction
 
 
@@ -79,6 +88,8 @@ def _table() -> dict[_Function, _Function]:
         torch.batch_norm: _batch_norm,
         torch.dropout: _dropout,
         torch.dropout_: _dropout_,
+        torch.feature_dropout: _feature_dropout,
+        torch.feature_dropout_: _feature_dropout_,
         torch._C._nn.adaptive_avg_pool2d: F.adaptive_avg_pool2d,
         torch._C._nn.cross_entropy_loss: _cross_entropy_loss,
     }

@@ -1,4 +1,4 @@
-"""dropout: zero each element with probability p, scale the rest by 1 / (1 - p).
+"""dropout: zero each element, or each channel, with probability p, scale the rest by 1 / (1 - p).
 
 Counter-based random numbers by the contract of csrc/philox.h, so that every column drops the same elements: the
 block of counter j gives the words of elements j, j + 1024, j + 2048 and j + 3072 of its group of 4096. The op is its
@@ -40,15 +40,58 @@ def _write(input_ptr, output_ptr, element, word, count, scale, threshold, ACC: t
     tl.store(output_ptr + element, y.to(output_ptr.dtype.element_ty), mask=element < count)
 
 
-def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Launches dropout over the elements in memory order."""
+@triton.jit
+def feature_dropout_kernel(
+    input_ptr, output_ptr, seed_ptr, count, channels, inner, scale: tl.float64, threshold, CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    # One program: BLOCK elements in memory order, each asking for the word of its feature.
+    seed = tl.load(seed_ptr)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if CHANNELS_LAST:
+        feature = element // (channels * inner) * channels + element % channels
+    else:
+        feature = element // inner
+    counter = feature // 4096 * 1024 + feature % 1024
+    zero = tl.zeros((BLOCK,), tl.uint32)
+    word0, word1, word2, word3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
+    run = feature // 1024 % 4
+    word = tl.where(run == 0, word0, tl.where(run == 1, word1, tl.where(run == 2, word2, word3)))
+    _write(input_ptr, output_ptr, element, word, count, scale, threshold, ACC)
+
+
+def _prepare(input: torch.Tensor, p: float, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checks the arguments; the input, dense, and a result like it."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     check_tensors("dropout", input)
     check(seed.numel() == 1 and seed.dtype == torch.int64, "dropout: seed must be one int64")
     check(seed.device == input.device, "dropout: seed must be on the input's device")
-    x = dense(input)
-    output = torch.empty_like(x)
+    volume = input.dim() == 5 and input.is_contiguous(memory_format=torch.channels_last_3d)
+    x = input if volume else dense(input)
+    return x, torch.empty_like(x)
+
+
+def feature_dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """Launches dropout of the channels of [N, C, ...], as of the elements of a tensor [N, C]."""
+    x, output = _prepare(input, p, seed)
+    check(input.dim() >= 2, "Feature dropout requires at least 2 dimensions in the input")
+    if x.numel() == 0:
+        return output
+    if p == 1.0:
+        return output.zero_()
+    config = configs.elementwise(x)
+    launch(
+        feature_dropout_kernel, (triton.cdiv(x.numel(), config["BLOCK"]),), x, output, seed, x.numel(), x.shape[1],
+        x.numel() // (x.shape[0] * x.shape[1]), 1.0 / (1.0 - p), int(p * 2**32) - 2**31,
+        CHANNELS_LAST=not x.is_contiguous(), ACC=accumulator(x.dtype), **config,
+    )
+    return output
+
+
+def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """Launches dropout over the elements in memory order."""
+    x, output = _prepare(input, p, seed)
     if x.numel() == 0:
         return output
     if p == 1.0:

@@ -207,6 +207,55 @@ def test_adaptive_avg_pool2d(call):
     agree(lambda x: F.adaptive_avg_pool2d(x, size), lambda x: tF.adaptive_avg_pool2d(x, size), inputs, dtype)
 
 
+@fuzz
+@given(adaptive_calls(), st.booleans())
+def test_adaptive_max_pool2d(call, indices):
+    inputs, size, dtype = call
+    agree(lambda x: F.adaptive_max_pool2d(x, size, indices), lambda x: tF.adaptive_max_pool2d(x, size, indices), inputs, dtype)
+
+
+@st.composite
+def lp_calls(draw):
+    dtype = draw(dtypes)
+    size = (draw(st.integers(0, 2)), draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    norm = draw(st.sampled_from([1, 2, 2.0, 3, 2.5, -1, 0, float("inf")]))
+    x = tensor(draw, size[1:] if draw(st.booleans()) else size, dtype)
+    options = dict(kernel_size=draw(pairs), stride=draw(st.one_of(st.none(), pairs)), ceil_mode=draw(st.booleans()))
+    return [x], dict(options, norm_type=norm), dtype
+
+
+@fuzz
+@given(lp_calls())
+def test_lp_pool2d(call):
+    inputs, options, dtype = call
+    # Of magnitudes: a root of a sum that cancels has no error to speak of.
+    agree(lambda x: F.lp_pool2d(x.abs() + 0.1, **options), lambda x: tF.lp_pool2d(x.abs() + 0.1, **options), inputs, dtype)
+
+
+@st.composite
+def sequence_calls(draw):
+    dtype = draw(dtypes)
+    size = (draw(st.integers(0, 2)), draw(st.integers(1, 5)), draw(st.integers(1, 17)))
+    x = tensor(draw, size[1:] if draw(st.booleans()) else size, dtype)
+    window = dict(kernel_size=draw(small), stride=draw(st.one_of(st.none(), small)), ceil_mode=draw(st.booleans()))
+    padding = draw(st.sampled_from([0, 0, 1, 2, -1]))
+    options = {
+        "max_pool1d": dict(window, padding=padding, dilation=draw(st.sampled_from([1, 1, 2, 0])), return_indices=draw(st.booleans())),
+        "avg_pool1d": dict(window, padding=padding, count_include_pad=draw(st.booleans())),
+        "adaptive_avg_pool1d": dict(output_size=draw(st.integers(-1, 9))),
+        "adaptive_max_pool1d": dict(output_size=draw(st.integers(-1, 9)), return_indices=draw(st.booleans())),
+    }
+    op = draw(st.sampled_from(sorted(options)))
+    return op, [x], options[op], dtype
+
+
+@fuzz
+@given(sequence_calls())
+def test_pooling_of_sequences(call):
+    op, inputs, options, dtype = call
+    agree(lambda x: getattr(F, op)(x, **options), lambda x: getattr(tF, op)(x, **options), inputs, dtype)
+
+
 @st.composite
 def batch_norm_calls(draw):
     dtype = draw(dtypes)

@@ -15,6 +15,7 @@ from dlkern.testing._training import distances, move
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 W = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
 LOGITS, TARGET = X.reshape(6, 64)[:, :10], torch.tensor([0, 3, 9, 2, 2, 7])
+SEQUENCE, CHANNELS = X.flatten(2), X.reshape(12, 16, 2, 1)
 MEAN, VAR = torch.zeros(3), torch.ones(3)
 
 # op -> the forms torch has of it
@@ -38,6 +39,23 @@ FORMS = {
         lambda: F.adaptive_avg_pool2d(X, (None, 2)), lambda: torch._C._nn.adaptive_avg_pool2d(X, [2, 3]),
         lambda: nn.AdaptiveAvgPool2d(1)(X),
     ],
+    "max_pool1d": [
+        lambda: F.max_pool1d(SEQUENCE, 2), lambda: torch.max_pool1d(SEQUENCE, 3, 2, 1), lambda: nn.MaxPool1d(2)(SEQUENCE),
+        lambda: F.max_pool1d(SEQUENCE, 2, return_indices=True), lambda: F.max_pool1d_with_indices(SEQUENCE, 2),
+        lambda: torch.max_pool1d_with_indices(SEQUENCE, 2, 1),
+    ],
+    "avg_pool1d": [lambda: F.avg_pool1d(SEQUENCE, 3, 2, 1), lambda: torch.avg_pool1d(SEQUENCE, 2), lambda: nn.AvgPool1d(2)(SEQUENCE)],
+    "adaptive_avg_pool1d": [lambda: F.adaptive_avg_pool1d(SEQUENCE, 3), lambda: nn.AdaptiveAvgPool1d(1)(SEQUENCE)],
+    "adaptive_max_pool1d": [
+        lambda: F.adaptive_max_pool1d(SEQUENCE, 3), lambda: F.adaptive_max_pool1d(SEQUENCE, 3, True),
+        lambda: torch.adaptive_max_pool1d(SEQUENCE, 3), lambda: nn.AdaptiveMaxPool1d(1)(SEQUENCE),
+    ],
+    "adaptive_max_pool2d": [
+        lambda: F.adaptive_max_pool2d(X, (None, 2)), lambda: F.adaptive_max_pool2d_with_indices(X, 3),
+        lambda: torch._C._nn.adaptive_max_pool2d(X, [2, 3]), lambda: nn.AdaptiveMaxPool2d(1)(X),
+    ],
+    "lp_pool1d": [lambda: F.lp_pool1d(SEQUENCE, 2, 3, 2), lambda: nn.LPPool1d(2, 3)(SEQUENCE)],
+    "lp_pool2d": [lambda: F.lp_pool2d(X, 2, 3, 2, True), lambda: nn.LPPool2d(2, 3)(X)],
     "batch_norm": [
         lambda: F.batch_norm(X, None, None, training=True), lambda: F.batch_norm(X, MEAN, VAR),
         lambda: torch.batch_norm(X, None, None, MEAN, VAR, False, 0.1, 1e-5, False),
@@ -52,6 +70,12 @@ FORMS = {
         lambda: F.dropout(X, 0.3), lambda: torch.dropout(X, 0.3, True), lambda: torch.dropout_(X.clone(), 0.3, True),
         lambda: nn.Dropout(0.3)(X),
     ],
+    "dropout1d": [lambda: F.dropout1d(CHANNELS[0], 0.3), lambda: nn.Dropout1d(0.3)(CHANNELS[0])],
+    "dropout2d": [
+        lambda: F.dropout2d(CHANNELS, 0.3), lambda: torch.feature_dropout(CHANNELS, 0.3, True),
+        lambda: torch.feature_dropout_(CHANNELS.clone(), 0.3, True), lambda: nn.Dropout2d(0.3)(CHANNELS),
+    ],
+    "dropout3d": [lambda: F.dropout3d(CHANNELS[None], 0.3), lambda: nn.Dropout3d(0.3)(CHANNELS[None])],
 }  # fmt: skip
 
 
@@ -66,7 +90,7 @@ def test_every_form_runs_on_dlkern(op, form):
     assert [(c.op, c.backend) for c in calls] == [(op, "cpu")]
     for a, b in zip(ours, expected) if isinstance(expected, tuple) else [(ours, expected)]:
         assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-        if op == "dropout":
+        if op.startswith("dropout"):
             assert 0 < (a == 0).sum() < a.numel()
         else:
             torch.testing.assert_close(a, b)

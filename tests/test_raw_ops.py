@@ -96,6 +96,8 @@ VALID = {
     "max_pool2d": (fuzz.pool_calls(False), lambda options: lambda x: F.max_pool2d(x, **options)),
     "avg_pool2d": (fuzz.pool_calls(True), lambda options: lambda x: F.avg_pool2d(x, **options)),
     "adaptive_avg_pool2d": (fuzz.adaptive_calls(), lambda size: lambda x: F.adaptive_avg_pool2d(x, size)),
+    "adaptive_max_pool2d": (fuzz.adaptive_calls(), lambda size: lambda x: F.adaptive_max_pool2d(x, size)),
+    "lp_pool2d": (fuzz.lp_calls(), lambda options: lambda x: F.lp_pool2d(x, **options)),
     "linear": (fuzz.linear_calls(), None),
     "batch_norm": (
         fuzz.batch_norm_calls(),

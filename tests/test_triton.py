@@ -67,7 +67,7 @@ def test_bfloat16(case):
 
 @pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys())
 def test_float16(case):
-    if case.op == "dropout":
+    if case.family == "dropout":
         pytest.skip("its reference is torch expressions in float16; test_dropout_drops_the_same_elements has it")
     certify(case, torch.float16)
 
@@ -97,7 +97,8 @@ def test_dropout_drops_the_same_elements():
         x = torch.randn(2, 5, 31, 17).to(dtype)
         for layout in LAYOUTS:
             z = x.contiguous(memory_format=layout)
-            assert torch.equal(raw["dropout"]["triton"](z, 0.3, seed), raw["dropout"]["cpu"](z, 0.3, seed))
+            for op in ("dropout", "feature_dropout"):
+                assert torch.equal(raw[op]["triton"](z, 0.3, seed), raw[op]["cpu"](z, 0.3, seed))
 
 
 @pytest.mark.parametrize("activation", [0, 1, 2, 3])
@@ -156,6 +157,32 @@ def test_max_pooling_is_torchs(layout):
                 grad, indices, x.shape, [i for pair in window for i in pair], layout == torch.channels_last
             )
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_adaptive_max_and_lp_pooling_of_special_values(layout):
+    """Ties, NaN and -inf; powers of zeros and of both signs."""
+    x = torch.randint(-2, 1, (2, 3, 6, 7)).float()
+    x[0, 0, 1, 1] = x[0, 0, 1, 2] = x[1, 1, 3, 3] = math.nan
+    x[0, 1, 2:, 2:] = -math.inf
+    x = x.contiguous(memory_format=layout)
+    values, places = torch.nn.functional.adaptive_max_pool2d(x, (4, 3), return_indices=True)
+    ours, indices = raw["adaptive_max_pool2d_forward"]["triton"](x, [4, 3])
+    assert torch.equal(ours.nan_to_num(9.5), values.nan_to_num(9.5)) and ours.stride() == values.stride()
+    assert torch.equal(indices, places)
+    grad = torch.randn(values.shape)
+    got = raw["adaptive_max_pool2d_backward"]["triton"](grad, indices, x.shape, layout == torch.channels_last)
+    torch.testing.assert_close(got, torch.ops.aten.adaptive_max_pool2d_backward(grad, x, places))
+    for norm in (1.0, 2.0, 3.0, 2.5, -1.0):
+        z = x.clone(memory_format=torch.preserve_format)
+        z[1, 2] = 0.0
+        results = []
+        for function in (F.lp_pool2d, torch.nn.functional.lp_pool2d):
+            leaf = z.detach().double().requires_grad_()
+            y = function(leaf, norm, 2, 2, True)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, torch.ones_like(y) * 2)))
+        for a, e in zip(*results, strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
 
 
 def test_cross_entropy_over_several_tiles():

@@ -101,6 +101,7 @@ def _empty(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> torc
 
 def _dropout(half):
     dropout.dropout(_empty(1 << 22, dtype=half), 0.3, torch.tensor(1))
+    dropout.feature_dropout(_empty(32, 64, 56, 56, dtype=half, channels_last=True), 0.3, torch.tensor(1))
 
 
 def _linear(half):

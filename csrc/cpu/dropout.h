@@ -13,6 +13,18 @@ template <class T> struct DropoutArgs {
   double p;
   uint64_t seed;
 };
+// [n, c, inner] or, channels_last, [n, inner, c]; a factor for each of n * c features, 0 where it is dropped.
+template <class T> struct FeatureDropoutArgs {
+  const T* input;
+  T* output;
+  const acc_t<T>* factors;
+  int64_t n, c, inner;
+  bool channels_last;
+};
+
+DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<float>&)
+DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<double>&)
+DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<bfloat16>&)
 DLKERN_DECLARE(void, dropout, const DropoutArgs<float>&)
 DLKERN_DECLARE(void, dropout, const DropoutArgs<double>&)
 DLKERN_DECLARE(void, dropout, const DropoutArgs<bfloat16>&)

@@ -6,7 +6,7 @@ import torch
 
 from dlkern._layout import is_channels_last
 
-__all__ = ["dropout", "philox_words"]
+__all__ = ["dropout", "feature_dropout", "philox_words"]
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -47,3 +47,12 @@ def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         n, c, h, w = input.shape
         keep = keep.reshape(n, h, w, c).permute(0, 3, 1, 2)
     return torch.where(keep.reshape(input.shape), input * (1.0 / (1.0 - p)), torch.zeros_like(input))
+
+
+def feature_dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """Zeroes each channel of [N, C, ...] with probability p and scales the rest by 1 / (1 - p)."""
+    if p == 1.0:
+        return input * 0.0
+    n, c, *rest = input.shape
+    keep = (philox_words(n * c, seed) >= int(p * 2**32)).reshape(n, c, *(1,) * len(rest))
+    return torch.where(keep, input * (1.0 / (1.0 - p)), torch.zeros_like(input))

@@ -244,6 +244,14 @@ def _dropout() -> Iterator[Case]:
                    lambda x, seed, p=p: ops.dropout.dropout(x, p, seed),
                    lambda x, seed, p=p: reference.dropout.dropout(x, p, seed),
                    lambda: [_randn(3, 5, 8, 9), torch.randint(0, 2**62, ())], images=True)
+    yield Case("dropout", "dropout2d", "p=0.3",
+               lambda x, seed: ops.dropout.feature_dropout(x, 0.3, seed),
+               lambda x, seed: reference.dropout.feature_dropout(x, 0.3, seed),
+               lambda: [_randn(3, 19, 4, 5), torch.randint(0, 2**62, ())], images=True)
+    for op, shape in (("dropout1d", (5, 17, 7)), ("dropout3d", (2, 9, 3, 2, 4))):
+        yield Case("dropout", op, "p=0.4", lambda x, seed, op=op: ops.dropout.feature_dropout(x, 0.4, seed, op),
+                   lambda x, seed: reference.dropout.feature_dropout(x, 0.4, seed),
+                   lambda s=shape: [_randn(*s), torch.randint(0, 2**62, ())])
 
 
 CASES: tuple[Case, ...] = (

@@ -28,6 +28,7 @@ MUTANTS = [
 
 _MAX, _MAX_BACKWARD = "csrc/cpu/pooling_max.cpp", "csrc/cpu/pooling_max_backward.cpp"
 _AVG, _ADAPTIVE = "csrc/cpu/pooling_avg.cpp", "csrc/cpu/pooling_adaptive.cpp"
+_WINDOW = "csrc/cpu/pooling_window.h"
 
 
 def _pool(file, old, new, selection):
@@ -36,9 +37,9 @@ def _pool(file, old, new, selection):
 
 MUTANTS += [
     # NaN no longer wins; ties take the last; padding's tag is not that of the first element inside.
-    _pool(_MAX, "const auto won = (value > best) | (value != value);", "const auto won = (value >= best) | (value != value);", "special"),
-    _pool(_MAX, "(__m512)value, (__m512)best, _CMP_NGT_UQ)", "(__m512)value, (__m512)best, _CMP_NGE_UQ)", "max_is_torchs"),
-    _pool(_MAX, "ordered, (__m512)value, (__m512)best", "__mmask16(-1), (__m512)value, (__m512)best", "special"),
+    _pool(_WINDOW, "const auto won = (value > best) | (value != value);", "const auto won = (value >= best) | (value != value);", "special"),
+    _pool(_WINDOW, "(__m512)value, (__m512)best, _CMP_NGT_UQ)", "(__m512)value, (__m512)best, _CMP_NGE_UQ)", "max_is_torchs"),
+    _pool(_WINDOW, "ordered, (__m512)value, (__m512)best", "__mmask16(-1), (__m512)value, (__m512)best", "special"),
     _pool(_MAX, "Taps(x0, s.w, s.kernel_w, s.dilation_w).begin));", "0));", "special"),
     _pool(_MAX, "challenge<T, tagged>(second, first_tag + 1, best, tag);", "challenge<T, tagged>(second, first_tag, best, tag);", "max_is_torchs"),
     _pool(_MAX, "if (value > best || value != value) best = value,", "if (value > best) best = value,", "windows_far"),
@@ -62,7 +63,7 @@ MUTANTS += [
     _pool(_AVG, "const int64_t first_p = larger(0, floor_div(y + s.pad_h - s.kernel_h, s.stride_h) + 1);",
           "const int64_t first_p = larger(1, floor_div(y + s.pad_h - s.kernel_h, s.stride_h) + 1);", "far_beyond"),
     # Window ends rounded down, a tail of a run left in, compensation dropped; shares of the wrong extent, copies where windows differ.
-    _pool(_ADAPTIVE, "return ceil_div((i + 1) * size, out_size); }", "return larger(i * size / out_size + 1, (i + 1) * size / out_size); }", "adaptive_is_torchs"),
+    _pool(_WINDOW, "return ceil_div((i + 1) * size, out_size); }", "return larger(i * size / out_size + 1, (i + 1) * size / out_size); }", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});", "load_before(p + i, limit);", "adaptive_parity"),
     _pool(_ADAPTIVE, "lost += (value - (next - added)) + (x - added);", "", "carries"),
     _pool(_ADAPTIVE, "load_wide_before(from + 3 * in.x + c, input_end);", "load_wide_before(from + 2 * in.x + c, input_end);", "adaptive_parity"),

@@ -7,6 +7,7 @@ from dlkern.nn.modules.batch_norm import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
 from dlkern.nn.modules.conv import (
     Conv1d,
@@ -18,7 +19,7 @@ from dlkern.nn.modules.conv import (
     LazyConvTranspose1d,
     LazyConvTranspose2d,
 )
-from dlkern.nn.modules.dropout import Dropout
+from dlkern.nn.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
 from dlkern.nn.modules.pooling import (
@@ -51,6 +52,9 @@ __all__ = [
     "ConvTranspose2d",
     "CrossEntropyLoss",
     "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -64,6 +68,7 @@ __all__ = [
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
+    "SyncBatchNorm",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
