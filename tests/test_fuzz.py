@@ -5,6 +5,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as tF
@@ -134,10 +135,19 @@ def conv_calls(draw, dims=2, transposed=False):
     return [x, weight, *bias], options, dtype
 
 
+def torchs(op, *inputs, stride, dilation, **options):
+    """torch's own; strided and dilated in bfloat16, where its oneDNN stops the process on channels_last (torch 2.13),
+    its float32 convolution rounded once, which leaves ours less."""
+    options |= dict(stride=stride, dilation=dilation)
+    if inputs[0].dtype == torch.bfloat16 and np.max(stride) > 1 and np.max(dilation) > 1:
+        return getattr(tF, op)(*(x.float() for x in inputs), **options).bfloat16()
+    return getattr(tF, op)(*inputs, **options)
+
+
 def agree_on(op, call):
     inputs, options, dtype = call
     present = [x for x in inputs if x is not None]
-    agree(lambda *t: getattr(F, op)(*t, **options), lambda *t: getattr(tF, op)(*t, **options), present, dtype)
+    agree(lambda *t: getattr(F, op)(*t, **options), lambda *t: torchs(op, *t, **options), present, dtype)
 
 
 @fuzz
