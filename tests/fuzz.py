@@ -29,17 +29,21 @@ def commit() -> str:
 
 def run(op: str, examples: int) -> dict[str, object]:
     began = time.monotonic()
+    # One thread: such small problems use no more, and some of torch's ops wake the others all the same.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "DLKERN_FUZZ_EXAMPLES": str(examples)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/test_fuzz.py", "-q", "-k", f"test_{op}", "-p", "no:cacheprovider"],
-        cwd=ROOT, env={**os.environ, "DLKERN_FUZZ_EXAMPLES": str(examples)}, capture_output=True, text=True,
+        cwd=ROOT, env=environment, capture_output=True, text=True,
     )
     record: dict[str, object] = {
         "examples": examples, "outcome": "passed" if done.returncode == 0 else "failed", "commit": commit(),
         "seconds": round(time.monotonic() - began),
     }
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if re.match(r"^(E  |    \| ) *\w*(Error|Row)\b", line)]
-        record["failure"] = [line[:400] for line in errors] or done.stdout.splitlines()[-12:]
+        # What pytest says of the exception, a bare assert's too; below it stand the arguments, pages of them.
+        errors = [line[:400] for line in done.stdout.splitlines() if re.match(r"^(E  |    \| )", line)]
+        killed = [f"stopped by signal {-done.returncode}"] if done.returncode < 0 else []
+        record["failure"] = killed + (errors[:12] or (done.stdout + done.stderr).splitlines()[-12:])
     return record
 
 

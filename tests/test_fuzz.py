@@ -5,6 +5,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as tF
@@ -134,10 +135,19 @@ def conv_calls(draw, dims=2, transposed=False):
     return [x, weight, *bias], options, dtype
 
 
+def torchs(op, *inputs, stride, dilation, **options):
+    """torch's own; strided and dilated in bfloat16, where its oneDNN stops the process on channels_last (torch 2.13),
+    its float32 convolution rounded once, which leaves ours less."""
+    options |= dict(stride=stride, dilation=dilation)
+    if inputs[0].dtype == torch.bfloat16 and np.max(stride) > 1 and np.max(dilation) > 1:
+        return getattr(tF, op)(*(x.float() for x in inputs), **options).bfloat16()
+    return getattr(tF, op)(*inputs, **options)
+
+
 def agree_on(op, call):
     inputs, options, dtype = call
     present = [x for x in inputs if x is not None]
-    agree(lambda *t: getattr(F, op)(*t, **options), lambda *t: getattr(tF, op)(*t, **options), present, dtype)
+    agree(lambda *t: getattr(F, op)(*t, **options), lambda *t: torchs(op, *t, **options), present, dtype)
 
 
 @fuzz
@@ -178,11 +188,25 @@ def pool_calls(draw, average):
     return [x], options, dtype
 
 
+def torchs_max_pool2d(x, return_indices, **options):
+    """torch's own, but where a dilated window sees no element of these finite inputs: torch's index for it lies outside
+    the window or the image, and its backward writes there, past its memory too (torch 2.13). The same by gather, where
+    such a window has no gradient."""
+    if options["dilation"] != 1:
+        y, indices = tF.max_pool2d(x.detach(), return_indices=True, **options)
+        seen = y != -torch.inf
+        if not seen.all():
+            found = x.flatten(-2).gather(-1, torch.where(seen, indices, 0).flatten(-2)).reshape(y.shape)
+            y = torch.empty_like(y).copy_(torch.where(seen, found, -torch.inf))
+            return (y, indices) if return_indices else y
+    return tF.max_pool2d(x, return_indices=return_indices, **options)
+
+
 @fuzz
 @given(pool_calls(False))
 def test_max_pool2d(call):
     inputs, options, dtype = call
-    agree(lambda x: F.max_pool2d(x, **options), lambda x: tF.max_pool2d(x, **options), inputs, dtype)
+    agree(lambda x: F.max_pool2d(x, **options), lambda x: torchs_max_pool2d(x, **options), inputs, dtype)
 
 
 @fuzz

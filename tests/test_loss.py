@@ -97,6 +97,18 @@ def test_nothing_counts(shape, reduction, smoothing):
     assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 1, 40)], ids=str)
+def test_one_class_has_no_gradient(shape, smoothing, dtype):
+    """Its probability is 1 whatever the logit: along and spread must cancel to the last bit."""
+    for weight in (None, torch.rand(1).to(dtype) + 0.1):
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.long)
+        loss = F.cross_entropy(x, target, weight, reduction="none", label_smoothing=smoothing)
+        assert (torch.autograd.grad(loss, x, torch.randn_like(loss))[0] == 0).all()
+
+
 def test_ignored_places_get_no_gradient_whatever_their_logits():
     for shape in ((4, 5), (2, 5, 3)):
         x, target = torch.randn(shape), torch.zeros((shape[0], *shape[2:]), dtype=torch.long)

@@ -87,12 +87,15 @@ def _floating(input: Any, dims: int) -> bool:
     return input.dim() in (dims + 1, dims + 2) and all(size != 0 for size in input.shape[-dims - 1 :])
 
 
-def _fits(input: Any, window: _Window, dims: int = 2) -> bool:
-    """Whether input is such a tensor with at least one window."""
+def _fits(input: Any, window: _Window, ceil_mode: Any, dims: int = 2) -> bool:
+    """Whether input is such a tensor with at least one window; with ceil_mode one may end beyond the padding."""
     if not _floating(input, dims):
         return False
-    kernel, _, pad, spread = window
-    return all(input.shape[i - 2] + 2 * pad[i] > spread[i] * (kernel[i] - 1) for i in range(2 - dims, 2))
+    kernel, step, pad, spread = window
+    return all(
+        input.shape[i - 2] + 2 * pad[i] + (step[i] - 1 if ceil_mode else 0) > spread[i] * (kernel[i] - 1)
+        for i in range(2 - dims, 2)
+    )
 
 
 def _images(input: torch.Tensor, dims: int = 2) -> torch.Tensor:
@@ -117,7 +120,7 @@ def _max_pool(
 ) -> Any:
     """max_pool1d or max_pool2d the long way: any argument, any state of torch."""
     op, window = f"max_pool{dims}d", _window(kernel_size, stride, padding, dilation, dims)
-    if window is None or not _fits(input, window, dims):
+    if window is None or not _fits(input, window, ceil_mode, dims):
         return _hand_on(
             op, _REFUSED, function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
@@ -198,7 +201,7 @@ def avg_pool2d(
         pass  # the long way hands on to torch
     divisible = divisor_override is None or (isinstance(divisor_override, int) and divisor_override)
     window = _window(kernel_size, stride, padding, 1) if divisible else None
-    if window is None or not _fits(input, window):
+    if window is None or not _fits(input, window, ceil_mode):
         return _hand_on(
             "avg_pool2d", _REFUSED, torch.nn.functional.avg_pool2d,
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
@@ -309,7 +312,7 @@ def _lp_pool(
     )
     window = _window(kernel_size, stride, 0, 1, dims) if whole else None
     known = isinstance(norm_type, int | float) and norm_type != 0 and norm_type == norm_type
-    if window is None or not known or not _fits(input, window, dims):
+    if window is None or not known or not _fits(input, window, ceil_mode, dims):
         return _hand_on(op, _REFUSED, function, input, norm_type, kernel_size, stride, ceil_mode)
     if abs(norm_type) == math.inf:  # the largest magnitude, or the smallest
         larger = torch.nn.functional.max_pool1d if dims == 1 else torch.nn.functional.max_pool2d
@@ -412,7 +415,7 @@ def avg_pool1d(
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
     window = _window(kernel_size, stride, padding, 1, 1)
-    if window is None or not _fits(input, window, 1):
+    if window is None or not _fits(input, window, ceil_mode, 1):
         return _hand_on(
             "avg_pool1d", _REFUSED, torch.nn.functional.avg_pool1d,
             input, kernel_size, stride, padding, ceil_mode, count_include_pad,
