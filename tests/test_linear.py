@@ -13,7 +13,7 @@ ACTIVATIONS = {None: lambda x: x, Activation.RELU: torch.relu, Activation.TANH: 
 # product is made (dot products up to 96 rows, B in place up to 24, packed).
 SIZES = [
     (1, 1, 1), (1, 33, 5), (2, 7, 3), (5, 130, 17), (7, 64, 33), (23, 129, 65), (25, 31, 47), (97, 40, 70), (96, 300, 18),
-    (130, 270, 50), (200, 20, 130), (13, 20, 800),
+    (130, 270, 50), (300, 20, 400), (300, 530, 20), (13, 20, 800), (30, 20, 1100),
 ]
 
 
@@ -28,6 +28,11 @@ def test_parity(size, dtype):
     dlkern.testing.check(
         F.linear, tF.linear, lambda: draw(*size), dtype=dtype, draws=min(draws, 50), name=str(size)
     ).raise_if_failed()
+
+
+@pytest.mark.parametrize("columns", [2800, 2801])
+def test_a_weight_gradient_larger_than_the_caches(columns):
+    dlkern.testing.check(F.linear, tF.linear, lambda: draw(4, columns, 2800), dtype=torch.float32).raise_if_failed()
 
 
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a], ids=lambda a: a.name)

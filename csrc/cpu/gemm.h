@@ -1,11 +1,12 @@
 // General matrix product, C = A B or C += A B, with a function applied to C's elements on their way out. Everything
 // that multiplies matrices in the CPU column stands on it.
 //
-// BLIS's plan: blocks of KC along k and NC along n; a block of B is packed into panels of NR columns, zero-padded,
-// and one micro-kernel holds an MR x NR tile of C in registers, one broadcast of A and NV vectors of B a step. Short
+// BLIS's plan: blocks of KC along k and NC along n; B is packed into panels of NR columns, zero-padded, each just before
+// it is first used, and one micro-kernel holds an MR x NR tile of C in registers, one broadcast of A and NV vectors of B
+// a step. While a panel is multiplied, the memory of the next is fetched. Short
 // A, where packing B would not pay, has two ways of its own: dot products where rows of A and columns of B lie along k,
-// B in place where its rows lie along n. Which way is taken depends on the whole problem, threads split C, never k,
-// and a split falls between tiles: the bits do not depend on the number of threads. Floor: 2 M N K over the FMA peak.
+// B in place where its rows lie along n. Which way is taken, and the cuts of k, depend on the whole problem, and threads
+// split C, never k: the bits do not depend on the number of threads. Floor: 2 M N K over the FMA peak.
 //
 // gemm() uses all threads; gemm_block() only the calling one, for use inside a parallel region.
 #pragma once
@@ -37,9 +38,16 @@ namespace gemm_detail {
 constexpr int kMR = 6;
 constexpr int kNV = kVectorBytes == 64 ? 4 : 2;  // 32 vector registers, or 16
 template <class T> constexpr int kNR = kNV * kLanes<T>;
-constexpr int64_t kKC = 128;  // also bounds the rounding error: at most 128 products in one sum
-constexpr int64_t kMC = 32 * kMR;  // rows of A packed at a time
-constexpr int64_t kNC = 768;  // columns of B packed at a time; KC x NC fits the second-level cache
+constexpr int64_t kKC = 256;  // also bounds the rounding error: at most 256 products in one sum
+// Rows of A packed at a time.
+template <class T> constexpr int64_t kMC = 48 * kMR * 4 / static_cast<int64_t>(sizeof(T));
+// Columns of B packed at a time: KC x NC fits the second-level cache. A panel that no other block of rows needs does not
+// stay, so that columns are only cut where the sums of a block of rows would not fit either.
+template <class T> constexpr int64_t kNC = 384 * 4 / static_cast<int64_t>(sizeof(T));
+template <class T> constexpr int64_t kOnceNC = 1024 * 4 / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kAheadSteps = 16;  // of k between two groups of prefetches
+constexpr int64_t kLine = 64;
+constexpr int64_t kCaches = 30'000'000;  // bytes of C that leave the caches anyway
 // B is read where it is, a few rows at a time, when A has so few rows that packing would cost more than it saves.
 constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
 // Blocks of k where the product is small or narrow: libraries take inner products there, whose sums are short.
@@ -48,42 +56,90 @@ constexpr int64_t kShortKC = 16, kSmallWork = 262144, kNarrowN = 12;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// What the multiplications of one panel ask memory for meanwhile: the panel that is packed next, as it lies in B. Every
+// kAheadSteps steps a group of `lines` cache lines is due, 2^shift of them side by side in rows `row` bytes apart; the
+// tiles of the panel take shares, first .. last, of each group.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t group = 0, row = 0, lines = 0, first = 0, last = 0;
+  int shift = 0;
+  Ahead() = default;
+  template <class T> Ahead(const T* b, int64_t b_row, int64_t b_column, int64_t width) {
+    const int64_t size = sizeof(T);
+    if (b_row != 1 && b_column != 1) return;
+    at = reinterpret_cast<const char*>(b);
+    if (b_row == 1) {
+      group = kAheadSteps * size;
+      row = b_column * size;
+      lines = width;
+    } else {
+      while ((kLine << (shift + 1)) <= width * size) ++shift;
+      row = b_row * size;
+      group = kAheadSteps * row;
+      lines = kAheadSteps << shift;
+    }
+  }
+  void share(int64_t tile, int64_t tiles) {
+    first = lines * tile / tiles;
+    last = lines * (tile + 1) / tiles;
+  }
+  [[gnu::always_inline]] void fetch(int64_t step) const {
+    const char* from = at + step / kAheadSteps * group;
+    for (int64_t i = first; i < last; ++i)
+      __builtin_prefetch(from + (i >> shift) * row + (i & ((int64_t{1} << shift) - 1)) * kLine);
+  }
+};
+
+// How a tile's sums reach C: added, stored, or stored past the caches.
+enum class Out { add, set, past };
+
 // tile[ROWS, NV vectors] (+)= A[ROWS, k] B[k, NV vectors]; rows of B are b_row apart, rows of the tile tile_row.
 template <int ROWS, int NV, class T>
 [[gnu::always_inline]] inline void micro_kernel(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                                int64_t b_row, T* tile, int64_t tile_row, bool add) {
+                                                int64_t b_row, T* tile, int64_t tile_row, Out out, const Ahead& ahead) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   V sum[ROWS][NV] = {};
-  for (int64_t p = 0; p < k; ++p) {
-    V bv[NV];
+  if (out != Out::past)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) bv[j] = load(b + j * lanes);
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(tile + i * tile_row + j * lanes, 1);
+  for (int64_t start = 0; start < k; start += kAheadSteps) {
+    ahead.fetch(start);
+    const int64_t end = smaller(start + kAheadSteps, k);
+    for (int64_t p = start; p < end; ++p) {
+      V bv[NV];
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const V av = broadcast<T>(a[i * a_row]);
+      for (int j = 0; j < NV; ++j) bv[j] = load(b + j * lanes);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] += av * bv[j];
+      for (int i = 0; i < ROWS; ++i) {
+        const V av = broadcast<T>(a[i * a_row]);
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) sum[i][j] += av * bv[j];
+      }
+      a += a_column;
+      b += b_row;
     }
-    a += a_column;
-    b += b_row;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      T* out = tile + i * tile_row + j * lanes;
-      store(out, add ? load(out) + sum[i][j] : sum[i][j]);
+      T* to = tile + i * tile_row + j * lanes;
+      if (out == Out::past)
+        stream(to, sum[i][j]);
+      else
+        store(to, out == Out::add ? load(to) + sum[i][j] : sum[i][j]);
     }
 }
 
 template <class T>
-using Kernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, bool);
+using Kernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, Out, const Ahead&);
 
 template <int ROWS, int NV, class T>
 void kernel(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* tile,
-            int64_t tile_row, bool add) {
-  micro_kernel<ROWS, NV, T>(k, a, a_row, a_column, b, b_row, tile, tile_row, add);
+            int64_t tile_row, Out out, const Ahead& ahead) {
+  micro_kernel<ROWS, NV, T>(k, a, a_row, a_column, b, b_row, tile, tile_row, out, ahead);
 }
 
 // The kernel for a tile of rows x vectors.
@@ -333,31 +389,38 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   constexpr bool c_is_sum = same<C, P>::value;  // C can hold sums between blocks of k
   constexpr bool same_type = same<T, P>::value;
   constexpr bool plain = same<Epilogue, NoEpilogue>::value;
-  const int64_t m = i_end - i_begin, nc_max = smaller(kNC, blocks(j_end - j_begin, width) * width);
+  const int64_t m = i_end - i_begin;
+  const bool once = m <= kMC<P>;  // each panel of B meets one block of rows
+  const int64_t nc_step = once ? kOnceNC<P> : kNC<P>, nc_max = smaller(nc_step, blocks(j_end - j_begin, width) * width);
   // Copies pay where they are read often enough. B in place is walked a few rows at a time.
   const bool b_in_place = same_type && g.b_column == 1 && g.m <= kInPlaceM;
   const bool short_sums = g.n <= kNarrowN || g.m * g.n * g.k < kSmallWork;
-  const int64_t kc_block = short_sums ? kShortKC : b_in_place ? kInPlaceKC : kKC, kc_max = smaller(kc_block, g.k);
+  const int64_t kc_most = short_sums ? kShortKC : b_in_place ? kInPlaceKC : kKC;
+  const int64_t kc_step =
+      g.k <= kc_most ? kc_most : blocks(blocks(g.k, blocks(g.k, kc_most)), kAheadSteps) * kAheadSteps;
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
-  P* packed_b = scratch<P>(Slot::gemm_b, kc_max * (b_in_place ? width : nc_max));
-  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_max * smaller(kMC, m));
+  P* packed_b = scratch<P>(Slot::gemm_b, kc_step * (once || b_in_place ? width : nc_max));
+  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_step * smaller(kMC<P>, m));
   // Sums between blocks of k, where C's own type would round them.
-  P* sums = c_is_sum || g.k <= kc_block ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
+  P* sums = c_is_sum || g.k <= kc_step ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
+  // Results that leave the caches anyway, in whole vectors, need not enter them.
+  const bool past = kStreams && c_is_sum && plain && g.k <= kc_step && !g.accumulate &&
+                    g.m * g.n * static_cast<int64_t>(sizeof(C)) >= kCaches && g.c_row % kLanes<P> == 0 &&
+                    reinterpret_cast<uintptr_t>(g.c) % kVectorBytes == 0;
 
-  for (int64_t jc = j_begin; jc < j_end; jc += kNC) {
-    const int64_t nc = smaller(kNC, j_end - jc);
-    for (int64_t pc = 0; pc == 0 || pc < g.k; pc += kc_block) {
-      const int64_t kc = smaller(kc_block, g.k - pc);
-      const bool first = pc == 0, last = pc + kc_block >= g.k;
+  for (int64_t jc = j_begin; jc < j_end; jc += nc_step) {
+    const int64_t nc = smaller(nc_step, j_end - jc);
+    for (int64_t pc = 0; pc == 0 || pc < g.k; pc += kc_step) {
+      const int64_t kc = smaller(kc_step, g.k - pc);
+      const bool first = pc == 0, last = pc + kc_step >= g.k;
       const T* b = g.b + pc * g.b_row + jc * g.b_column;
       const int64_t in_place = !b_in_place      ? 0
                                : nc % kLanes<P> ? nc / width * width
                                                 : nc;  // columns read where they are
-      if (in_place < nc) pack_b(kc, nc - in_place, b + in_place * g.b_column, g.b_row, g.b_column, packed_b);
-      for (int64_t ic = i_begin; ic < i_end; ic += kMC) {
-        const int64_t mc = smaller(kMC, i_end - ic);
+      for (int64_t ic = i_begin; ic < i_end; ic += kMC<P>) {
+        const int64_t mc = smaller(kMC<P>, i_end - ic), tiles = blocks(mc, kMR);
         const T* a = g.a + ic * g.a_row + pc * g.a_column;
         Block<P> block;
         if constexpr (same_type) block = {a, g.a_row, g.a_column};
@@ -365,30 +428,45 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
         for (int64_t j = 0; j < nc; j += width) {
           const int64_t columns = smaller(width, nc - j);
           const int vectors = static_cast<int>(blocks(columns, kLanes<P>));
-          const P* b_panel = packed_b + (j - in_place) * kc;
+          P* panel = once ? packed_b : packed_b + j * kc;
+          const P* b_panel = panel;
           int64_t b_row = width;
+          Ahead ahead;
           if constexpr (same_type)
             if (j < in_place) {
               b_panel = b + j;
               b_row = g.b_row;
             }
+          if (j >= in_place && ic == i_begin) {
+            pack_b(kc, columns, b + j * g.b_column, g.b_row, g.b_column, panel);
+            if (j + width < nc)
+              ahead = Ahead(b + (j + width) * g.b_column, g.b_row, g.b_column, width);
+            else if (!last)
+              ahead = Ahead(b + kc * g.b_row, g.b_row, g.b_column, width);
+          }
           for (int64_t i = 0; i < mc; i += kMR) {
             const int rows = static_cast<int>(smaller(kMR, mc - i));
             const Kernel<P> multiply = kernel_for<P>(rows, vectors);
             const P* a_tile = block.a + i * block.row;
             C* c_tile = g.c + (ic + i) * g.c_row + jc + j;
+            ahead.share(i / kMR, tiles);
             if constexpr (c_is_sum) {
               const bool add = g.accumulate || !first;
               if ((plain || !last) && columns % kLanes<P> == 0) {
-                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, c_tile, g.c_row, add);
+                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, c_tile, g.c_row,
+                         past  ? Out::past
+                         : add ? Out::add
+                               : Out::set,
+                         ahead);
               } else {
-                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, tile, width, false);
+                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, tile, width, Out::set, ahead);
                 finish(tile, width, rows, columns, c_tile, g.c_row, add, last, epilogue, ic + i, jc + j);
               }
             } else {
               P* sum = sums ? sums + (ic - i_begin + i) * nc_max + j : tile;
               const int64_t sum_row = sums ? nc_max : width;
-              multiply(kc, a_tile, block.row, block.column, b_panel, b_row, sum, sum_row, !first);
+              multiply(kc, a_tile, block.row, block.column, b_panel, b_row, sum, sum_row, first ? Out::set : Out::add,
+                       ahead);
               if (last)
                 finish(sum, sum_row, rows, columns, c_tile, g.c_row, g.accumulate, true, epilogue, ic + i, jc + j);
             }
@@ -397,6 +475,7 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
       }
     }
   }
+  if (past) fence();
 }
 
 }  // namespace gemm_detail
@@ -418,10 +497,11 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
     return;
   }
   // A grid of across x down threads. Each packs the B it needs, which costs about as much as two tiles of rows.
-  const int64_t row_tiles = blocks(g.m, kMR), column_tiles = blocks(g.n, kNR<T>);
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t row_tiles = blocks(g.m, kMR), vectors = blocks(g.n, lanes);
   int64_t across = 1, least = -1;
   for (int64_t a = 1; a <= threads; ++a) {
-    const int64_t cost = blocks(column_tiles, a) * (blocks(row_tiles, threads / a) + 2);
+    const int64_t cost = blocks(vectors, a) * (blocks(row_tiles, threads / a) + 2);
     if (least < 0 || cost <= least) {
       least = cost;
       across = a;
@@ -432,8 +512,8 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t x = t % across, y = t / across;
       const int64_t i0 = smaller(y * row_tiles / down * kMR, g.m), i1 = smaller((y + 1) * row_tiles / down * kMR, g.m);
-      const int64_t j0 = smaller(x * column_tiles / across * kNR<T>, g.n);
-      const int64_t j1 = smaller((x + 1) * column_tiles / across * kNR<T>, g.n);
+      const int64_t j0 = smaller(x * vectors / across * lanes, g.n),
+                    j1 = smaller((x + 1) * vectors / across * lanes, g.n);
       if (i0 < i1 && j0 < j1) run(g, epilogue, i0, i1, j0, j1);
     }
   });

@@ -52,8 +52,9 @@ template <class T> static Operand<T> operand(int64_t rows, int64_t columns, Rand
 }
 
 template <class T> static void one_product(Random& random) {
-  const int64_t sizes[] = {1, 2, 3, 5, 6, 7, 12, 13, 16, 17, 24, 25, 31, 33, 47, 64, 65, 97, 130, 193, 259, 800};
-  const int64_t depths[] = {0, 1, 2, 3, 8, 15, 31, 32, 33, 64, 100, 127, 128, 129, 300, 700};
+  const int64_t sizes[] = {1,  2,  3,  5,  6,  7,   12,  13,  16,  17,  24,  25,  31,
+                           33, 47, 64, 65, 97, 130, 193, 259, 300, 400, 800, 1100};
+  const int64_t depths[] = {0, 1, 2, 3, 8, 15, 31, 32, 33, 64, 100, 127, 128, 129, 257, 300, 530, 700};
   const int64_t m = random.one_of(sizes), n = random.one_of(sizes), k = random.one_of(depths);
   if (m * n * (k + 1) > 1500000) return;
   auto a = operand<T>(m, k, random);
