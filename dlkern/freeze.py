@@ -22,23 +22,23 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class Frozen:
-    """What a frozen module keeps: the packed weight, and of which state of the weight it is."""
+    """What a frozen module keeps, and of which state of which tensors it was made."""
 
     def __init__(self) -> None:
         self.state: tuple[Any, ...] = ()
-        self.packed: torch.Tensor | None = None
+        self.value: Any = None
 
     def __reduce__(self) -> tuple[type[Frozen], tuple[()]]:
         return Frozen, ()  # a copy, perhaps on another machine, packs for itself
 
-    def weight(self, weight: torch.Tensor, pack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """`weight` packed by `pack`, kept from the last time where it is the same."""
-        state = weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride()
-        if self.packed is None or self.state != state:
+    def kept(self, tensors: tuple[torch.Tensor | None, ...], make: Callable[[], Any]) -> Any:
+        """What make() returned when `tensors` were as they are now, as far as torch knows."""
+        state = tuple(t if t is None else (t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors)
+        if self.value is None or self.state != state:
             with torch.no_grad():
-                self.packed = pack(weight)
+                self.value = make()
             self.state = state
-        return self.packed
+        return self.value
 
 
 def check_no_gradient(module: torch.nn.Module, *parameters: torch.Tensor | None) -> None:
@@ -50,25 +50,33 @@ def check_no_gradient(module: torch.nn.Module, *parameters: torch.Tensor | None)
         )
 
 
+def is_plain(conv: torch.nn.modules.conv._ConvNd, input: torch.Tensor, padding: Any) -> bool:
+    """Whether a packed weight can serve this call; another one goes the usual way."""
+    facts = ("grouped",) if conv.groups > 1 else ()
+    return (
+        not isinstance(padding, str)
+        and conv.weight.shape[1] > 1  # a depthwise kernel reads the weight as it is
+        and input.dim() == len(conv.kernel_size) + 2
+        and not (torch.is_grad_enabled() and input.requires_grad)
+        and _plain.column("conv2d", input, facts) == "cpu"
+    )
+
+
 def convolution(
-    module: torch.nn.modules.conv._ConvNd, frozen: Frozen, input: torch.Tensor, weight: torch.Tensor,
+    conv: torch.nn.modules.conv._ConvNd, frozen: Frozen, input: torch.Tensor, weight: torch.Tensor,
     bias: torch.Tensor | None, padding: str | tuple[int, ...],
 ) -> torch.Tensor | None:
     """A frozen Conv1d's or Conv2d's result; None where this call has to go the usual way."""
-    check_no_gradient(module, weight, bias)
-    dims, groups = len(module.kernel_size), module.groups
-    if isinstance(padding, str) or weight.dim() != dims + 2 or weight.shape[1] == 1:
-        return None
-    if torch.is_grad_enabled() and input.requires_grad:
-        return None
-    if _plain.column("conv2d", input, ("grouped",) if groups > 1 else ()) != "cpu" or input.dim() != dims + 2:
-        return None
-    one, zero = (1,) * (2 - dims), (0,) * (2 - dims)
-    settings = (one + module.stride, zero + padding, one + module.dilation, groups)
-    if dims == 1:
-        input, weight = input.contiguous().unsqueeze(2), weight.unsqueeze(2)
+    check_no_gradient(conv, weight, bias)
+    dims = len(conv.kernel_size)
     try:
-        packed = frozen.weight(weight, lambda w: ops.conv.pack(w, groups))
+        if isinstance(padding, str) or not is_plain(conv, input, padding):
+            return None
+        one, zero = (1,) * (2 - dims), (0,) * (2 - dims)
+        settings = (one + conv.stride, zero + padding, one + conv.dilation, conv.groups)
+        if dims == 1:
+            input, weight = input.contiguous().unsqueeze(2), weight.unsqueeze(2)
+        packed = frozen.kept((weight,), lambda: ops.conv.pack(weight, conv.groups))
         output = ops.conv.forward_packed(input, weight, packed, bias, None, *settings, 0)
     except _plain.REFUSALS:
         return None  # the usual way says what is wrong
@@ -81,8 +89,8 @@ def freeze(model: Model) -> Model:
     For inference with weights that stay. A weight changed by assignment, load_state_dict(), an in-place operation or
     to() is packed again; one changed behind torch's back (`weight.data[:] = ...`) is not seen until unfreeze(). Packed
     weights take the memory of the weights once more, twice in bfloat16. Which modules profit: Conv1d and Conv2d on a
-    CPU; others are left as they are, and so are calls that train mode, autocast, torch.compile or an open trace() send
-    another way.
+    CPU, and what convert(fuse=True) makes of them, then with batch norm folded in; others are left as they are, and so
+    are calls that autocast, torch.compile or an open trace() send another way.
 
     Args:
         model: a module with dlkern.nn modules in it, as dlkern.convert() makes one. Freezing twice changes nothing more.

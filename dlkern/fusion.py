@@ -17,9 +17,13 @@ import torch
 from torch import fx
 
 import dlkern.nn
+from dlkern import ops
+from dlkern.freeze import Frozen, check_no_gradient, is_plain
 from dlkern.nn import functional as F
 from dlkern.nn.functional.conv import result_size
+from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
+from dlkern.ops._layout import memory_format, suggests_channels_last
 from dlkern.reference.linear import activate
 
 __all__ = ["Fused", "Fusion", "fuse"]
@@ -49,6 +53,7 @@ class Fused(torch.nn.Module):
     conv: Any
     norm: Any
     activation: Activation
+    _frozen: Frozen | None = None
 
     def __init__(self, conv: torch.nn.Module | None, norm: torch.nn.Module | None, activation: Activation) -> None:
         super().__init__()
@@ -70,12 +75,43 @@ class Fused(torch.nn.Module):
                 return norm(y, activation=activation, residual=residual)
             assert residual is not None
             return activate(norm(y) + residual, activation)
+        if self._frozen is not None:
+            output = self._answer(self._frozen, x, residual)
+            if output is not None:
+                return output
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(conv, norm)
         settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
         if _fits(residual, result_size(x, weight, *settings[:3]), x.dtype):
             return F.conv2d_act(x, weight, bias, *settings, activation=activation, residual=residual)
         assert residual is not None
         return activate(F.conv2d(x, weight, bias, *settings) + residual, activation)
+
+
+    def _answer(self, frozen: Frozen, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
+        """The result from weights that are kept, folded and packed; None where this call has to go the usual way."""
+        conv, norm = self.conv, self.norm
+        check_no_gradient(self, conv.weight, conv.bias)
+        try:
+            if not is_plain(conv, x, conv.padding):
+                return None
+            sources: tuple[torch.Tensor | None, ...] = (conv.weight, conv.bias)
+            if norm is not None:
+                sources += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+            def make() -> tuple[torch.Tensor, ...]:
+                weight, bias = (conv.weight, conv.bias) if norm is None else folded(conv, norm)
+                return weight, bias, ops.conv.pack(weight, conv.groups)
+
+            weight, bias, packed = frozen.kept(sources, make)
+            settings = (conv.stride, conv.padding, conv.dilation)
+            if residual is not None:
+                if not _fits(residual, result_size(x, weight, *settings), x.dtype):
+                    return None
+                channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+                residual = residual.contiguous(memory_format=memory_format(channels_last))
+            return ops.conv.forward_packed(x, weight, packed, bias, residual, *settings, conv.groups, int(self.activation))
+        except _plain.REFUSALS:
+            return None  # the usual way says what is wrong
 
 
 def _fits(residual: torch.Tensor | None, size: Any, dtype: torch.dtype) -> bool:

@@ -25,7 +25,7 @@ def image():
 
 
 def packed(module):
-    return [m._frozen.packed for m in module.modules() if getattr(m, "_frozen", None) is not None]
+    return [m._frozen.value for m in module.modules() if getattr(m, "_frozen", None) is not None]
 
 
 @torch.no_grad()
@@ -108,6 +108,29 @@ def test_compiled_traced_and_autocast_calls_go_the_usual_way(image):
     assert {c.op for c in calls} == {"conv1d", "conv2d"} and {c.backend for c in calls} == {"cpu"}
     with torch.autocast("cpu", torch.bfloat16):
         assert frozen(image).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_fused_rows(image):
+    """Folded and packed once: what the fused model gives without, and again after a change of the statistics."""
+    def net():
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(
+            torch.nn.Conv2d(5, 20, 3, padding=1), torch.nn.BatchNorm2d(20), torch.nn.ReLU(),
+            torch.nn.Conv2d(20, 20, 3, padding=1, groups=20), torch.nn.BatchNorm2d(20), torch.nn.ReLU(),
+            torch.nn.Conv2d(20, 9, 1), torch.nn.ReLU(),
+        )  # fmt: skip
+        return dlkern.convert(body.eval(), fuse=True)
+
+    frozen, fused = dlkern.freeze(net()), net()
+    for x in (image, image[:1], image.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(frozen(x), fused(x))
+    assert sum(p is not None for p in packed(frozen)) == 2  # the depthwise one has nothing to pack
+    for model in (frozen, fused):
+        model.get_submodule("1").running_var.mul_(2)
+    assert torch.equal(frozen(image), fused(image))
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="Fused is frozen"):
+        frozen.get_submodule("fused_2")(torch.randn(1, 20, 4, 4))
 
 
 def test_wrong_arguments():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dlkern import freeze as freezing
+from dlkern.freeze import Frozen, convolution
 from dlkern.nn import functional as F
 
 __all__ = [
@@ -24,12 +24,12 @@ def _padded(module: torch.nn.modules.conv._ConvNd, input: torch.Tensor) -> tuple
 class Conv1d(torch.nn.Conv1d):
     """torch.nn.Conv1d on dlkern's kernels."""
 
-    _frozen: freezing.Frozen | None = None
+    _frozen: Frozen | None = None
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         input, padding = _padded(self, input)
         if self._frozen is not None:
-            output = freezing.convolution(self, self._frozen, input, weight, bias, padding)
+            output = convolution(self, self._frozen, input, weight, bias, padding)
             if output is not None:
                 return output
         return F.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
@@ -38,12 +38,12 @@ class Conv1d(torch.nn.Conv1d):
 class Conv2d(torch.nn.Conv2d):
     """torch.nn.Conv2d on dlkern's kernels."""
 
-    _frozen: freezing.Frozen | None = None
+    _frozen: Frozen | None = None
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         input, padding = _padded(self, input)
         if self._frozen is not None:
-            output = freezing.convolution(self, self._frozen, input, weight, bias, padding)
+            output = convolution(self, self._frozen, input, weight, bias, padding)
             if output is not None:
                 return output
         return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
