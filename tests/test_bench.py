@@ -364,3 +364,18 @@ def test_gpu_script_rehearses(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for stage in ("build", "parity", "sanitize", "bench", "tune", "profile", "facts"):
         assert f"== {stage}" in done.stdout, done.stdout
+
+
+def test_whole_networks(tmp_path):
+    """Measures every side, in processes of their own, and writes what it found."""
+    from dlkern.bench import networks
+
+    assert networks.main(["mlp", "--seconds", "0.05", "--batch", "2", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "networks.json").read_text())
+    (row,) = record["rows"]
+    assert row["network"] == "mlp" and row["training"].keys() == {"dlkern", "fused"}
+    assert row["inference"].keys() == {"dlkern", "fused", "frozen"} and min(row["inference"].values()) > 0
+    assert row["training ms"] > 0 and row["peak MiB"].keys() == {"torch", "dlkern"}
+    assert record["geometric means"]["training, fused"] == pytest.approx(row["training"]["fused"], rel=1e-3)
+    with pytest.raises(SystemExit):
+        networks.main(["nothing"])
