@@ -103,7 +103,8 @@ def test_is_batch_norm_of_the_joined_batch(name, processes):
             ours[key] = first[key]
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
-        assert value.dtype == (dtype if key in ("output", "grad_input") else torch.float64 if dtype == torch.float64 else torch.float32)
+        of_parameter = torch.float64 if dtype == torch.float64 else torch.float32
+        assert value.dtype == (dtype if key in ("output", "grad_input") else of_parameter)
         rows = dlkern.testing.compare(key, [value], [theirs[key]], [exact[key]], narrow)
         assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
