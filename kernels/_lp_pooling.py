@@ -40,7 +40,7 @@ def _power(x, EXPONENT: tl.constexpr):
         if int(EXPONENT) % 2 != 0:
             result = tl.where(x < 0, -result, result)
     else:
-        result = tl.exp2(EXPONENT * tl.log2(x))
+        result = tl.exp2(EXPONENT * tl.log2(tl.where(x == -float("inf"), -x, x)))  # as in C, -inf counts as inf here
     return result
 
 

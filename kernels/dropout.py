@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dlkern.kernels import configs
-from dlkern.kernels._launch import accumulator, check, check_tensors, dense, launch
+from dlkern.kernels._launch import accumulator, accumulator_dtype, check, check_tensors, dense, launch
 
 
 @triton.jit
@@ -42,22 +42,19 @@ def _write(input_ptr, output_ptr, element, word, count, scale, threshold, ACC: t
 
 @triton.jit
 def feature_dropout_kernel(
-    input_ptr, output_ptr, seed_ptr, count, channels, inner, scale: tl.float64, threshold, CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr
+    input_ptr, factor_ptr, output_ptr, count, channels, inner, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr
 ):
-    # One program: BLOCK elements in memory order, each asking for the word of its feature.
-    seed = tl.load(seed_ptr)
+    # One program: BLOCK elements in memory order, times the factor of their feature; zeros where that is 0.
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if CHANNELS_LAST:
         feature = element // (channels * inner) * channels + element % channels
     else:
         feature = element // inner
-    counter = feature // 4096 * 1024 + feature % 1024
-    zero = tl.zeros((BLOCK,), tl.uint32)
-    word0, word1, word2, word3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
-    run = feature // 1024 % 4
-    word = tl.where(run == 0, word0, tl.where(run == 1, word1, tl.where(run == 2, word2, word3)))
-    _write(input_ptr, output_ptr, element, word, count, scale, threshold, ACC)
+    factor = tl.load(factor_ptr + feature, mask=element < count, other=0.0)
+    x = tl.load(input_ptr + element, mask=element < count, other=0.0).to(ACC)
+    y = tl.where(factor == 0, 0.0, x * factor)
+    tl.store(output_ptr + element, y.to(output_ptr.dtype.element_ty), mask=element < count)
 
 
 def _prepare(input: torch.Tensor, p: float, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,11 +77,12 @@ def feature_dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.
         return output
     if p == 1.0:
         return output.zero_()
+    features = x.shape[0] * x.shape[1]
+    factors = dropout(torch.ones(features, dtype=accumulator_dtype(x.dtype), device=x.device), p, seed)
     config = configs.elementwise(x)
     launch(
-        feature_dropout_kernel, (triton.cdiv(x.numel(), config["BLOCK"]),), x, output, seed, x.numel(), x.shape[1],
-        x.numel() // (x.shape[0] * x.shape[1]), 1.0 / (1.0 - p), int(p * 2**32) - 2**31,
-        CHANNELS_LAST=not x.is_contiguous(), ACC=accumulator(x.dtype), **config,
+        feature_dropout_kernel, (triton.cdiv(x.numel(), config["BLOCK"]),), x, factors, output, x.numel(), x.shape[1],
+        x.numel() // features, CHANNELS_LAST=not x.is_contiguous(), ACC=accumulator(x.dtype), **config,
     )
     return output
 

@@ -193,10 +193,12 @@ def adaptive_avg_pool2d_forward_kernel(
     total = tl.zeros((BLOCK,), ACC)
     for r in range(LONGEST_H):
         h = h_start + r
+        row = tl.zeros((BLOCK,), ACC)  # sums of rows first: fewer roundings meet in one sum
         for s in range(LONGEST_W):
             w = w_start + s
             inside = (i < count) & (h < h_end) & (w < w_end)
-            total += tl.load(plane + h * x_stride_h + w * x_stride_w, mask=inside, other=0.0).to(ACC)
+            row += tl.load(plane + h * x_stride_h + w * x_stride_w, mask=inside, other=0.0).to(ACC)
+        total += row
     y = total / ((h_end - h_start) * (w_end - w_start)).to(ACC)
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < count)
 

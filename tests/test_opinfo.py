@@ -113,7 +113,8 @@ def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
             assert a is None or a.is_floating_point() or draw > 0 or torch.equal(a, e)
         draws.append([(a, m, r) for a, m, r in zip(ours, measure, exact) if a is not None and a.is_floating_point()])
         if draw in (0, 64):
-            rows = [row for triples in zip(*draws) for row in compare("result", *zip(*triples), narrow) if row.region == "whole"]
+            rows = [row for triples in zip(*draws) for row in compare("result", *zip(*triples), narrow)]
+            rows = [row for row in rows if row.region == "whole"]
             if all(row.ok for row in rows):
                 return
         args, kwargs = shaken(args), shaken(kwargs)
@@ -194,10 +195,10 @@ def test_modules(info, dtype, training):
             continue
 
         def on(namespace, built=built):
-            def function(parameters, args, kwargs):
-                dtype = next((p.dtype for p in parameters.values()), None) or args[0].dtype
+            def function(values, args, kwargs):
+                dtype = next((p.dtype for p in values.values()), None) or args[0].dtype
                 module = getattr(namespace, name)(*built.args, **cast(built.kwargs, dtype)).train(training).to(dtype)
-                return torch.func.functional_call(module, parameters, args, kwargs)
+                return torch.func.functional_call(module, values, args, kwargs)
 
             return function
 

@@ -44,7 +44,9 @@ FORMS = {
         lambda: F.max_pool1d(SEQUENCE, 2, return_indices=True), lambda: F.max_pool1d_with_indices(SEQUENCE, 2),
         lambda: torch.max_pool1d_with_indices(SEQUENCE, 2, 1),
     ],
-    "avg_pool1d": [lambda: F.avg_pool1d(SEQUENCE, 3, 2, 1), lambda: torch.avg_pool1d(SEQUENCE, 2), lambda: nn.AvgPool1d(2)(SEQUENCE)],
+    "avg_pool1d": [
+        lambda: F.avg_pool1d(SEQUENCE, 3, 2, 1), lambda: torch.avg_pool1d(SEQUENCE, 2), lambda: nn.AvgPool1d(2)(SEQUENCE),
+    ],
     "adaptive_avg_pool1d": [lambda: F.adaptive_avg_pool1d(SEQUENCE, 3), lambda: nn.AdaptiveAvgPool1d(1)(SEQUENCE)],
     "adaptive_max_pool1d": [
         lambda: F.adaptive_max_pool1d(SEQUENCE, 3), lambda: F.adaptive_max_pool1d(SEQUENCE, 3, True),

@@ -1,5 +1,10 @@
 """SyncBatchNorm in two real processes (gloo, on the CPU) against batch norm of the joined batch, by the rule."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +12,7 @@ from torch import nn
 
 import dlkern
 
+ROOT = Path(__file__).resolve().parent.parent
 C = 7
 # name -> sizes of the two processes' batches, shape behind the channels, dtype, options
 CASES = {
@@ -76,7 +82,11 @@ def process(rank, path):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (str(path),), nprocs=2)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(path)], cwd=ROOT, env=environment) for rank in (0, 1)
+    ]
+    assert [each.wait(timeout=300) for each in started] == [0, 0]
     return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -103,7 +113,8 @@ def test_is_batch_norm_of_the_joined_batch(name, processes):
             ours[key] = first[key]
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
-        assert value.dtype == (dtype if key in ("output", "grad_input") else torch.float64 if dtype == torch.float64 else torch.float32)
+        of_parameter = torch.float64 if dtype == torch.float64 else torch.float32
+        assert value.dtype == (dtype if key in ("output", "grad_input") else of_parameter)
         rows = dlkern.testing.compare(key, [value], [theirs[key]], [exact[key]], narrow)
         assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
@@ -134,3 +145,7 @@ def test_conversions():
     assert type(dlkern.revert(converted)[1]) is nn.SyncBatchNorm
     direct = dlkern.nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), nn.ReLU()))
     assert type(direct[0]) is dlkern.nn.SyncBatchNorm
+
+
+if __name__ == "__main__":
+    process(int(sys.argv[1]), sys.argv[2])

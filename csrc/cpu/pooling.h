@@ -73,13 +73,13 @@ template <class T> struct LpPoolBackwardArgs {
   T* grad_input;
 };
 
-#define DLKERN_DECLARE_POOLING(T)                                                     \
-  DLKERN_DECLARE(void, max_pool2d_forward, const MaxPoolArgs<T>&)               \
-  DLKERN_DECLARE(void, max_pool2d_backward, const MaxPoolBackwardArgs<T>&)      \
-  DLKERN_DECLARE(void, avg_pool2d_forward, const AvgPoolArgs<T>&)               \
-  DLKERN_DECLARE(void, avg_pool2d_backward, const AvgPoolArgs<T>&)              \
-  DLKERN_DECLARE(void, adaptive_avg_pool2d_forward, const AdaptivePoolArgs<T>&) \
-  DLKERN_DECLARE(void, adaptive_avg_pool2d_backward, const AdaptivePoolArgs<T>&)      \
+#define DLKERN_DECLARE_POOLING(T)                                                           \
+  DLKERN_DECLARE(void, max_pool2d_forward, const MaxPoolArgs<T>&)                           \
+  DLKERN_DECLARE(void, max_pool2d_backward, const MaxPoolBackwardArgs<T>&)                  \
+  DLKERN_DECLARE(void, avg_pool2d_forward, const AvgPoolArgs<T>&)                           \
+  DLKERN_DECLARE(void, avg_pool2d_backward, const AvgPoolArgs<T>&)                          \
+  DLKERN_DECLARE(void, adaptive_avg_pool2d_forward, const AdaptivePoolArgs<T>&)             \
+  DLKERN_DECLARE(void, adaptive_avg_pool2d_backward, const AdaptivePoolArgs<T>&)            \
   DLKERN_DECLARE(void, adaptive_max_pool2d_forward, const AdaptiveMaxPoolArgs<T>&)          \
   DLKERN_DECLARE(void, adaptive_max_pool2d_backward, const AdaptiveMaxPoolBackwardArgs<T>&) \
   DLKERN_DECLARE(void, lp_pool2d_forward, const LpPoolArgs<T>&)                             \

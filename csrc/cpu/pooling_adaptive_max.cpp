@@ -20,8 +20,8 @@ inline void join(Vec<T> value, Tag<T> value_place, Vec<T>& best, Tag<T>& place) 
 }
 template <class A> inline void join(A value, int64_t value_place, A& best, int64_t& place) {
   const bool nan = value != value, best_nan = best != best;
-  const bool won = nan ? !best_nan || value_place > place
-                       : !best_nan && (value > best || (value == best && value_place < place));
+  const bool won =
+      nan ? !best_nan || value_place > place : !best_nan && (value > best || (value == best && value_place < place));
   if (won) best = value, place = value_place;
 }
 
@@ -56,8 +56,8 @@ template <class T> void forward(const AdaptiveMaxPoolArgs<T>& args) {
             Vec<T> best = load(values + x0 * inner + c);
             Tag<T> place = load_vector<Tag<T>>(rows + x0 * inner + c) * width + tags<T>(x0);
             for (int64_t ix = x0 + 1; ix < x1; ++ix)
-              join<T>(load(values + ix * inner + c),
-                      load_vector<Tag<T>>(rows + ix * inner + c) * width + tags<T>(ix), best, place);
+              join<T>(load(values + ix * inner + c), load_vector<Tag<T>>(rows + ix * inner + c) * width + tags<T>(ix),
+                      best, place);
             store_before(args.output + to + c, best, args.output + limit);
             const Longs<T> places = __builtin_convertvector(place, Longs<T>);
             if (limit - to - c >= kLanes<T>)

@@ -46,8 +46,8 @@ Tensor feature_dropout_cpu(const Tensor& input, double p, const Tensor& seed) {
     for (int64_t i = 0; i < features; ++i) factor[i] = 1;
     cpu::DropoutArgs<A> choice{factor, factor, features, p, static_cast<uint64_t>(*data<int64_t>(seed))};
     DLKERN_CALL(dropout, choice);
-    cpu::FeatureDropoutArgs<T> args{data<T>(x), mutable_data<T>(output), factor, n, c, x.numel() / features,
-                                    channels_last};
+    cpu::FeatureDropoutArgs<T> args{data<T>(x), mutable_data<T>(output), factor,       n,
+                                    c,          x.numel() / features,    channels_last};
     DLKERN_CALL(feature_dropout, args);
   });
   return output;

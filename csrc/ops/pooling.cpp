@@ -275,7 +275,8 @@ Tensor adaptive_max_pool2d_backward_cpu(const Tensor& grad_output, const Tensor&
 }
 
 void check_norm(double norm, const char* op) {
-  check<std::invalid_argument>(norm - norm == 0.0 && norm != 0.0, op, ": the norm must be finite and not 0, got ", norm);
+  check<std::invalid_argument>(norm - norm == 0.0 && norm != 0.0, op, ": the norm must be finite and not 0, got ",
+                               norm);
 }
 
 Tensor lp_pool2d_forward_cpu(const Tensor& input, double norm, Ints window, bool ceil_mode) {
@@ -311,8 +312,8 @@ Tensor lp_pool2d_backward_cpu(const Tensor& grad_output, const Tensor& input, do
   Tensor slopes = allocate(pooled_size(shape), ScalarType::Double, x);
   dispatch_floating(x.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    cpu::LpPoolBackwardArgs<T> args{shape,      norm, data<T>(g), data<T>(x), mutable_data<double>(slopes),
-                                    mutable_data<T>(grad_input)};
+    cpu::LpPoolBackwardArgs<T> args{
+        shape, norm, data<T>(g), data<T>(x), mutable_data<double>(slopes), mutable_data<T>(grad_input)};
     DLKERN_CALL(lp_pool2d_backward, args);
   });
   return grad_input;

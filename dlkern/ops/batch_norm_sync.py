@@ -99,7 +99,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         if need_input:
             shares = _gather(sums.double(), group).sum(0) / total * (scale.double() * invstd)
             if input.numel():
-                grad_input = _frozen(column, x, grad_input, *(-shares).to(dtype), mean_, var_, eps)
+                slope, offset = (-shares).to(dtype)
+                grad_input = _frozen(column, x, grad_input, slope, offset, mean_, var_, eps)
         return (
             grad_input.to(input.dtype) if need_input else None,
             sums[0].to(weight.dtype) if need_weight else None,

@@ -1,10 +1,11 @@
 """Pooling: schemas, fake kernels, autograd, dispatch.
 
 Max pooling keeps one byte a window for its backward, the offset of the winner inside its window; torch's int64
-indices are made only where they are asked for, or where a window has more than 256 elements, and by adaptive max pooling always.
-All backwards are linear in grad_output, so each op's backward is differentiated by its adjoint: a gather for the
-maximum, the forward op itself for the averages. (Power averages are not linear: their second derivatives are the
-reference's.) The 1-D functions are these ops on images of one row; `op` names the function for trace().
+indices are made only where they are asked for, or where a window has more than 256 elements, and by adaptive max
+pooling always. The backwards of maxima and averages are linear in grad_output, so each is differentiated by its
+adjoint: a gather for the maximum, the forward op itself for the average. Power averages are not linear in their input:
+their second derivatives are the reference's. The 1-D functions are these ops on images of one row; `op` names the function
+for trace().
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ NO_INDICES, WINDOW_OFFSETS, FLAT_INDICES = 0, 1, 2
 _INDEX_DTYPE = {WINDOW_OFFSETS: torch.uint8, FLAT_INDICES: torch.int64}
 
 
-# The raw ops take kernel size, stride, (not of lp_pool2d) padding and (of max_pool2d) dilation as one list, `window`: a list of ints costs
-# about as much on its way from Python as pooling a small image does.
+# The raw ops take kernel size, stride, (not lp_pool2d) padding and (max_pool2d) dilation as one list, `window`: a list of
+# ints costs about as much on its way from Python as pooling a small image does.
 
 
 def output_size(size, kernel_size, stride, padding, dilation, ceil_mode):

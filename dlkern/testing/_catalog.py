@@ -175,7 +175,8 @@ def _pooling() -> Iterator[Case]:
 
 def _pooling_of_sequences() -> Iterator[Case]:
     for op, label, options in (
-        ("max_pool1d", "3 stride 2", dict(kernel_size=3, stride=2, padding=1)), ("max_pool1d", "dilated", dict(kernel_size=2, dilation=3)),
+        ("max_pool1d", "3 stride 2", dict(kernel_size=3, stride=2, padding=1)),
+        ("max_pool1d", "dilated", dict(kernel_size=2, dilation=3)),
         ("avg_pool1d", "4 stride 3", dict(kernel_size=4, stride=3, padding=2, ceil_mode=True)),
         ("adaptive_avg_pool1d", "to 5", dict(output_size=5)), ("adaptive_max_pool1d", "to 4", dict(output_size=4)),
         ("lp_pool1d", "2", dict(norm_type=2, kernel_size=3, stride=2)),

@@ -32,7 +32,7 @@ MUTANTS = [
     # The spread of the processes' means, their counts, the mean of the gradient.
     _mutant(_SYNC, "(squares + counts * (means - mean).square()).sum(0)", "squares.sum(0)", "sync_batch_norm", "joined", ""),
     _mutant(_SYNC, "mean = (means * counts).sum(0) / total", "mean = means.mean(0)", "sync_batch_norm", "joined", ""),
-    _mutant(_SYNC, "*(-shares).to(dtype), mean_", "*(shares * 0).to(dtype), mean_", "sync_batch_norm", "joined", ""),
+    _mutant(_SYNC, "slope, offset = (-shares).to(dtype)", "slope, offset = (0 * shares).to(dtype)", "sync_batch_norm", "joined", ""),
     _mutant(_SYNC, "deviations / (total - 1).clamp(min=1)", "deviations / total", "sync_batch_norm", "joined", ""),
     # Triton: the later of equals, a window's place, a window short; a cut-off window's share, the slope at zero; words.
     _mutant("kernels/pooling.py", "take = inside & ((x > best) | (x != x))  # the first", "take = inside & ((x >= best) | (x != x))  # the first",

@@ -160,7 +160,8 @@ def max_pool2d(
                 return results if return_indices else results[0]
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
-    return _max_pool(2, torch.nn.functional.max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    function = torch.nn.functional.max_pool2d
+    return _max_pool(2, function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool2d_with_indices(
