@@ -41,7 +41,7 @@ def run(op: str, examples: int) -> dict[str, object]:
     }
     if done.returncode:
         # What pytest says of the exception, a bare assert's too; below it stand the arguments, pages of them.
-        errors = [line[:400] for line in done.stdout.splitlines() if re.match(r"^(E  |    \| )", line)]
+        errors = [line[:400] for line in done.stdout.splitlines() if re.match(r"^(E  |    \| +(\w*Error|assert|Row))", line)]
         killed = [f"stopped by signal {-done.returncode}"] if done.returncode < 0 else []
         record["failure"] = killed + (errors[:12] or (done.stdout + done.stderr).splitlines()[-12:])
     return record

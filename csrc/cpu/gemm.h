@@ -51,7 +51,7 @@ constexpr int64_t kCaches = 30'000'000;  // bytes of C that leave the caches any
 // B is read where it is, a few rows at a time, when A has so few rows that packing would cost more than it saves.
 constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
 // Blocks of k where the product is small or narrow: libraries take inner products there, whose sums are short.
-constexpr int64_t kShortKC = 16, kSmallWork = 262144, kNarrowN = 12;
+constexpr int64_t kShortKC = 8, kSmallWork = 262144, kNarrowN = 12;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -203,7 +203,7 @@ MUTANTS += [
     # transposed convolution: no bias in gaps, none behind the depthwise kernels, none in the dense kernel
     _transposed("if (gaps && args.bias) {", "if (gaps && !args.bias) {"),
     _transposed("if (args.bias) apply_bias(args, false);", "if (args.bias && args.grad_input_channels_last) apply_bias(args, false);"),
-    _transposed("      c.bias = args.bias;\n      c.groups = z.groups;\n      correlate(c);", "      c.groups = z.groups;\n      correlate(c);"),
+    _transposed("      c.bias = args.bias;\n      c.groups = z.groups;\n      is_planar", "      c.groups = z.groups;\n      is_planar"),
     # the bias's gradient: the last pixels, the images
     _transposed("load_partial<T>(from + p, static_cast<int>(pixels - p)));\n      }", "load(from + p));\n      }", "csrc/cpu/conv_weight.cpp"),
     _transposed("for (int64_t n = 0; n < args.n; ++n) {\n        const T* from = args.grad_output + (n * args.k + k)",
@@ -213,4 +213,65 @@ MUTANTS += [
     _transposed("for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;\n    c.kernel_h", "for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = 0;\n    c.kernel_h",
                 tests=("tests/test_freeze.py", "-k", "same_bits")),
     _transposed("c.packed = args.packed;", "c.packed = args.packed ? args.packed + 1 : nullptr;", tests=("tests/test_freeze.py", "-k", "same_bits")),
+]
+
+_CONV, _KERNEL, _BORDERS, _PLANAR, _WEIGHT = (
+    f"csrc/cpu/conv{name}" for name in (".cpp", "_kernel.h", "_borders.h", "_planar.h", "_weight.cpp")
+)
+_GEMM, _LINEAR = "csrc/cpu/gemm.h", "csrc/cpu/linear.cpp"
+_DENSE = "exact_on_integers and float32 and (3x3 or stride or dilated or padd or kernel or one)"
+
+
+def _conv(file, old, new, selection=_DENSE):
+    return dict(file=file, old=old, new=new, tests=["tests/test_conv.py", "-k", selection], build="native")
+
+
+def _matmul(file, old, new, selection):
+    return dict(file=file, old=old, new=new, tests=["tests/test_linear.py", "-k", selection], build="native")
+
+
+MUTANTS += [
+    # Dense: the bias in no block, pixels of a class short by one, a task's first image, the copy's row, a column's step.
+    _conv(_CONV, "block + 1 == plan.block_count ? bias : nullptr", "block + 1 < plan.block_count ? bias : nullptr"),
+    _conv(_CONV, "correlate_tile_for<A>(smaller(kTilePixels, first_pixel[c + 1] - p)",
+          "correlate_tile_for<A>(smaller(kTilePixels - 1, first_pixel[c + 1] - p)"),
+    _conv(_CONV, "if (pieces == 0 && block > 0 && !add_bias) continue;", "if (pieces == 0) continue;"),
+    _conv(_CONV, "copy + k * plan.local_h * plan.row + q * plan.local_w * plan.pixel",
+          "copy + k * plan.row + q * plan.local_w * plan.pixel"),
+    _conv(_CONV, "const int64_t reach = residue + padding - r * dilation;", "const int64_t reach = residue + padding - r;"),
+    # The micro-kernel: sums of the blocks before lost, the weights' step, the last window's row for all.
+    _conv(_KERNEL, "V value = add ? load(out + j * lanes) + sum[i][j] : sum[i][j];", "V value = sum[i][j];"),
+    _conv(_KERNEL, "const A* w = weights + pieces[t].step * (NV * lanes);", "const A* w = weights + t * (NV * lanes);"),
+    _conv(_KERNEL, "a[i] = rows[i] + pieces[t].offset;", "a[i] = rows[0] + pieces[t].offset;"),
+    # Borders: classes off by one at either side, a piece cut at the block's end, the row's taps of a merged run.
+    _conv(_BORDERS, "tap[range.begin] < 0) ++range.begin;", "tap[range.begin] < -1) ++range.begin;"),
+    _conv(_BORDERS, "tap[range.end - 1] >= size) --range.end;", "tap[range.end - 1] > size) --range.end;"),
+    _conv(_BORDERS, "offset += part;", "offset += 1;", "exact_on_integers and float32 and (many or odd or 3x3)"),
+    # Planar: the right padding, the last vector's shift, channels summed anew in each block, the bias.
+    _conv(_PLANAR, "zero(left + width, plan.pitch - left - width);", "", "exact_on_integers and float32 and (stem or one or 5x5)"),
+    _conv(_PLANAR, "sums_row, c > 0);", "sums_row, false);", "exact_on_integers and float32 and (3x3 or stem or one or 5x5)"),
+    _conv(_PLANAR, "source[count] = copy + i * z.stride_h * plan.pitch", "source[count] = copy + i * plan.pitch",
+          "exact_on_integers and float32"),
+    _conv(_PLANAR, "static_cast<T>(from[q] + bias)", "static_cast<T>(from[q])", "exact_on_integers and float32 and (one or 5x5)"),
+    # Weight gradient: a band's sums lost, a tail of channels, the last taps; turned: the same, and the dilated row.
+    _conv(_WEIGHT, "plan.columns, i > band_begin || p > 0);", "plan.columns, p > 0);", "exact_on_integers and float32"),
+    _conv(_WEIGHT, "const int64_t offset = r * z.dilation_h * plan.row + s", "const int64_t offset = r * plan.row + s"),
+    _conv(_WEIGHT, "store(row + j, load(row + j) + load(other + j));", "store(row + j, load(other + j));", "exact_on_integers and float32"),
+    _conv(_WEIGHT, "                  i > band_begin || p > 0);", "                  p > 0);", "exact_on_integers and float32"),
+    _conv(_WEIGHT, "copy + r * z.dilation_h * plan.row + e, offsets + p,", "copy + r * plan.row, offsets + p,",
+          "exact_on_integers and float32"),
+    _conv(_WEIGHT, "turned_tile_for<A>(smaller(kOuterRows, run - e)", "turned_tile_for<A>(smaller(kOuterRows - 1, run - e)",
+          "exact_on_integers and float32"),
+    # Products: blocks of k that do not add up (and an epilogue too soon), the last columns, packed rows and columns, a dot product's tail.
+    _matmul(_GEMM, "if (add) value += count == lanes ? load(out) : load_partial<C>(out, count);", "", "test_parity"),
+    _matmul(_GEMM, "for (int64_t c = columns; c < width; ++c) packed[p * width + c] = P(0);",
+            "for (int64_t c = columns - 1; c < width; ++c) packed[p * width + c] = P(0);", "test_layouts"),
+    _matmul(_GEMM, "const bool first = pc == 0, last = pc + kc_step >= g.k;", "const bool first = pc == 0, last = pc == 0;",
+            "test_activation or test_parity"),
+    _matmul(_GEMM, "load_partial<T>(b + j * b_column + p, rest);", "load_partial<T>(b + j * b_column, rest);", "test_parity"),
+    # linear: the bias's gradient short of a row, its tail of columns, an activation's gradient.
+    _matmul(_LINEAR, "for (int64_t i = 0; i < x.m; ++i) {", "for (int64_t i = 1; i < x.m; ++i) {", "test_parity"),
+    _matmul(_LINEAR, "load(bias + j) : load_partial<T>(bias + j, count);", "load(bias) : load_partial<T>(bias + j, count);", "test_parity"),
+    _matmul("csrc/cpu/activation.h", "return grad * (1 - y * y);", "return grad * (1 - y);", "test_activation"),
+    _matmul("csrc/cpu/simd.h", "const V part = 2 / sum, rest = 1 - part;", "const V part = 2 / one, rest = 1 - part;", "test_activation"),
 ]
