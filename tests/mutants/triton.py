@@ -8,8 +8,8 @@ def _mutant(file: str, old: str, new: str, selection: str) -> dict:
 MUTANTS = [
     # dropout: words swapped, a lost tail mask, a scale
     _mutant("dropout", "first + 1024, word1", "first + 1024, word2", "dropout_drops"),
-    _mutant("dropout", "y.to(output_ptr.dtype.element_ty), mask=element < count)", "y.to(output_ptr.dtype.element_ty))",
-            "dropout_drops"),
+    _mutant("dropout", "scale.to(ACC), 0.0)\n    tl.store(output_ptr + element, y.to(output_ptr.dtype.element_ty), mask=element < count)",
+            "scale.to(ACC), 0.0)\n    tl.store(output_ptr + element, y.to(output_ptr.dtype.element_ty))", "dropout_drops"),
     _mutant("dropout", "x, output, seed, x.numel(), 1.0 / (1.0 - p)", "x, output, seed, x.numel(), 1.0 - p",
             "dropout_drops"),
     # linear: a lost tail mask of the contraction, the bias's gradient of one part, a wrong stride, an activation
@@ -46,7 +46,8 @@ MUTANTS = [
             "test_float32 and max_pool2d"),
     _mutant("pooling", "h_end = tl.minimum(h + KERNEL_H, H + PADDING_H)", "h_end = h + KERNEL_H",
             "average_over_padding"),
-    _mutant("pooling", "p_start, p_end = h * P // H, ((h + 1) * P + H - 1) // H", "p_start, p_end = h * P // H, h * P // H + 1",
+    _mutant("pooling", "dy_ptr + n * dy_stride_n + c * dy_stride_c\n    p_start, p_end = h * P // H, ((h + 1) * P + H - 1) // H",
+            "dy_ptr + n * dy_stride_n + c * dy_stride_c\n    p_start, p_end = h * P // H, h * P // H + 1",
             "test_float32 and adaptive"),
     # batch norm: a tail of rows, Chan's merge, the unbiased variance, the mean of g
     _mutant("batch_norm", "deviation = tl.where(inside, x - tile_mean[None, :], 0.0)", "deviation = x - tile_mean[None, :]",
