@@ -263,13 +263,14 @@ def sequence_calls(draw):
     x = tensor(draw, size[1:] if draw(st.booleans()) else size, dtype)
     window = dict(kernel_size=draw(small), stride=draw(st.one_of(st.none(), small)), ceil_mode=draw(st.booleans()))
     padding = draw(st.sampled_from([0, 0, 1, 2, -1]))
+    sizes = st.sampled_from([-1, *range(1, 10)])  # of no output at all, torch has no gradient
     options = {
         "max_pool1d": dict(
             window, padding=padding, dilation=draw(st.sampled_from([1, 1, 2, 0])), return_indices=draw(st.booleans())
         ),
         "avg_pool1d": dict(window, padding=padding, count_include_pad=draw(st.booleans())),
-        "adaptive_avg_pool1d": dict(output_size=draw(st.integers(-1, 9))),
-        "adaptive_max_pool1d": dict(output_size=draw(st.integers(-1, 9)), return_indices=draw(st.booleans())),
+        "adaptive_avg_pool1d": dict(output_size=draw(sizes)),
+        "adaptive_max_pool1d": dict(output_size=draw(sizes), return_indices=draw(st.booleans())),
     }
     op = draw(st.sampled_from(sorted(options)))
     return op, [x], options[op], dtype
