@@ -382,7 +382,9 @@ def test_fused_is_the_composition(shape, channels_last, training, residual, acti
                     return inputs()
         return drawn
 
-    dlkern.testing.check(ours, theirs, inputs, draws=1 if shape[1] == 48 else 3, name="fused").raise_if_failed()
+    # tanh's slope of small numbers decides its largest error; over 3 draws of a few hundred elements chance does.
+    draws = 1 if shape[1] == 48 else 24 if activation is Activation.TANH else 3
+    dlkern.testing.check(ours, theirs, inputs, draws=draws, name="fused").raise_if_failed()
 
 
 def test_relu_of_a_nan_is_nan_and_its_gradient_passes_at_positive_only():
