@@ -8,6 +8,7 @@ an interrupted run loses nothing and runs of parts add up. DLKERN_ISAS=avx512 ma
 from __future__ import annotations
 
 import argparse
+import filecmp
 import importlib
 import json
 import os
@@ -20,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutants"
-IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "report", "__pycache__", "*.egg-info", ".hypothesis", "results")
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv", "build", "report", "__pycache__", "*.egg-info", ".hypothesis", "results", "*.so"
+)
 
 
 def mutants(only: str) -> list[dict]:
@@ -46,6 +49,12 @@ def record(path: Path, row: dict) -> None:
     path.write_text(json.dumps(known, indent=1) + "\n")
 
 
+def copy_changed(source: str, target: str) -> None:
+    """Copies what differs, dated now: what an interrupted run left mutated is compiled again, and nothing else."""
+    if not os.path.exists(target) or not filecmp.cmp(source, target, shallow=False):
+        shutil.copy(source, target)
+
+
 def build(kind: str) -> bool:
     if not kind:
         return True
@@ -68,10 +77,12 @@ def main() -> int:
     options = parser.parse_args()
     chosen = mutants(options.only)
     COPY.mkdir(parents=True, exist_ok=True)
-    for old in COPY.iterdir():  # all but its build folder, which makes the next run short
-        if old.name != "build":
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    shutil.copytree(ROOT, COPY, symlinks=True, dirs_exist_ok=True, ignore=IGNORED)
+    for old in COPY.rglob("*"):  # what is gone from the sources; links, which are made anew; not what was built here
+        inside = old.relative_to(COPY)
+        built = inside.parts[0] == "build" or old.suffix == ".so"
+        if not built and (old.is_symlink() or (old.is_file() and not (ROOT / inside).exists())):
+            old.unlink()
+    shutil.copytree(ROOT, COPY, symlinks=True, dirs_exist_ok=True, ignore=IGNORED, copy_function=copy_changed)
     for kind in sorted({m["build"] for m in chosen}):
         if not build(kind):
             sys.exit(f"the unchanged sources do not build ({kind})")

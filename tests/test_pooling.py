@@ -492,3 +492,19 @@ def test_a_pool_of_nothing():
     assert output.shape == (2, 3, 0, 2)
     output.sum().backward()
     assert x.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("return_indices", [False, True])
+@pytest.mark.parametrize("size", [(3, 1, 1), (2, 3, 1, 1), (2, 4, 3, 1)], ids=str)
+def test_windows_that_see_nothing(size, return_indices):
+    """Dilated taps may all miss the image, and ceil_mode alone may make the only window. torch's index then lies outside
+    the window, and its backward writes there; here such a window has no gradient."""
+    x = torch.randn(size, requires_grad=True)
+    options = dict(kernel_size=3, stride=3, padding=1, dilation=2, ceil_mode=True)
+    with dlkern.trace() as calls:
+        outputs = F.max_pool2d(x, return_indices=return_indices, **options)
+    assert {call.backend for call in calls} == {"cpu"}
+    y, expected = outputs[0] if return_indices else outputs, TF.max_pool2d(x.detach(), **options)
+    assert torch.equal(y, expected)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert gradient.sum() == torch.isfinite(expected).sum()
