@@ -162,7 +162,7 @@ void write_out(const Correlation<T>& z, const A* sums, int64_t width, int64_t fi
     const int64_t image = row / z.rows, i = row % z.rows;
     const int64_t h = z.start_h + i * z.step_h, w = z.start_w + column_begin * z.step_w;
     int64_t together = 1;  // rows that follow each other in memory
-    if (columns == z.out_w && z.step_h == 1) together = smaller(row_end - row, z.rows - i);
+    if (columns == z.out_w && z.step_h == 1 && z.step_w == 1) together = smaller(row_end - row, z.rows - i);
     const int64_t pixels = together * columns;
     if (z.output_channels_last) {
       T* to = z.output + ((image * z.out_h + h) * z.out_w + w) * z.out_channels + first;

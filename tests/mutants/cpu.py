@@ -200,6 +200,9 @@ def _transposed(old: str, new: str, file: str = _CONV, tests: tuple[str, ...] = 
 
 
 MUTANTS += [
+    # rows that follow each other in memory, where pixels do not
+    _transposed("if (columns == z.out_w && z.step_h == 1 && z.step_w == 1) together", "if (columns == z.out_w && z.step_h == 1) together",
+                tests=("tests/test_conv.py", "-k", "exact and wide")),
     # transposed convolution: no bias in gaps, none behind the depthwise kernels, none in the dense kernel
     _transposed("if (gaps && args.bias) {", "if (gaps && !args.bias) {"),
     _transposed("if (args.bias) apply_bias(args, false);", "if (args.bias && args.grad_input_channels_last) apply_bias(args, false);"),
