@@ -85,12 +85,13 @@ def test_only_the_gradients_asked_for():
 @pytest.mark.parametrize("size,kernel", [(7, 3), (6, 4)])
 @pytest.mark.parametrize("padding", ["same", "valid", 2])
 def test_sequences(size, kernel, padding):
-    """conv1d takes every layout, and gives torch's contiguous one."""
-    w = torch.randint(-3, 4, (5, 3, kernel)).float()
+    """conv1d takes every layout, and gives torch's: contiguous, whatever the input's, but where the weight's is not."""
+    weight = torch.randint(-3, 4, (5, 3, kernel)).float()
     batch = torch.randint(-3, 4, (2, size, 3)).float().transpose(1, 2)
-    for x in (batch, batch.contiguous(), batch[0]):
-        ours, theirs = (f(x, w, torch.arange(5.0), padding=padding) for f in (F.conv1d, TF.conv1d))
-        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    for w in (weight, weight.transpose(1, 2).contiguous().transpose(1, 2)):
+        for x in (batch, batch.contiguous(), batch[0]):
+            ours, theirs = (f(x, w, torch.arange(5.0), padding=padding) for f in (F.conv1d, TF.conv1d))
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
 
 
 WRONG = {

@@ -75,7 +75,7 @@ def _hand_on(name: str, function: Callable[..., torch.Tensor], reason: str, *arg
 
 
 def _row(x: torch.Tensor) -> torch.Tensor:
-    """A sequence [N, C, L] as a one-row image. As in torch, the result of a 1-D convolution is contiguous."""
+    """A sequence [N, C, L] as a one-row image. As in torch, its layout does not matter to the result's, the weight's does."""
     return x.contiguous().unsqueeze(2)
 
 
@@ -120,7 +120,7 @@ def _convolution(
     if before:
         x = torch.nn.functional.pad(x, before)
     if dims == 1:
-        output = ops.conv.conv2d(_row(x), _row(weight), bias, (1, *step), (0, *pad), (1, *spread), groups, name).squeeze(2)
+        output = ops.conv.conv2d(_row(x), weight.unsqueeze(2), bias, (1, *step), (0, *pad), (1, *spread), groups, name).squeeze(2)
     elif activation == 0 and residual is None:
         output = ops.conv.conv2d(x, weight, bias, step, pad, spread, groups, name)
     elif residual is not None and residual.dtype != x.dtype:  # under autocast: then the sum has the wider dtype
@@ -153,7 +153,7 @@ def conv1d(
         stride, padding, dilation, groups: as in conv2d, for one dimension.
 
     Returns:
-        [N, K, Q], contiguous, with Q = (L + 2·padding - dilation·(S - 1) - 1) // stride + 1.
+        [N, K, Q] with Q = (L + 2·padding - dilation·(S - 1) - 1) // stride + 1.
 
     Raises:
         RuntimeError, TypeError: torch's own, for wrong arguments.
@@ -164,7 +164,7 @@ def conv1d(
             step, pad, spread = _plain.number(stride), _plain.number(padding), _plain.number(dilation)
             if step is not None and pad is not None and spread is not None and type(groups) is int:
                 settings = ((1, step), (0, pad), (1, spread), groups)
-                return ops.conv.run(column, _row(input), _row(weight), bias, *settings).squeeze(2)
+                return ops.conv.run(column, _row(input), weight.unsqueeze(2), bias, *settings).squeeze(2)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
     return _convolution(1, torch.nn.functional.conv1d, input, weight, bias, stride, padding, dilation, groups)
@@ -302,7 +302,7 @@ def _transposed(
         more = tuple(m % s for m, s in zip(more, step))
     if dims == 1:
         settings = ((1, *step), (0, *pad), (0, *more), groups, (1, *spread), name)
-        output = ops.conv.conv_transpose2d(_row(x), _row(weight), bias, *settings).squeeze(2)
+        output = ops.conv.conv_transpose2d(_row(x), weight.unsqueeze(2), bias, *settings).squeeze(2)
     else:
         output = ops.conv.conv_transpose2d(x, weight, bias, step, pad, more, groups, spread, name)
     return output.squeeze(0) if unbatched else output
@@ -327,7 +327,7 @@ def conv_transpose1d(
         stride, padding, output_padding, groups, dilation: as in conv_transpose2d, for one dimension.
 
     Returns:
-        [N, K, M], contiguous, with M = (L - 1)·stride - 2·padding + dilation·(S - 1) + output_padding + 1.
+        [N, K, M] with M = (L - 1)·stride - 2·padding + dilation·(S - 1) + output_padding + 1.
 
     Raises:
         RuntimeError, TypeError: torch's own, for wrong arguments.
