@@ -108,6 +108,10 @@ def agree(ours_function, theirs_function, inputs, dtype):
         return
     assert not isinstance(ours, Exception), f"torch returned, dlkern raised {ours!r}"
     assert ours[0].stride() == theirs[0].stride() or ours[0].numel() <= 1
+    if theirs[0].numel() == 0 and isinstance(run(theirs_function, inputs, torch.float64), Exception):
+        # An empty result in one of torch's dtypes, an error in another: there is nothing to measure by.
+        assert [a.shape for a in ours] == [b.shape for b in theirs]
+        return
     rows = rows_over_draws(ours_function, theirs_function, inputs, dtype, 4)
     if not all(row.ok for row in rows):  # chance, or a fault: more draws tell
         rows = rows_over_draws(ours_function, theirs_function, inputs, dtype, 64)
@@ -129,6 +133,8 @@ def conv_calls(draw, dims=2, transposed=False):
     bias = [torch.randn(k + (draw(st.integers(0, 9)) == 0), dtype=dtype)] if draw(st.booleans()) else [None]
     options = dict(stride=draw(settings), dilation=draw(settings), groups=groups, padding=draw(settings))
     if transposed:
+        # Not 0, on which torch's dtypes disagree: float32 takes it for a kernel of one element, float64 raises.
+        options["dilation"] = draw(settings.filter(lambda d: 0 not in (d if isinstance(d, tuple) else (d,))))
         options["output_padding"] = draw(st.one_of(st.just(0), settings))
     elif draw(st.booleans()):
         options["padding"] = draw(st.sampled_from(["same", "valid", "SAME"]))
