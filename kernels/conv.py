@@ -262,7 +262,7 @@ def conv2d_backward_weight_kernel(
 
 
 @triton.jit
-def conv2d_backward_bias_kernel(
+def channel_sums_kernel(
     dy_ptr, dbias_ptr, M, M_PART, K, P, Q, dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
     ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -426,7 +426,7 @@ def conv2d_backward_bias(grad_output):
     parts, part_length = configs.row_blocks(dy, M, K, config)
     out = torch.empty((parts, K), dtype=accumulator_dtype(dy.dtype), device=dy.device) if parts > 1 else grad_bias
     launch(
-        conv2d_backward_bias_kernel, (triton.cdiv(K, config["BLOCK_C"]), parts), dy, out, M, part_length, K, P, Q,
+        channel_sums_kernel, (triton.cdiv(K, config["BLOCK_C"]), parts), dy, out, M, part_length, K, P, Q,
         *dy.stride(), ACC=accumulator(dy.dtype), LARGE=is_large(dy), **config,
     )
     if parts > 1:

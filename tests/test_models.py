@@ -31,7 +31,7 @@ NETWORKS = {
     "googlenet": (make("googlenet", classes=10, dropout=0.0), 3, 33, 4),
     "resnet18": (make("resnet18", classes=10), 3, 24, 4),
     "resnet50": (make("resnet50", classes=10), 3, 33, 4),
-    "preact_resnet18": (make("preact_resnet18", classes=10), 3, 33, 4),
+    "preact_resnet18": (make("preact_resnet18", classes=10), 3, 24, 4),
     "densenet121": (make("densenet121", classes=10), 3, 33, 4),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)

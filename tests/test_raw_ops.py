@@ -119,6 +119,7 @@ def test_forward_and_backward_of_drawn_calls(op):
         inputs, *options, dtype = call
         inputs = [x for x in inputs if x is not None]
         result = fuzz.run(function(options[0]) if function else F.linear, inputs, dtype)
-        assert not isinstance(result, Exception) or isinstance(result, REFUSALS), result
+        # lp_pool with a norm of 0: Python's own error, in torch as well.
+        assert not isinstance(result, Exception) or isinstance(result, (*REFUSALS, ZeroDivisionError)), result
 
     run()

@@ -116,7 +116,7 @@ def _conv_transpose() -> Iterator[Case]:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, dict[str, Any]]] = {
         "4x4 stride 2": ((2, 5, 6, 5), (5, 6, 4, 4), True, dict(stride=2, padding=1)),
         "3x3": ((2, 4, 7, 6), (4, 5, 3, 3), False, dict(padding=1)),
-        "stride over kernel": ((6, 7, 5, 4), (7, 8, 2, 2), True, dict(stride=3, output_padding=(1, 2))),
+        "stride over kernel": ((3, 7, 5, 4), (7, 8, 2, 2), True, dict(stride=3, output_padding=(1, 2))),
         "dilated": ((3, 8, 6, 7), (8, 7, 3, 2), True, dict(dilation=(3, 2), output_padding=(2, 1), padding=1)),
         "grouped": ((4, 9, 5, 6), (9, 3, 3, 3), True, dict(groups=3, stride=2, output_padding=1)),
         "depthwise": ((3, 8, 6, 5), (8, 1, 3, 3), True, dict(groups=8, stride=2, padding=1)),
