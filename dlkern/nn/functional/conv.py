@@ -120,7 +120,8 @@ def _convolution(
     if before:
         x = torch.nn.functional.pad(x, before)
     if dims == 1:
-        output = ops.conv.conv2d(_row(x), weight.unsqueeze(2), bias, (1, *step), (0, *pad), (1, *spread), groups, name).squeeze(2)
+        settings = ((1, *step), (0, *pad), (1, *spread), groups, name)
+        output = ops.conv.conv2d(_row(x), weight.unsqueeze(2), bias, *settings).squeeze(2)
     elif activation == 0 and residual is None:
         output = ops.conv.conv2d(x, weight, bias, step, pad, spread, groups, name)
     elif residual is not None and residual.dtype != x.dtype:  # under autocast: then the sum has the wider dtype
