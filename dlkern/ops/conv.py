@@ -173,6 +173,20 @@ class Conv2dBackwardWeight(_autograd.Function):
         return (*gradients[:2], None, None, None, None, None, None, None, None)
 
 
+def _gradients(grad_output, input, weight, need, input_size, weight_size, settings, channels_last, column):
+    """grad_input, grad_weight and grad_bias, each where it is needed; differentiable where the grad mode asks for it."""
+    again = torch.is_grad_enabled()
+    grad_input = grad_weight = grad_bias = None
+    if need[0]:
+        args = (grad_output, weight, input_size, *settings, channels_last)
+        grad_input = _autograd.apply(Conv2dBackwardInput, *args, column) if again else _backward_input[column](*args)
+    if need[1] or need[2]:
+        args = (grad_output, input, weight_size, *settings, need[2], channels_last)
+        both = _autograd.apply(Conv2dBackwardWeight, *args, column) if again else _backward_weight[column](*args)
+        grad_weight, grad_bias = both
+    return grad_input, grad_weight if need[1] else None, grad_bias if need[2] else None
+
+
 class Conv2d(_autograd.Function):
     @staticmethod
     def forward(input, weight, bias, stride, padding, dilation, groups, column):
@@ -189,32 +203,7 @@ class Conv2d(_autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
-        need, input_size, weight_size, settings, channels_last, column = ctx.constants
-        need_input, need_weight, need_bias = need[:3]
-        again = torch.is_grad_enabled()
-        grad_input = grad_weight = grad_bias = None
-        if need_input:
-            if again:
-                grad_input = _autograd.apply(
-                    Conv2dBackwardInput, grad_output, weight, input_size, *settings, channels_last, column
-                )
-            else:
-                grad_input = _backward_input[column](grad_output, weight, input_size, *settings, channels_last)
-        if need_weight or need_bias:
-            if again:
-                grad_weight, grad_bias = _autograd.apply(
-                    Conv2dBackwardWeight, grad_output, input, weight_size, *settings, need_bias, channels_last, column
-                )
-            else:
-                grad_weight, grad_bias = _backward_weight[column](
-                    grad_output, input, weight_size, *settings, need_bias, channels_last
-                )
-        return (
-            grad_input,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            None, None, None, None, None,
-        )  # fmt: skip
+        return *_gradients(grad_output, input, weight, *ctx.constants), None, None, None, None, None
 
 
 class Conv2dAct(_autograd.Function):
@@ -232,29 +221,20 @@ class Conv2dAct(_autograd.Function):
             input if need[1] or need[2] else None, weight if need[0] else None, output if activation else None
         )
         channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
-        ctx.constants = need, input.shape, weight.shape, settings, channels_last, activation, column
+        ctx.constants = need, input.shape, weight.shape, settings, channels_last, column
+        ctx.activation = activation
 
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, output = ctx.saved_tensors
-        need, input_size, weight_size, settings, channels_last, activation, column = ctx.constants
-        again = torch.is_grad_enabled()
-        if activation and again:
+        constants, activation = ctx.constants, ctx.activation
+        need, column = constants[0], constants[-1]
+        if activation and torch.is_grad_enabled():
             grad_output = _autograd.apply(ActivationBackward, grad_output, output, activation, column)
         elif activation:
             grad_output = _activation_backward[column](grad_output, output, activation)
-        grad_input = grad_weight = grad_bias = None
-        if need[0]:
-            args = (grad_output, weight, input_size, *settings, channels_last)
-            grad_input = _autograd.apply(Conv2dBackwardInput, *args, column) if again else _backward_input[column](*args)
-        if need[1] or need[2]:
-            args = (grad_output, input, weight_size, *settings, need[2], channels_last)
-            both = _autograd.apply(Conv2dBackwardWeight, *args, column) if again else _backward_weight[column](*args)
-            grad_weight, grad_bias = both
-        return (
-            grad_input, grad_weight if need[1] else None, grad_bias if need[2] else None,
-            grad_output if need[3] else None, None, None, None, None, None, None,
-        )  # fmt: skip
+        gradients = _gradients(grad_output, input, weight, *constants)
+        return *gradients, grad_output if need[3] else None, None, None, None, None, None, None
 
 
 class ConvTranspose2d(_autograd.Function):
