@@ -356,8 +356,10 @@ def test_windows_far_beyond_the_input(dtype):
                 torch.testing.assert_close(actual, expected)
         far = dict(kernel_size=1, stride=1, dilation=2**20, return_indices=True)
         same(run(F.max_pool2d, x, **far), run(TF.max_pool2d, x, **far))
-        apart = dict(kernel_size=2, stride=5000)
-        same(run(F.max_pool2d, x, **apart), run(TF.max_pool2d, x, **apart))
+        for stride in (5000, 2**30):
+            apart = dict(kernel_size=2, stride=stride)
+            for ours, theirs in ((F.max_pool2d, TF.max_pool2d), (F.avg_pool2d, TF.avg_pool2d)):
+                same(run(ours, x, **apart), run(theirs, x, **apart))
     x = torch.randn(1, 2, 3, 7, dtype=dtype)
     missed = dict(kernel_size=3, stride=4, padding=1, dilation=3, ceil_mode=True)
     same([F.max_pool2d(x, **missed)], [TF.max_pool2d(x, **missed)])  # a window whose taps step over the rows

@@ -24,8 +24,9 @@ constexpr int64_t kGrain = 16384;  // fewer elements a thread cost more than the
 constexpr int64_t kLargePlane = 512;  // elements beside which a channel's constants cost nothing
 constexpr int64_t kTile = 1024;  // columns whose sums stay in L1
 constexpr int64_t kChunkBytes = 65536;  // what the apply pass takes forwards, while it goes backwards over chunks
-// The last pass's tensors in bytes, from which on its results are stored past the caches: two thirds of 32 MB.
-constexpr int64_t kCaches = 20'000'000;
+// The last pass's tensors in bytes, from which on its results are stored past the caches: of 32 MB what leaves room for
+// what is read twice, or nearly all where nothing is.
+constexpr int64_t kCaches = 20'000'000, kCachesOnce = 30'000'000;
 
 inline double finite_or_zero(double x) { return x - x == 0.0 ? x : 0.0; }
 
@@ -128,7 +129,8 @@ template <class T, int activation, bool train> struct BackwardJob {
 };
 
 template <class T, class Job> uintptr_t past_for(const NormShape& s, const Job& job) {
-  return past_caches<T>(s.n * s.c * s.inner * static_cast<int64_t>(sizeof(T)) * job.apply.streams() >= kCaches);
+  return past_caches<T>(s.n * s.c * s.inner * static_cast<int64_t>(sizeof(T)) * job.apply.streams() >=
+                        (job.summed ? kCaches : kCachesOnce));
 }
 
 // A channel at a time, for planes.
@@ -171,17 +173,35 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
   });
 }
 
-// Without sums, large planes are taken as they lie in memory.
+// Large planes as they lie in memory, each summed and applied at once, where applying need not wait for the sums.
 template <class T, class Job> void planes_in_order(const NormShape& s, const Job& job) {
+  using Sums = typename Job::template Sums<4>;
   const uintptr_t past = past_for<T>(s, job);
+  double* sums = job.summed ? scratch<double>(Slot::family_0, 2 * s.n * s.c) : nullptr;  // [n * c][2]
   parallel_for(s.n * s.c, larger(1, kGrain / s.inner), [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t c = plane % s.c;
+      if (sums) {
+        Sums found;
+        const auto centre = static_cast<typename Sums::Centre>(job.centre(c));
+        sum_segments<typename Job::Rule>(job.streams, plane * s.inner, 1, 0, s.inner, centre, found);
+        sums[2 * plane] = found.first();
+        sums[2 * plane + 1] = found.second();
+      }
       acc_t<T> k[kConstants] = {};
-      job.constants(plane % s.c, Total{}, k);
+      job.constants(c, Total{}, k);
       apply_segment<T>(job.apply, plane * s.inner, s.inner, k, past);
     }
     fence();
   });
+  for (int64_t c = 0; sums && c < s.c; ++c) {
+    CompensatedSum<double> first, second;
+    for (int64_t plane = c; plane < s.n * s.c; plane += s.c) {
+      first += sums[2 * plane];
+      second += sums[2 * plane + 1];
+    }
+    job.results(c, {job.centre(c), first.total(), second.total()});
+  }
 }
 
 // [positions, c] as rows of `width` columns: one position, or where channels are few several side by side, so that
@@ -247,7 +267,7 @@ struct CutPlanes {
       });
       const double found[2] = {sums.first(), sums.second()};
       for (int i = 0; i < 2; ++i) {
-        Exact<double> all{memory[i * apart + c], memory[(i + 2) * apart + c]};
+        CompensatedSum<double> all{memory[i * apart + c], memory[(i + 2) * apart + c]};
         all += found[i];
         memory[i * apart + c] = all.value;
         memory[(i + 2) * apart + c] = all.lost;
@@ -306,7 +326,7 @@ template <class T, class Layout, class Job> struct Parts {
                                  apart);
   }
   template <template <int> class Sums> Total total(int64_t channel) const {
-    Exact<double> sums[2];
+    CompensatedSum<double> sums[2];
     for (int64_t part = 0; part < parts; ++part)
       for (int64_t j = channel; j < columns; j += c)
         for (int i = 0; i < 2; ++i) {
@@ -373,7 +393,7 @@ template <class T, class Job> void run(const NormShape& s, const Job& job) {
   const int64_t threads = num_threads(), parts = smaller(threads, s.n * s.c * s.inner / kGrain + 1);
   if (s.channels_last)
     in_parts<T>(Rows(s), job, parts);
-  else if (!job.summed && s.inner >= kLargePlane && s.n * s.c >= 4 * threads)
+  else if (!job.apply_waits && s.inner >= kLargePlane && s.n * s.c >= 4 * threads)
     planes_in_order<T>(s, job);
   else if (s.c >= 4 * threads || s.c % threads == 0 || parts == 1)
     whole_channels<T>(s, job);

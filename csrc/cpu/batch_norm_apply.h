@@ -11,9 +11,6 @@ namespace dlkern::cpu::DLKERN_ISA {
 constexpr int kApplyRows = 8;   // rows that share a load of the constants
 constexpr int kConstants = 5;   // of a channel; not all are used by all
 
-// A correction by what rounding lost; none to what is infinite, where it could be the opposite infinity.
-template <class V> inline V finite_part(V v) { return v - v == V{} ? v : V{}; }
-
 // `at` is the element's position, k the constants.
 template <class T, int activation> struct ApplyForward {
   const T* input;

@@ -3,7 +3,7 @@
 // Three kinds: WideSums adds doubles; ShortSums, for bfloat16, adds at most kShort floats a lane before it widens them,
 // which costs a third of that (float32 inputs need doubles from the first difference on: all elements of a binade lie
 // on one grid, so x - s rounds to the same side for all of them); ExactSums carries the rounding errors of doubles along
-// (Knuth's two-sum), for float64.
+// (CompensatedSum), for float64.
 #pragma once
 #include "activation.h"
 #include "simd.h"
@@ -24,17 +24,6 @@ template <class V> inline V load_as(const void* at) {
   std::memcpy(&v, at, sizeof v);
   return v;
 }
-
-// A sum of doubles (V: double or vdouble) and the rounding errors it lost.
-template <class V> struct Exact {
-  V value{}, lost{};
-  void operator+=(V x) {
-    const V next = value + x, added = next - value;
-    lost += (value - (next - added)) + (x - added);
-    value = next;
-  }
-  V total() const { return lost - lost == 0.0 ? value + lost : value; }
-};
 
 // What each kind has: `unroll` pairs of sums, which need not wait for one another. read() takes kStep elements of T;
 // add() their p and q; flush() ends a block of at most kBlock additions a pair; first() and second() are the totals.
@@ -122,7 +111,7 @@ template <int unroll> struct ExactSums {
   using Centre = double;
   static constexpr int kStep = kLanes<double>, kBlock = 1 << 30;
   static constexpr bool kExact = true;
-  Exact<vdouble> p[unroll], pq[unroll];
+  CompensatedSum<vdouble> p[unroll], pq[unroll];
   DLKERN_INLINE static Vector read(const double* at) { return load(at); }
   DLKERN_INLINE static Vector read(const double* at, int lanes) { return load_partial<double>(at, lanes); }
   DLKERN_INLINE void add(int u, Vector a, Vector b) {
@@ -136,7 +125,7 @@ template <int unroll> struct ExactSums {
     for (int i = 0; i < kStep; ++i) pq[u].lost[i] += std::fma(a[i], q[i], -product[i]) + a[i] * lost[i];
   }
   DLKERN_INLINE void flush() {}
-  static double total(const Exact<vdouble> (&sums)[unroll]) {
+  static double total(const CompensatedSum<vdouble> (&sums)[unroll]) {
     vdouble all = sums[0].total();
 #pragma GCC unroll 8
     for (int u = 1; u < unroll; ++u) all += sums[u].total();

@@ -232,17 +232,6 @@ void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, 
   });
 }
 
-// A sum, of vectors or numbers, and what rounding lost of it (Knuth's two-sum).
-template <class V> struct CarefulSum {
-  V value{}, lost{};
-  void add(V x) {
-    const V next = value + x, added = next - value;
-    lost += (value - (next - added)) + (x - added);
-    value = next;
-  }
-  V total() const { return value + (lost == lost ? lost : V{}); }  // NaN where the sum is infinite
-};
-
 // Sums of lanes: of float and bfloat16 in double, of double, which has no wider type, with its rounding errors.
 template <class T> struct LaneSums {
   Wide<T> sum{};
@@ -255,13 +244,13 @@ template <class T> struct LaneSums {
   }
 };
 template <> struct LaneSums<double> {
-  CarefulSum<Vec<double>> sums;
-  void add(Vec<double> x) { sums.add(x); }
+  CompensatedSum<vdouble> sums;
+  void add(Vec<double> x) { sums += x; }
   Vec<double> lanes() const { return sums.total(); }
   double total() const {
-    CarefulSum<double> sum;
-    for (int l = 0; l < kLanes<double>; ++l) sum.add(sums.value[l]);
-    for (int l = 0; l < kLanes<double>; ++l) sum.add(sums.lost[l] == sums.lost[l] ? sums.lost[l] : 0.0);
+    CompensatedSum<double> sum;
+    for (int l = 0; l < kLanes<double>; ++l) sum += sums.value[l];
+    for (int l = 0; l < kLanes<double>; ++l) sum += finite_part(sums.lost[l]);
     return sum.total();
   }
 };

@@ -10,22 +10,15 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-// V: double or vdouble. Elements of float64 are summed with what each addition loses.
-template <class T, class V> struct Sum {
-  V value{}, lost{};
+// V: double or vdouble. Only elements of float64 are summed with what each addition loses.
+template <class T, class V> struct Sum : CompensatedSum<V> {
   void operator+=(V x) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-      const V next = value + x, added = next - value;
-      lost += (value - (next - added)) + (x - added);
-      value = next;
-    } else {
-      value += x;
-    }
+    if constexpr (sizeof(T) == sizeof(double))
+      CompensatedSum<V>::operator+=(x);
+    else
+      this->value += x;
   }
 };
-template <class T> inline double total(const Sum<T, double>& sum) {
-  return sum.lost - sum.lost == 0.0 ? sum.value + sum.lost : sum.value;  // not where infinities met
-}
 
 // Both halves of v, widened and added.
 inline vdouble fold(vfloat v) {
@@ -68,7 +61,7 @@ template <class T> void forward_runs(const AdaptivePoolArgs<T>& args) {
         if constexpr (sizeof(T) == sizeof(double)) {
           Sum<T, double> careful;
           for (int64_t k = 0; k < length[p]; ++k) careful += x[start[p] + k];
-          sum[j][0] = total(careful);
+          sum[j][0] = careful.total();
         } else {
           sum[j] = sum_run(x + start[p], length[p], input_end);
         }
@@ -105,7 +98,7 @@ template <class T> void forward_planes(const AdaptivePoolArgs<T>& args) {
                        sum += line[ix];
                        if constexpr (sizeof(T) == sizeof(double)) sum.lost += line[width + ix];
                      }
-                     args.output[i * s.out_w + q] = narrow<T>(total(sum) / static_cast<double>((y1 - y0) * (x1 - x0)));
+                     args.output[i * s.out_w + q] = narrow<T>(sum.total() / static_cast<double>((y1 - y0) * (x1 - x0)));
                    }
                  }
                });
@@ -158,7 +151,7 @@ template <class T> void forward_pixels(const AdaptivePoolArgs<T>& args) {
                      const double count = static_cast<double>((y1 - y0) * (x1 - x0));
                      for (int64_t c = 0; c < channels; c += kWide) {
                        const vdouble sum = load(value + c), error = load(lost + c);
-                       store_narrow(to + c, (error - error == 0.0 ? sum + error : sum) / count, channels - c);
+                       store_narrow(to + c, (sum + finite_part(error)) / count, channels - c);
                      }
                    }
                  }

@@ -181,9 +181,11 @@ template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) 
         std::memset(static_cast<void*>(shares), 0, sizeof(A) * static_cast<size_t>(slots * length));
         A* phases = stride == 0 ? scratch<A>(Slot::family_1, s.stride_w * phase_length) : nullptr;
         const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
-        int64_t* memory = scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + s.kernel_h);
+        const int64_t for_columns = ColumnTaps::memory(s), for_rows = RowTaps::memory(s);
+        int64_t* memory = scratch<int64_t>(Slot::family_3, for_columns + for_rows + s.kernel_h + slots);
         const ColumnTaps taps(s, memory);
-        int64_t* row_at = memory + ColumnTaps::memory(s);
+        const RowTaps row_taps(s, memory + for_columns);
+        int64_t* row_at = memory + for_columns + for_rows;
         RowRing ring(slots, row_at + s.kernel_h);
         const T* limit = args.output + end * s.w;
         auto lay = [&](int64_t plane, int64_t p) {
@@ -196,11 +198,18 @@ template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) 
                                     load(divisors.column + q)));
           });
         };
+        Walk row(begin % s.h, s.stride_h);
         for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
           int64_t count = 0;
-          for_each_output_row(s, y, [&](int64_t, int64_t p) { row_at[count++] = left + length * lay(plane, p); });
-          const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
-          if (y + 1 < s.h && next < s.out_h) lay(plane, next);
+          row_taps.each(row.m, row.e, s.out_h,
+                        [&](int64_t, int64_t p) { row_at[count++] = left + length * lay(plane, p); });
+          if (++y == s.h) {
+            row = Walk(0, s.stride_h);
+            y = 0, ++plane;
+          } else {
+            row.next();
+            row_taps.each(row.m, row.e, s.out_h, [&](int64_t, int64_t p) { lay(plane, p); });
+          }
           // The sums of columns e, stride + e, … from number m on.
           auto gather = [&](int64_t e, int64_t m) {
             Vec<T> sum{};
@@ -216,14 +225,13 @@ template <class T, int stride> void backward_planes(const AvgPoolArgs<T>& args) 
             for (int64_t m = 0; m < columns; m += kLanes<T>)
               store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
           } else {
-            for (int64_t e = 0; e < s.stride_w; ++e)
+            for (int64_t e = 0; e < taps.classes; ++e)
               for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
             for (int64_t x = 0, m = 0, e = 0; x < s.w; ++x) {
               dx[x] = static_cast<T>(phases[e * phase_length + m]);
               if (++e == s.stride_w) e = 0, ++m;
             }
           }
-          if (++y == s.h) y = 0, ++plane;
         }
       });
 }
@@ -239,17 +247,19 @@ template <class T> void backward_pixels(const AvgPoolArgs<T>& args) {
       [&](int64_t begin, int64_t end) {
         A* shares = scratch<A>(Slot::family_0, slots * length);
         const Divisors<T> divisors(args, scratch<A>(Slot::family_2, Divisors<T>::size(s)));
+        const int64_t for_columns = ColumnTaps::memory(s), for_rows = RowTaps::memory(s);
         int64_t* memory =
-            scratch<int64_t>(Slot::family_3, ColumnTaps::memory(s) + slots + s.kernel_h + s.kernel_h * s.kernel_w);
+            scratch<int64_t>(Slot::family_3, for_columns + for_rows + s.kernel_h + s.kernel_h * s.kernel_w + slots);
         const ColumnTaps taps(s, memory);
-        int64_t *row_at = memory + ColumnTaps::memory(s),
+        const RowTaps row_taps(s, memory + for_columns);
+        int64_t *row_at = memory + for_columns + for_rows,
                 *at = row_at + s.kernel_h;  // at: shares of the windows that hold a pixel
         RowRing ring(slots, at + s.kernel_h * s.kernel_w);
         const T* limit = args.output + end * s.w * s.c;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t image = i / s.h, y = i % s.h;
           int64_t rows = 0;
-          for_each_output_row(s, y, [&](int64_t, int64_t p) {
+          row_taps.each(y / s.stride_h, y % s.stride_h, s.out_h, [&](int64_t, int64_t p) {
             const int64_t row = image * s.out_h + p;
             row_at[rows++] = length * ring.slot(row, [&](int64_t slot) {
               for (int64_t q = 0; q < s.out_w; ++q) {
@@ -260,13 +270,11 @@ template <class T> void backward_pixels(const AvgPoolArgs<T>& args) {
               }
             });
           });
-          for (int64_t x = 0, e = 0, m = 0; x < s.w; ++x) {
+          Walk column(0, s.stride_w);
+          for (int64_t x = 0; x < s.w; ++x, column.next()) {
             int64_t count = 0;
             for (int64_t k = 0; k < rows; ++k)
-              for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
-                const int64_t q = m + taps.shift[j];
-                if (q >= 0 && q < s.out_w) at[count++] = row_at[k] + q * s.c;
-              }
+              taps.each(column.m, column.e, s.out_w, [&](int64_t, int64_t q) { at[count++] = row_at[k] + q * s.c; });
             T* dx = args.output + (i * s.w + x) * s.c;
             int64_t c = 0;
             for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>) {
@@ -282,7 +290,6 @@ template <class T> void backward_pixels(const AvgPoolArgs<T>& args) {
               for (int64_t k = 0; k < count; ++k) sum += load(shares + at[k] + c);
               store_before(dx + c, sum, limit);
             }
-            if (++e == s.stride_w) e = 0, ++m;
           }
         }
       });

@@ -94,10 +94,12 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
       s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 4)), [&](int64_t begin, int64_t end) {
         GradientRows<T> rows(s, slots);
         A* phases = stride == 0 ? scratch<A>(Slot::family_2, s.stride_w * phase_length) : nullptr;
+        const int64_t for_columns = ColumnTaps::memory(s), for_rows = RowTaps::memory(s);
         int64_t* memory = scratch<int64_t>(
-            Slot::family_3, ColumnTaps::memory(s) + slots + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
+            Slot::family_3, for_columns + for_rows + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w + slots);
         const ColumnTaps taps(s, memory);
-        int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
+        const RowTaps row_taps(s, memory + for_columns);
+        int64_t *row_at = memory + for_columns + for_rows, *row_tag = row_at + s.kernel_h;
         int64_t *at = row_tag + s.kernel_h,
                 *offset = at + s.kernel_h * s.kernel_w;  // of the windows that hold an element
         RowRing ring(slots, offset + s.kernel_h * s.kernel_w);
@@ -108,16 +110,23 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
           });
         };
         const T* limit = args.grad_input + end * s.w;
-        for (int64_t i = begin, plane = begin / s.h, y = begin % s.h; i < end; ++i) {
+        Walk row(begin % s.h, s.stride_h);
+        for (int64_t i = begin, plane = begin / s.h; i < end; ++i) {
+          const int64_t y = i - plane * s.h;
           int64_t count = 0;
-          for_each_output_row(s, y, [&](int64_t r, int64_t p) {
+          row_taps.each(row.m, row.e, s.out_h, [&](int64_t r, int64_t p) {
             row_at[count] = rows.left + rows.length * lay(plane * s.out_h + p);
             row_tag[count++] = r * s.kernel_w;
           });
-          const int64_t next = (y + 1 + s.pad_h) / s.stride_h;
-          if (y + 1 < s.h && next < s.out_h) lay(plane * s.out_h + next);
+          if (y + 1 == s.h) {
+            row = Walk(0, s.stride_h);
+            ++plane;
+          } else {
+            row.next();
+            row_taps.each(row.m, row.e, s.out_h, [&](int64_t, int64_t p) { lay(plane * s.out_h + p); });
+          }
           // Those of columns e, stride + e, …, relative to a column's number; column e's are [taps.start[e] * count, …).
-          for (int64_t e = 0, j = 0; e < s.stride_w; ++e)
+          for (int64_t e = 0, j = 0; e < taps.classes; ++e)
             for (int64_t k = 0; k < count; ++k)
               for (int64_t t = taps.start[e]; t < taps.start[e + 1]; ++t, ++j) {
                 at[j] = row_at[k] + taps.shift[t];
@@ -143,14 +152,13 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
             for (int64_t m = 0; m < columns; m += kLanes<T>)
               store_pairs<T>(dx + 2 * m, gather(0, m), gather(1, m), limit);
           } else {
-            for (int64_t e = 0; e < s.stride_w; ++e)
+            for (int64_t e = 0; e < taps.classes; ++e)
               for (int64_t m = 0; m < columns; m += kLanes<T>) store(phases + e * phase_length + m, gather(e, m));
             for (int64_t x = 0, m = 0, e = 0; x < s.w; ++x) {
               dx[x] = static_cast<T>(phases[e * phase_length + m]);
               if (++e == s.stride_w) e = 0, ++m;
             }
           }
-          if (++y == s.h) y = 0, ++plane;
         }
       });
 }
@@ -164,29 +172,30 @@ template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>&
   const Index* index_end = indices + windows;
   parallel_for(s.n * s.h, grain_of(s.w * ceil_div(s.c, kLanes<T>) * larger(1, s.kernel_h * s.kernel_w / 2)),
                [&](int64_t begin, int64_t end) {
+                 const int64_t for_columns = ColumnTaps::memory(s), for_rows = RowTaps::memory(s);
                  int64_t* memory = scratch<int64_t>(
-                     Slot::family_3, ColumnTaps::memory(s) + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
+                     Slot::family_3, for_columns + for_rows + 2 * s.kernel_h + 2 * s.kernel_h * s.kernel_w);
                  const ColumnTaps taps(s, memory);
-                 int64_t *row_at = memory + ColumnTaps::memory(s), *row_tag = row_at + s.kernel_h;
+                 const RowTaps row_taps(s, memory + for_columns);
+                 int64_t *row_at = memory + for_columns + for_rows, *row_tag = row_at + s.kernel_h;
                  int64_t *at = row_tag + s.kernel_h,
                          *target = at + s.kernel_h * s.kernel_w;  // of the windows that hold a pixel
                  const T* limit = args.grad_input + end * s.w * s.c;
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t y = i % s.h;
                    int64_t rows = 0;
-                   for_each_output_row(s, y, [&](int64_t r, int64_t p) {
+                   row_taps.each(y / s.stride_h, y % s.stride_h, s.out_h, [&](int64_t r, int64_t p) {
                      row_at[rows] = (i / s.h * s.out_h + p) * s.out_w;
                      row_tag[rows++] = r * s.kernel_w;
                    });
-                   for (int64_t x = 0, e = 0, m = 0; x < s.w; ++x) {
+                   Walk column(0, s.stride_w);
+                   for (int64_t x = 0; x < s.w; ++x, column.next()) {
                      int64_t count = 0;
                      for (int64_t k = 0; k < rows; ++k)
-                       for (int64_t j = taps.start[e]; j < taps.start[e + 1]; ++j) {
-                         const int64_t q = m + taps.shift[j];
-                         if (q < 0 || q >= s.out_w) continue;
+                       taps.each(column.m, column.e, s.out_w, [&](int64_t t, int64_t q) {
                          at[count] = (row_at[k] + q) * s.c;
-                         target[count++] = offsets ? row_tag[k] + taps.tap[j] : y * s.w + x;
-                       }
+                         target[count++] = offsets ? row_tag[k] + t : y * s.w + x;
+                       });
                      T* dx = args.grad_input + (i * s.w + x) * s.c;
                      int64_t c = 0;
                      for (; c + 4 * kLanes<T> <= s.c; c += 4 * kLanes<T>) {
@@ -210,7 +219,6 @@ template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>&
                        }
                        store_before(dx + c, sum, limit);
                      }
-                     if (++e == s.stride_w) e = 0, ++m;
                    }
                  }
                });

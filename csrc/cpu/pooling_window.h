@@ -242,37 +242,62 @@ template <class T> inline void store_pairs(T* x, Vec<T> first, Vec<T> second, co
   store_before(x + kLanes<T>, b, limit);
 }
 
-// The taps that can reach columns e, stride + e, 2 stride + e, … of an input row, for each e < stride: tap[i] of the
-// window `shift[i]` to the right of the column's number; those of e are [start[e], start[e + 1]), windows ascending.
-struct ColumnTaps {
-  int64_t *start, *tap, *shift;
-  static int64_t memory(const PoolShape& s) { return s.stride_w + 1 + 2 * s.kernel_w; }
-  ColumnTaps(const PoolShape& s, int64_t* memory)
-      : start(memory), tap(start + s.stride_w + 1), shift(tap + s.kernel_w) {
-    int64_t count = 0;
-    for (int64_t e = 0; e < s.stride_w; ++e) {
-      start[e] = count;
-      for (int64_t t = s.kernel_w - 1; t >= 0; --t)
-        if ((e + s.pad_w - t * s.dilation_w) % s.stride_w == 0) {
-          tap[count] = t;
-          shift[count++] = (e + s.pad_w - t * s.dilation_w) / s.stride_w;
-        }
-    }
-    start[s.stride_w] = count;
+// Along one dimension, the windows that can hold elements e, stride + e, 2 stride + e, … for each e < stride: tap[j] of
+// the window `shift[j]` beyond the element's number; those of e are [start[e], start[e + 1]), windows ascending.
+// Divisions are slow: these and Walk spare every row its own. (size + 1: with a stride of 2 columns are made in pairs.)
+struct WindowTaps {
+  int64_t classes, *start, *tap, *shift;
+  static int64_t memory(int64_t size, int64_t kernel, int64_t stride) {
+    return smaller(stride, size + 1) + 1 + 2 * kernel;
   }
+  WindowTaps(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, int64_t* memory)
+      : classes(smaller(stride, size + 1)), start(memory), tap(start + classes + 1), shift(tap + kernel) {
+    auto class_of = [&](int64_t t) {
+      const int64_t e = (t * dilation - pad) % stride;
+      return e < 0 ? e + stride : e;
+    };
+    for (int64_t e = 0; e <= classes; ++e) start[e] = 0;
+    for (int64_t t = 0; t < kernel; ++t)
+      if (class_of(t) < classes) ++start[class_of(t) + 1];
+    for (int64_t e = 0; e < classes; ++e) start[e + 1] += start[e];
+    for (int64_t t = kernel - 1; t >= 0; --t) {
+      const int64_t e = class_of(t);
+      if (e >= classes) continue;
+      tap[start[e]] = t;
+      shift[start[e]++] = (e + pad - t * dilation) / stride;
+    }
+    for (int64_t e = classes; e > 0; --e) start[e] = start[e - 1];
+    start[0] = 0;
+  }
+  // Calls f(tap, window) for the windows, of `windows`, that hold element m * stride + e.
+  template <class F> void each(int64_t m, int64_t e, int64_t windows, F&& f) const {
+    for (int64_t j = start[e]; j < start[e + 1]; ++j) {
+      const int64_t window = m + shift[j];
+      if (window >= 0 && window < windows) f(tap[j], window);
+    }
+  }
+};
+struct RowTaps : WindowTaps {
+  static int64_t memory(const PoolShape& s) { return WindowTaps::memory(s.h, s.kernel_h, s.stride_h); }
+  RowTaps(const PoolShape& s, int64_t* memory)
+      : WindowTaps(s.h, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h, memory) {}
+};
+struct ColumnTaps : WindowTaps {
+  static int64_t memory(const PoolShape& s) { return WindowTaps::memory(s.w, s.kernel_w, s.stride_w); }
+  ColumnTaps(const PoolShape& s, int64_t* memory)
+      : WindowTaps(s.w, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w, memory) {}
   // How far windows lie to the left and to the right of a column's number.
   static int64_t left(const PoolShape& s) { return larger(0, ceil_div((s.kernel_w - 1) * s.dilation_w, s.stride_w)); }
   static int64_t right(const PoolShape& s) { return (s.pad_w + s.stride_w - 1) / s.stride_w; }
 };
-
-// Calls f(r, p) for each output row p whose tap r falls on input row y, p ascending.
-template <class F> inline void for_each_output_row(const PoolShape& s, int64_t y, F&& f) {
-  for (int64_t r = smaller(s.kernel_h - 1, (y + s.pad_h) / s.dilation_h); r >= 0; --r) {
-    const int64_t start = y + s.pad_h - r * s.dilation_h, p = start / s.stride_h;
-    if (p >= s.out_h) return;
-    if (p * s.stride_h == start) f(r, p);
+// Element m * stride + e of a dimension, and the next, and the next.
+struct Walk {
+  int64_t stride, m, e;
+  Walk(int64_t element, int64_t step) : stride(step), m(element / step), e(element % step) {}
+  void next() {
+    if (++e == stride) e = 0, ++m;
   }
-}
+};
 
 // Slots for what was made of the last rows: row `id` keeps its slot until id + size is asked for.
 struct RowRing {

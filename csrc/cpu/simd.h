@@ -247,6 +247,19 @@ template <class V> inline auto reduce_add(V v) {
 // Larger of two lanes; NaN in either gives NaN, as torch.max has it.
 template <class V> inline V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
 
+// A correction by what rounding lost; none to what is infinite, where it could be the opposite infinity.
+template <class V> inline V finite_part(V v) { return v - v == V{} ? v : V{}; }
+// A sum (of numbers or of lanes) and the rounding errors it lost, by Knuth's two-sum.
+template <class V> struct CompensatedSum {
+  V value{}, lost{};
+  void operator+=(V x) {
+    const V next = value + x, added = next - value;
+    lost += (value - (next - added)) + (x - added);
+    value = next;
+  }
+  V total() const { return value + finite_part(lost); }
+};
+
 // (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2: Cephes' polynomial of degree 5 in float; Taylor's of degree 11 in double (4e-18
 // of e^r off).
 inline vfloat exp_polynomial(vfloat r) {

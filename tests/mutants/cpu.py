@@ -44,10 +44,10 @@ MUTANTS += [
     _pool(_MAX, "challenge<T, tagged>(second, first_tag + 1, best, tag);", "challenge<T, tagged>(second, first_tag, best, tag);", "max_is_torchs"),
     _pool(_MAX, "if (value > best || value != value) best = value,", "if (value > best) best = value,", "windows_far"),
     # Windows in the wrong order of rows, a dropped tap, a foreign row's tag, lanes shifted, a tail left out.
-    _pool(_MAX_BACKWARD, "row_tag[count++] = r * s.kernel_w;\n          });\n          const int64_t next",
-          "row_tag[count++] = r * s.kernel_h;\n          });\n          const int64_t next", "max_is_torchs"),
+    _pool(_MAX_BACKWARD, "row_tag[count++] = r * s.kernel_w;\n          });\n          if (y + 1 == s.h)",
+          "row_tag[count++] = r * s.kernel_h;\n          });\n          if (y + 1 == s.h)", "max_is_torchs"),
     _pool(_MAX_BACKWARD, "at[j] = row_at[k] + taps.shift[t];", "at[j] = row_at[k] + (taps.shift[t] > 0 ? 1 : taps.shift[t]);", "max_is_torchs"),
-    _pool(_MAX_BACKWARD, "if (q < 0 || q >= s.out_w) continue;", "if (q < 1 || q >= s.out_w) continue;", "max_is_torchs"),
+    _pool(_WINDOW, "if (window >= 0 && window < windows)", "if (window >= 1 && window < windows)", "max_is_torchs"),
     _pool(_MAX_BACKWARD, "add_where<T>(Vec<T>{}, tag, target + 1, gradient)", "add_where<T>(Vec<T>{}, tag, target, gradient)", "max_is_torchs"),
     _pool(_MAX_BACKWARD, "if (y >= 0 && y < s.h && x >= 0 && x < s.w)", "if (y >= 0 && y < s.h - 1 && x >= 0 && x < s.w)", "max_is_torchs"),
     # Padding counted where it should not be, a window row too few, the wrong column's divisor, reciprocals of no power of two.
@@ -57,7 +57,7 @@ MUTANTS += [
     _pool(_AVG, "sum = (sum + even) + odd;", "sum = sum + even + even;", "avg_is_torchs"),
     _pool(_AVG, "rows = smaller(y0 + s.kernel_h, s.h) - top;", "rows = smaller(y0 + s.kernel_h, s.h - 1) - top;", "avg_is_torchs"),
     _pool(_AVG, "sum += load(shares + row_at[k] + m + taps.shift[j]);", "sum = load(shares + row_at[k] + m + taps.shift[j]);", "avg_is_torchs"),
-    _pool(_AVG, "if (q >= 0 && q < s.out_w) at[count++]", "if (q >= 0 && q < s.out_w - 1) at[count++]", "avg_is_torchs"),
+    _pool(_WINDOW, "window < windows) f(tap[j], window);", "window < windows - 1) f(tap[j], window);", "avg_is_torchs"),
     _pool(_AVG, "store_pairs(args.output + (i * s.kernel_h + r) * s.w + 2 * q, share, share, limit);",
           "store_pairs(args.output + (i * s.kernel_h + r) * s.w + 2 * q, share, share, limit - 1);", "avg_is_torchs"),
     _pool(_AVG, "const int64_t first_p = larger(0, floor_div(y + s.pad_h - s.kernel_h, s.stride_h) + 1);",
@@ -65,7 +65,7 @@ MUTANTS += [
     # Window ends rounded down, a tail of a run left in, compensation dropped; shares of the wrong extent, copies where windows differ.
     _pool(_WINDOW, "return ceil_div((i + 1) * size, out_size); }", "return larger(i * size / out_size + 1, (i + 1) * size / out_size); }", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});", "load_before(p + i, limit);", "adaptive_parity"),
-    _pool(_ADAPTIVE, "lost += (value - (next - added)) + (x - added);", "", "carries"),
+    _pool("csrc/cpu/simd.h", "lost += (value - (next - added)) + (x - added);", "", "carries"),
     _pool(_ADAPTIVE, "load_wide_before(from + 3 * in.x + c, input_end);", "load_wide_before(from + 2 * in.x + c, input_end);", "adaptive_parity"),
     _pool(_ADAPTIVE, "if (i > begin && y > 0 && p0 == before_p0 && p1 == before_p1) {", "if (i > begin && y > 0 && p0 == before_p0) {", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "return gradient / (rows * columns);", "return gradient / (rows + columns);", "adaptive_is_torchs"),
