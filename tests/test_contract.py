@@ -1,6 +1,7 @@
 """What holds for every op of every family: the cases of dlkern.testing.CASES, one promise a test."""
 
 import functools
+import io
 
 import pytest
 import torch
@@ -43,13 +44,16 @@ def same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a.detach(), b.detach()) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@each_case
+@pytest.mark.parametrize(
+    ("case", "channels_last"),
+    [
+        pytest.param(case, last, id=f"{name}-{'channels_last' if last else 'contiguous'}")
+        for case, name in zip(CASES, IDS)
+        for last in ((False, True) if case.images else (False,))
+    ],
+)
 def test_parity(case, dtype, channels_last):
-    if channels_last and not case.images:
-        pytest.skip("no image input")
-
     def inputs():
         drawn = case.inputs()
         if channels_last:
@@ -73,6 +77,40 @@ def test_layout_and_dtype_are_torchs(case):
         assert ours.stride() == theirs.stride()
         for a, b, x in zip(gradients(ours, inputs), gradients(theirs, inputs), inputs, strict=False):
             assert a.dtype == b.dtype and a.shape == b.shape, x.shape
+
+
+@each_op
+def test_meta_tensors_tell_shapes(case):
+    """On the meta device there is nothing to compute, and no autocast to ask for."""
+    inputs = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in draw(case)]
+    ours, theirs = case.ours(*inputs), case.theirs(*inputs)
+    assert ours.is_meta and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+
+
+@each_op
+def test_jit_trace(case):
+    """torch.jit.trace records raw ops: the graph is the same each time, can be saved, and gives the same bits."""
+    inputs = [x.detach() for x in draw(case)]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, p in enumerate(inputs[1:]):
+                self.register_parameter(str(i), torch.nn.Parameter(p, requires_grad=p.is_floating_point()))
+
+        def forward(self, x):
+            return case.ours(x, *self.parameters())
+
+    model, x = Model(), inputs[0]
+    torch.manual_seed(3)
+    expected = model(x)
+    traced = torch.jit.trace(model, x, check_trace="dropout" not in case.op)
+    assert any(node.kind().startswith("dlkern::") for node in traced.inlined_graph.nodes())
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.manual_seed(3)
+    assert same_bits([torch.jit.load(file)(x)], [expected])
 
 
 @each_case

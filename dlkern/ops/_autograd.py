@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["Function", "apply", "functorch_active", "needs_grad", "use_reference", "vjp"]
+__all__ = ["Function", "apply", "functorch_active", "needs_grad", "recording", "use_reference", "vjp"]
 
 functorch_active = torch._C._are_functorch_transforms_active
 
@@ -37,12 +37,17 @@ def use_reference() -> bool:
     return functorch_active() and torch.compiler.is_compiling()
 
 
+def recording() -> bool:
+    """Whether autograd records. Not under torch.jit.trace: a graph of raw ops, unlike one of Functions, can be saved."""
+    return torch.is_grad_enabled() and not torch._C._is_tracing()
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through its autograd Function: a gradient may be asked of it, or a torch.func
     transform or forward-mode AD is at work (which the raw op would pass over in silence)."""
     if functorch_active() or forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
+    if not recording():
         return False
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:

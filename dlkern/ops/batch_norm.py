@@ -219,7 +219,7 @@ def batch_norm(
 def run(column, input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation):
     """batch_norm on a given column, for a plain call (see _plain.py)."""
     args = (input, residual, weight, bias, running_mean, running_var)
-    grad = torch.is_grad_enabled() and (
+    grad = _autograd.recording() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)

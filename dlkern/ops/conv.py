@@ -128,7 +128,6 @@ _forward, _backward_input, _backward_weight, _backward_bias, _act_forward, _tran
 )  # fmt: skip
 _activation_backward = raw["activation_backward"]
 pack, forward_packed = raw["conv2d_pack"]["cpu"], raw["conv2d_forward_packed"]["cpu"]
-_grad_enabled = torch.is_grad_enabled
 
 
 class Conv2dBackwardInput(_autograd.Function):
@@ -304,7 +303,7 @@ def conv2d(
 
 def run(column, input, weight, bias, stride, padding, dilation, groups):
     """conv2d on a given column, for a plain call (see _plain.py)."""
-    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)) and _autograd.recording():
         return Conv2d.fast_apply(input, weight, bias, stride, padding, dilation, groups, column)
     return _forward[column](input, weight, bias, stride, padding, dilation, groups)
 
@@ -341,7 +340,7 @@ def conv_transpose2d(
 def run_transpose(column, input, weight, bias, stride, padding, output_padding, groups, dilation):
     """conv_transpose2d on a given column, for a plain call (see _plain.py)."""
     settings = (stride, padding, output_padding, groups, dilation, column)
-    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)) and _autograd.recording():
         return ConvTranspose2d.fast_apply(input, weight, bias, *settings)
     return _transpose_forward[column](input, weight, bias, *settings[:5])
 

@@ -86,7 +86,7 @@ def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 
 def run(column, input, p, seed):
     """dropout on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return Dropout.fast_apply(input, p, seed, column)
     return _dropout[column](input, p, seed)
 
@@ -128,6 +128,6 @@ def feature_dropout(input: torch.Tensor, p: float, seed: torch.Tensor, op: str =
 
 def run_feature(column, input, p, seed):
     """feature_dropout on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return FeatureDropout.fast_apply(input, p, seed, column)
     return _feature_dropout[column](input, p, seed)

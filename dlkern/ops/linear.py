@@ -64,7 +64,6 @@ _forward = raw["linear_forward"]
 _backward_input = raw["linear_backward_input"]
 _backward_weight = raw["linear_backward_weight"]
 _activation_backward = raw["activation_backward"]
-_grad_enabled = torch.is_grad_enabled
 
 
 class Linear(_autograd.Function):
@@ -195,6 +194,6 @@ def linear(
 
 def run(column, input, weight, bias, activation):
     """linear on a given column, for a plain call (see _plain.py)."""
-    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)) and _autograd.recording():
         return Linear.fast_apply(input, weight, bias, activation, column)
     return _forward[column](input, weight, bias, activation)

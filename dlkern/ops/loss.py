@@ -135,6 +135,6 @@ def cross_entropy(
 
 def run(column, input, target, weight, reduction, ignore_index, label_smoothing):
     """cross_entropy on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return CrossEntropy.fast_apply(input, target, weight, reduction, ignore_index, label_smoothing, column)[0]
     return _forward[column](input, target, weight, reduction, ignore_index, label_smoothing)[0]

@@ -395,7 +395,7 @@ def _kept_indices(window, return_indices):
 
 def run_max(column, input, window, ceil_mode, return_indices):
     """max_pool2d on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return MaxPool2d.fast_apply(input, window, ceil_mode, _kept_indices(window, return_indices), column)
     return _max_forward[column](input, window, ceil_mode, FLAT_INDICES if return_indices else NO_INDICES)
 
@@ -418,7 +418,7 @@ def avg_pool2d(
 
 def run_avg(column, input, settings):
     """avg_pool2d on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return AvgPool2d.fast_apply(input, settings, column)
     return _avg_forward[column](input, *settings)
 
@@ -439,7 +439,7 @@ def adaptive_avg_pool2d(
 
 def run_adaptive_avg(column, input, output_size):
     """adaptive_avg_pool2d on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return AdaptiveAvgPool2d.fast_apply(input, output_size, column)
     return _adaptive_forward[column](input, output_size)
 
@@ -458,7 +458,7 @@ def adaptive_max_pool2d(
 
 def run_adaptive_max(column, input, output_size):
     """adaptive_max_pool2d on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return AdaptiveMaxPool2d.fast_apply(input, output_size, column)
     return _adaptive_max_forward[column](input, output_size)
 
@@ -479,6 +479,6 @@ def lp_pool2d(
 
 def run_lp(column, input, settings):
     """lp_pool2d on a given column, for a plain call (see _plain.py)."""
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and _autograd.recording():
         return LpPool2d.fast_apply(input, settings, column)
     return _lp_forward[column](input, *settings)

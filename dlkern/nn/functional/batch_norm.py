@@ -63,19 +63,20 @@ def batch_norm(
 def batch_norm_act(
     input: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
     weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5, *, activation: Activation | None = None, residual: torch.Tensor | None = None,
+    momentum: float = 0.1, eps: float = 1e-5, *, activation: Activation | str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(batch_norm(input) + residual) in one pass over memory; torch has no such function.
 
     Args:
         input, ..., eps: as in batch_norm.
-        activation: dlkern.Activation to apply at the end, or None.
+        activation: dlkern.Activation (or its name) to apply at the end, or None.
         residual: tensor of input's shape and dtype that is added before the activation.
 
     Raises:
         ValueError: an unknown activation, a residual of another shape or dtype, and what batch_norm raises.
     """
-    code = 0 if activation is None else int(Activation(activation))
+    code = 0 if activation is None else int(Activation.of(activation))
     results = None
     try:
         column = _plain.column("batch_norm", input)
@@ -110,6 +111,8 @@ def _updated(results, training, running_mean, running_var):
     """The output of (output, new running mean, new running variance), once the statistics are in their buffers."""
     output, new_mean, new_var = results
     if training and running_mean is not None:
+        if new_mean.requires_grad:  # torch.jit.trace records raw ops, whose results all seem to depend on parameters
+            new_mean, new_var = new_mean.detach(), new_var.detach()
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
     return output

@@ -10,6 +10,7 @@ import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.nn.functional._autocast import autocasts, lowered
 from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
 from dlkern.reference.linear import activate
@@ -61,13 +62,6 @@ def _unfit(
     return None
 
 
-def _autocast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors as torch's autocast casts them: floating point but float64 to `dtype`."""
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    ]
-
-
 def _hand_on(name: str, function: Callable[..., torch.Tensor], reason: str, *args: Any) -> torch.Tensor:
     if tracing.active and isinstance(args[0], torch.Tensor) and isinstance(args[1], torch.Tensor):
         tracing.record(name, "torch", reason, *args[:3])
@@ -87,9 +81,7 @@ def _convolution(
     name, original = f"conv{dims}d", (input, weight, bias, stride, padding, dilation, groups)
     if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
         return function(*original)
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
+    input, weight, bias = lowered(input, weight, bias)
     step, spread = _numbers(stride, dims), _numbers(dilation, dims)
     before: list[int] = []  # zeros in front of a symmetric padding's: of the last dimension first, left and right
     if isinstance(padding, str):
@@ -219,7 +211,7 @@ def conv2d_act(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     *,
-    activation: Activation | None = None,
+    activation: Activation | str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(conv2d(input) + residual), the last steps taken while the result is in the cache; torch has no such
@@ -227,7 +219,7 @@ def conv2d_act(
 
     Args:
         input, ..., groups: as in conv2d.
-        activation: dlkern.Activation to apply at the end, or None.
+        activation: dlkern.Activation (or its name) to apply at the end, or None.
         residual: tensor of the result's shape and dtype that is added before the activation, or None.
 
     Returns:
@@ -237,10 +229,10 @@ def conv2d_act(
         ValueError: an unknown activation, a residual of another shape or dtype.
         RuntimeError, TypeError: what conv2d raises.
     """
-    code = 0 if activation is None else int(Activation(activation))
+    code = 0 if activation is None else int(Activation.of(activation))
     if residual is not None and isinstance(input, torch.Tensor):
         fits = isinstance(residual, torch.Tensor) and residual.dim() == input.dim() and residual.device == input.device
-        if not fits or (residual.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type)):
+        if not fits or (residual.dtype != input.dtype and not autocasts(input)):
             got = f"{residual.dim()}-D {residual.dtype}" if isinstance(residual, torch.Tensor) else type(residual).__name__
             raise ValueError(f"residual: expected a {input.dim()}-D {input.dtype} tensor like the result, got {got}")
         size = result_size(input, weight, stride, padding, dilation)
@@ -275,9 +267,7 @@ def _transposed(
     name, original = f"conv_transpose{dims}d", (input, weight, bias, stride, padding, output_padding, groups, dilation)
     if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
         return function(*original)
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        input, weight, bias = _autocast(torch.get_autocast_dtype(device), input, weight, bias)
+    input, weight, bias = lowered(input, weight, bias)
     step, spread = _numbers(stride, dims), _numbers(dilation, dims)
     pad, more = _numbers(padding, dims), _numbers(output_padding, dims)
     unbatched = input.dim() == dims + 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.nn.functional._autocast import lowered
 from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
 from dlkern.reference.linear import activate
@@ -36,7 +35,7 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    activation: Activation | None = None,
+    activation: Activation | str | None = None,
 ) -> torch.Tensor:
     """torch.nn.functional.linear, with an optional fused activation: activation(input @ weight.T + bias).
 
@@ -44,15 +43,16 @@ def linear(
         input: [..., in_features].
         weight: [out_features, in_features].
         bias: [out_features], or None.
-        activation: dlkern.Activation to apply to the result, or None. torch has no such argument.
+        activation: dlkern.Activation (or its name) to apply to the result, or None. torch has no such argument.
 
     Returns:
         [..., out_features], contiguous, in the inputs' dtype (autocast's inside torch.autocast).
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit together; torch's own messages.
+        ValueError: an unknown activation.
     """
-    code = 0 if activation is None else int(activation)
+    code = 0 if activation is None else int(Activation.of(activation))
     try:
         column = _plain.column("linear", input)
         if column is not None:
@@ -60,9 +60,7 @@ def linear(
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
     try:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input, weight, bias = _autocast(device, input, weight, bias)
+        input, weight, bias = lowered(input, weight, bias)  # type: ignore[assignment]
         reason = _unusual(input, weight, bias)
     except AttributeError:  # not tensors: torch says which
         reason = "not tensors"
@@ -72,11 +70,3 @@ def linear(
     if tracing.active:
         tracing.record("linear", "torch", reason, input, weight, bias)
     return activate(output, code)
-
-
-def _autocast(device: str, *tensors: torch.Tensor | None) -> list[Any]:
-    """float32 and smaller in autocast's dtype, as its lower_precision_fp list has linear; float64 stays."""
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    ]

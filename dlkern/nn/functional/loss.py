@@ -7,6 +7,7 @@ from torch.nn import _reduction
 
 from dlkern import ops
 from dlkern import trace as tracing
+from dlkern.nn.functional._autocast import autocasts
 from dlkern.ops import _plain
 
 __all__ = ["cross_entropy"]
@@ -78,8 +79,7 @@ def cross_entropy(
     except (*_plain.REFUSALS, KeyError):
         pass  # the long way says what is wrong
     try:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):  # on autocast's float32 list
+        if autocasts(input):  # on autocast's float32 list
             input = _widen(input)
             weight = _widen(weight) if weight is not None else None
         reason = _unusual(input, target, weight, label_smoothing)
