@@ -26,7 +26,7 @@ import dlkern
 from dlkern import models
 from dlkern.bench import machine
 from dlkern.bench.timing import interleave, ratio
-from dlkern.report import Table
+from dlkern.report import Table, make_folder
 
 __all__ = ["NETWORKS", "main", "measure"]
 
@@ -140,6 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
             _command(options, *more), env=environment, stdout=subprocess.PIPE, text=True, check=True
         ).stdout)  # fmt: skip
 
+    try:
+        directory = make_folder(options.output or Path(__file__).resolve().parent / "results" / machine.device_slug("cpu"))
+    except ValueError as error:
+        parser.error(str(error))
     rows = []
     for name in options.names or NETWORKS:
         row = run("--one", name)
@@ -149,8 +153,6 @@ def main(arguments: list[str] | None = None) -> int:
     summary = {
         f"{what}, {side}": round(_mean(rows, what, side), 3) for what in ("training", "inference") for side in rows[0][what]
     }
-    directory = options.output or Path(__file__).resolve().parent / "results" / machine.device_slug("cpu")
-    directory.mkdir(parents=True, exist_ok=True)
     settings = {"batch": options.batch, "layout": options.layout, "dtype": options.dtype}
     record = {"machine": machine.describe("cpu"), "settings": settings, "geometric means": summary, "rows": rows}
     suffix = "" if (options.layout, options.dtype) == ("contiguous", "float32") else f"-{options.layout}-{options.dtype}"

@@ -20,6 +20,7 @@ import torch
 
 from dlkern.bench import harness, machine, report, shapes, targets
 from dlkern.bench.harness import DTYPES, Row
+from dlkern.report import make_folder
 
 __all__ = ["Result", "main", "run"]
 
@@ -104,7 +105,7 @@ def run(
         A Result. Rows that a results.json in `output` already holds are not resumed here; bench/gpu.sh does that.
 
     Raises:
-        ValueError: an unknown family, table, dtype, layout or device.
+        ValueError: an unknown family, table, dtype, layout or device; no results can be written to `output`.
         RuntimeError: the measuring process failed.
     """
     request = _Request(
@@ -124,13 +125,15 @@ def run(
         overhead=overhead,
     )
     request.resolve()
+    if write:
+        folder = make_folder(output if output is not None else RESULTS / machine.device_slug(request.device))
     if request.device == "cpu" and not _settled(request):
         result = _elsewhere(request, echo)
     else:
         result = here(request, echo)
     if write:
-        result.directory = Path(output) if output is not None else RESULTS / machine.device_slug(request.device)
-        written = report.write(result.as_dict(), result.directory)
+        result.directory = folder
+        written = report.write(result.as_dict(), folder)
         if echo is not None:
             echo(f"\nwritten: {', '.join(str(path) for path in written)}")
     return result
@@ -376,8 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = here(request, lambda line: print(line, flush=True))
         Path(given.worker_output).write_text(json.dumps(result.as_dict() | {"left": result.left}))
         return 0
-    old = report.load(given.compare) if given.compare else None  # read before a run that may overwrite it
     try:
+        old = report.load(given.compare) if given.compare else None  # read before a run that may overwrite it
         result = run(
             given.families or None,
             device=given.device,
@@ -396,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overhead=not given.no_overhead,
             echo=lambda line: print(line, flush=True),
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if old is not None:

@@ -322,6 +322,8 @@ def train(network: str, steps: int, batch: int, seed: int, column: str, folder: 
     """Train NETWORK on scikit-learn's digits with torch and with dlkern side by side, from the same seed."""
     console = _console()
     with _errors_as_messages():
+        if folder:
+            reports.make_folder(folder)
         section = _train(console, network, steps, batch, seed, column)[0]
         if folder:
             path = reports.write(folder, f"dlkern: training {network}", _stamp(), [section])
@@ -402,6 +404,8 @@ def bench(arguments: Sequence[str]) -> None:
 def demo(steps: int, folder: str, with_bench: bool) -> None:
     """Everything at a glance: train LeNet, a ResNet-18 step, a quick benchmark, and a report."""
     console = _console()
+    with _errors_as_messages():
+        reports.make_folder(folder)
     versions, available = _versions(), _columns()
     console.print(versions.rich("dlkern on this machine"))
     console.print(available.rich("columns"))

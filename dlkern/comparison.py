@@ -140,7 +140,7 @@ def _results(model: torch.nn.Module, inputs: Sequence[torch.Tensor], backward: b
     if backward:
         pairs = [(o, c) for o, c in zip(outputs, _cotangents(outputs)) if o.requires_grad]
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(
+        gradients = () if not pairs or not named else torch.autograd.grad(
             [o for o, _ in pairs], [p for _, p in named], [c for _, c in pairs], allow_unused=True
         )
         seen |= {f"grad of {n}": g for (n, _), g in zip(named, gradients) if g is not None}
@@ -183,7 +183,8 @@ def _step(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Callable[[]
         model.zero_grad()
         found = _floats(model(*inputs))
         pairs = [(o, c) for o, c in zip(found, cotangents) if o.requires_grad]
-        torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs])
+        if pairs:  # none in a model without parameters
+            torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs])
 
     return step
 

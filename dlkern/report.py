@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,25 @@ class Section:
         return "\n".join(parts)
 
 
+def make_folder(folder: str | Path) -> Path:
+    """The folder, made where it is not there; to be called before what takes long, so that no result has nowhere to go.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot write results there: {error.strerror}") from error
+    return folder
+
+
 def write(folder: str | Path, title: str, note: str, sections: Sequence[Section]) -> Path:
     """Writes folder/index.html and the plots beside it, and returns the page's path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     for i, section in enumerate(sections):
         for j, png in enumerate(section.plots):
             (folder / f"{i + 1}-{j + 1}.png").write_bytes(png)

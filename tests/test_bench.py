@@ -286,6 +286,13 @@ def test_a_bad_table_says_where(tmp_path):
 # --- the run and its files
 
 
+@pytest.mark.parametrize("arguments", [("--output", "/dev/null/x"), ("--compare", "nowhere.json")])
+def test_files_are_looked_for_before_anything_is_measured(arguments, capsys):
+    assert runner.main(["dropout", "--quick", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert arguments[1] in captured.err and not captured.out
+
+
 def test_run_writes_everything(tmp_path):
     path = tmp_path / "tiny.csv"
     path.write_text("op,name,batch,channels\ndropout,tiny,8,64\n")

@@ -115,6 +115,8 @@ def test_check_tells_a_failure(monkeypatch):
         (("compare", "usersmodel:small", "--input", "1,2:float31"), "expected sizes like 8,3,224,224"),
         (("compare", "usersmodel:small", "--input", "1,4,8,8"), "on inputs 1,4,8,8: RuntimeError"),
         (("compare", "usersmodel:small"), "Missing option '--input'"),
+        (("train", "lenet", "--report", "/dev/null/x"), "/dev/null/x: cannot write results there"),
+        (("demo", "--report", "/dev/null/x"), "/dev/null/x: cannot write results there"),
     ],
 )
 def test_wrong_calls(user, arguments, message):
@@ -143,6 +145,11 @@ def test_compare(user, factory):
     assert result.exit_code == 0, result.output
     for word in ("Conv2d", "BatchNorm2d", "activations stay torch's", "by layer", "2×3×8×8", "parity: ok", "backward"):
         assert word in result.output
+
+
+def test_compare_without_parameters():
+    result = call("compare", "torch.nn:Identity", "--input", "2,3", *QUICKLY)
+    assert result.exit_code == 0 and "parity: ok" in result.output, result.output
 
 
 def test_compare_with_integers_and_functions(user):

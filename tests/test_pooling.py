@@ -350,7 +350,10 @@ def test_windows_far_beyond_the_input(dtype):
     huge = dict(kernel_size=(1, 2**22), stride=1, padding=(0, 2**21))
     for layout in LAYOUTS:
         x = image((2, 3, 5, 2), layout, dtype)
-        same(run(F.max_pool2d, x, **huge), run(TF.max_pool2d, x, **huge))
+        for value in (0.0, math.nan):
+            x[1, 2, 3, 1] = value
+            same(run(F.max_pool2d, x, **huge), run(TF.max_pool2d, x, **huge))
+        x[1, 2, 3, 1] = 0.0
         for include in (False, True):
             for actual, expected in zip(*(run(f, x, **huge, count_include_pad=include) for f in (F.avg_pool2d, TF.avg_pool2d))):
                 torch.testing.assert_close(actual, expected)
