@@ -131,6 +131,21 @@ def test_exact_on_integers(name, dtype):
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_handful_of_products_is_rounded_once(groups):
+    """The weight gradient of a tiny convolution is summed in double; all mixtures of layouts."""
+    for layout in LAYOUTS:
+        for gradient_layout in LAYOUTS:
+            x = torch.randn(2, 4, 3, 4).to(memory_format=layout)
+            w = torch.randn(2, 4 // groups, 2, 2, requires_grad=True)
+            cotangent = torch.randn(2, 2, 4, 3).to(memory_format=gradient_layout)
+            settings = dict(stride=(1, 2), padding=1, groups=groups)
+            (actual,) = torch.autograd.grad(F.conv2d(x, w, **settings), w, cotangent)
+            exact = TF.conv2d(x.double(), w.double(), **settings)
+            (expected,) = torch.autograd.grad(exact, w, cotangent.double())
+            assert torch.equal(actual, expected.float())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_formats_are_torchs(name):
     case = CASES[name]

@@ -355,12 +355,45 @@ template <class T> void backward_weight_turned(const ConvBackwardWeightArgs<T>& 
               static_cast<T>(gradients[((r * z.s + s) * z.c + c) * row + k]);
 }
 
+// A handful of products: less work than a plan. In double, since among few roundings chance decides who errs more.
+constexpr int64_t kFewProducts = 1024;
+
+template <class T> void backward_weight_plain(const ConvBackwardWeightArgs<T>& args) {
+  const ConvShape& z = args.shape;
+  const int64_t channels = z.c / z.groups, outputs = z.k / z.groups;
+  const auto at = [](bool last, int64_t c_count, int64_t h, int64_t w, int64_t n, int64_t c, int64_t y, int64_t x) {
+    return last ? ((n * h + y) * w + x) * c_count + c : ((n * c_count + c) * h + y) * w + x;
+  };
+  for (int64_t k = 0; k < z.k; ++k)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t r = 0; r < z.r; ++r)
+        for (int64_t s = 0; s < z.s; ++s) {
+          double sum = 0;
+          for (int64_t n = 0; n < z.n; ++n)
+            for (int64_t p = 0; p < z.p; ++p)
+              for (int64_t q = 0; q < z.q; ++q) {
+                const int64_t y = p * z.stride_h + r * z.dilation_h - z.pad_h,
+                              x = q * z.stride_w + s * z.dilation_w - z.pad_w;
+                if (y < 0 || y >= z.h || x < 0 || x >= z.w) continue;
+                const T g = args.grad_output[at(args.grad_output_channels_last, z.k, z.p, z.q, n, k, p, q)];
+                const int64_t channel = k / outputs * channels + c;
+                sum += static_cast<double>(g) *
+                       static_cast<double>(args.input[at(args.input_channels_last, z.c, z.h, z.w, n, channel, y, x)]);
+              }
+          args.grad_weight[at(args.grad_weight_channels_last, channels, z.r, z.s, k, c, r, s)] =
+              static_cast<T>(static_cast<acc_t<T>>(sum));
+        }
+}
+
 template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   using A = acc_t<T>;
   const ConvShape& z = args.shape;
   if (args.grad_bias)
     sum_bias(
         ConvBackwardBiasArgs<T>{z.n, z.k, z.p, z.q, args.grad_output, args.grad_output_channels_last, args.grad_bias});
+  const double products =
+      static_cast<double>(z.n * z.p * z.q) * static_cast<double>(z.k * (z.c / z.groups) * z.r * z.s);
+  if (products <= kFewProducts) return backward_weight_plain(args);
   if (depthwise_backward_weight(args) || grouped_backward_weight(args)) return;
   Plan<T> plan;
   plan_bands(z, plan);

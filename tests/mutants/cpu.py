@@ -278,3 +278,13 @@ MUTANTS += [
     _matmul("csrc/cpu/activation.h", "return grad * (1 - y * y);", "return grad * (1 - y);", "test_activation"),
     _matmul("csrc/cpu/simd.h", "const V part = 2 / sum, rest = 1 - part;", "const V part = 2 / one, rest = 1 - part;", "test_activation"),
 ]
+
+# The plain weight gradient of a handful of products: the group's channels, the right border, the layout.
+_PLAIN = dict(file="csrc/cpu/conv_weight.cpp", tests=["tests/test_conv.py", "-k", "handful"], build="native")
+MUTANTS += [
+    dict(_PLAIN, old="channel = k / outputs * channels + c;", new="channel = c;"),
+    dict(_PLAIN, old="if (y < 0 || y >= z.h || x < 0 || x >= z.w) continue;",
+         new="if (y < 0 || y >= z.h || x < 0 || x >= z.w - 1) continue;"),
+    dict(_PLAIN, old="at(args.input_channels_last, z.c, z.h, z.w, n, channel, y, x)",
+         new="at(args.grad_output_channels_last, z.c, z.h, z.w, n, channel, y, x)"),
+]
