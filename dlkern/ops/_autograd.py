@@ -39,7 +39,7 @@ def use_reference() -> bool:
 
 def recording() -> bool:
     """Whether autograd records. Not under torch.jit.trace: a graph of raw ops, unlike one of Functions, can be saved."""
-    return torch.is_grad_enabled() and not torch._C._is_tracing()
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
