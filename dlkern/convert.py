@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import dlkern.nn
+from dlkern.nn.modules.rnn import allow_in_dynamo
 from dlkern.report import Table
 
 __all__ = ["ModuleReport", "conversion_report", "convert", "revert"]
@@ -160,6 +161,8 @@ def convert(
         if target is not None:
             swapped.append((module, _plain_class(module)))
             _set_class(module, target)
+            if isinstance(module, torch.nn.RNNBase):
+                allow_in_dynamo()
     result: torch.nn.Module = model
     if fuse:
         from dlkern import fusion

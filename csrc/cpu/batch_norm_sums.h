@@ -16,9 +16,6 @@ namespace dlkern::cpu::DLKERN_ISA {
 constexpr int kShort = 8;
 constexpr int kSumRows = 8;  // rows of channels read side by side
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 template <class V> inline V load_as(const void* at) {
   V v;
   std::memcpy(&v, at, sizeof v);

@@ -19,6 +19,15 @@ constexpr int kOuterPitch = kVectorBytes == 64 ? 16 : 8;  // elements from one p
 // and because rounding errors grow with the length of an unbroken sum.
 constexpr int64_t kDepth = 128;
 
+// Steps between two additions of a sum of `steps` terms to memory, cut evenly. In a small problem the square root,
+// which gives the smallest error and is what a library's short inner products come near; kDepth where speed counts.
+inline int64_t sum_depth(int64_t steps, double multiplications) {
+  int64_t most = kDepth;
+  if (multiplications < 4e6)
+    for (most = 4; most < kDepth && most * most < steps;) ++most;
+  return ceil_div(steps, ceil_div(steps, most));
+}
+
 // A run of consecutive elements in every pixel's window, and the step of its first in the weights.
 struct Piece {
   int64_t offset, length, step;

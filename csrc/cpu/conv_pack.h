@@ -7,19 +7,6 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Steps between two additions of a sum of `steps` terms to memory, cut evenly. In a small problem the square root,
-// which gives the smallest error and is what a library's short inner products come near; kDepth where speed counts.
-inline int64_t sum_depth(int64_t steps, double multiplications) {
-  int64_t most = kDepth;
-  if (multiplications < 4e6)
-    for (most = 4; most < kDepth && most * most < steps;) ++most;
-  return ceil_div(steps, ceil_div(steps, most));
-}
-
 // A batch of images, dense in either layout.
 template <class T> struct Images {
   const T* data;

@@ -53,9 +53,6 @@ constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
 // Blocks of k where the product is small or narrow: libraries take inner products there, whose sums are short.
 constexpr int64_t kShortKC = 8, kSmallWork = 262144, kNarrowN = 12;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // What the multiplications of one panel ask memory for meanwhile: the panel that is packed next, as it lies in B. Every
 // kAheadSteps steps a group of `lines` cache lines is due, 2^shift of them side by side in rows `row` bytes apart; the
 // tiles of the panel take shares, first .. last, of each group.
@@ -391,13 +388,14 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   constexpr bool plain = same<Epilogue, NoEpilogue>::value;
   const int64_t m = i_end - i_begin;
   const bool once = m <= kMC<P>;  // each panel of B meets one block of rows
-  const int64_t nc_step = once ? kOnceNC<P> : kNC<P>, nc_max = smaller(nc_step, blocks(j_end - j_begin, width) * width);
+  const int64_t nc_step = once ? kOnceNC<P> : kNC<P>,
+                nc_max = smaller(nc_step, ceil_div(j_end - j_begin, width) * width);
   // Copies pay where they are read often enough. B in place is walked a few rows at a time.
   const bool b_in_place = same_type && g.b_column == 1 && g.m <= kInPlaceM;
   const bool short_sums = g.n <= kNarrowN || g.m * g.n * g.k < kSmallWork;
   const int64_t kc_most = short_sums ? kShortKC : b_in_place ? kInPlaceKC : kKC;
   const int64_t kc_step =
-      g.k <= kc_most ? kc_most : blocks(blocks(g.k, blocks(g.k, kc_most)), kAheadSteps) * kAheadSteps;
+      g.k <= kc_most ? kc_most : ceil_div(ceil_div(g.k, ceil_div(g.k, kc_most)), kAheadSteps) * kAheadSteps;
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
@@ -420,14 +418,14 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
                                : nc % kLanes<P> ? nc / width * width
                                                 : nc;  // columns read where they are
       for (int64_t ic = i_begin; ic < i_end; ic += kMC<P>) {
-        const int64_t mc = smaller(kMC<P>, i_end - ic), tiles = blocks(mc, kMR);
+        const int64_t mc = smaller(kMC<P>, i_end - ic), tiles = ceil_div(mc, kMR);
         const T* a = g.a + ic * g.a_row + pc * g.a_column;
         Block<P> block;
         if constexpr (same_type) block = {a, g.a_row, g.a_column};
         if (!a_in_place) block = pack_a(mc, kc, a, g.a_row, g.a_column, packed_a);
         for (int64_t j = 0; j < nc; j += width) {
           const int64_t columns = smaller(width, nc - j);
-          const int vectors = static_cast<int>(blocks(columns, kLanes<P>));
+          const int vectors = static_cast<int>(ceil_div(columns, kLanes<P>));
           P* panel = once ? packed_b : packed_b + j * kc;
           const P* b_panel = panel;
           int64_t b_row = width;
@@ -498,10 +496,10 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
   }
   // A grid of across x down threads. Each packs the B it needs, which costs about as much as two tiles of rows.
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t row_tiles = blocks(g.m, kMR), vectors = blocks(g.n, lanes);
+  const int64_t row_tiles = ceil_div(g.m, kMR), vectors = ceil_div(g.n, lanes);
   int64_t across = 1, least = -1;
   for (int64_t a = 1; a <= threads; ++a) {
-    const int64_t cost = blocks(vectors, a) * (blocks(row_tiles, threads / a) + 2);
+    const int64_t cost = ceil_div(vectors, a) * (ceil_div(row_tiles, threads / a) + 2);
     if (least < 0 || cost <= least) {
       least = cost;
       across = a;

@@ -58,6 +58,10 @@ template <class T> using Wide = typename wide_of<T>::type;
 // Lanes of Vec<T>.
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class T> inline Vec<T> broadcast(acc_t<T> value) {
   return value - Vec<T>{};
 }  // x - 0 is x, for -0 too: no addition is left

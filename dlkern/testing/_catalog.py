@@ -255,8 +255,40 @@ def _dropout() -> Iterator[Case]:
                    lambda s=shape: [_randn(*s), torch.randint(0, 2**62, ())])
 
 
+def _rnn() -> Iterator[Case]:
+    def call(function: Callable[..., Any], lstm: bool, layers: int, directions: int, bias: bool) -> Callable[..., Any]:
+        def run(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            states, params = tensors[: 2 if lstm else 1], list(tensors[2 if lstm else 1 :])
+            hx = states if lstm else states[0]
+            return function(x, hx, params, bias, layers, 0.0, False, directions == 2, False)[0]
+
+        return run
+
+    def inputs(gates: int, size: tuple[int, ...], hidden: int, layers: int, directions: int, bias: bool) -> list[torch.Tensor]:
+        scale = hidden**-0.5
+        tensors = [_randn(*size)]
+        tensors += [_randn(layers * directions, size[1], hidden, scale=0.5) for _ in range(2 if gates == 4 else 1)]
+        for layer in range(layers):
+            for _ in range(directions):
+                features = size[2] if layer == 0 else directions * hidden
+                sizes: list[tuple[int, ...]] = [(gates * hidden, features), (gates * hidden, hidden)]
+                sizes += [(gates * hidden,)] * 2 if bias else []
+                tensors += [_randn(*s, scale=scale) for s in sizes]
+        return tensors
+
+    for op, gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+        for label, size, hidden, layers, directions, bias in (
+            ("one layer", (6, 4, 7), 19, 1, 1, True), ("two layers both ways, no bias", (3, 3, 5), 8, 2, 2, False),
+        ):  # fmt: skip
+            settings = (gates == 4, layers, directions, bias)
+            yield Case("rnn", op, label, call(getattr(F, op), *settings), call(getattr(torch, op), *settings),
+                       lambda a=(gates, size, hidden, layers, directions, bias): inputs(*a), draws=256,
+                       plain=call(getattr(reference.rnn, op), *settings))
+
+
 CASES: tuple[Case, ...] = (
     *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout(),
+    *_rnn(),
 )  # fmt: skip
 
 

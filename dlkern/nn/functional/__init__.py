@@ -21,6 +21,7 @@ from dlkern.nn.functional.pooling import (
     max_pool2d,
     max_pool2d_with_indices,
 )
+from dlkern.nn.functional.rnn import gru, lstm, rnn_relu, rnn_tanh
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -43,11 +44,15 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "gru",
     "linear",
     "lp_pool1d",
     "lp_pool2d",
+    "lstm",
     "max_pool1d",
     "max_pool1d_with_indices",
     "max_pool2d",
     "max_pool2d_with_indices",
+    "rnn_relu",
+    "rnn_tanh",
 ]

@@ -34,9 +34,13 @@ from dlkern.nn.modules.pooling import (
     MaxPool1d,
     MaxPool2d,
 )
+from dlkern.nn.modules.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from dlkern.nn.modules.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveMaxPool1d",
@@ -55,8 +59,10 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "GRUCell",
     "LPPool1d",
     "LPPool2d",
+    "LSTMCell",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -68,6 +74,7 @@ __all__ = [
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
+    "RNNCell",
     "SyncBatchNorm",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -1,0 +1,200 @@
+// rnn, op layer: rnn_forward, rnn_backward: one layer in one direction of RNN, LSTM or GRU.
+#include "../cpu/rnn.h"
+
+#include "common.h"
+
+namespace dlkern::ops {
+namespace {
+
+// A sequence's shape, checked, and the memory its pointers lead to.
+struct Sequence {
+  cpu::RnnShape shape;
+  std::vector<int64_t> batch_sizes, offsets;
+};
+
+void check_tensor(const char* op, const char* name, const Tensor& x, const Tensor& like, std::vector<int64_t> size) {
+  check(x.is_cpu(), op, ": ", name, " is not on the CPU");
+  check(x.scalar_type() == like.scalar_type(), op, ": ", name, " differs in dtype");
+  bool fits = x.dim() == static_cast<int64_t>(size.size());
+  for (size_t d = 0; fits && d < size.size(); ++d) fits = x.size(static_cast<int64_t>(d)) == size[d];
+  std::ostringstream expected;
+  for (size_t d = 0; d < size.size(); ++d) expected << (d ? ", " : "") << size[d];
+  check(fits, op, ": ", name, " is not [", expected.str(), "]");
+}
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+std::optional<Tensor> dense(const std::optional<Tensor>& x) { return x ? std::optional<Tensor>(dense(*x)) : x; }
+
+Sequence check_sequence(const char* op, const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
+                        const Tensor& h0, const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
+                        int64_t mode, bool reverse) {
+  check(mode >= 0 && mode <= 3, op, ": no mode ", mode);
+  check(input.is_cpu(), op, ": input is not on the CPU");
+  check(input.dim() == (batch_sizes ? 2 : 3), op, ": input has ", input.dim(), " dimensions, expected ",
+        batch_sizes ? 2 : 3);
+  check(weight_hh.dim() == 2, op, ": weight_hh has ", weight_hh.dim(), " dimensions, expected 2");
+  Sequence result;
+  cpu::RnnShape& s = result.shape;
+  s.mode = static_cast<int>(mode);
+  s.reverse = reverse;
+  s.inputs = input.size(input.dim() - 1);
+  s.hidden = weight_hh.size(1);
+  check(s.hidden > 0 && s.inputs > 0, op, ": input or hidden size is zero");
+  if (batch_sizes) {
+    check(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
+          ": batch_sizes is not a 1-D int64 tensor on the CPU");
+    const Tensor sizes = dense(*batch_sizes);
+    const int64_t* from = data<int64_t>(sizes);
+    result.batch_sizes.assign(from, from + sizes.size(0));
+    s.rows = input.size(0);
+  } else {
+    result.batch_sizes.assign(static_cast<size_t>(input.size(0)), input.size(1));
+    s.rows = input.size(0) * input.size(1);
+  }
+  s.steps = static_cast<int64_t>(result.batch_sizes.size());
+  check(s.steps > 0, op, ": no time steps");
+  s.batch = result.batch_sizes[0];
+  int64_t rows = 0, before = s.batch;
+  for (int64_t size : result.batch_sizes) {
+    check(size > 0 && size <= before, op, ": batch sizes must be positive and not grow");
+    check(size <= s.rows - rows, op, ": batch_sizes count more rows than input has");
+    result.offsets.push_back(rows);
+    rows += size;
+    before = size;
+  }
+  check(rows == s.rows, op, ": batch_sizes count ", rows, " rows, input has ", s.rows);
+  s.batch_sizes = result.batch_sizes.data();
+  s.offsets = result.offsets.data();
+  check_tensor(op, "weight_ih", weight_ih, input, {s.gates() * s.hidden, s.inputs});
+  check_tensor(op, "weight_hh", weight_hh, input, {s.gates() * s.hidden, s.hidden});
+  check_tensor(op, "h0", h0, input, {s.batch, s.hidden});
+  check(c0.has_value() == (mode == cpu::kRnnLstm), op, ": c0 is for LSTM, and LSTM wants one");
+  if (c0) check_tensor(op, "c0", *c0, input, {s.batch, s.hidden});
+  return result;
+}
+
+ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
+                     const std::optional<Tensor>& bias_ih, const std::optional<Tensor>& bias_hh, const Tensor& h0,
+                     const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes, int64_t mode,
+                     bool reverse) {
+  const char* op = "rnn_forward";
+  const Sequence sequence =
+      check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
+  const cpu::RnnShape& s = sequence.shape;
+  if (bias_ih) check_tensor(op, "bias_ih", *bias_ih, input, {s.gates() * s.hidden});
+  if (bias_hh) check_tensor(op, "bias_hh", *bias_hh, input, {s.gates() * s.hidden});
+  const Tensor x = dense(input), w_ih = dense(weight_ih), w_hh = dense(weight_hh), h = dense(h0);
+  const std::optional<Tensor> b_ih = dense(bias_ih), b_hh = dense(bias_hh), c = dense(c0);
+  const ScalarType dtype = input.scalar_type(), sums = sum_type(input);
+  const bool lstm = mode == cpu::kRnnLstm;
+  Tensor output = batch_sizes ? allocate({s.rows, s.hidden}, dtype, input)
+                              : allocate({s.steps, s.batch, s.hidden}, dtype, input);
+  Tensor h_n = allocate({s.batch, s.hidden}, dtype, input);
+  Tensor c_n = allocate({lstm ? s.batch : 0, s.hidden}, dtype, input);
+  Tensor gates = allocate({s.rows, s.slots() * s.hidden}, sums, input);
+  Tensor cells = allocate({lstm ? s.rows : 0, s.hidden}, sums, input);
+  Tensor states = dtype == sums ? output : allocate({s.rows, s.hidden}, sums, input);
+  dispatch_floating(dtype, op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = acc_t<T>;
+    const cpu::RnnForwardArgs<T> args{s,
+                                      data<T>(x),
+                                      data<T>(w_ih),
+                                      data<T>(w_hh),
+                                      data<T>(b_ih),
+                                      data<T>(b_hh),
+                                      data<T>(h),
+                                      data<T>(c),
+                                      mutable_data<T>(output),
+                                      mutable_data<T>(h_n),
+                                      mutable_data<T>(c_n),
+                                      mutable_data<A>(gates),
+                                      mutable_data<A>(cells),
+                                      mutable_data<A>(states)};
+    DLKERN_CALL(rnn_forward, args);
+  });
+  return {output, h_n, c_n, gates, cells};
+}
+
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const std::optional<Tensor>& grad_c_n,
+                       const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& h0,
+                       const std::optional<Tensor>& c0, const Tensor& output, const Tensor& gates, const Tensor& cells,
+                       const std::optional<Tensor>& batch_sizes, int64_t mode, bool reverse, bool of_input,
+                       bool of_weight, bool of_bias) {
+  const char* op = "rnn_backward";
+  const Sequence sequence = check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
+  const cpu::RnnShape& s = sequence.shape;
+  const bool lstm = mode == cpu::kRnnLstm;
+  const std::vector<int64_t> size = batch_sizes ? std::vector<int64_t>{s.rows, s.hidden}
+                                                : std::vector<int64_t>{s.steps, s.batch, s.hidden};
+  check_tensor(op, "grad_output", grad_output, input, size);
+  check_tensor(op, "output", output, input, size);
+  check_tensor(op, "grad_h_n", grad_h_n, input, {s.batch, s.hidden});
+  check(grad_c_n.has_value() == lstm, op, ": grad_c_n is for LSTM, and LSTM wants one");
+  if (lstm) check_tensor(op, "grad_c_n", *grad_c_n, input, {s.batch, s.hidden});
+  const ScalarType dtype = input.scalar_type(), sums = sum_type(input);
+  check(gates.is_cpu() && gates.scalar_type() == sums && cells.is_cpu() && cells.scalar_type() == sums, op,
+        ": gates or cells are not what rnn_forward gave");
+  check(gates.dim() == 2 && gates.size(0) == s.rows && gates.size(1) == s.slots() * s.hidden, op, ": gates is not [",
+        s.rows, ", ", s.slots() * s.hidden, "]");
+  check(cells.dim() == 2 && cells.size(0) == (lstm ? s.rows : 0) && cells.size(1) == s.hidden, op, ": cells is not [",
+        lstm ? s.rows : 0, ", ", s.hidden, "]");
+  check(of_weight || !of_bias, op, ": gradients of biases come with those of weights");
+  const Tensor g = dense(grad_output), g_h = dense(grad_h_n), x = dense(input),
+               w_ih = dense(weight_ih), w_hh = dense(weight_hh), h = dense(h0), y = dense(output),
+               saved = dense(gates), saved_cells = dense(cells);
+  const std::optional<Tensor> g_c = dense(grad_c_n), c = dense(c0);
+  const int64_t width = s.gates() * s.hidden;
+  std::vector<int64_t> input_size = to_vector(input.sizes());
+  if (!of_input) input_size.assign(1, 0);
+  Tensor grad_input = allocate(Ints(input_size.data(), input_size.size()), dtype, input);
+  Tensor grad_weight_ih = allocate({of_weight ? width : 0, s.inputs}, dtype, input);
+  Tensor grad_weight_hh = allocate({of_weight ? width : 0, s.hidden}, dtype, input);
+  Tensor grad_bias_ih = allocate({of_bias ? width : 0}, dtype, input);
+  Tensor grad_bias_hh = allocate({of_bias ? width : 0}, dtype, input);
+  Tensor grad_h0 = allocate({s.batch, s.hidden}, dtype, input);
+  Tensor grad_c0 = allocate({lstm ? s.batch : 0, s.hidden}, dtype, input);
+  Tensor grad_gates = allocate({s.rows, s.slots() * s.hidden}, sums, input);
+  Tensor previous = allocate({of_weight ? s.rows : 0, s.hidden}, sums, input);
+  dispatch_floating(dtype, op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = acc_t<T>;
+    const cpu::RnnBackwardArgs<T> args{s,
+                                       data<T>(g),
+                                       data<T>(g_h),
+                                       data<T>(g_c),
+                                       data<T>(x),
+                                       data<T>(w_ih),
+                                       data<T>(w_hh),
+                                       data<T>(h),
+                                       data<T>(c),
+                                       data<T>(y),
+                                       data<A>(saved),
+                                       data<A>(saved_cells),
+                                       mutable_data<A>(grad_gates),
+                                       mutable_data<A>(previous),
+                                       of_input ? mutable_data<T>(grad_input) : nullptr,
+                                       of_weight ? mutable_data<T>(grad_weight_ih) : nullptr,
+                                       of_weight ? mutable_data<T>(grad_weight_hh) : nullptr,
+                                       of_bias ? mutable_data<T>(grad_bias_ih) : nullptr,
+                                       of_bias ? mutable_data<T>(grad_bias_hh) : nullptr,
+                                       mutable_data<T>(grad_h0),
+                                       mutable_data<T>(grad_c0)};
+    DLKERN_CALL(rnn_backward, args);
+  });
+  return {grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_h0, grad_c0};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
+  m.impl("rnn_forward_cpu", TORCH_BOX(&rnn_forward_cpu));
+  m.impl("rnn_backward_cpu", TORCH_BOX(&rnn_backward_cpu));
+}
+
+}  // namespace dlkern::ops

@@ -1,0 +1,147 @@
+"""Recurrent networks with the signatures of torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu: stacks of layers
+in one or both directions, padded or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dlkern import ops
+from dlkern import trace as tracing
+from dlkern.nn.functional._autocast import autocasts, lowered
+from dlkern.nn.functional.dropout import dropout as drop
+from dlkern.ops.rnn import GATES, GRU, LSTM, RELU, TANH
+
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+_PADDED = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+_PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+
+
+def unusual(
+    mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
+    params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int,
+) -> str | None:
+    """What of a call is outside our kernels (torch takes it, or raises its own error), or None. x is [T, B, I] or packed
+    [rows, I], states are [layers · directions, B, H]."""
+    if x.dim() != (3 if batch_sizes is None else 2):
+        return "input is not [T, B, I], or packed [rows, I]"
+    if not x.is_floating_point() or any(t.dtype != x.dtype or t.device != x.device for t in (*states, *params)):
+        return "input, states and weights differ in dtype or device, or are not floating point"
+    if len(states) != (2 if mode == LSTM else 1) or len(params) != layers * directions * (4 if biases else 2):
+        return "states or weights are missing, or project (proj_size)"
+    if any(size == 0 for size in (*x.shape[:-1], *x.shape[-1:])):
+        return "a dimension is zero"
+    hidden = params[1].shape[-1]
+    if batch_sizes is None:
+        batch = x.shape[1]
+    else:
+        if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
+            return "batch_sizes is not a 1-D int64 tensor on the CPU"
+        batch = states[0].shape[1] if states[0].dim() == 3 else -1
+    if any(t.shape != (layers * directions, batch, hidden) for t in states):
+        return "a state is not [layers · directions, B, H]"
+    step = 4 if biases else 2
+    for i in range(layers * directions):
+        inputs = x.shape[-1] if i < directions else directions * hidden
+        width = GATES[mode] * hidden
+        sizes = [(width, inputs), (width, hidden), (width,), (width,)][:step]
+        if any(tuple(p.shape) != size for p, size in zip(params[i * step : (i + 1) * step], sizes)):
+            return "weights do not fit, or project (proj_size)"
+    return None
+
+
+def stack(
+    mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
+    params: Sequence[torch.Tensor], biases: bool, layers: int, dropout: float, train: bool, directions: int,
+) -> tuple[torch.Tensor, ...]:
+    """output and the last states; arguments as in `unusual`, which found nothing."""
+    if mode != GRU and autocasts(x):  # torch's GRU is no op of autocast's lists, and keeps float32
+        x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
+        states, params = rest[: len(states)], rest[len(states) :]  # type: ignore[assignment]
+    step = 4 if biases else 2
+    initial = [state.unbind(0) for state in states]
+    ends: list[list[torch.Tensor]] = [[] for _ in states]
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            w_ih, w_hh, b_ih, b_hh = [*params[i * step : (i + 1) * step], None, None][:4]
+            h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
+            output, *last = ops.rnn.rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_sizes, mode, direction == 1)  # type: ignore[arg-type]
+            outputs.append(output)
+            for end, state in zip(ends, last):
+                end.append(state)  # type: ignore[arg-type]
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if dropout and train and layer + 1 < layers:
+            x = drop(x, dropout, True)
+    return x, *(end[0].unsqueeze(0) if len(end) == 1 else torch.stack(end) for end in ends)
+
+
+def _call(mode: int, theirs: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    names = _PADDED
+    if "batch_sizes" in options or (
+        len(args) > 2 and isinstance(args[1], torch.Tensor) and (mode == LSTM or isinstance(args[2], torch.Tensor))
+    ):
+        names = _PACKED
+    given = dict(zip(names, args), **options)
+    reason: str | None = "arguments that torch refuses"
+    if len(args) <= len(names) and set(given) == set(names):
+        x, hx, batch_sizes = given[names[0]], given["hx"], given.get("batch_sizes")
+        states, params = list(hx) if mode == LSTM else [hx], list(given["params"])
+        layers, directions = given["num_layers"], 2 if given["bidirectional"] else 1
+        first = bool(given.get("batch_first"))
+        try:
+            x = x.transpose(0, 1) if first else x
+            reason = unusual(mode, x, batch_sizes, states, params, given["has_biases"], layers, directions)
+        except (AttributeError, IndexError, RuntimeError, TypeError):
+            pass  # torch says what is wrong
+    if reason is not None:
+        if tracing.active and args and isinstance(args[0], torch.Tensor):
+            tracing.record(ops.rnn.PUBLIC[mode], "torch", reason, args[0])
+        return theirs(*args, **options)
+    output, *last = stack(
+        mode, x, batch_sizes, states, params, given["has_biases"], layers, given["dropout"], given["train"], directions
+    )
+    return output.transpose(0, 1) if first else output, *last
+
+
+def lstm(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """torch.lstm: (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first), or packed
+    (data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional).
+
+    Args:
+        input: [T, B, I], or [B, T, I] with batch_first; data: [rows, I] as in a PackedSequence, batch_sizes int64 [T].
+        hx: (h0, c0), each [num_layers · directions, B, H].
+        params: weight_ih [4·H, I], weight_hh [4·H, H] (gates i, f, g, o) and, with has_biases, bias_ih and bias_hh [4·H],
+            for each layer and direction.
+        dropout: probability between layers, where train.
+
+    Returns:
+        output [T, B, directions · H] (or packed), h_n and c_n like hx, by
+        c_t = σ(f)·c_{t-1} + σ(i)·tanh(g), h_t = σ(o)·tanh(c_t), (i, f, g, o) = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+        (Hochreiter and Schmidhuber 1997, with the forget gates of Gers et al. 2000).
+
+    Raises:
+        RuntimeError, TypeError: torch's own, for wrong arguments.
+    """
+    return _call(LSTM, torch.lstm, args, options)  # type: ignore[return-value]
+
+
+def gru(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.gru: as lstm, but hx is h0 alone, gates are (r, z, n), and
+    r = σ(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + r·(W_hn h + b_hn)),
+    h_t = (1 - z)·n + z·h_{t-1} (Cho et al. 2014, in cuDNN's form)."""
+    return _call(GRU, torch.gru, args, options)  # type: ignore[return-value]
+
+
+def rnn_tanh(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.rnn_tanh: as gru, with h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) (Elman 1990)."""
+    return _call(TANH, torch.rnn_tanh, args, options)  # type: ignore[return-value]
+
+
+def rnn_relu(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.rnn_relu: as rnn_tanh, with max(0, ·) for tanh."""
+    return _call(RELU, torch.rnn_relu, args, options)  # type: ignore[return-value]

@@ -1,0 +1,135 @@
+"""RNN, LSTM and GRU in plain torch expressions, one layer in one direction, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+__all__ = ["GATES", "GRU", "LSTM", "RELU", "TANH", "gru", "lstm", "rnn", "rnn_backward", "rnn_relu", "rnn_tanh"]
+
+TANH, RELU, LSTM, GRU = range(4)  # csrc/cpu/rnn.h has the same
+GATES = (1, 1, 4, 3)
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def _cell(
+    x: torch.Tensor, h: torch.Tensor, c: torch.Tensor | None, weight_hh: torch.Tensor, bias_hh: torch.Tensor | None, mode: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The next state (and LSTM's next cell) of a step whose input's part of the gates is x."""
+    recurrent = linear(h, weight_hh, bias_hh)
+    if mode == LSTM:
+        assert c is not None
+        i, f, g, o = (x + recurrent).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if mode == GRU:
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), recurrent.chunk(3, -1)
+        z = torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+        return n + z * (h - n), None
+    return (torch.tanh if mode == TANH else torch.relu)(x + recurrent), None
+
+
+def rnn(
+    input: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: torch.Tensor | None,
+    bias_hh: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None, batch_sizes: Sequence[int] | None, mode: int,
+    reverse: bool,
+) -> Tensors:
+    """output and h_n, and c_n for LSTM.
+
+    Args:
+        input: [T, B, I]; or, with batch_sizes, [sum of batch_sizes, I] in the order of a PackedSequence.
+        weight_ih, weight_hh, bias_ih, bias_hh: as torch.nn.LSTM has them; biases may be None.
+        h0, c0: [B, H].
+        batch_sizes: rows of each step.
+        mode: TANH, RELU, LSTM or GRU.
+        reverse: from the last step of each sequence to the first.
+    """
+    sizes = [input.shape[1]] * input.shape[0] if batch_sizes is None else list(batch_sizes)
+    steps = linear(input.flatten(0, -2), weight_ih, bias_ih).split(sizes)
+    outputs: list[torch.Tensor] = []
+    batch = h0.shape[0]
+    if not reverse:
+        h, c = h0, c0
+        ended_h: list[torch.Tensor] = []  # states of sequences that are over, the last ones first
+        ended_c: list[torch.Tensor] = []
+        for x, size in zip(steps, sizes):
+            if size < h.shape[0]:
+                ended_h.insert(0, h[size:])
+                h = h[:size]
+                if c is not None:
+                    ended_c.insert(0, c[size:])
+                    c = c[:size]
+            h, c = _cell(x, h, c, weight_hh, bias_hh, mode)
+            outputs.append(h)
+        h = torch.cat([h, *ended_h])
+        c = torch.cat([c, *ended_c]) if c is not None else None
+    else:
+        h, c = h0[:0], None if c0 is None else c0[:0]
+        for x, size in zip(reversed(steps), reversed(sizes)):
+            if size > h.shape[0]:  # sequences that begin, from their end
+                start = h.shape[0]
+                h = torch.cat([h, h0[start:size]])
+                if c is not None and c0 is not None:
+                    c = torch.cat([c, c0[start:size]])
+            h, c = _cell(x, h, c, weight_hh, bias_hh, mode)
+            outputs.insert(0, h)
+    assert h.shape[0] == batch
+    output = torch.cat(outputs).reshape(*input.shape[:-1], h0.shape[-1])
+    return (output, h) if c is None else (output, h, c)
+
+
+def rnn_backward(
+    grads: Tensors, tensors: tuple[torch.Tensor | None, ...], batch_sizes: Sequence[int] | None, mode: int, reverse: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of rnn's seven tensors (None for what is None) of those of its results."""
+    present = [i for i, t in enumerate(tensors) if t is not None]
+
+    def of_present(*values: torch.Tensor) -> Tensors:
+        full: list[Any] = list(tensors)
+        for i, value in zip(present, values):
+            full[i] = value
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = full
+        return rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_sizes, mode, reverse)
+
+    _, pull = torch.func.vjp(of_present, *[tensors[i] for i in present])  # type: ignore[misc]
+    found: list[torch.Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(present, pull(tuple(grads))):
+        found[i] = gradient
+    return tuple(found)
+
+
+def _stack(
+    mode: int, x: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int
+) -> Tensors:
+    states, step = hx if mode == LSTM else (hx,), 4 if biases else 2
+    ends: list[list[torch.Tensor]] = [[] for _ in states]
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            w_ih, w_hh, b_ih, b_hh = [*params[i * step : (i + 1) * step], None, None][:4]
+            h0, c0 = [*(state[i] for state in states), None][:2]
+            output, *last = rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, None, mode, direction == 1)  # type: ignore[arg-type]
+            outputs.append(output)
+            for end, state in zip(ends, last):
+                end.append(state)
+        x = torch.cat(outputs, -1)
+    return x, *(torch.stack(end) for end in ends)
+
+
+def _whole(mode: int) -> Any:
+    def whole(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first):  # type: ignore[no-untyped-def]
+        """torch's function of that name, of a padded input and without dropout."""
+        x = input.transpose(0, 1) if batch_first else input
+        output, *last = _stack(mode, x, hx, params, has_biases, num_layers, 2 if bidirectional else 1)
+        return output.transpose(0, 1) if batch_first else output, *last
+
+    return whole
+
+
+rnn_tanh, rnn_relu, lstm, gru = (_whole(mode) for mode in (TANH, RELU, LSTM, GRU))

@@ -1,0 +1,385 @@
+"""RNN, LSTM, GRU and their cells: stacks, directions, packed and unbatched input, states, beside torch by the rule."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import dlkern
+import dlkern.nn as nn
+import dlkern.nn.functional as F
+from dlkern.testing import compare
+
+KINDS = {
+    "rnn_tanh": (torch.nn.RNN, {}), "rnn_relu": (torch.nn.RNN, {"nonlinearity": "relu"}), "lstm": (torch.nn.LSTM, {}),
+    "gru": (torch.nn.GRU, {}),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind, *sizes, **options):
+    cls, more = KINDS[kind]
+    return cls(*sizes, **more, **options)
+
+
+def leaves(value):
+    """The tensors of an output or a state, packed ones by their data."""
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in leaves(v)]
+
+
+def moved(value, dtype):
+    if isinstance(value, PackedSequence):
+        return value._replace(data=value.data.detach().to(dtype).requires_grad_())
+    if isinstance(value, tuple):
+        return tuple(moved(v, dtype) for v in value)
+    return None if value is None else value.detach().to(dtype).requires_grad_()
+
+
+def results(module, input, hx, dtype):
+    """Outputs and the gradients of input, states and parameters."""
+    module, input, hx = copy.deepcopy(module).to(dtype), moved(input, dtype), moved(hx, dtype)
+    outputs = leaves(module(input, hx))
+    wanted = [*leaves(input), *([] if hx is None else leaves(hx)), *module.parameters()]
+    generator = torch.Generator().manual_seed(5)
+    cotangents = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
+
+
+def assert_by_the_rule(draw, dtype=torch.float32, draws=16):
+    """draw() gives a torch module, an input and a state; its converted copy keeps the rule, on the CPU column."""
+    for count in (draws, 16 * draws):
+        failed = [row for row in rows_of(draw, dtype, count) if not row.ok]
+        if not failed:
+            return  # else chance, or a fault: more draws tell
+    raise AssertionError(failed)
+
+
+def rows_of(draw, dtype, draws):
+    found = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        module, input, hx = draw()
+        module = module.to(dtype)
+        ours = dlkern.convert(copy.deepcopy(module))
+        assert type(ours).__module__.startswith("dlkern")
+        with dlkern.trace() as calls:
+            mine = results(ours, input, hx, dtype)
+        assert calls and {call.backend for call in calls} == {"cpu"}, calls
+        exact = results(module, moved(input, dtype), moved(hx, dtype), torch.float64)
+        for i, triple in enumerate(zip(mine, results(module, input, hx, dtype), exact, strict=True)):
+            found.append([]) if i == len(found) else None
+            found[i].append(triple)
+    rows = [row for i, triples in enumerate(found) for row in compare(f"result {i}", *zip(*triples), dtype)]
+    return [row for row in rows if row.region == "whole"]
+
+
+STACKS = {
+    "plain": {}, "two layers": {"num_layers": 2}, "both ways": {"bidirectional": True}, "no bias": {"bias": False},
+    "batch first": {"batch_first": True}, "all": {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@each_kind
+def test_modules_keep_the_rule(kind, stack):
+    assert_by_the_rule(lambda: (make(kind, 5, 9, **STACKS[stack]), torch.randn(4, 3, 5), None))
+
+
+@each_kind
+def test_more_units_than_a_panel_and_more_rows_than_a_block(kind):
+    assert_by_the_rule(lambda: (make(kind, 7, 70), torch.randn(3, 50, 7), None), draws=2)
+    assert_by_the_rule(lambda: (make(kind, 3, 300), torch.randn(3, 2, 3), None), draws=2)
+
+
+@each_kind
+def test_bfloat16(kind):
+    assert_by_the_rule(lambda: (make(kind, 6, 20), torch.randn(5, 4, 6), None), torch.bfloat16, draws=8)
+
+
+def states(kind, layers, batch, hidden):
+    h = torch.randn(layers, batch, hidden)
+    return (h, torch.randn(layers, batch, hidden)) if kind == "lstm" else h
+
+
+@each_kind
+def test_initial_states(kind):
+    assert_by_the_rule(lambda: (make(kind, 5, 9, bidirectional=True), torch.randn(4, 3, 5), states(kind, 2, 3, 9)))
+
+
+@each_kind
+def test_unbatched(kind):
+    def state():
+        found = states(kind, 2, 1, 9)
+        return tuple(s[:, 0] for s in found) if kind == "lstm" else found[:, 0]
+
+    for options in ({}, {"batch_first": True}):
+        assert_by_the_rule(lambda o=options: (make(kind, 5, 9, num_layers=2, **o), torch.randn(4, 5), state()))
+
+
+LENGTHS = {"sorted": [5, 4, 2, 2], "unsorted": [2, 5, 1, 4], "equal": [3, 3, 3], "one": [4]}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@each_kind
+def test_packed(kind, lengths):
+    lengths = torch.tensor(LENGTHS[lengths])
+
+    def draw():
+        padded = torch.randn(len(lengths), 5, 6)
+        packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+        return make(kind, 6, 9, bidirectional=True), packed, states(kind, 2, len(lengths), 9)
+
+    assert_by_the_rule(draw)
+
+
+@each_kind
+def test_packed_results_are_torchs_in_order_and_kind(kind):
+    module = make(kind, 6, 9, num_layers=2, bidirectional=True)
+    packed = pack_padded_sequence(torch.randn(5, 4, 6), [2, 5, 1, 4], enforce_sorted=False)
+    theirs, ours = module(packed), dlkern.convert(copy.deepcopy(module))(packed)
+    for field in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        assert torch.equal(getattr(ours[0], field), getattr(theirs[0], field))
+    for a, b in zip(leaves(ours), leaves(theirs), strict=True):
+        assert a.shape == b.shape and a.stride() == b.stride()
+        torch.testing.assert_close(a, b)
+
+
+@each_kind
+def test_lengths_are_packing(kind):
+    lengths = torch.tensor([2, 5, 1, 4])
+    for first in (False, True):
+        module = dlkern.convert(make(kind, 6, 9, bidirectional=True, batch_first=first))
+        x = torch.randn(4, 6, 6) if first else torch.randn(6, 4, 6)
+        output, hidden = module(x, lengths=lengths)
+        packed, expected = module(pack_padded_sequence(x, lengths, first, enforce_sorted=False))
+        assert torch.equal(output, pad_packed_sequence(packed, first, total_length=6)[0])
+        assert all(torch.equal(a, b) for a, b in zip(leaves(hidden), leaves(expected)))
+        beyond = output.transpose(0, 1) if first else output
+        assert all(beyond[length:, b].eq(0).all() for b, length in enumerate(lengths))
+
+
+CELLS = {
+    "RNNCell": {}, "RNNCell relu": {"nonlinearity": "relu"}, "LSTMCell": {}, "GRUCell": {}, "GRUCell no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(name):
+    def draw(batch):
+        cell = getattr(torch.nn, name.split()[0])(5, 9, **CELLS[name])
+        h = torch.randn(*batch, 9)
+        return cell, torch.randn(*batch, 5), (h, torch.randn(*batch, 9)) if "LSTM" in name else h
+
+    assert_by_the_rule(lambda: draw((3,)))
+    assert_by_the_rule(lambda: draw(()))
+    assert_by_the_rule(lambda: (*draw((4,))[:2], None))
+
+
+@each_kind
+def test_dropout_between_layers(kind):
+    """All dropped: the second layer sees zeros, as torch's. In evaluation nothing is."""
+    module = make(kind, 5, 9, num_layers=2, dropout=1.0)
+    ours, x = dlkern.convert(copy.deepcopy(module)), torch.randn(4, 3, 5)
+    torch.testing.assert_close(ours(x)[0], module(x)[0])
+    torch.testing.assert_close(ours.eval()(x)[0], module.eval()(x)[0])
+    half = dlkern.convert(make(kind, 5, 64, num_layers=2, dropout=0.5))
+    torch.manual_seed(1)
+    first = half(x)[0]
+    torch.manual_seed(1)
+    assert torch.equal(half(x)[0], first) and not torch.equal(half(x)[0], first)
+
+
+@each_kind
+def test_one_thread_gives_the_same_bits(kind):
+    threads = torch.get_num_threads()
+    module = dlkern.convert(make(kind, 40, 80))
+    for batch in (2, 33):  # hidden units are shared out, and rows of the batch
+        x, found = torch.randn(6, batch, 40), []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            try:
+                found.append(results(module, x, None, torch.float32))
+            finally:
+                torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@each_kind
+def test_against_a_loop_of_cells(kind):
+    """A second reference: torch's cell, step by step, in float64."""
+    cls = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell}.get(kind, torch.nn.RNNCell)
+    module = dlkern.convert(make(kind, 5, 9).double())
+    cell = cls(5, 9, **KINDS[kind][1]).double()
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
+    x, hx, outputs = torch.randn(7, 3, 5, dtype=torch.float64), None, []
+    for step in x:
+        hx = cell(step, hx)
+        outputs.append(leaves(hx)[0])
+    output, hidden = module(x)
+    torch.testing.assert_close(output, torch.stack(outputs))
+    for a, b in zip(leaves(hidden), leaves(hx), strict=True):
+        torch.testing.assert_close(a[0], b)
+
+
+# ---- as drop-ins ----
+
+
+class LanguageModel(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = make(kind, 12, 16, num_layers=2)
+        self.out = torch.nn.Linear(16, 5)
+
+    def forward(self, x, hx=None):
+        y, hx = self.rnn(x, hx)
+        return self.out(y), hx
+
+
+@each_kind
+def test_convert_and_revert(kind):
+    model = LanguageModel(kind)
+    names, x = list(model.state_dict()), torch.randn(6, 3, 12)
+    expected = model(x)[0]
+    dlkern.convert(model)
+    assert type(model.rnn) is getattr(nn, type(model.rnn).__name__) and isinstance(model.rnn, KINDS[kind][0])
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(x)[0], expected)
+    model.rnn.flatten_parameters()
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+    dlkern.revert(model)
+    assert type(model.rnn) is KINDS[kind][0]
+    torch.testing.assert_close(model(x)[0], expected)
+
+
+@each_kind
+def test_truncated_backpropagation_trains_like_torch(kind):
+    torch.manual_seed(0)
+    model = LanguageModel(kind)
+    ours, x = dlkern.convert(copy.deepcopy(model)), torch.randn(12, 4, 12)
+    target = torch.randint(0, 5, (12, 4))
+    for net in (model, ours):
+        optimizer, hx = torch.optim.SGD(net.parameters(), 0.1), None
+        for start, end in ((0, 5), (5, 7), (7, 12)):
+            y, hx = net(x[start:end], hx)
+            hx = tuple(h.detach() for h in hx) if isinstance(hx, tuple) else hx.detach()
+            optimizer.zero_grad()
+            TF.cross_entropy(y.flatten(0, 1), target[start:end].flatten()).backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+@each_kind
+def test_enabled_reaches_torchs_modules(kind):
+    module, x = make(kind, 5, 9, bidirectional=True), torch.randn(4, 3, 5)
+    packed = pack_padded_sequence(x, [4, 2, 1])
+    for input in (x, packed):
+        expected = module(input)
+        with dlkern.enabled(), dlkern.trace() as calls:
+            actual = module(input)
+        assert {(call.op, call.backend) for call in calls} == {(kind, "cpu")}
+        for a, b in zip(leaves(actual), leaves(expected)):
+            torch.testing.assert_close(a, b)
+
+
+@each_kind
+def test_compiles_without_unrolling_time(kind):
+    module = dlkern.convert(make(kind, 5, 9, num_layers=2, bidirectional=True))
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for steps in (3, 50):
+        torch._dynamo.reset()
+        x = torch.randn(steps, 2, 5)
+        assert torch.equal(torch.compile(module, backend=backend, fullgraph=True)(x)[0], module(x)[0])
+    assert sizes[0] == sizes[1]
+    torch._dynamo.reset()
+    packed = pack_padded_sequence(torch.randn(6, 4, 5), [2, 6, 1, 4], enforce_sorted=False)
+    run = torch.compile(lambda p: module(p), backend="aot_eager", fullgraph=True)
+    for a, b in zip(leaves(run(packed)), leaves(module(packed))):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_dtypes_are_torchs():
+    for kind in KINDS:
+        module, x = make(kind, 5, 9), torch.randn(4, 3, 5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs, ours = module(x), dlkern.convert(module)(x)
+        assert [t.dtype for t in leaves(ours)] == [t.dtype for t in leaves(theirs)]
+
+
+# ---- wrong calls ----
+
+WRONG = {
+    "another size": (torch.randn(4, 3, 6), None), "four dimensions": (torch.randn(4, 3, 5, 1), None),
+    "float64": (torch.randn(4, 3, 5, dtype=torch.float64), None), "integers": (torch.ones(4, 3, 5, dtype=torch.long), None),
+    "no steps": (torch.randn(0, 3, 5), None), "batch of the state": (torch.randn(4, 3, 5), torch.zeros(1, 2, 9)),
+    "dimensions of the state": (torch.randn(4, 3, 5), torch.zeros(1, 9)),
+    "units of the state": (torch.randn(4, 3, 5), torch.zeros(1, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@each_kind
+def test_errors_are_torchs(kind, name):
+    x, h = WRONG[name]
+    hx = h if h is None or kind != "lstm" else (h, h)
+    module = make(kind, 5, 9)
+    with pytest.raises(Exception) as theirs:
+        module(x, hx)
+    with pytest.raises(type(theirs.value)) as ours:
+        dlkern.convert(module)(x, hx)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_wrong_lengths():
+    module = dlkern.convert(torch.nn.GRU(5, 9))
+    with pytest.raises(RuntimeError):
+        module(torch.randn(4, 3, 5), lengths=torch.tensor([4, 0, 1]))
+    for wrong in (torch.tensor([4, 1]), torch.tensor([4.0, 1, 2]), [4, 1, 2]):
+        with pytest.raises(ValueError, match="one length for each sequence"):
+            module(torch.randn(4, 3, 5), lengths=wrong)
+    with pytest.raises(ValueError, match="one length for each sequence"):
+        module(torch.randn(4, 5), lengths=torch.tensor([4]))
+    with pytest.raises(RuntimeError, match="sorted in decreasing order"):
+        module(pack_padded_sequence(torch.randn(4, 3, 5), [1, 4, 2]))
+
+
+def test_what_is_torchs():
+    """Projections, and batches of nothing: handed on, with the reason."""
+    module = torch.nn.LSTM(5, 9, proj_size=4)
+    x = torch.randn(4, 3, 5)
+    expected = module(x)[0]
+    with dlkern.trace() as calls:
+        assert torch.equal(dlkern.convert(module)(x)[0], expected)
+    assert [(call.backend, call.reason) for call in calls] == [("torch", "no kernel for proj_size")]
+    empty = torch.nn.GRU(5, 9)
+    with dlkern.trace() as calls:
+        assert dlkern.convert(empty)(torch.randn(4, 0, 5))[0].shape == (4, 0, 9)
+    assert calls[0].backend == "torch"
+
+
+def test_nan_and_infinity_are_torchs():
+    for kind in KINDS:
+        module = make(kind, 5, 9)
+        for value in (float("nan"), float("inf")):
+            x = torch.randn(4, 3, 5)
+            x[1, 1, 2] = value
+            theirs, ours = module(x)[0], dlkern.convert(copy.deepcopy(module))(x)[0]
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_functions_take_keywords():
+    module, x = torch.nn.GRU(5, 9), torch.randn(4, 3, 5)
+    h, params = torch.zeros(1, 3, 9), list(module.parameters())
+    settings = dict(has_biases=True, num_layers=1, dropout=0.0, train=False, bidirectional=False, batch_first=False)
+    torch.testing.assert_close(F.gru(x, h, params=params, **settings)[0], torch.gru(x, h, params, *settings.values())[0])
+    with pytest.raises(TypeError):
+        F.gru(x, h)
