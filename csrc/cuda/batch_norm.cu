@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_partial_kernel(Plan plan,
   constexpr int kChannels = At::kChannels;
   const At at(plan);
   float thread_count = 0.0f, thread_m2[kChannels] = {};
-  Sum thread_mean[kChannels];
+  Sum thread_mean[kChannels], thread_total[kChannels];  // the mean of m2, and the exact sum
   for (uint32_t item = at.first; item < at.end; item += kUnroll * at.step) {
     Pack<T, VEC> packs[kUnroll];
     int found = 0;
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads) batch_norm_partial_kernel(Plan plan,
     for (int u = 0; u < kUnroll; u++) {
       if (u < found)
         At::each([&](int c, int v) {
-          const float deviation = to_float(packs[u].at[v]) - new_mean[c];
+          const float value = to_float(packs[u].at[v]), deviation = value - new_mean[c];
+          thread_total[c].add(value);
           left[c] += deviation;
           new_m2[c] += deviation * deviation;
         });
@@ -142,7 +143,12 @@ __global__ void __launch_bounds__(kThreads) batch_norm_partial_kernel(Plan plan,
     const float share = new_count / (thread_count + new_count);
 #pragma unroll
     for (int c = 0; c < kChannels; c++) {
-      const float delta = (new_mean[c] - thread_mean[c].high) + (left[c] / new_count - thread_mean[c].low);
+      const float rest = left[c] / new_count;
+      if (thread_count == 0.0f) {  // a difference from 0 would round `rest` away
+        thread_mean[c] = {new_mean[c], rest}, thread_m2[c] = new_m2[c];
+        continue;
+      }
+      const float delta = (new_mean[c] - thread_mean[c].high) + (rest - thread_mean[c].low);
       thread_mean[c].add(delta * share);
       thread_m2[c] += new_m2[c] + delta * delta * thread_count * share;
     }
@@ -154,7 +160,10 @@ __global__ void __launch_bounds__(kThreads) batch_norm_partial_kernel(Plan plan,
   DLKERN_SHARED(double, m2s, [kChannels][kThreads]);
   double count = thread_count, mean[kChannels], m2[kChannels];
 #pragma unroll
-  for (int c = 0; c < kChannels; c++) mean[c] = thread_mean[c].value(), m2[c] = thread_m2[c];
+  for (int c = 0; c < kChannels; c++) {
+    mean[c] = count == 0.0 ? 0.0 : thread_total[c].value() / count;
+    m2[c] = thread_m2[c];
+  }
   const int thread = static_cast<int>(threadIdx.x);
   const auto share = [&] {
     counts[thread] = count;

@@ -61,7 +61,7 @@ MUTANTS = [
             "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
             "    for (int c = 0; c < kChannels; c++) merge", _NORM),
     _mutant(BATCH_NORM, "      found = u + 1;", "      found = 1;", _NORM),
-    _mutant(BATCH_NORM, "+ (left[c] / new_count - thread_mean[c].low)", "", "test_batch_norm_statistics"),
+    _mutant(BATCH_NORM, "const float rest = left[c] / new_count;", "const float rest = 0.0f;", "test_batch_norm_statistics"),
     _mutant(BATCH_NORM, "left < plan.items_a_chunk ? left : plan.items_a_chunk", "plan.items_a_chunk", _NORM),
     _mutant(BATCH_NORM, "m2 / (count - 1.0)", "m2 / count", _NORM),
     _mutant(BATCH_NORM, "for (int r = 1; r < kFinalRows; r++) {", "for (int r = 2; r < kFinalRows; r++) {", _NORM),
