@@ -365,6 +365,17 @@ def test_batch_norm_statistics_do_not_cancel():
                 assert all(row.ok for row in rows), rows
 
 
+def test_batch_norm_long_chunks():
+    """So many channels that a thread takes more than one turn, far from zero."""
+    x = torch.randn(2, 1024, 23, 31) + 1000
+    _, mean, invstd, *_ = raw["batch_norm_train_forward"]["cuda"](x, None, None, None, None, None, 0.1, 1e-5, 0)
+    exact = [x.double().mean((0, 2, 3)), (x.double().var((0, 2, 3), correction=0) + 1e-5) ** -0.5]
+    theirs = torch.ops.aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[1:]
+    for values in zip(("mean", "invstd"), (mean, invstd), theirs, exact):
+        rows = compare(values[0], *([v] for v in values[1:]), torch.float32)
+        assert all(row.ok for row in rows), rows
+
+
 @layouts
 def test_batch_norm_nan_and_infinity(layout):
     x, grad = (torch.randn(2, 4, 5, 6).contiguous(memory_format=layout) for _ in range(2))
@@ -417,6 +428,55 @@ def test_batch_norm_wrong_arguments():
     ):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             call()
+
+
+# ---- dropout ----
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 7, 24, 31), (1, 16, 8, 8), (3, 5, 1, 1), (4099,)], ids=lambda s: "x".join(map(str, s)))
+def test_dropout_drops_what_the_cpu_column_drops(shape, layout, dtype):
+    x = (leaf(*shape, memory_format=layout).detach() + 10).to(dtype)  # + 10: no zeros but the dropped
+    for p in (0.0, 0.3, 1.0):
+        for seed in (0, 77, -(2**61) - 3):
+            arguments = x, p, torch.tensor([seed])
+            for op in ("dropout", "feature_dropout") if x.dim() > 1 else ("dropout",):
+                ours, cpu = (raw[op][column](*arguments) for column in ("cuda", "cpu"))
+                assert torch.equal(ours, cpu) and ours.stride() == cpu.stride()
+
+
+def test_dropout_of_many_channels():
+    """More than a group of 4,096 features."""
+    x, seed = torch.ones(3, 1500, 2), torch.tensor([5])
+    assert torch.equal(raw["feature_dropout"]["cuda"](x, 0.5, seed), raw["feature_dropout"]["cpu"](x, 0.5, seed))
+
+
+@dtypes
+def test_dropout_gradient_is_the_mask(dtype):
+    for dropout in (F.dropout, F.dropout2d):
+        x = torch.rand(2, 6, 5, 4).to(dtype).requires_grad_()
+        with on_cuda():
+            y = dropout(x, 0.4)
+            y.sum().backward()
+        assert torch.equal(x.grad != 0, y != 0) and 0 < (y == 0).sum() < y.numel()
+        assert torch.equal(x.grad[x.grad != 0].unique(), torch.tensor([1 / 0.6]).to(dtype))
+
+
+def test_dropout_empty_views_and_wrong_arguments():
+    seed, x = torch.tensor([3]), torch.randn(6, 5)
+    for op in ("dropout", "feature_dropout"):
+        call = raw[op]["cuda"]
+        assert call(x[:0], 0.5, seed).shape == (0, 5)
+        base = torch.randn(31)
+        for view in (x.t(), x[:, ::2], base[1:].view(6, 5)):
+            assert torch.equal(call(view, 0.5, seed), raw[op]["cpu"](view, 0.5, seed))
+        for wrong in ((x.double(), 0.5, seed), (x, 1.5, seed), (x, float("nan"), seed), (x, 0.5, seed.int()),
+                      (x, 0.5, torch.tensor([1, 2]))):
+            with pytest.raises((RuntimeError, ValueError)):
+                call(*wrong)
+    with pytest.raises(RuntimeError):
+        raw["feature_dropout"]["cuda"](x[0], 0.5, seed)
 
 
 # ---- orders, the column as a whole ----

@@ -1,8 +1,8 @@
 """Mutants of the CUDA column, killed by its tests on the host."""
 
-POOLING, LINEAR, BATCH_NORM, ACTIVATION, TILE, LOAD = (
+POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
     f"csrc/cuda/{name}"
-    for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
+    for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "dropout.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
 )
 
 
@@ -61,7 +61,7 @@ MUTANTS = [
             "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
             "    for (int c = 0; c < kChannels; c++) merge", _NORM),
     _mutant(BATCH_NORM, "      found = u + 1;", "      found = 1;", _NORM),
-    _mutant(BATCH_NORM, "const float rest = left[c] / new_count;", "const float rest = 0.0f;", "test_batch_norm_statistics"),
+    _mutant(BATCH_NORM, "const float rest = left[c] / new_count;", "const float rest = 0.0f;", "test_batch_norm_long_chunks"),
     _mutant(BATCH_NORM, "left < plan.items_a_chunk ? left : plan.items_a_chunk", "plan.items_a_chunk", _NORM),
     _mutant(BATCH_NORM, "m2 / (count - 1.0)", "m2 / count", _NORM),
     _mutant(BATCH_NORM, "for (int r = 1; r < kFinalRows; r++) {", "for (int r = 2; r < kFinalRows; r++) {", _NORM),
@@ -82,6 +82,16 @@ MUTANTS = [
     _mutant(BATCH_NORM, "g = g - mean_g[c]", "g = g", _NORM),
     _mutant(BATCH_NORM, "before.at[v] = from_float<T>(g);", "before.at[v] = grad.at[v];",
             "with_activation_and_residual and float32"),
+    # dropout_kernel
+    _mutant(DROPOUT, "word >= rule.threshold", "word < rule.threshold", "test_dropout_drops"),
+    _mutant(DROPOUT, "group * philox::kRun + in_run + v", "group * philox::kRun + in_run", "test_dropout_drops"),
+    _mutant(DROPOUT, "if (at + v < count) output", "if (at + v + 1 < count) output", "test_dropout_drops"),
+    _mutant(DROPOUT, "const int64_t first = group * philox::kGroup", "const int64_t first = group * philox::kRun",
+            "test_dropout_drops"),
+    # feature_dropout_kernel
+    _mutant(DROPOUT, "i / (c * inner) * c + i % c", "i % c", "test_dropout_drops"),
+    _mutant(DROPOUT, "feature / philox::kGroup * philox::kRun", "0", "test_dropout_of_many"),
+    _mutant(DROPOUT, "feature / philox::kRun % 4", "0", "test_dropout_of_many"),
     # activation_backward_kernel
     _mutant(ACTIVATION, "y <= 0.0f ? 0.0f : grad", "y < 0.0f ? 0.0f : grad", _LINEAR_ACTIVATION),
     _mutant(ACTIVATION, "grad * (1.0f - y * y)", "grad * (1.0f - y)", _LINEAR_ACTIVATION),
