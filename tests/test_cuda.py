@@ -106,8 +106,8 @@ def test_linear_large_tiles():
             found = raw[op]["cuda"](grad, x, True)
             expression = lambda x, w, b, g: [g.T @ x, g.sum(0)]  # noqa: E731
         exact = expression(*(t.double() for t in (x, weight, bias, grad)))
-        for i, (ours, theirs, reference) in enumerate(zip(found, expression(x, weight, bias, grad), exact)):
-            bad = [row for row in rows_of(f"{op} {i}", ours, theirs, reference) if not row.ok]
+        for i, (ours, theirs, wanted) in enumerate(zip(found, expression(x, weight, bias, grad), exact)):
+            bad = [row for row in rows_of(f"{op} {i}", ours, theirs, wanted) if not row.ok]
             assert not bad, bad
 
 
