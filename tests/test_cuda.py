@@ -14,6 +14,7 @@ import torch.nn.functional as tF
 import dlkern
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
+from dlkern.reference import dropout as reference
 from dlkern.testing import check, compare, cuda_on_host
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,8 +106,8 @@ def test_linear_large_tiles():
             found = raw[op]["cuda"](grad, x, True)
             expression = lambda x, w, b, g: [g.T @ x, g.sum(0)]  # noqa: E731
         exact = expression(*(t.double() for t in (x, weight, bias, grad)))
-        for i, (ours, theirs, reference) in enumerate(zip(found, expression(x, weight, bias, grad), exact)):
-            bad = [row for row in rows_of(f"{op} {i}", ours, theirs, reference) if not row.ok]
+        for i, (ours, theirs, wanted) in enumerate(zip(found, expression(x, weight, bias, grad), exact)):
+            bad = [row for row in rows_of(f"{op} {i}", ours, theirs, wanted) if not row.ok]
             assert not bad, bad
 
 
@@ -280,6 +281,205 @@ def test_indices_out_of_range_are_harmless():
         assert torch.equal(grad, torch.zeros(1, 2, 4, 4))
 
 
+# ---- batch norm ----
+
+# Several chunks (tails in both layouts), packs of 16 bytes and none, [N, C], one pixel, 5-D.
+NORMS = [(3, 8, 19, 20), (2, 5, 7, 9), (70, 12), (4, 40, 1, 1), (2, 3, 300), (2, 8, 2, 3, 2)]
+norms = pytest.mark.parametrize("shape", NORMS, ids=lambda s: "x".join(map(str, s)))
+
+
+def norm_inputs(shape, layout, *, residual=False):
+    def draw():
+        x = [leaf(*shape, memory_format=layout) for _ in range(2 if residual else 1)]
+        x[0] = (x[0].detach() * 2 + 5).requires_grad_()  # the mean is some deviations from zero
+        return [*x, leaf(shape[1]), leaf(shape[1])]
+
+    return draw
+
+
+def buffers(x):
+    return torch.linspace(-1, 1, x.shape[1]).to(x.dtype), torch.linspace(0.5, 2, x.shape[1]).to(x.dtype)
+
+
+@norms
+@layouts
+@dtypes
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_batch_norm(shape, layout, dtype, training):
+    if layout == torch.channels_last and len(shape) != 4:
+        layout = torch.contiguous_format
+
+    def normalised(batch_norm):
+        def f(x, weight, bias):
+            mean, var = buffers(x)
+            y = batch_norm(x, mean, var, weight, bias, training, 0.3)
+            return (y, mean, var) if training else y
+        return f
+
+    certify(normalised(F.batch_norm), normalised(tF.batch_norm), norm_inputs(shape, layout), dtype, draws=16)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
+def test_batch_norm_with_activation_and_residual(layout, dtype, training, activation):
+    def ours(x, residual, weight, bias):
+        return F.batch_norm_act(x, *buffers(x), weight, bias, training, residual=residual,
+                                activation=dlkern.Activation[activation.upper()])
+
+    def theirs(x, residual, weight, bias):
+        return getattr(torch, activation)(tF.batch_norm(x, *buffers(x), weight, bias, training) + residual)
+
+    certify(ours, theirs, norm_inputs((2, 8, 7, 5), layout, residual=True), dtype, draws=16)
+
+
+@layouts
+def test_batch_norm_float32_parameters_of_bfloat16_input(layout):
+    x = torch.randn(3, 8, 6, 5).bfloat16().contiguous(memory_format=layout)
+    weight, bias, mean, var = torch.randn(8), torch.randn(8), torch.randn(8), torch.rand(8) + 0.5
+    y, *statistics = raw["batch_norm_train_forward"]["cuda"](x, None, weight, bias, mean, var, 0.1, 1e-5, 1)
+    wide = raw["batch_norm_train_forward"]["cuda"](x.float(), None, weight, bias, mean, var, 0.1, 1e-5, 1)
+    assert torch.equal(y, wide[0].bfloat16()) and y.stride() == x.stride()
+    assert [s.dtype for s in statistics] == [torch.float32] * 4
+    exact = [*(f(x.double()) for f in (lambda t: t.mean((0, 2, 3)), lambda t: (t.var((0, 2, 3), correction=0) + 1e-5) ** -0.5))]
+    theirs = torch.ops.aten.native_batch_norm(x, weight, bias, mean.clone(), var.clone(), True, 0.1, 1e-5)[1:]
+    bad = [row for row in compare("statistics", statistics[:2], list(theirs), exact, torch.float32) if not row.ok]
+    assert not bad, bad
+
+
+def test_batch_norm_statistics_do_not_cancel():
+    """A mean of a thousand deviations, a constant channel, and one value far off among the first."""
+    x = torch.randn(2, 4, 30, 31)
+    x[:, 0] += 1000
+    x[:, 1] = 1234.5
+    x[0, 2, 0, 0] = 1e6
+    for layout in LAYOUTS:
+        _, mean, invstd, *_ = raw["batch_norm_train_forward"]["cuda"](
+            x.contiguous(memory_format=layout), None, None, None, None, None, 0.1, 1e-5, 0)
+        exact = x.double()
+        exact = [exact.mean((0, 2, 3)), (exact.var((0, 2, 3), correction=0) + 1e-5) ** -0.5]
+        theirs = torch.ops.aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[1:]
+        for name, values in {"mean": (mean, theirs[0], exact[0]), "invstd": (invstd, theirs[1], exact[1])}.items():
+            for channel, triple in enumerate(zip(*(v.split(1) for v in values))):  # each for itself: their sizes differ
+                rows = compare(f"{name} {channel}", *([v] for v in triple), torch.float32)
+                assert all(row.ok for row in rows), rows
+
+
+def test_batch_norm_long_chunks():
+    """So many channels that a thread takes more than one turn, far from zero."""
+    x = torch.randn(2, 1024, 23, 31) + 1000
+    _, mean, invstd, *_ = raw["batch_norm_train_forward"]["cuda"](x, None, None, None, None, None, 0.1, 1e-5, 0)
+    exact = [x.double().mean((0, 2, 3)), (x.double().var((0, 2, 3), correction=0) + 1e-5) ** -0.5]
+    theirs = torch.ops.aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[1:]
+    for values in zip(("mean", "invstd"), (mean, invstd), theirs, exact):
+        rows = compare(values[0], *([v] for v in values[1:]), torch.float32)
+        assert all(row.ok for row in rows), rows
+
+
+@layouts
+def test_batch_norm_nan_and_infinity(layout):
+    x, grad = (torch.randn(2, 4, 5, 6).contiguous(memory_format=layout) for _ in range(2))
+    x[0, 1, 2, 3], x[1, 2, 0, 0], grad[0, 0, 1, 1] = float("nan"), float("inf"), float("inf")
+    y, mean, invstd, *_ = raw["batch_norm_train_forward"]["cuda"](x, None, None, None, None, None, 0.1, 1e-5, 0)
+    ours = [y, *raw["batch_norm_backward"]["cuda"](grad, x, None, None, mean, invstd, True, 0, False)[:3]]
+    leaves = x.clone().requires_grad_(), torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    theirs = tF.batch_norm(leaves[0], None, None, *leaves[1:], True)
+    theirs.backward(grad)
+    for a, b in zip(ours, [theirs, *(t.grad for t in leaves)]):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+
+
+def test_batch_norm_nothing_to_do():
+    train, backward = raw["batch_norm_train_forward"]["cuda"], raw["batch_norm_backward"]["cuda"]
+    for shape in [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)]:
+        x, old = torch.zeros(shape), torch.rand(shape[1])
+        y, mean, invstd, new_mean, new_var = train(x, None, None, None, old, old, 0.5, 1e-5, 0)
+        assert y.shape == x.shape and torch.equal(mean, torch.zeros(shape[1])) and torch.equal(invstd, torch.ones(shape[1]))
+        assert torch.equal(new_mean, old) and torch.equal(new_var, old)
+        grad_input, grad_weight, grad_bias, _ = backward(x, x, None, None, mean, invstd, True, 0, False)
+        assert grad_input.shape == x.shape
+        assert not grad_weight.any() and not grad_bias.any()
+
+
+def test_batch_norm_wrong_arguments():
+    x, c = torch.randn(2, 3, 4, 4), torch.randn(3)
+    train, evaluate, backward = (
+        raw[f"batch_norm_{op}"]["cuda"] for op in ("train_forward", "eval_forward", "backward")
+    )
+    train(x, x, c, c, c, c, 0.1, 1e-5, 1)
+    for call in (
+        lambda: train(x.double(), None, None, None, None, None, 0.1, 1e-5, 0),
+        lambda: train(c, None, None, None, None, None, 0.1, 1e-5, 0),
+        lambda: train(x[:1, :, :1, :1], None, None, None, None, None, 0.1, 1e-5, 0),
+        lambda: train(x, x[:1], None, None, None, None, 0.1, 1e-5, 0),
+        lambda: train(x, x.bfloat16(), None, None, None, None, 0.1, 1e-5, 0),
+        lambda: train(x, None, c[:2], None, None, None, 0.1, 1e-5, 0),
+        lambda: train(x, None, c.double(), None, None, None, 0.1, 1e-5, 0),
+        lambda: train(x.bfloat16(), None, c, c.bfloat16(), None, None, 0.1, 1e-5, 0),
+        lambda: train(x, None, None, None, c, None, 0.1, 1e-5, 0),
+        lambda: train(x, None, None, None, None, None, 0.1, 0.0, 0),
+        lambda: train(x, None, None, None, None, None, 0.1, 1e-5, 4),
+        lambda: evaluate(x, None, None, None, c, c[:2], 1e-5, 0),
+        lambda: evaluate(x, None, None, None, c, c, -1.0, 0),
+        lambda: backward(x[:1], x, None, None, c, c, True, 0, False),
+        lambda: backward(x, x, None, None, c, c, True, 1, False),
+        lambda: backward(x, x, None, None, c.int(), c, True, 0, False),
+        lambda: backward(x, x, None, None, c[:2], c, True, 0, False),
+    ):
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            call()
+
+
+# ---- dropout ----
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 7, 24, 31), (1, 16, 8, 8), (3, 5, 1, 1), (4099,)], ids=lambda s: "x".join(map(str, s)))
+def test_dropout_drops_what_the_reference_drops(shape, layout, dtype):
+    x = (leaf(*shape, memory_format=layout).detach() + 10).to(dtype)  # + 10: no zeros but the dropped
+    for p in (0.0, 0.3, 1.0):
+        for seed in (0, 77, -(2**61) - 3):
+            arguments = x, p, torch.tensor([seed])
+            for op in ("dropout", "feature_dropout") if x.dim() > 1 else ("dropout",):
+                ours, expected = raw[op]["cuda"](*arguments), getattr(reference, op)(*arguments)
+                assert torch.equal(ours, expected) and ours.stride() == expected.stride()
+
+
+def test_dropout_of_many_channels():
+    """More than a group of 4,096 features."""
+    x, seed = torch.ones(3, 1500, 2), torch.tensor([5])
+    assert torch.equal(raw["feature_dropout"]["cuda"](x, 0.5, seed), reference.feature_dropout(x, 0.5, seed))
+
+
+@dtypes
+def test_dropout_gradient_is_the_mask(dtype):
+    for dropout in (F.dropout, F.dropout2d):
+        x = torch.rand(2, 6, 5, 4).to(dtype).requires_grad_()
+        with on_cuda():
+            y = dropout(x, 0.4)
+            y.sum().backward()
+        assert torch.equal(x.grad != 0, y != 0) and 0 < (y == 0).sum() < y.numel()
+        assert torch.equal(x.grad[x.grad != 0].unique(), torch.tensor([1 / 0.6]).to(dtype))
+
+
+def test_dropout_empty_views_and_wrong_arguments():
+    seed, x = torch.tensor([3]), torch.randn(6, 5)
+    for op in ("dropout", "feature_dropout"):
+        call = raw[op]["cuda"]
+        assert call(x[:0], 0.5, seed).shape == (0, 5)
+        base = torch.randn(31)
+        for view in (x.t(), x[:, ::2], base[1:].view(6, 5)):
+            assert torch.equal(call(view, 0.5, seed), getattr(reference, op)(view, 0.5, seed))
+        for wrong in ((x.double(), 0.5, seed), (x, 1.5, seed), (x, float("nan"), seed), (x, 0.5, seed.int()),
+                      (x, 0.5, torch.tensor([1, 2]))):
+            with pytest.raises((RuntimeError, ValueError)):
+                call(*wrong)
+    with pytest.raises(RuntimeError):
+        raw["feature_dropout"]["cuda"](x[0], 0.5, seed)
+
+
 # ---- orders, the column as a whole ----
 
 
@@ -295,6 +495,10 @@ def sample():
     found += [output, indices, raw["max_pool2d_backward"]["cuda"](output, indices, image.shape, [*window, 1, 1], True)]
     average = raw["avg_pool2d_forward"]["cuda"](image, window, False, True, None)
     found += [average, raw["avg_pool2d_backward"]["cuda"](average, image.shape, window, False, True, None, True)]
+    for x in (image, image.contiguous()):
+        norm = raw["batch_norm_train_forward"]["cuda"](x, None, None, None, None, None, 0.1, 1e-5, 1)
+        found += norm[:3]
+        found += raw["batch_norm_backward"]["cuda"](x, x, norm[0], None, *norm[1:3], True, 1, False)[:3]
     return found
 
 

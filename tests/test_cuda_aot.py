@@ -24,6 +24,11 @@ ARCHITECTURES = ("80", "90a")
 
 # family -> pattern of kernel names -> opcodes each such kernel must have.
 REQUIRED = {
+    "batch_norm": {
+        r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128", "STG.E.128"],
+        r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128"],
+    },
+    "dropout": {r"dropout_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
     "linear": {
         r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
         r"linear_\w+_kernel<.*false>": ["HMMA.16816.F32.BF16", "LDSM.16"],

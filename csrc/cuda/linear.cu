@@ -4,6 +4,7 @@
 // Floor: 2 * rows * in_features * out_features operations at the tensor cores' bf16 rate.
 #include "linear.h"
 
+#include "activation.cuh"
 #include "mma_tile.cuh"
 #include "pack.cuh"
 
@@ -35,13 +36,6 @@ DLKERN_DEVICE void store_pair(bf16* matrix, int64_t rows, int64_t columns, int64
     at[0] = pair.at[0];
     if (column + 1 < columns) at[1] = pair.at[1];
   }
-}
-
-DLKERN_DEVICE float activated(float value, int activation) {
-  if (activation == 1) return value > 0.0f || value != value ? value : 0.0f;
-  if (activation == 2) return tanhf(value);
-  if (activation == 3) return 1.0f / (1.0f + expf(-value));
-  return value;
 }
 
 // ---- Kernels ----
@@ -136,11 +130,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     activation_backward_kernel(const bf16* grad_output, const bf16* output, bf16* grad_input, int64_t count,
                                int activation) {
   const auto gradient = [activation](bf16 grad, bf16 out) {
-    const float g = to_float(grad), y = to_float(out);
-    if (activation == 1) return from_float<bf16>(y > 0.0f ? g : 0.0f);
-    if (activation == 2) return from_float<bf16>(g * (1.0f - y * y));
-    if (activation == 3) return from_float<bf16>(g * y * (1.0f - y));
-    return grad;
+    return from_float<bf16>(activation_gradient(to_float(grad), to_float(out), activation));
   };
   const int64_t start = (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * 8;
   if (start + 8 <= count) {

@@ -1,6 +1,9 @@
 """Mutants of the CUDA column, killed by its tests on the host."""
 
-POOLING, LINEAR, TILE, LOAD = (f"csrc/cuda/{name}" for name in ("pooling.cu", "linear.cu", "mma_tile.cuh", "tile_load.cuh"))
+POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
+    f"csrc/cuda/{name}"
+    for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "dropout.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
+)
 
 
 def _mutant(file: str, old: str, new: str, selection: str) -> dict:
@@ -10,7 +13,9 @@ def _mutant(file: str, old: str, new: str, selection: str) -> dict:
 _MAX = "test_max_pool2d and not 2x8x9x11"
 _AVERAGE = "avg_pool2d and float32 and channels_last"
 _LINEAR = "test_linear and (rows2 or rows3 or rows4)"
-_ACTIVATION = "test_linear_with_activation"
+_LINEAR_ACTIVATION = "test_linear_with_activation"
+_NORM = "test_batch_norm and 3x8x19x20"
+_EVAL = "test_batch_norm and eval and 2x5x7x9"
 
 MUTANTS = [
     # max_pool2d_forward_kernel
@@ -33,7 +38,7 @@ MUTANTS = [
     _mutant(POOLING, "window<ADAPTIVE>(g.width, ow)", "window<ADAPTIVE>(g.width, columns.first)", _AVERAGE),
     # linear_forward_kernel
     _mutant(LINEAR, "second += to_float(args.bias[column + 1])", "second += to_float(args.bias[column])", _LINEAR),
-    _mutant(LINEAR, "activated(second, args.activation)", "second", _ACTIVATION),
+    _mutant(LINEAR, "activated(second, args.activation)", "second", _LINEAR_ACTIVATION),
     _mutant(LINEAR, "if (column + 1 < columns) at[1] = pair.at[1];", "", _LINEAR),
     # linear_backward_input_kernel, and what all three share
     _mutant(TILE, "ldmatrix_x4_transposed(out, tile + (k_at", "ldmatrix_x4(out, tile + (k_at", _LINEAR),
@@ -48,8 +53,47 @@ MUTANTS = [
     _mutant(LINEAR, "args.grad_bias && blockIdx.y == 0", "args.grad_bias && blockIdx.y == 1", _LINEAR),
     _mutant(TILE, "if (step + SHAPE::kStages - 1 < steps) load", "if (step + SHAPE::kStages < steps) load",
             "test_linear and rows6"),
+    # batch_norm_partial_kernel, batch_norm_statistics_kernel, batch_norm_running_kernel
+    _mutant(BATCH_NORM, "for (int rows = kThreads / plan.lanes / 2; rows > 0; rows /= 2) {\n    __syncthreads();\n"
+            "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
+            "    for (int c = 0; c < kChannels; c++) merge",
+            "for (int rows = kThreads / plan.lanes / 2; rows > 1; rows /= 2) {\n    __syncthreads();\n"
+            "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
+            "    for (int c = 0; c < kChannels; c++) merge", _NORM),
+    _mutant(BATCH_NORM, "      found = u + 1;", "      found = 1;", _NORM),
+    _mutant(BATCH_NORM, "const float rest = left[c] / new_count;", "const float rest = 0.0f;", "test_batch_norm_long_chunks"),
+    _mutant(BATCH_NORM, "left < plan.items_a_chunk ? left : plan.items_a_chunk", "plan.items_a_chunk", _NORM),
+    _mutant(BATCH_NORM, "m2 / (count - 1.0)", "m2 / count", _NORM),
+    _mutant(BATCH_NORM, "for (int r = 1; r < kFinalRows; r++) {", "for (int r = 2; r < kFinalRows; r++) {", _NORM),
+    _mutant(BATCH_NORM, "1.0 / sqrt(load_channel(running_var, channel) + eps)", "1.0 / sqrt(load_channel(running_var, channel))",
+            _EVAL),
+    # batch_norm_apply_kernel
+    _mutant(BATCH_NORM, "if (residual) y += to_float(added.at[v]);", "", "with_activation_and_residual and float32"),
+    _mutant(BATCH_NORM, "* scale[c] + bias[c];", "* scale[c];", _EVAL),
+    _mutant(BATCH_NORM, "(image * plan.channels + channel) * plan.inner", "(image * plan.channels) * plan.inner", _EVAL),
+    # batch_norm_backward_partial_kernel, batch_norm_backward_sums_kernel
+    _mutant(BATCH_NORM, "thread_dot[c].add_product(g, to_float(x.at[v]) - mean[c]);",
+            "thread_dot[c].add_product(g, to_float(x.at[v]));", _NORM),
+    _mutant(BATCH_NORM, "totals[c][thread] = total[c] += totals[c][other];", "total[c] += totals[c][other];", _NORM),
+    _mutant(BATCH_NORM, "store_channel(grad_weight, channel, dot * invstd);", "store_channel(grad_weight, channel, dot);",
+            _EVAL),
+    # batch_norm_backward_apply_kernel
+    _mutant(BATCH_NORM, "- (to_float(x.at[v]) - mean[c]) * slope[c];", ";", _NORM),
+    _mutant(BATCH_NORM, "g = g - mean_g[c]", "g = g", _NORM),
+    _mutant(BATCH_NORM, "before.at[v] = from_float<T>(g);", "before.at[v] = grad.at[v];",
+            "with_activation_and_residual and float32"),
+    # dropout_kernel
+    _mutant(DROPOUT, "word >= rule.threshold", "word < rule.threshold", "test_dropout_drops"),
+    _mutant(DROPOUT, "group * philox::kRun + in_run + v", "group * philox::kRun + in_run", "test_dropout_drops"),
+    _mutant(DROPOUT, "if (at + v < count) output", "if (at + v + 1 < count) output", "test_dropout_drops"),
+    _mutant(DROPOUT, "const int64_t first = group * philox::kGroup", "const int64_t first = group * philox::kRun",
+            "test_dropout_drops"),
+    # feature_dropout_kernel
+    _mutant(DROPOUT, "i / (c * inner) * c + i % c", "i % c", "test_dropout_drops"),
+    _mutant(DROPOUT, "feature / philox::kGroup * philox::kRun", "0", "test_dropout_of_many"),
+    _mutant(DROPOUT, "feature / philox::kRun % 4", "0", "test_dropout_of_many"),
     # activation_backward_kernel
-    _mutant(LINEAR, "from_float<bf16>(y > 0.0f ? g : 0.0f)", "from_float<bf16>(y >= 0.0f ? g : 0.0f)", _ACTIVATION),
-    _mutant(LINEAR, "g * (1.0f - y * y)", "g * (1.0f - y)", _ACTIVATION),
-    _mutant(LINEAR, "for (int64_t i = start; i < count; i++)", "for (int64_t i = start; i + 1 < count; i++)", _ACTIVATION),
+    _mutant(ACTIVATION, "y <= 0.0f ? 0.0f : grad", "y < 0.0f ? 0.0f : grad", _LINEAR_ACTIVATION),
+    _mutant(ACTIVATION, "grad * (1.0f - y * y)", "grad * (1.0f - y)", _LINEAR_ACTIVATION),
+    _mutant(LINEAR, "for (int64_t i = start; i < count; i++)", "for (int64_t i = start; i + 1 < count; i++)", _LINEAR_ACTIVATION),
 ]
