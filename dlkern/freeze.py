@@ -31,9 +31,11 @@ class Frozen:
     def __reduce__(self) -> tuple[type[Frozen], tuple[()]]:
         return Frozen, ()  # a copy, perhaps on another machine, packs for itself
 
-    def kept(self, tensors: tuple[torch.Tensor | None, ...], make: Callable[[], Any]) -> Any:
-        """What make() returned when `tensors` were as they are now, as far as torch knows."""
-        state = tuple(t if t is None else (t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors)
+    def kept(self, sources: tuple[torch.Tensor | float | None, ...], make: Callable[[], Any]) -> Any:
+        """What make() returned when tensors and numbers were as they are now, as far as torch knows."""
+        state = tuple(
+            (t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) if isinstance(t, torch.Tensor) else t for t in sources
+        )
         if self.value is None or self.state != state:
             with torch.no_grad():
                 self.value = make()

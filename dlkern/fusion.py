@@ -30,7 +30,12 @@ from dlkern.reference.linear import activate
 __all__ = ["Fused", "Fusion", "fuse"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
+_WRITING_OPERATORS = (
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift,
+)  # fmt: skip
 _RELUS = (torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_)
+_OURS = (dlkern.nn.Conv2d, dlkern.nn.BatchNorm1d, dlkern.nn.BatchNorm2d, dlkern.nn.BatchNorm3d, type(None))
 _METHODS_ADD, _METHODS_RELU = ("add", "add_"), ("relu", "relu_")
 
 
@@ -70,6 +75,10 @@ class Fused(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         conv, norm, activation = self.conv, self.norm, self.activation
+        if not isinstance(conv, _OURS) or not isinstance(norm, _OURS):  # revert() made them torch's
+            y = x if conv is None else conv(x)
+            y = y if norm is None else norm(y)
+            return activate(y if residual is None else y + residual, activation)
         if conv is not None and self._frozen is not None:
             output = self._answer(self._frozen, x, residual)
             if output is not None:
@@ -105,9 +114,9 @@ class Fused(torch.nn.Module):
         try:
             if not is_plain(conv, x, conv.padding):
                 return None
-            sources: tuple[torch.Tensor | None, ...] = (conv.weight, conv.bias)
+            sources: tuple[torch.Tensor | float | None, ...] = (conv.weight, conv.bias)
             if norm is not None:
-                sources += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+                sources += (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
             def make() -> tuple[torch.Tensor, ...]:
                 weight, bias = (conv.weight, conv.bias) if norm is None else folded(conv, norm)
@@ -185,6 +194,24 @@ class _Finder:
         """What an addition writes its result into, or None."""
         return node.args[0] if node.target in (operator.iadd, "add_") else None
 
+    def writes(self, node: fx.Node) -> bool:
+        """Whether a node may write to a tensor that is there already."""
+        if node.op == "call_module":
+            return bool(getattr(self.model.get_submodule(str(node.target)), "inplace", False))
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or node.target in _WRITING_OPERATORS
+        return in_place or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+
+    def is_disturbed(self, row: _Row) -> bool:
+        """Whether something between a row's first and last node writes: the row then would read another input, late."""
+        own, node = {*row.nodes, row.addition}, row.nodes[0]
+        while (node := node.next) is not row.last:
+            if node not in own and self.writes(node):
+                return True
+        return False
+
     def conv(self, node: Any) -> Any:
         conv = self.module(node, dlkern.nn.Conv2d) if isinstance(node, fx.Node) and len(node.users) == 1 else None
         return conv if conv is not None and conv.padding_mode == "zeros" and conv.weight.shape[1] else None
@@ -205,7 +232,8 @@ class _Finder:
 
 @dataclass(frozen=True)
 class _Row:
-    """What one op replaces: the modules' nodes, the last node, the modules, the residual's node, whether a ReLU ends it."""
+    """What one op replaces: the modules' nodes, the last node, the modules, the residual's node, whether a ReLU ends it, and
+    the node of the addition."""
 
     nodes: list[fx.Node]
     last: fx.Node
@@ -213,6 +241,7 @@ class _Row:
     norm: Any
     residual: Any
     relu: bool
+    addition: Any = None
 
 
 def _replace(model: fx.GraphModule, row: _Row, number: int) -> Fusion:
@@ -243,19 +272,27 @@ def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
     for ends in (finder.is_relu, finder.norm):  # a batch norm ends a row only where no ReLU took it along
         for node in list(graph_module.graph.nodes):
             row = _row_at(finder, node) if not node._erased and ends(node) else None
-            if row is not None:
+            if row is not None and not finder.is_disturbed(row):
                 found.append(_replace(graph_module, row, len(found)))
                 graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
     # What the graph does not call, any more or at all, stays for its parameters.
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if name and not _has(graph_module, name) and next(module.children(), None) is None:
             graph_module.add_submodule(name, module)
-    for name, parameter in model.named_parameters():
-        owner, _, own_name = name.rpartition(".")
-        if _has(graph_module, owner) and own_name not in graph_module.get_submodule(owner)._parameters:
-            graph_module.get_submodule(owner).register_parameter(own_name, parameter)
+    for name in [name for name in graph_module._buffers if name.startswith("_tensor_constant")]:
+        graph_module._non_persistent_buffers_set.add(name)  # what the trace made, and no state_dict has
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _has(graph_module, name):
+            continue
+        copy = graph_module.get_submodule(name)
+        for own_name, parameter in module._parameters.items():
+            if own_name not in copy._parameters:
+                copy.register_parameter(own_name, parameter)
+        for own_name, buffer in module._buffers.items():
+            if own_name not in copy._buffers:
+                copy.register_buffer(own_name, buffer, own_name not in module._non_persistent_buffers_set)
     # In the model's order: an optimizer's state_dict counts on it.
     for name, module in model.named_modules():
         if _has(graph_module, name):
@@ -287,7 +324,6 @@ def _row_at(finder: _Finder, node: fx.Node) -> _Row | None:
         return None if made is None else _Row(made[0], node, made[1], made[2], None, True)
     for mine, other in (before.args, reversed(before.args)):
         made = finder.producer(mine)
-        seen_later = finder.writes_to(before) is other and len(other.users) > 1
-        if made is not None and mine is not other and not seen_later:
-            return _Row(made[0], node, made[1], made[2], other, True)
+        if made is not None and mine is not other and finder.writes_to(before) is not other:  # others may see it
+            return _Row(made[0], node, made[1], made[2], other, True, before)
     return None

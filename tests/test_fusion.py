@@ -1,5 +1,6 @@
 """convert(fuse=True): which rows are found, that nothing changes but speed, and what must be left alone."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -281,3 +282,75 @@ def test_fused_convolution_wrong_arguments():
     ):
         with pytest.raises((RuntimeError, ValueError)):
             raw_op(x, w, bias, residual, *plain, activation)
+
+
+class Changed(torch.nn.Module):
+    """A convolution whose input is written to before its row ends."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.BatchNorm2d(4)
+        self.relu, self.body = torch.nn.ReLU(inplace=True), body
+
+    def forward(self, x):
+        return self.body(self, x * 1)
+
+
+def through_a_view(m, x):
+    v = x.view(-1, 4, 8, 8)
+    return torch.relu(v.add_(m.conv(x))) + x
+
+
+IN_PLACE = {
+    "a module": lambda m, x: (lambda y: torch.relu(y + m.relu(x)))(m.conv(x)),
+    "batch norm": lambda m, x: (lambda y: torch.relu(y + torch.nn.functional.relu(x, inplace=True)))(m.norm(m.conv(x))),
+    "a method": lambda m, x: (lambda y: torch.relu(y + x.mul_(3)))(m.conv(x)),
+    "before batch norm": lambda m, x: (lambda y: torch.relu(m.norm(y) + x.abs_()))(m.conv(x)),
+    "a view": through_a_view,
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_is_written_in_place_keeps_its_order(name, training):
+    model = Changed(IN_PLACE[name]).train(training)
+    fused, x = dlkern.convert(copy.deepcopy(model), fuse=True), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), model(x.clone()))
+
+
+def test_reverting_gives_torchs_layers():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    x = torch.randn(2, 4, 8, 8)
+    for mode in (True, False):
+        model.train(mode)
+        expected = copy.deepcopy(model)(x)
+        fused = dlkern.convert(copy.deepcopy(model), fuse=True)
+        dlkern.revert(fused)
+        with dlkern.trace() as calls, torch.no_grad():
+            torch.testing.assert_close(fused(x), expected)
+        assert not calls
+
+
+def test_state_dict_of_shared_modules_and_buffers():
+    conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+    shared = torch.nn.Sequential(conv, torch.nn.ReLU(), conv)
+    model = Changed(lambda m, x: torch.relu(m.conv(x)) * m.scale[0])
+    model.register_buffer("scale", torch.tensor([2.0]))
+    model.register_buffer("unused", torch.zeros(3))
+    model.register_buffer("passing", torch.zeros(3), persistent=False)
+    for original in (shared, model):
+        fused = dlkern.convert(copy.deepcopy(original), fuse=True)
+        assert list(fused.state_dict()) == list(original.state_dict())
+        fused.load_state_dict(original.state_dict())
+        x = torch.randn(2, 4, 8, 8)
+        torch.testing.assert_close(fused(x), original(x))
+
+
+def test_frozen_rows_see_a_changed_eps():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+    frozen, x = dlkern.freeze(dlkern.convert(copy.deepcopy(model), fuse=True)), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        frozen(x)
+        model[1].eps = getattr(frozen, "1").eps = 0.5
+        torch.testing.assert_close(frozen(x), model(x))

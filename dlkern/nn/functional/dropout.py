@@ -43,6 +43,10 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
     _check_probability(p)
     if not training or p == 0.0:
         return input
+    if not isinstance(input, torch.Tensor) or not input.is_floating_point():
+        if tracing.active and isinstance(input, torch.Tensor):
+            tracing.record("dropout", "torch", "not a floating-point tensor", input)
+        return torch.nn.functional.dropout(input, p, training, inplace)
     seed = _seed(input)
     column = _plain.column("dropout", input)
     if column is not None:
