@@ -54,7 +54,7 @@ void multiply_panel(const Packed<A>& w, int64_t panel, const A* const* rows, int
       const Piece piece{k, smaller(block, w.depth - k), k};
       for (int64_t i = 0; i < count; i += kTilePixels)
         correlate_tile_for<A>(smaller(kTilePixels, count - i), width)(&piece, 1, rows + i, chunk, outs + i, v * lanes,
-                                                                    k > 0, nullptr);
+                                                                      k > 0, nullptr);
     }
     chunk += w.depth * width * lanes;
   }
@@ -241,8 +241,7 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
           for (int64_t u = 0; u < unit_vectors; ++u) {
             const int64_t j = (panel * unit_vectors + u) * lanes;
             if (j < hidden)
-              cell(s.offsets[step] + b0 + i, before[i], b0 + i, j,
-                   sums + (i * packed.vectors + u * gates) * lanes);
+              cell(s.offsets[step] + b0 + i, before[i], b0 + i, j, sums + (i * packed.vectors + u * gates) * lanes);
           }
       }
     }
@@ -437,8 +436,8 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
         copy(args.output + before * hidden, to, hidden);
     }
   const auto recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
-    gemm(Gemm<A, T>{some * hidden, hidden, s.rows, args.grad_gates + slot * hidden, 1, row_size, args.previous, hidden, 1,
-                    args.grad_weight_hh + gate * hidden * hidden, hidden});
+    gemm(Gemm<A, T>{some * hidden, hidden, s.rows, args.grad_gates + slot * hidden, 1, row_size, args.previous, hidden,
+                    1, args.grad_weight_hh + gate * hidden * hidden, hidden});
   };
   if (mode == kRnnGru) {
     recurrent(1, 0, 2);
@@ -464,12 +463,12 @@ template <class F> void with_mode(int mode, F&& f) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_RNN(T)                                                     \
-  void rnn_forward(const RnnForwardArgs<T>& args) {                              \
-    with_mode(args.shape.mode, [&]<int mode>() { forward<T, mode>(args); });     \
-  }                                                                              \
-  void rnn_backward(const RnnBackwardArgs<T>& args) {                            \
-    with_mode(args.shape.mode, [&]<int mode>() { backward<T, mode>(args); });    \
+#define DLKERN_DEFINE_RNN(T)                                                  \
+  void rnn_forward(const RnnForwardArgs<T>& args) {                           \
+    with_mode(args.shape.mode, [&]<int mode>() { forward<T, mode>(args); });  \
+  }                                                                           \
+  void rnn_backward(const RnnBackwardArgs<T>& args) {                         \
+    with_mode(args.shape.mode, [&]<int mode>() { backward<T, mode>(args); }); \
   }
 DLKERN_DEFINE_RNN(float)
 DLKERN_DEFINE_RNN(double)

@@ -44,8 +44,8 @@ template <class T> struct RnnBackwardArgs {
   T *grad_h0, *grad_c0;
 };
 
-#define DLKERN_DECLARE_RNN(T)                                     \
-  DLKERN_DECLARE(void, rnn_forward, const RnnForwardArgs<T>&)     \
+#define DLKERN_DECLARE_RNN(T)                                 \
+  DLKERN_DECLARE(void, rnn_forward, const RnnForwardArgs<T>&) \
   DLKERN_DECLARE(void, rnn_backward, const RnnBackwardArgs<T>&)
 DLKERN_DECLARE_RNN(float)
 DLKERN_DECLARE_RNN(double)

@@ -82,8 +82,7 @@ Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor&
                      const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes, int64_t mode,
                      bool reverse) {
   const char* op = "rnn_forward";
-  const Sequence sequence =
-      check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
+  const Sequence sequence = check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
   const cpu::RnnShape& s = sequence.shape;
   if (bias_ih) check_tensor(op, "bias_ih", *bias_ih, input, {s.gates() * s.hidden});
   if (bias_hh) check_tensor(op, "bias_hh", *bias_hh, input, {s.gates() * s.hidden});
@@ -91,8 +90,8 @@ Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor&
   const std::optional<Tensor> b_ih = dense(bias_ih), b_hh = dense(bias_hh), c = dense(c0);
   const ScalarType dtype = input.scalar_type(), sums = sum_type(input);
   const bool lstm = mode == cpu::kRnnLstm;
-  Tensor output = batch_sizes ? allocate({s.rows, s.hidden}, dtype, input)
-                              : allocate({s.steps, s.batch, s.hidden}, dtype, input);
+  Tensor output =
+      batch_sizes ? allocate({s.rows, s.hidden}, dtype, input) : allocate({s.steps, s.batch, s.hidden}, dtype, input);
   Tensor h_n = allocate({s.batch, s.hidden}, dtype, input);
   Tensor c_n = allocate({lstm ? s.batch : 0, s.hidden}, dtype, input);
   Tensor gates = allocate({s.rows, s.slots() * s.hidden}, sums, input);
@@ -130,8 +129,8 @@ Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const 
   const Sequence sequence = check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
   const cpu::RnnShape& s = sequence.shape;
   const bool lstm = mode == cpu::kRnnLstm;
-  const std::vector<int64_t> size = batch_sizes ? std::vector<int64_t>{s.rows, s.hidden}
-                                                : std::vector<int64_t>{s.steps, s.batch, s.hidden};
+  const std::vector<int64_t> size =
+      batch_sizes ? std::vector<int64_t>{s.rows, s.hidden} : std::vector<int64_t>{s.steps, s.batch, s.hidden};
   check_tensor(op, "grad_output", grad_output, input, size);
   check_tensor(op, "output", output, input, size);
   check_tensor(op, "grad_h_n", grad_h_n, input, {s.batch, s.hidden});
@@ -145,9 +144,9 @@ Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const 
   check(cells.dim() == 2 && cells.size(0) == (lstm ? s.rows : 0) && cells.size(1) == s.hidden, op, ": cells is not [",
         lstm ? s.rows : 0, ", ", s.hidden, "]");
   check(of_weight || !of_bias, op, ": gradients of biases come with those of weights");
-  const Tensor g = dense(grad_output), g_h = dense(grad_h_n), x = dense(input),
-               w_ih = dense(weight_ih), w_hh = dense(weight_hh), h = dense(h0), y = dense(output),
-               saved = dense(gates), saved_cells = dense(cells);
+  const Tensor g = dense(grad_output), g_h = dense(grad_h_n), x = dense(input), w_ih = dense(weight_ih),
+               w_hh = dense(weight_hh), h = dense(h0), y = dense(output), saved = dense(gates),
+               saved_cells = dense(cells);
   const std::optional<Tensor> g_c = dense(grad_c_n), c = dense(c0);
   const int64_t width = s.gates() * s.hidden;
   std::vector<int64_t> input_size = to_vector(input.sizes());
