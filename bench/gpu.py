@@ -303,7 +303,7 @@ def parity(stage: Stage) -> bool:
                     case.theirs,
                     draw,
                     dtype=dtype,
-                    draws=min(case.draws, 2) if stage.dry else case.draws,
+                    draws=min(case.draws, 64) if stage.dry else case.draws,
                     name=name,
                 )
                 served = "+".join(sorted({call.backend for call in calls}))

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import dlkern
 import dlkern.nn as nn
 import dlkern.nn.functional as F
-from dlkern.testing import compare
+from dlkern.testing import check, compare
+from dlkern.testing._catalog import RECURRENT
 
 KINDS = {
     "rnn_tanh": (torch.nn.RNN, {}), "rnn_relu": (torch.nn.RNN, {"nonlinearity": "relu"}), "lstm": (torch.nn.LSTM, {}),
@@ -223,6 +224,12 @@ def test_against_a_loop_of_cells(kind):
     torch.testing.assert_close(output, torch.stack(outputs))
     for a, b in zip(leaves(hidden), leaves(hx), strict=True):
         torch.testing.assert_close(a[0], b)
+
+
+@pytest.mark.parametrize("case", RECURRENT, ids=lambda case: case.name.replace(" ", "_"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_functions_keep_the_rule(case, dtype):
+    check(case.ours, case.reference(dtype), case.inputs, dtype=dtype, draws=case.draws // 2, name=case.name).raise_if_failed()
 
 
 # ---- as drop-ins ----
