@@ -229,7 +229,7 @@ def test_against_a_loop_of_cells(kind):
 @pytest.mark.parametrize("case", RECURRENT, ids=lambda case: case.name.replace(" ", "_"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_functions_keep_the_rule(case, dtype):
-    check(case.ours, case.reference(dtype), case.inputs, dtype=dtype, draws=case.draws // 2, name=case.name).raise_if_failed()
+    check(case.ours, case.reference(dtype), case.inputs, dtype=dtype, draws=case.draws, name=case.name).raise_if_failed()
 
 
 # ---- as drop-ins ----
