@@ -177,6 +177,8 @@ def test_error_inputs(op):
 
 MODULES = [info for info in module_db if getattr(dlkern.nn, info.module_cls.__name__, None) and "Lazy" not in info.name]
 MODULES = [info for info in MODULES if not issubclass(info.module_cls, nn.TransformerEncoder | nn.TransformerEncoderLayer)]
+# A gap: the samples of recurrent modules do not keep the rule yet (tests/test_rnn.py has what does).
+MODULES = [info for info in MODULES if not issubclass(info.module_cls, nn.RNNBase | nn.RNNCellBase)]
 
 
 def module_inputs(info, dtype, training):
