@@ -4,6 +4,7 @@
 #include "linear.h"
 
 #include "activation.h"
+#include "column_sums.h"
 #include "gemm.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
@@ -33,38 +34,10 @@ template <class T> void backward_input(const LinearBackwardInputArgs<T>& x) {
                x.weight_column, x.grad_input, x.k});
 }
 
-// Column sums of grad_output, carried in double: a bias sees few enough numbers that this costs nothing.
-template <class T> void sum_rows(const LinearBackwardWeightArgs<T>& x) {
-  constexpr int64_t lanes = kLanes<T>;
-  using wide = Wide<T>;
-  const int64_t vectors = (x.n + lanes - 1) / lanes;
-  parallel_for(vectors, 1 + 16384 / (x.m + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t v = begin; v < end; ++v) {
-      const int64_t j = v * lanes;
-      const int count = static_cast<int>(x.n - j < lanes ? x.n - j : lanes);
-      wide sum{};
-      for (int64_t i = 0; i < x.m; ++i) {
-        const T* row = x.grad_output + i * x.grad_output_row + j * x.grad_output_column;
-        if (x.grad_output_column == 1) {
-          sum += __builtin_convertvector(count == lanes ? load(row) : load_partial<T>(row, count), wide);
-        } else {
-          for (int l = 0; l < count; ++l)
-            sum[l] += static_cast<double>(static_cast<acc_t<T>>(row[l * x.grad_output_column]));
-        }
-      }
-      const Vec<T> total = __builtin_convertvector(sum, Vec<T>);
-      if (count == lanes)
-        store(x.grad_bias + j, total);
-      else
-        store_partial<T>(x.grad_bias + j, total, count);
-    }
-  });
-}
-
 template <class T> void backward_weight(const LinearBackwardWeightArgs<T>& x) {
   gemm(Gemm<T>{x.n, x.k, x.m, x.grad_output, x.grad_output_column, x.grad_output_row, x.input, x.input_row,
                x.input_column, x.grad_weight, x.k});
-  if (x.grad_bias) sum_rows(x);
+  if (x.grad_bias) sum_columns(x.grad_output, x.grad_output_row, x.grad_output_column, x.m, x.n, x.grad_bias);
 }
 
 template <class T> void backward_activation(const ActivationBackwardArgs<T>& x) {

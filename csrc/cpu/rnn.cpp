@@ -11,6 +11,7 @@
 // Floor: 2 rows gates hidden (inputs + hidden) flops, or reading the recurrent weights once a step.
 #include "rnn.h"
 
+#include "column_sums.h"
 #include "conv_kernel.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -60,13 +61,19 @@ void multiply_panel(const Packed<A>& w, int64_t panel, const A* const* rows, int
   }
 }
 
-template <class T, class A> const A* widened(const T* from, A* to, int64_t count) {
-  if constexpr (sizeof(T) == sizeof(A)) {
+// from, or a copy in the type sums are carried in, in memory that `room()` gives.
+template <class T, class Room> const acc_t<T>* widened(const T* from, int64_t count, Room&& room) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     return from;
   } else {
+    acc_t<T>* to = room();
     copy(from, to, count);
     return to;
   }
+}
+// The same in a slot of its own.
+template <class T> const acc_t<T>* widened(const T* from, int64_t count, Slot slot) {
+  return widened(from, count, [&] { return scratch<acc_t<T>>(slot, count); });
 }
 
 template <class T> struct Layer {
@@ -207,8 +214,8 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
   const Layer<T> layer(s);
   A* memory = scratch<A>(Slot::family_0, (gates + 1) * hidden + 2 * state);
   A *bias = memory, *hidden_bias = bias + gates * hidden;
-  const A* h0 = widened(args.h0, hidden_bias + hidden, state);
-  const A* c0 = mode == kRnnLstm ? widened(args.c0, hidden_bias + hidden + state, state) : nullptr;
+  const A* h0 = widened(args.h0, state, [&] { return hidden_bias + hidden; });
+  const A* c0 = mode == kRnnLstm ? widened(args.c0, state, [&] { return hidden_bias + hidden + state; }) : nullptr;
   const bool biased = args.bias_ih || args.bias_hh;
   for (int64_t i = 0; biased && i < gates * hidden; ++i) {
     const A of_input = args.bias_ih ? static_cast<A>(args.bias_ih[i]) : A(0),
@@ -332,23 +339,6 @@ template <class T, int mode> struct BackwardCell {
   }
 };
 
-// to[j] = sum over rows of from[row][j], j < count, in double.
-template <class A, class T> void sum_columns(const A* from, int64_t row, int64_t rows, int64_t count, T* to) {
-  constexpr int64_t lanes = kLanes<A>;
-  parallel_for(ceil_div(count, lanes), 1 + 16384 / rows, [&](int64_t begin, int64_t end) {
-    for (int64_t v = begin; v < end; ++v) {
-      const int64_t j = v * lanes;
-      const int some = static_cast<int>(smaller(lanes, count - j));
-      Wide<A> sum{};
-      for (int64_t r = 0; r < rows; ++r) {
-        const A* p = from + r * row + j;
-        sum += __builtin_convertvector(some == lanes ? load(p) : load_partial<A>(p, some), Wide<A>);
-      }
-      store_partial<T>(to + j, __builtin_convertvector(sum, Vec<A>), some);
-    }
-  });
-}
-
 template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
@@ -357,8 +347,8 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   const Layer<T> layer(s);
   A* memory = scratch<A>(Slot::family_0, 4 * state);
   A *direct = memory, *cells = direct + state;
-  const A* h0 = widened(args.h0, cells + state, state);
-  const A* c0 = mode == kRnnLstm ? widened(args.c0, cells + 2 * state, state) : nullptr;
+  const A* h0 = widened(args.h0, state, [&] { return cells + state; });
+  const A* c0 = mode == kRnnLstm ? widened(args.c0, state, [&] { return cells + 2 * state; }) : nullptr;
   const Packed<A> packed = pack_backward(s, args.weight_hh, Slot::family_1);
   const BackwardCell<T, mode> cell{args, h0, c0, direct, cells};
   const int64_t block =
@@ -411,21 +401,13 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   }
 
   const A* of_input = args.grad_gates + row_size - gates * hidden;  // GRU's recurrent side has n in the first block
-  const A *weight_ih = nullptr, *input = nullptr;
-  if (sizeof(T) != sizeof(A)) {
-    A* wide = scratch<A>(Slot::family_3, gates * hidden * s.inputs + s.rows * s.inputs);
-    if (args.grad_input) weight_ih = widened(args.weight_ih, wide, gates * hidden * s.inputs);
-    if (args.grad_weight_ih) input = widened(args.input, wide + gates * hidden * s.inputs, s.rows * s.inputs);
-  } else {
-    weight_ih = widened(args.weight_ih, static_cast<A*>(nullptr), 0);
-    input = widened(args.input, static_cast<A*>(nullptr), 0);
-  }
   if (args.grad_input)
-    gemm(Gemm<A, T>{s.rows, s.inputs, gates * hidden, of_input, row_size, 1, weight_ih, s.inputs, 1, args.grad_input,
+    gemm(Gemm<A, T>{s.rows, s.inputs, gates * hidden, of_input, row_size, 1,
+                    widened(args.weight_ih, gates * hidden * s.inputs, Slot::family_3), s.inputs, 1, args.grad_input,
                     s.inputs});
   if (!args.grad_weight_ih) return;
-  gemm(Gemm<A, T>{gates * hidden, s.inputs, s.rows, of_input, 1, row_size, input, s.inputs, 1, args.grad_weight_ih,
-                  s.inputs});
+  gemm(Gemm<A, T>{gates * hidden, s.inputs, s.rows, of_input, 1, row_size,
+                  widened(args.input, s.rows * s.inputs, Slot::family_3), s.inputs, 1, args.grad_weight_ih, s.inputs});
   for (int64_t step = 0; step < s.steps; ++step)
     for (int64_t b = 0; b < s.batch_sizes[step]; ++b) {
       const int64_t before = layer.before(step, b);
@@ -446,10 +428,10 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
     recurrent(0, 0, gates);
   }
   if (!args.grad_bias_ih) return;
-  sum_columns(of_input, row_size, s.rows, gates * hidden, args.grad_bias_ih);
+  sum_columns(of_input, row_size, 1, s.rows, gates * hidden, args.grad_bias_ih);
   const int64_t shared = (mode == kRnnGru ? 2 : gates) * hidden;
   std::memcpy(static_cast<void*>(args.grad_bias_hh), args.grad_bias_ih, sizeof(T) * static_cast<size_t>(shared));
-  if (mode == kRnnGru) sum_columns(args.grad_gates, row_size, s.rows, hidden, args.grad_bias_hh + shared);
+  if (mode == kRnnGru) sum_columns(args.grad_gates, row_size, 1, s.rows, hidden, args.grad_bias_hh + shared);
 }
 
 template <class F> void with_mode(int mode, F&& f) {

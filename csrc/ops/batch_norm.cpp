@@ -47,16 +47,11 @@ void check_like(const char* op, const std::optional<Tensor>& x, const Tensor& in
   check(x->is_cpu(), op, ": ", name, " must be on the CPU");
 }
 
-void check_activation(const char* op, int64_t activation) {
-  check<std::invalid_argument>(activation >= 0 && activation <= 3, op, ": activation must be 0, 1, 2 or 3, got ",
-                               activation);
-}
-
 // A per-channel tensor as numbers of type A; empty where there is none.
 template <class A> std::vector<A> per_channel(const std::optional<Tensor>& x) {
   std::vector<A> values;
   if (!x) return values;
-  const Tensor dense = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
+  const Tensor dense = as_contiguous(*x);
   values.resize(static_cast<size_t>(dense.numel()));
   dispatch_floating(dense.scalar_type(), "batch_norm", [&](auto* type) {
     using P = std::remove_pointer_t<decltype(type)>;

@@ -135,6 +135,18 @@ inline bool same_sizes(Ints a, Ints b) {
     if (a[d] != b[d]) return false;
   return true;
 }
+// x, or a contiguous copy of it.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& x) {
+  return x ? std::optional<Tensor>(as_contiguous(*x)) : std::nullopt;
+}
+
+// Fused activations by their numbers (csrc/cpu/activation.h).
+inline void check_activation(const char* op, int64_t activation) {
+  check<std::invalid_argument>(activation >= 0 && activation <= 3, op, ": activation must be 0, 1, 2 or 3, got ",
+                               activation);
+}
+
 inline std::vector<int64_t> to_vector(Ints ints) { return std::vector<int64_t>(ints.begin(), ints.end()); }
 
 // Calls f with a null pointer of the C++ element type; the dtypes every CPU family serves.

@@ -79,7 +79,7 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
   check_tensor(op, "bias", *bias, input, 1);
   check<std::invalid_argument>(bias->size(0) == size, op, ": expected bias to have ", size, " elements, but got ",
                                bias->size(0));
-  return bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+  return as_contiguous(*bias);
 }
 
 // The dtype packed weights are in: what sums are carried in.

@@ -58,11 +58,6 @@ void check_parameters(const char* op, const Tensor& input, const OptionalTensor&
   check_one_dtype(op, weight ? weight : bias, running_mean);
 }
 
-void check_activation(const char* op, int64_t activation) {
-  check<std::invalid_argument>(activation >= 0 && activation <= 3, op, ": activation must be 0, 1, 2 or 3, got ",
-                               activation);
-}
-
 NormShape norm_shape(const char* op, const Tensor& input, bool channels_last) {
   constexpr int64_t kLargest = int64_t{1} << 31;
   NormShape shape{input.size(0), input.size(1), 1, channels_last};
@@ -84,9 +79,6 @@ Tensor ordered(const Tensor& x, bool channels_last) {
 }
 OptionalTensor ordered(const OptionalTensor& x, bool channels_last) {
   return x ? OptionalTensor(ordered(*x, channels_last)) : std::nullopt;
-}
-OptionalTensor dense(const OptionalTensor& x) {
-  return x ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
 }
 
 ChannelValues values(Call& call, const OptionalTensor& x) {
@@ -112,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_forward_cuda(const Tens
   check<std::invalid_argument>(shape.images * shape.inner != 1, "Expected more than 1 value per channel when training");
   const NormType type = type_of(input.scalar_type());
   const Tensor x = ordered(input, channels_last);
-  const OptionalTensor r = ordered(residual, channels_last), w = dense(weight), b = dense(bias);
-  const OptionalTensor old_mean = dense(running_mean), old_var = dense(running_var);
+  const OptionalTensor r = ordered(residual, channels_last), w = as_contiguous(weight), b = as_contiguous(bias);
+  const OptionalTensor old_mean = as_contiguous(running_mean), old_var = as_contiguous(running_var);
 
   Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   Tensor mean = allocate({shape.channels}, ScalarType::Float, x);
@@ -154,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> eval_forward_cuda(const Tensor& input, Option
   const bool channels_last = suggests_channels_last(input);
   const NormShape shape = norm_shape(op, input, channels_last);
   const Tensor x = ordered(input, channels_last);
-  const OptionalTensor r = ordered(residual, channels_last), w = dense(weight), b = dense(bias);
-  const Tensor old_mean = torch::stable::contiguous(running_mean), old_var = torch::stable::contiguous(running_var);
+  const OptionalTensor r = ordered(residual, channels_last), w = as_contiguous(weight), b = as_contiguous(bias);
+  const Tensor old_mean = as_contiguous(running_mean), old_var = as_contiguous(running_var);
   Tensor output = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   Tensor mean = allocate({shape.channels}, ScalarType::Double, x);
   Tensor invstd = allocate({shape.channels}, ScalarType::Double, x);
@@ -193,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_outp
   const NormShape shape = norm_shape(op, input, channels_last);
   const NormType type = type_of(input.scalar_type());
   const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
-  const OptionalTensor y = activation == 0 ? std::nullopt : ordered(output, channels_last), w = dense(weight);
-  const Tensor m = torch::stable::contiguous(mean), s = torch::stable::contiguous(invstd);
+  const OptionalTensor y = activation == 0 ? std::nullopt : ordered(output, channels_last), w = as_contiguous(weight);
+  const Tensor m = as_contiguous(mean), s = as_contiguous(invstd);
   const ScalarType parameter = weight ? weight->scalar_type() : ScalarType::Float;
   Tensor grad_input = allocate(x.sizes(), x.scalar_type(), x, channels_last);
   Tensor grad_residual =

@@ -45,7 +45,7 @@ Tensor linear_forward_cuda(const Tensor& input, const Tensor& weight, const std:
   }
   const int64_t rows = rows_of(op, input);
   const Tensor x = torch::stable::contiguous(input), w = torch::stable::contiguous(weight);
-  const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> b = as_contiguous(bias);
   Tensor output = allocate(with_last(input, out_features), ScalarType::BFloat16, input);
   if (output.numel() == 0) return output;
   Call call(x);

@@ -62,7 +62,7 @@ Tensor linear_forward_cpu(const Tensor& input, const Tensor& weight, const std::
   if (bias) {
     check_operand("linear", "bias", *bias, input, 1);
     check(bias->dim() == 1 && bias->size(0) == n, "linear: bias is not [", n, "]");
-    b = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    b = as_contiguous(*bias);
   }
   const Matrix x = as_matrix(input), w = as_matrix(weight);
   Tensor output = allocate_with_last(input, n);

@@ -13,8 +13,6 @@ struct Checked {
   bool channels_last;
 };
 
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 // All that both directions check; input comes back contiguous or channels_last.
 Checked checked(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                 int64_t reduction, int64_t ignore_index, double label_smoothing) {
@@ -28,12 +26,12 @@ Checked checked(const char* op, const Tensor& input, const Tensor& target, const
   check(label_smoothing >= 0.0 && label_smoothing <= 1.0,
         "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
   const int64_t classes = input.size(1);
-  Checked result{{}, input, dense(target), std::nullopt, false};
+  Checked result{{}, input, as_contiguous(target), std::nullopt, false};
   if (weight) {
     check(weight->is_cpu() && weight->scalar_type() == input.scalar_type(), op, ": weight differs in dtype or device");
     check(weight->dim() == 1 && weight->size(0) == classes, "weight tensor should be defined either for all ", classes,
           " classes or no classes");
-    result.weight = dense(*weight);
+    result.weight = as_contiguous(*weight);
   }
   const int64_t* t = data<int64_t>(result.target);
   for (int64_t i = 0; i < result.target.numel(); ++i)
@@ -103,7 +101,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, 
         ": lse does not fit input");
   check(total_weight.is_cpu() && total_weight.scalar_type() == accumulate && total_weight.numel() == 1, op,
         ": total_weight does not fit input");
-  const Tensor grad = dense(grad_loss), halves_tensor = dense(lse);
+  const Tensor grad = as_contiguous(grad_loss), halves_tensor = as_contiguous(lse);
   Tensor grad_input = allocate(input.sizes(), input.scalar_type(), input, c.channels_last);
   dispatch_floating(input.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -21,8 +21,6 @@ void check_tensor(const char* op, const char* name, const Tensor& x, const Tenso
   for (size_t d = 0; d < size.size(); ++d) expected << (d ? ", " : "") << size[d];
   check(fits, op, ": ", name, " is not [", expected.str(), "]");
 }
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-std::optional<Tensor> dense(const std::optional<Tensor>& x) { return x ? std::optional<Tensor>(dense(*x)) : x; }
 
 Sequence check_sequence(const char* op, const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
                         const Tensor& h0, const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
@@ -42,7 +40,7 @@ Sequence check_sequence(const char* op, const Tensor& input, const Tensor& weigh
   if (batch_sizes) {
     check(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
           ": batch_sizes is not a 1-D int64 tensor on the CPU");
-    const Tensor sizes = dense(*batch_sizes);
+    const Tensor sizes = as_contiguous(*batch_sizes);
     const int64_t* from = data<int64_t>(sizes);
     result.batch_sizes.assign(from, from + sizes.size(0));
     s.rows = input.size(0);
@@ -86,8 +84,9 @@ Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor&
   const cpu::RnnShape& s = sequence.shape;
   if (bias_ih) check_tensor(op, "bias_ih", *bias_ih, input, {s.gates() * s.hidden});
   if (bias_hh) check_tensor(op, "bias_hh", *bias_hh, input, {s.gates() * s.hidden});
-  const Tensor x = dense(input), w_ih = dense(weight_ih), w_hh = dense(weight_hh), h = dense(h0);
-  const std::optional<Tensor> b_ih = dense(bias_ih), b_hh = dense(bias_hh), c = dense(c0);
+  const Tensor x = as_contiguous(input), w_ih = as_contiguous(weight_ih), w_hh = as_contiguous(weight_hh),
+               h = as_contiguous(h0);
+  const std::optional<Tensor> b_ih = as_contiguous(bias_ih), b_hh = as_contiguous(bias_hh), c = as_contiguous(c0);
   const ScalarType dtype = input.scalar_type(), sums = sum_type(input);
   const bool lstm = mode == cpu::kRnnLstm;
   Tensor output =
@@ -144,10 +143,10 @@ Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const 
   check(cells.dim() == 2 && cells.size(0) == (lstm ? s.rows : 0) && cells.size(1) == s.hidden, op, ": cells is not [",
         lstm ? s.rows : 0, ", ", s.hidden, "]");
   check(of_weight || !of_bias, op, ": gradients of biases come with those of weights");
-  const Tensor g = dense(grad_output), g_h = dense(grad_h_n), x = dense(input), w_ih = dense(weight_ih),
-               w_hh = dense(weight_hh), h = dense(h0), y = dense(output), saved = dense(gates),
-               saved_cells = dense(cells);
-  const std::optional<Tensor> g_c = dense(grad_c_n), c = dense(c0);
+  const Tensor g = as_contiguous(grad_output), g_h = as_contiguous(grad_h_n), x = as_contiguous(input),
+               w_ih = as_contiguous(weight_ih), w_hh = as_contiguous(weight_hh), h = as_contiguous(h0),
+               y = as_contiguous(output), saved = as_contiguous(gates), saved_cells = as_contiguous(cells);
+  const std::optional<Tensor> g_c = as_contiguous(grad_c_n), c = as_contiguous(c0);
   const int64_t width = s.gates() * s.hidden;
   std::vector<int64_t> input_size = to_vector(input.sizes());
   if (!of_input) input_size.assign(1, 0);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-__all__ = ["GATES", "GRU", "LSTM", "RELU", "TANH", "gru", "lstm", "rnn", "rnn_backward", "rnn_relu", "rnn_tanh"]
+__all__ = ["GATES", "GRU", "LSTM", "RELU", "TANH", "gru", "lstm", "rnn", "rnn_backward", "rnn_relu", "rnn_tanh", "weights_of"]
 
 TANH, RELU, LSTM, GRU = range(4)  # csrc/cpu/rnn.h has the same
 GATES = (1, 1, 4, 3)
@@ -103,16 +103,21 @@ def rnn_backward(
     return tuple(found)
 
 
+def weights_of(params: Sequence[torch.Tensor], i: int, biases: bool) -> tuple[torch.Tensor | None, ...]:
+    """weight_ih, weight_hh and, None without them, bias_ih and bias_hh of the i-th layer and direction."""
+    return (*params[4 * i : 4 * i + 4],) if biases else (*params[2 * i : 2 * i + 2], None, None)
+
+
 def _stack(
     mode: int, x: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int
 ) -> Tensors:
-    states, step = hx if mode == LSTM else (hx,), 4 if biases else 2
+    states = hx if mode == LSTM else (hx,)
     ends: list[list[torch.Tensor]] = [[] for _ in states]
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             i = layer * directions + direction
-            w_ih, w_hh, b_ih, b_hh = [*params[i * step : (i + 1) * step], None, None][:4]
+            w_ih, w_hh, b_ih, b_hh = weights_of(params, i, biases)
             h0, c0 = [*(state[i] for state in states), None][:2]
             output, *last = rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, None, mode, direction == 1)  # type: ignore[arg-type]
             outputs.append(output)

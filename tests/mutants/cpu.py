@@ -273,7 +273,7 @@ MUTANTS += [
             "test_activation or test_parity"),
     _matmul(_GEMM, "load_partial<T>(b + j * b_column + p, rest);", "load_partial<T>(b + j * b_column, rest);", "test_parity"),
     # linear: the bias's gradient short of a row, its tail of columns, an activation's gradient.
-    _matmul(_LINEAR, "for (int64_t i = 0; i < x.m; ++i) {", "for (int64_t i = 1; i < x.m; ++i) {", "test_parity"),
+    _matmul("csrc/cpu/column_sums.h", "for (int64_t i = 0; i < rows; ++i) {", "for (int64_t i = 1; i < rows; ++i) {", "test_parity"),
     _matmul(_LINEAR, "load(bias + j) : load_partial<T>(bias + j, count);", "load(bias) : load_partial<T>(bias + j, count);", "test_parity"),
     _matmul("csrc/cpu/activation.h", "return grad * (1 - y * y);", "return grad * (1 - y);", "test_activation"),
     _matmul("csrc/cpu/simd.h", "const V part = 2 / sum, rest = 1 - part;", "const V part = 2 / one, rest = 1 - part;", "test_activation"),

@@ -13,6 +13,7 @@ from dlkern import trace as tracing
 from dlkern.nn.functional._autocast import autocasts, lowered
 from dlkern.nn.functional.dropout import dropout as drop
 from dlkern.ops.rnn import GATES, GRU, LSTM, RELU, TANH
+from dlkern.reference.rnn import weights_of
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 
@@ -32,7 +33,7 @@ def unusual(
         return "input, states and weights differ in dtype or device, or are not floating point"
     if len(states) != (2 if mode == LSTM else 1) or len(params) != layers * directions * (4 if biases else 2):
         return "states or weights are missing, or project (proj_size)"
-    if any(size == 0 for size in (*x.shape[:-1], *x.shape[-1:])):
+    if 0 in x.shape:
         return "a dimension is zero"
     hidden = params[1].shape[-1]
     if batch_sizes is None:
@@ -61,14 +62,13 @@ def stack(
     if mode != GRU and autocasts(x):  # torch's GRU is no op of autocast's lists, and keeps float32
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         states, params = rest[: len(states)], rest[len(states) :]  # type: ignore[assignment]
-    step = 4 if biases else 2
     initial = [state.unbind(0) for state in states]
     ends: list[list[torch.Tensor]] = [[] for _ in states]
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             i = layer * directions + direction
-            w_ih, w_hh, b_ih, b_hh = [*params[i * step : (i + 1) * step], None, None][:4]
+            w_ih, w_hh, b_ih, b_hh = weights_of(params, i, biases)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
             output, *last = ops.rnn.rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_sizes, mode, direction == 1)  # type: ignore[arg-type]
             outputs.append(output)
