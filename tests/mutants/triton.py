@@ -31,7 +31,7 @@ MUTANTS = [
     _mutant("conv", "bias += tl.sum(dy.to(ACC), axis=1)", "bias = tl.sum(dy.to(ACC), axis=1)",
             "test_float32 and even_kernel"),
     _mutant("conv", "bias_ptr + group * C + c, mask=c < C", "bias_ptr + c, mask=c < C", "test_float32 and transpose2d_grouped"),
-    _mutant("conv", "mask = in_part[:, None] & (k < K)[None, :]", "mask = (m < M)[:, None] & (k < K)[None, :]",
+    _mutant("conv", "dbias_ptr + part * K + k, tl.sum(", "dbias_ptr + k, tl.sum(",
             "test_float32 and transpose2d_grouped"),
     _mutant("conv", "(input.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach",
             "(input.shape[2 + i] - 1) * stride[i] - padding[i] + reach", "test_float32 and transpose2d_4x4"),
