@@ -38,7 +38,9 @@ namespace gemm_detail {
 constexpr int kMR = 6;
 constexpr int kNV = kVectorBytes == 64 ? 4 : 2;  // 32 vector registers, or 16
 template <class T> constexpr int kNR = kNV * kLanes<T>;
-constexpr int64_t kKC = 256;  // also bounds the rounding error: at most 256 products in one sum
+constexpr int64_t kKC = 256;
+constexpr int64_t kSum = 128;  // products in one sum at most, which bounds the rounding error
+static_assert(kKC <= 2 * kSum);
 // Rows of A packed at a time.
 template <class T> constexpr int64_t kMC = 48 * kMR * 4 / static_cast<int64_t>(sizeof(T));
 // Columns of B packed at a time: KC x NC fits the second-level cache. A panel that no other block of rows needs does not
@@ -96,13 +98,17 @@ template <int ROWS, int NV, class T>
                                                 int64_t b_row, T* tile, int64_t tile_row, Out out, const Ahead& ahead) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  V sum[ROWS][NV] = {};
+  V sum[ROWS][NV] = {}, before[ROWS][NV];  // of the first kSum steps, in memory
   if (out != Out::past)
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) __builtin_prefetch(tile + i * tile_row + j * lanes, 1);
   for (int64_t start = 0; start < k; start += kAheadSteps) {
     ahead.fetch(start);
+    if (start == kSum) {
+      std::memcpy(before, sum, sizeof sum);
+      std::memset(sum, 0, sizeof sum);
+    }
     const int64_t end = smaller(start + kAheadSteps, k);
     for (int64_t p = start; p < end; ++p) {
       V bv[NV];
@@ -118,6 +124,11 @@ template <int ROWS, int NV, class T>
       b += b_row;
     }
   }
+  if (k > kSum)
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) sum[i][j] += before[i][j];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8

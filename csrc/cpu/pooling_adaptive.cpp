@@ -75,6 +75,34 @@ template <class T> void forward_runs(const AdaptivePoolArgs<T>& args) {
   });
 }
 
+// The same where each window is a whole plane of a few vectors, as before a classifier: a vector of sums a plane, as
+// many planes at a time as a vector has lanes, so that one transpose adds up the lanes of all.
+template <class T> void forward_small_planes(const AdaptivePoolArgs<T>& args) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t planes = args.shape.n * args.shape.c, plane = args.shape.h * args.shape.w,
+                whole = plane / lanes * lanes;
+  const T* input_end = args.input + planes * plane;
+  const vdouble count = vdouble{} + static_cast<double>(plane);
+  parallel_for(ceil_div(planes, lanes), grain_of(plane * lanes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * lanes; i < end * lanes; i += lanes) {
+      vfloat sum[lanes];
+      for (int j = 0; j < lanes; ++j) {
+        const T* x = args.input + smaller(i + j, planes - 1) * plane;
+        sum[j] = first_lanes<float>(load_before(x + whole, input_end), plane - whole, vfloat{});
+        for (int64_t k = 0; k < whole; k += lanes) sum[j] += load(x + k);
+      }
+      transpose(sum);
+      for (int half = lanes / 2; half >= 2; half /= 2)
+        for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+      vfloat_half half[2][2];
+      std::memcpy(half, sum, sizeof half);
+      for (int h = 0; h < 2; ++h)
+        store_narrow(args.output + i + h * kWide, (widen(half[0][h]) + widen(half[1][h])) / count,
+                     planes - i - h * kWide);
+    }
+  });
+}
+
 template <class T> void forward_planes(const AdaptivePoolArgs<T>& args) {
   const PoolShape& s = args.shape;
   const int64_t width = round_up(s.w, kWide);
@@ -263,6 +291,12 @@ template <class T> void backward_pixels(const AdaptivePoolArgs<T>& args) {
 }
 
 template <class T> void forward(const AdaptivePoolArgs<T>& args) {
+  const PoolShape& s = args.shape;
+  if constexpr (sizeof(T) < sizeof(double))
+    if (!s.channels_last && s.out_h == 1 && s.out_w == 1 && s.h * s.w < 4 * kLanes<float>) {
+      forward_small_planes(args);
+      return;
+    }
   if (args.shape.channels_last)
     forward_pixels(args);
   else if (args.shape.out_w == 1)

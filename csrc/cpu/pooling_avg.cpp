@@ -46,7 +46,27 @@ template <class T> struct Divisors {
   }
 };
 
-template <class T> void forward_planes(const AvgPoolArgs<T>& args) {
+// `vectors` of neighbouring windows from column q on: the sums of rows x columns elements, each over its divisor.
+// KNOWN: columns, where it is known.
+template <int vectors, int KNOWN, class T>
+[[gnu::always_inline]] inline void windows(const acc_t<T>* lines, const int64_t* row_at, int64_t rows,
+                                           const int64_t* taps, int64_t columns, const Divisors<T>& divisors, int64_t p,
+                                           int64_t q, T* y, const T* limit) {
+  Vec<T> sum[vectors] = {};
+  for (int64_t k = 0; k < rows; ++k)
+#pragma GCC unroll 3
+    for (int64_t t = 0; t < (KNOWN ? KNOWN : columns); ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[v] += load(lines + row_at[k] + taps[t] + q + v * kLanes<T>);
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = q + v * kLanes<T>;
+    store_before(y + at, divisors.divide(sum[v], p, load(divisors.column + at)), limit);
+  }
+}
+
+// KNOWN: kernel_w where it is 3, else 0.
+template <class T, int KNOWN> void forward_planes(const AvgPoolArgs<T>& args) {
   using A = acc_t<T>;
   const PoolShape& s = args.shape;
   const int64_t slots = RowRing::size_for(reach_of_input(s)), size = PhasedRows<T>::size(s);
@@ -69,14 +89,11 @@ template <class T> void forward_planes(const AvgPoolArgs<T>& args) {
       if (s.stride_h <= kStepAhead)
         for (int64_t y = larger(last, first + s.stride_h); y < smaller(last + s.stride_h, s.h); ++y)
           lay(plane * s.h + y);
-      for (int64_t q = 0; q < s.out_w; q += kLanes<T>) {
-        Vec<T> sum{};
-        for (int64_t k = 0; k < count; ++k) {
-          const A* line = lines.data + row_at[k] + q;
-          for (int64_t t = 0; t < s.kernel_w; ++t) sum += load(line + taps[t]);
-        }
-        store_before(args.output + i * s.out_w + q, divisors.divide(sum, p, load(divisors.column + q)), limit);
-      }
+      T* y = args.output + i * s.out_w;
+      int64_t q = 0;
+      for (; q + kLanes<T> < s.out_w; q += 2 * kLanes<T>)
+        windows<2, KNOWN>(lines.data, row_at, count, taps, s.kernel_w, divisors, p, q, y, limit);
+      if (q < s.out_w) windows<1, KNOWN>(lines.data, row_at, count, taps, s.kernel_w, divisors, p, q, y, limit);
       if (++p == s.out_h) p = 0, ++plane;
     }
   });
@@ -351,7 +368,7 @@ template <class T> void forward(const AvgPoolArgs<T>& args) {
   else if (column_pairs(args.shape))
     forward_pairs(args);
   else if (rows_fit<T>(args.shape))
-    forward_planes(args);
+    args.shape.kernel_w == 3 ? forward_planes<T, 3>(args) : forward_planes<T, 0>(args);
   else
     forward_plain(args);
 }
