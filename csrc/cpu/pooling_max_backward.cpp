@@ -3,6 +3,8 @@
 // Small windows: a vector of neighbouring elements asks, tap by tap, the windows that tap belongs to whether it won.
 // Large windows: a thread zeroes its planes and adds each window's gradient where its winner was.
 // Floor: one read of the gradient and of the indices (a byte a window), one write.
+#include <type_traits>
+
 #include "pooling_window.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
@@ -19,6 +21,14 @@ template <class T, class Index> inline Tag<T> load_tags(const Index* p, const In
   if (p < limit) std::memcpy(lanes, p, static_cast<size_t>(limit - p) * sizeof(Index));
   return load_tags<T>(lanes);
 }
+template <class T> inline Bytes<T> load_bytes(const uint8_t* p, const uint8_t* limit) {
+  if (limit - p >= kLanes<T>) return load_vector<Bytes<T>>(p);
+  Bytes<T> bytes{};
+  if (p < limit) std::memcpy(&bytes, p, static_cast<size_t>(limit - p));
+  return bytes;
+}
+template <class T> inline Tag<T> load_kept(const uint8_t* p) { return load_tags<T>(p); }
+template <class T> inline Tag<T> load_kept(const TagElement<T>* p) { return load_vector<Tag<T>>(p); }
 
 // sum + value where tag is target.
 template <class T> inline Vec<T> add_where(Vec<T> sum, Tag<T> tag, Tag<T> target, Vec<T> value) {
@@ -31,12 +41,13 @@ template <class T> inline Vec<T> add_where(Vec<T> sum, Tag<T> tag, Tag<T> target
   return sum + (tag == target ? value : Vec<T>{});
 }
 
-// A row of output as gathers see it: the gradient and its tags, with zeros around.
-template <class T> struct GradientRows {
+// A row of output as gathers see it: the gradient and its tags (offsets as the bytes they are), with zeros around.
+template <class T, class Index> struct GradientRows {
   using A = acc_t<T>;
+  using Kept = std::conditional_t<sizeof(Index) == 1, uint8_t, TagElement<T>>;
   int64_t left, length;
   A* gradient;
-  TagElement<T>* tag;
+  Kept* tag;
   static int64_t length_of(const PoolShape& s) {
     const int64_t columns = larger(s.out_w, ceil_div(s.w, s.stride_w) + ColumnTaps::right(s));
     return round_up(ColumnTaps::left(s) + columns, kLanes<T>) + 2 * kLanes<T>;
@@ -45,16 +56,18 @@ template <class T> struct GradientRows {
       : left(ColumnTaps::left(s)),
         length(length_of(s)),
         gradient(scratch<A>(Slot::family_0, slots * length)),
-        tag(scratch<TagElement<T>>(Slot::family_1, slots * length)) {
+        tag(scratch<Kept>(Slot::family_1, slots * length)) {
     std::memset(static_cast<void*>(gradient), 0, sizeof(A) * static_cast<size_t>(slots * length));
-    std::memset(static_cast<void*>(tag), 0, sizeof(TagElement<T>) * static_cast<size_t>(slots * length));
+    std::memset(static_cast<void*>(tag), 0, sizeof(Kept) * static_cast<size_t>(slots * length));
   }
-  template <class Index> void put(int64_t slot, const T* g, const T* g_end, const Index* index, const Index* index_end,
-                                  int64_t count) {
+  void put(int64_t slot, const T* g, const T* g_end, const Index* index, const Index* index_end, int64_t count) {
     const int64_t to = slot * length + left;
     for (int64_t q = 0; q < count; q += kLanes<T>) {
       store(gradient + to + q, load_row(g + q, count - q, g_end, Vec<T>{}));
-      store_vector(tag + to + q, load_tags<T>(index + q, index_end));
+      if constexpr (sizeof(Index) == 1)
+        store_vector(tag + to + q, load_bytes<T>(index + q, index_end));
+      else
+        store_vector(tag + to + q, load_tags<T>(index + q, index_end));
     }
   }
 };
@@ -92,7 +105,7 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
   const int64_t columns = ceil_div(s.w, s.stride_w), phase_length = round_up(columns, kLanes<T>);
   parallel_for(
       s.n * s.c * s.h, grain_of(s.w * larger(1, s.kernel_h * s.kernel_w / 4)), [&](int64_t begin, int64_t end) {
-        GradientRows<T> rows(s, slots);
+        GradientRows<T, Index> rows(s, slots);
         A* phases = stride == 0 ? scratch<A>(Slot::family_2, s.stride_w * phase_length) : nullptr;
         const int64_t for_columns = ColumnTaps::memory(s), for_rows = RowTaps::memory(s);
         int64_t* memory = scratch<int64_t>(
@@ -135,13 +148,13 @@ template <class T, class Index, int stride> void gather_planes(const MaxPoolBack
           // The sums of columns e, stride + e, … from number m on.
           auto gather = [&](int64_t e, int64_t m) {
             const int64_t last = taps.start[e + 1] * count;
-            const TagElement<T>* tag = rows.tag + m;
+            const auto* tag = rows.tag + m;
             const A* gradient = rows.gradient + m;
             Vec<T> sum{};
             Tag<T> target = tags<T>(y * s.w + e + m * s.stride_w) + iota<T>() * static_cast<TagElement<T>>(s.stride_w);
             for (int64_t j = taps.start[e] * count; j < last; ++j) {
               if (offsets) target = tags<T>(offset[j]);
-              sum = add_where<T>(sum, load_vector<Tag<T>>(tag + at[j]), target, load(gradient + at[j]));
+              sum = add_where<T>(sum, load_kept<T>(tag + at[j]), target, load(gradient + at[j]));
             }
             return sum;
           };
