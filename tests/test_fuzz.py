@@ -3,6 +3,7 @@
 100 examples an op here; `make fuzz` runs 2,000.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -200,25 +201,26 @@ def pool_calls(draw, average):
     return [x], options, dtype
 
 
-def torchs_max_pool2d(x, return_indices, **options):
+def torchs_max_pool(op, x, return_indices, **options):
     """torch's own, but where a dilated window sees no element of these finite inputs: torch's index for it lies outside
     the window or the image, and its backward writes there, past its memory too (torch 2.13). The same by gather, where
     such a window has no gradient."""
+    pool, dims = getattr(tF, op), int(op[-2])
     if options["dilation"] != 1:
-        y, indices = tF.max_pool2d(x.detach(), return_indices=True, **options)
+        y, indices = pool(x.detach(), return_indices=True, **options)
         seen = y != -torch.inf
         if not seen.all():
-            found = x.flatten(-2).gather(-1, torch.where(seen, indices, 0).flatten(-2)).reshape(y.shape)
+            found = x.flatten(-dims).gather(-1, torch.where(seen, indices, 0).flatten(-dims)).reshape(y.shape)
             y = torch.empty_like(y).copy_(torch.where(seen, found, -torch.inf))
             return (y, indices) if return_indices else y
-    return tF.max_pool2d(x, return_indices=return_indices, **options)
+    return pool(x, return_indices=return_indices, **options)
 
 
 @fuzz
 @given(pool_calls(False))
 def test_max_pool2d(call):
     inputs, options, dtype = call
-    agree(lambda x: F.max_pool2d(x, **options), lambda x: torchs_max_pool2d(x, **options), inputs, dtype)
+    agree(lambda x: F.max_pool2d(x, **options), lambda x: torchs_max_pool("max_pool2d", x, **options), inputs, dtype)
 
 
 @fuzz
@@ -292,7 +294,8 @@ def sequence_calls(draw):
 @given(sequence_calls())
 def test_pooling_of_sequences(call):
     op, inputs, options, dtype = call
-    agree(lambda x: getattr(F, op)(x, **options), lambda x: getattr(tF, op)(x, **options), inputs, dtype)
+    theirs = functools.partial(torchs_max_pool, op) if op == "max_pool1d" else getattr(tF, op)
+    agree(lambda x: getattr(F, op)(x, **options), lambda x: theirs(x, **options), inputs, dtype)
 
 
 @st.composite
