@@ -92,16 +92,17 @@ def run(function, args, kwargs, dtype, cotangent_dtype=None):
     return [*outputs, *gradients]
 
 
-def shaken(value):
-    """Other values of the same signs and layouts: floating-point elements times factors between 1/2 and 3/2."""
+def shaken(value, generator):
+    """Other values of the same signs and layouts: floating-point elements times factors between 7/8 and 9/8, so that all
+    draws of a product of many count alike."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        factors = torch.rand(value.shape, dtype=torch.float64) + 0.5
+        factors = torch.rand(value.shape, generator=generator, dtype=torch.float64) / 4 + 0.875
         new = value.detach().clone(memory_format=torch.preserve_format)
         return new.copy_(new.double() * factors).requires_grad_(value.requires_grad)
     if isinstance(value, list | tuple):
-        return type(value)(shaken(v) for v in value)
+        return type(value)(shaken(v, generator) for v in value)
     if isinstance(value, dict):
-        return {k: shaken(v) for k, v in value.items()}
+        return {k: shaken(v, generator) for k, v in value.items()}
     return value
 
 
@@ -111,6 +112,7 @@ def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
     narrow = torch.float32 if dtype == torch.float64 else dtype
     draws, args, kwargs = [], cast(args, dtype), cast(kwargs, dtype)
     given = args, kwargs
+    generator = torch.Generator().manual_seed(1)  # its own: run() seeds torch's
     for draw in range(65):
         ours = run(ours_function, args, kwargs, dtype)
         theirs = run(theirs_function, args, kwargs, dtype)
@@ -126,7 +128,7 @@ def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
             rows = [row for row in rows if row.region == "whole"]
             if all(row.ok for row in rows):
                 return
-        args, kwargs = shaken(given[0]), shaken(given[1])  # of what was given: shaken again and again, sizes drift apart
+        args, kwargs = (shaken(value, generator) for value in given)
     raise AssertionError(([row for row in rows if not row.ok], args, kwargs))
 
 
@@ -189,7 +191,10 @@ MODULES = [info for info in MODULES if not issubclass(info.module_cls, nn.Transf
 
 
 def module_inputs(info, dtype, training):
-    return info.module_inputs_func(info, "cpu", dtype, True, training)
+    found = info.module_inputs_func(info, "cpu", dtype, True, training)
+    if issubclass(info.module_cls, nn.RNNBase):  # many, and slow: all are met over the dtypes and modes
+        return found[2 * DTYPES.index(dtype) + training :: 6]
+    return found
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

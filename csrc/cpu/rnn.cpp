@@ -73,7 +73,7 @@ void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* 
   } else {
     const V x = in(gate) + load(sums);
     h = mode == kRnnTanh ? tanh(x) : (x > A(0) ? x : V{} + (x != x ? x : V{}));
-    if (keep && sizeof(T) != sizeof(A)) out(gate, h);
+    if (keep) out(gate, mode == kRnnTanh ? A(1) - h * h : (x > A(0) ? broadcast<A>(1) : x != x ? x : V{}));
   }
   out(at.next + j, h);
   if (at.output) store_some(at.output + j, h, count);

@@ -33,8 +33,8 @@ template <class T> struct RnnForwardArgs {
   const T *input, *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
   const T *h0, *c0;  // [batch, state], [batch, hidden]
   T *output, *h_n, *c_n;  // [rows, state], [batch, state], [batch, hidden]
-  // For the backward, or null: gates [rows, slots * hidden] after their activations (of RNN that is the state before it
-  // is rounded to T), and cells [rows, hidden].
+  // For the backward, or null: gates [rows, slots * hidden] after their activations (of RNN, the activation's
+  // derivative), and cells [rows, hidden].
   acc_t<T>*gates, *cells;
 };
 

@@ -47,12 +47,7 @@ template <class T, int mode> struct BackwardCell {
       out(to + 3 * hidden, dn);
       out(direct + at, dh * z);
     } else {
-      V h;
-      if constexpr (sizeof(T) == sizeof(A))
-        h = in(args.output + row * hidden + j);
-      else
-        h = in(gate);
-      out(to, mode == kRnnTanh ? dh * (A(1) - h * h) : (h > A(0) ? dh : V{}));
+      out(to, dh * in(gate));
     }
   }
 };

@@ -135,7 +135,7 @@ class _Recurrent(torch.nn.RNNBase):
                     states = [state.index_select(1, input.sorted_indices) for state in states]
             except (AttributeError, IndexError, RuntimeError, TypeError):
                 return "states are not tensors of the right size"
-        found = functional.unusual(mode, x, batch_sizes, states, params, self.bias, self.num_layers, directions)
+        found = functional.unusual(mode, x, batch_sizes, states, params, bool(self.bias), self.num_layers, directions)
         return found if found is not None else (x, batch_sizes, states, params)
 
     def _check_lengths(self, input: Any, lengths: Any) -> None:
@@ -175,6 +175,8 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         return _as_hidden(mode, last)
 
     def _arguments(self, mode: int, input: Any, hx: Any) -> Any:
+        if mode == TANH and self.nonlinearity != "tanh":
+            return f"nonlinearity is {self.nonlinearity}"
         if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             return "input is not [input_size] or [B, input_size]"
         x = input.reshape(1, -1, self.input_size)
@@ -191,7 +193,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         if mode != RELU and mode != TANH and autocasts(x):
             return "autocast: torch's cell keeps float32"
-        found = functional.unusual(mode, x, None, states, params, self.bias, 1, 1)
+        found = functional.unusual(mode, x, None, states, params, bool(self.bias), 1, 1)
         return found if found is not None else (x, states, params)
 
 
