@@ -125,13 +125,12 @@ PROJECTIONS = {"plain": {}, "all": {"num_layers": 2, "bidirectional": True, "bat
 
 @pytest.mark.parametrize("stack", PROJECTIONS)
 def test_projections(stack):
-    for size, dtype, draws in (((5, 9, 4), torch.float32, 16), ((7, 70, 40), torch.float32, 2), ((6, 20, 9), torch.bfloat16, 8)):
-        *sizes, projected = size
+    def draw(inputs, hidden, projected):
+        return make("lstm", inputs, hidden, proj_size=projected, **PROJECTIONS[stack]), torch.randn(4, 3, inputs), None
 
-        def draw():
-            return make("lstm", *sizes, proj_size=projected, **PROJECTIONS[stack]), torch.randn(4, 3, sizes[0]), None
-
-        assert_by_the_rule(draw, dtype, draws)
+    assert_by_the_rule(lambda: draw(5, 9, 4))
+    assert_by_the_rule(lambda: draw(7, 70, 40), draws=2)
+    assert_by_the_rule(lambda: draw(6, 20, 9), torch.bfloat16, draws=8)
 
 
 LENGTHS = {"sorted": [5, 4, 2, 2], "unsorted": [2, 5, 1, 4], "equal": [3, 3, 3], "one": [4]}
@@ -187,12 +186,13 @@ def test_gradients_with_lengths_are_those_of_packing(kind):
         for b, length in enumerate(lengths):
             padded[length:, b] = float("nan")
         grads = []
-        for call in (
-            lambda x: leaves(module(x, lengths=lengths)),
-            lambda x: [pad_packed_sequence(y[0], total_length=6)[0] for y in [module(pack_padded_sequence(x, lengths, enforce_sorted=False))]],
-        ):
+        for packed in (False, True):
             x = padded.clone().requires_grad_()
-            output = call(x)[0]
+            if packed:
+                output, _ = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+                output, _ = pad_packed_sequence(output, total_length=6)
+            else:
+                output, _ = module(x, lengths=lengths)
             module.zero_grad()
             (output * torch.arange(output.numel(), dtype=dtype).reshape(output.shape).sin()).sum().backward()
             grads.append([output.detach(), x.grad, *(p.grad.clone() for p in module.parameters())])

@@ -88,8 +88,8 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
                 row_size = s.slots() * hidden;
   const Layer<A> layer(s);
   A* memory = scratch<A>(Slot::family_0, width + hidden + s.batch * (3 * state + 2 * hidden));
-  A *bias = memory, *hidden_bias = bias + width, *cell = hidden_bias + hidden,
-    *unprojected = cell + s.batch * hidden, *first = unprojected + s.batch * hidden,
+  A *bias = memory, *hidden_bias = bias + width, *cell = hidden_bias + hidden, *unprojected = cell + s.batch * hidden,
+    *first = unprojected + s.batch * hidden,
     *states = first + s.batch * state;  // the last two steps', where the output rounds them
   const A* h0 = widened(args.h0, s.batch * state, first);
   if (mode == kRnnLstm) copy(args.c0, cell, s.batch * hidden);
@@ -106,12 +106,13 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
   const int64_t unit_vectors = gates == 1 ? panel_vectors<A>(hidden, parts) : 1,
                 hr_vectors = panel_vectors<A>(state, parts);
   const int64_t hr_size = s.projects ? ceil_div(state, hr_vectors * lanes) * hr_vectors * lanes * hidden : 0;
-  A* weights =
-      scratch<A>(Slot::family_1, hr_size + ceil_div(hidden, unit_vectors * lanes) * unit_vectors * lanes * gates * state);
+  A* weights = scratch<A>(Slot::family_1,
+                          hr_size + ceil_div(hidden, unit_vectors * lanes) * unit_vectors * lanes * gates * state);
   Packed<A> projection{};
   if (s.projects) projection = pack_rows(args.weight_hr, 1, state, hidden, hr_vectors, weights);
   const Packed<A> recurrent = pack_rows(args.weight_hh, gates, hidden, state, unit_vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, width), hr_block = s.projects ? block_of(projection, s.batch, state) : 0;
+  const int64_t block = block_of(recurrent, s.batch, width),
+                hr_block = s.projects ? block_of(projection, s.batch, state) : 0;
 
   const bool keep = args.gates;
   const int64_t most_rows = larger(kChunkRows, kChunkValues / row_size);
@@ -127,57 +128,58 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
 
     layer.run(n0, n1, s.projects ? 2 : 1, false,
               [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
-      const Packed<A>& w = phase ? projection : recurrent;
-      const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
-      const int64_t t = layer.step(n);
-      A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
-      A* next = states + (n + 1) % 2 * s.batch * state;
-      const A* rows_of[kBlockRows];
-      Place<T> places[kBlockRows];
-      for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-        const int64_t count = smaller(kBlockRows, end - b0);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
-          Place<T>& at = places[i];
-          at.previous = h0 + b * state;
-          T* output = args.output + row * state;
-          if constexpr (same) {
-            if (before >= 0) at.previous = args.output + before * state;
-            at.next = output;
-            at.output = nullptr;
-          } else {
-            if (before >= 0) at.previous = states + n % 2 * s.batch * state + b * state;
-            at.next = next + b * state;
-            at.output = output;
-          }
-          rows_of[i] = phase ? unprojected + b * hidden : at.previous;
-          if (s.projects && !phase) {
-            at.next = unprojected + b * hidden;
-            at.output = nullptr;
-          }
-          at.gate = chunk + (row - first_row) * row_size;
-          at.cell = cell + b * hidden;
-          at.saved_cell = keep && mode == kRnnLstm ? args.cells + row * hidden : nullptr;
-        }
-        for (int64_t panel = panel0; panel < panel1; ++panel) {
-          multiply_panel(w, panel, rows_of, count, phase ? hr_block : block, sums);
-          for (int64_t i = 0; i < count; ++i) {
-            const A* sum = sums + i * w.vectors * lanes;
-            if (phase) {
-              const int64_t j = panel * w.vectors * lanes, some = smaller(w.vectors * lanes, state - j);
-              copy(sum, places[i].next + j, some);
-              if (places[i].output) copy(sum, places[i].output + j, some);
-              continue;
-            }
-            for (int64_t u = 0; u < unit_vectors; ++u) {
-              const int64_t j = (panel * unit_vectors + u) * lanes;
-              if (j < hidden)
-                apply_gates<T, mode>(places[i], hidden, j, sum + u * gates * lanes, biased ? hidden_bias : nullptr, keep);
-            }
-          }
-        }
-      }
-    });
+                const Packed<A>& w = phase ? projection : recurrent;
+                const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
+                const int64_t t = layer.step(n);
+                A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
+                A* next = states + (n + 1) % 2 * s.batch * state;
+                const A* rows_of[kBlockRows];
+                Place<T> places[kBlockRows];
+                for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
+                  const int64_t count = smaller(kBlockRows, end - b0);
+                  for (int64_t i = 0; i < count; ++i) {
+                    const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
+                    Place<T>& at = places[i];
+                    at.previous = h0 + b * state;
+                    T* output = args.output + row * state;
+                    if constexpr (same) {
+                      if (before >= 0) at.previous = args.output + before * state;
+                      at.next = output;
+                      at.output = nullptr;
+                    } else {
+                      if (before >= 0) at.previous = states + n % 2 * s.batch * state + b * state;
+                      at.next = next + b * state;
+                      at.output = output;
+                    }
+                    rows_of[i] = phase ? unprojected + b * hidden : at.previous;
+                    if (s.projects && !phase) {
+                      at.next = unprojected + b * hidden;
+                      at.output = nullptr;
+                    }
+                    at.gate = chunk + (row - first_row) * row_size;
+                    at.cell = cell + b * hidden;
+                    at.saved_cell = keep && mode == kRnnLstm ? args.cells + row * hidden : nullptr;
+                  }
+                  for (int64_t panel = panel0; panel < panel1; ++panel) {
+                    multiply_panel(w, panel, rows_of, count, phase ? hr_block : block, sums);
+                    for (int64_t i = 0; i < count; ++i) {
+                      const A* sum = sums + i * w.vectors * lanes;
+                      if (phase) {
+                        const int64_t j = panel * w.vectors * lanes, some = smaller(w.vectors * lanes, state - j);
+                        copy(sum, places[i].next + j, some);
+                        if (places[i].output) copy(sum, places[i].output + j, some);
+                        continue;
+                      }
+                      for (int64_t u = 0; u < unit_vectors; ++u) {
+                        const int64_t j = (panel * unit_vectors + u) * lanes;
+                        if (j < hidden)
+                          apply_gates<T, mode>(places[i], hidden, j, sum + u * gates * lanes,
+                                               biased ? hidden_bias : nullptr, keep);
+                      }
+                    }
+                  }
+                }
+              });
   }
   clear_padding(s, args.output, state);
   for (int64_t b = 0; b < s.batch; ++b)

@@ -72,48 +72,49 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   if (s.projects) projection = pack_columns(args.weight_hr, state, hidden, 0, hr_vectors, weights);
   const Packed<A> recurrent =
       pack_columns(args.weight_hh, width, state, mode == kRnnGru ? 2 * hidden : 0, vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, state), hr_block = s.projects ? block_of(projection, s.batch, hidden) : 0;
+  const int64_t block = block_of(recurrent, s.batch, state),
+                hr_block = s.projects ? block_of(projection, s.batch, hidden) : 0;
 
   clear_padding(s, args.grad_gates, row_size);
   const BackwardCell<T, mode> cell{args, h0, c0, direct, cells};
   layer.run(0, s.steps, s.projects ? 2 : 1, true,
             [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
-    const Packed<A>& w = phase ? projection : recurrent;
-    const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
-    const int64_t t = layer.step(n), units = phase ? hidden : state;
-    A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
-    const A* rows[kBlockRows];
-    for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-      const int64_t count = smaller(kBlockRows, end - b0);
-      int64_t going_on = 0;  // rows whose sequence goes on: the first ones
-      while (going_on < count && layer.after(t, b0 + going_on) >= 0) {
-        rows[going_on] = args.grad_gates + layer.after(t, b0 + going_on) * row_size;
-        ++going_on;
-      }
-      for (int64_t i = 0; phase && i < count; ++i) rows[i] = args.grad_states + s.row(t, b0 + i) * state;
-      for (int64_t panel = panel0; panel < panel1; ++panel) {
-        multiply_panel(w, panel, rows, phase ? count : going_on, phase ? hr_block : block, sums);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
-          for (int64_t v = 0; v < w.vectors; ++v) {
-            const int64_t j = (panel * w.vectors + v) * lanes;
-            if (j >= units) break;
-            const int some = static_cast<int>(smaller(lanes, units - j));
-            Vec<A> dh = load(sums + (i * w.vectors + v) * lanes);
-            if (!phase) {
-              const Vec<A> of_output = load_some(args.grad_output + row * state + j, some);
-              dh = i < going_on ? of_output + dh : of_output + load_some(args.grad_h_n + b * state + j, some);
-              if (mode == kRnnGru && i < going_on) dh += load_some(direct + b * hidden + j, some);
-            }
-            if (s.projects && !phase)
-              store_some(args.grad_states + row * state + j, dh, some);
-            else
-              cell(row, before, b, j, some, dh, i < going_on);
-          }
-        }
-      }
-    }
-  });
+              const Packed<A>& w = phase ? projection : recurrent;
+              const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
+              const int64_t t = layer.step(n), units = phase ? hidden : state;
+              A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
+              const A* rows[kBlockRows];
+              for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
+                const int64_t count = smaller(kBlockRows, end - b0);
+                int64_t going_on = 0;  // rows whose sequence goes on: the first ones
+                while (going_on < count && layer.after(t, b0 + going_on) >= 0) {
+                  rows[going_on] = args.grad_gates + layer.after(t, b0 + going_on) * row_size;
+                  ++going_on;
+                }
+                for (int64_t i = 0; phase && i < count; ++i) rows[i] = args.grad_states + s.row(t, b0 + i) * state;
+                for (int64_t panel = panel0; panel < panel1; ++panel) {
+                  multiply_panel(w, panel, rows, phase ? count : going_on, phase ? hr_block : block, sums);
+                  for (int64_t i = 0; i < count; ++i) {
+                    const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
+                    for (int64_t v = 0; v < w.vectors; ++v) {
+                      const int64_t j = (panel * w.vectors + v) * lanes;
+                      if (j >= units) break;
+                      const int some = static_cast<int>(smaller(lanes, units - j));
+                      Vec<A> dh = load(sums + (i * w.vectors + v) * lanes);
+                      if (!phase) {
+                        const Vec<A> of_output = load_some(args.grad_output + row * state + j, some);
+                        dh = i < going_on ? of_output + dh : of_output + load_some(args.grad_h_n + b * state + j, some);
+                        if (mode == kRnnGru && i < going_on) dh += load_some(direct + b * hidden + j, some);
+                      }
+                      if (s.projects && !phase)
+                        store_some(args.grad_states + row * state + j, dh, some);
+                      else
+                        cell(row, before, b, j, some, dh, i < going_on);
+                    }
+                  }
+                }
+              }
+            });
 
   // The initial states', from the first step of each sequence.
   for (int64_t b0 = 0; b0 < s.batch; b0 += kBlockRows) {
@@ -138,9 +139,10 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
 
   const A* of_input = args.grad_gates + row_size - width;  // GRU's recurrent side has n in the first block
   if (args.grad_input) {
-    const A* weight = args.weight_ih ? widened(args.weight_ih, width * s.inputs,
-                                               sizeof(T) == sizeof(A) ? nullptr : scratch<A>(Slot::family_3, width * s.inputs))
-                                     : nullptr;
+    const A* weight = args.weight_ih
+                          ? widened(args.weight_ih, width * s.inputs,
+                                    sizeof(T) == sizeof(A) ? nullptr : scratch<A>(Slot::family_3, width * s.inputs))
+                          : nullptr;
     gemm(Gemm<A, T>{s.rows, s.inputs, width, of_input, row_size, 1, weight, s.inputs, 1, args.grad_input, s.inputs});
   }
   if (!args.grad_weight_ih) return;

@@ -207,10 +207,9 @@ struct Doubles {
   double* next;
   explicit Doubles(const RnnShape& s) {
     const int64_t width = s.gates() * s.hidden;
-    next = scratch<double>(
-        Slot::family_4, s.rows * (2 * s.inputs + 4 * s.state + (2 * s.slots() + 3) * s.hidden) +
-                            2 * (width * (s.inputs + s.state + 2) + s.state * s.hidden) +
-                            4 * s.batch * (s.state + s.hidden));
+    next = scratch<double>(Slot::family_4, s.rows * (2 * s.inputs + 4 * s.state + (2 * s.slots() + 3) * s.hidden) +
+                                               2 * (width * (s.inputs + s.state + 2) + s.state * s.hidden) +
+                                               4 * s.batch * (s.state + s.hidden));
   }
   double* room(const void* wanted, int64_t count) {
     double* at = next;

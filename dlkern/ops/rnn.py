@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU, one layer in one direction: schemas, fake kernels, autograd, dispatch.
 
 The raw ops take a whole sequence, padded [T, B, I] (with the length of each sequence, or none) or packed [rows, I] with
-the number of rows of each step, so that a compiled graph does not unroll time. Saved for backward: input, weights, initial states, output, and the gates after
-their activations (and LSTM's cells). The second derivative is the reference's.
+the number of rows of each step, so that a compiled graph does not unroll time. Saved for backward: input, weights, initial
+states, output, and the gates after their activations (and LSTM's cells). The second derivative is the reference's.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def _backward_fake(
 
 define(
     "rnn_forward",
-    "(Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor h0, "
-    "Tensor? c0, Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
+    "Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, bool keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 define(
@@ -108,8 +109,8 @@ class RnnBackward(_autograd.Function):
         mode, reverse, (of_input, of_weight, of_bias) = ctx.settings
         lstm = mode == LSTM
         grads, primals = tensors[: 3 if lstm else 2], tensors[3:]
-        wanted = (of_input, of_weight, of_weight, of_bias, of_bias, of_weight, True, lstm)
-        wanted = tuple(w and t is not None for w, t in zip(wanted, primals))
+        asked = (of_input, of_weight, of_weight, of_bias, of_bias, of_weight, True, lstm)
+        wanted = tuple(w and t is not None for w, t in zip(asked, primals))
         present = [i for i, t in enumerate(primals) if t is not None]
         count = len(grads)
 

@@ -109,7 +109,7 @@ def rnn_backward(
         full: list[Any] = list(tensors)
         for i, value in zip(present, values):
             full[i] = value
-        return rnn(*full, batch_sizes, lengths, mode, reverse)
+        return rnn(*full, batch_sizes, lengths, mode, reverse)  # type: ignore[call-arg]
 
     _, pull = torch.func.vjp(of_present, *[tensors[i] for i in present])  # type: ignore[misc]
     found: list[torch.Tensor | None] = [None] * len(tensors)
@@ -129,7 +129,7 @@ def _stack(
     mode: int, x: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int
 ) -> Tensors:
     states = hx if mode == LSTM else (hx,)
-    projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]
+    projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]  # type: ignore[misc]
     ends: list[list[torch.Tensor]] = [[] for _ in states]
     for layer in range(layers):
         outputs = []
@@ -137,7 +137,7 @@ def _stack(
             i = layer * directions + direction
             h0, c0 = [*(state[i] for state in states), None][:2]
             weights: Any = weights_of(params, i, biases, projects)
-            output, *last = rnn(x, *weights, h0, c0, None, None, mode, direction == 1)
+            output, *last = rnn(x, *weights, h0, c0, None, None, mode, direction == 1)  # type: ignore[call-arg]
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)

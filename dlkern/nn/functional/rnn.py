@@ -75,7 +75,7 @@ def stack(
             i = layer * directions + direction
             weights: Any = weights_of(params, i, biases, projects)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
-            output, *last = ops.rnn.rnn(x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1)
+            output, *last = ops.rnn.rnn(x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1)  # type: ignore[call-arg]
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)  # type: ignore[arg-type]
