@@ -11,9 +11,8 @@ import dlkern
 from dlkern.ops._registry import raw
 from dlkern.testing import CASES as ALL_CASES
 from dlkern.testing import Case, check
-from dlkern.testing._catalog import RECURRENT
 
-CASES = [case for case in (*ALL_CASES, *RECURRENT) if hasattr(dlkern.nn.functional, case.op)]
+CASES = [case for case in ALL_CASES if hasattr(dlkern.nn.functional, case.op)]
 
 IDS = [f"{case.family}-{case.name}".replace(" ", "_") for case in CASES]
 FIRST = {case.op: case for case in reversed(CASES)}  # one case an op
@@ -51,7 +50,6 @@ def same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     [
         pytest.param(case, last, id=f"{name}-{'channels_last' if last else 'contiguous'}")
         for case, name in zip(CASES, IDS)
-        if case not in RECURRENT  # tests/test_rnn.py has their parity, on the best instruction set alone
         for last in ((False, True) if case.images else (False,))
     ],
 )

@@ -70,11 +70,19 @@ def leaves_of(*values):
             yield from leaves_of(*value.values())
 
 
+def flat(value):
+    """The tensors of an output: of a recurrent layer's (output, (h_n, c_n)), three."""
+    if isinstance(value, tuple):
+        for v in value:
+            yield from flat(v)
+    else:
+        yield value
+
+
 def run(function, args, kwargs, dtype, cotangent_dtype=None):
     """Outputs and gradients of a call in `dtype`."""
     args, kwargs = cast(args, dtype), cast(kwargs, dtype)
-    outputs = function(*args, **kwargs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = list(flat(function(*args, **kwargs)))
     wanted = [o for o in outputs if o.requires_grad]
     gradients = ()
     if wanted:
@@ -84,16 +92,17 @@ def run(function, args, kwargs, dtype, cotangent_dtype=None):
     return [*outputs, *gradients]
 
 
-def shaken(value):
-    """Other values of the same signs and layouts: floating-point elements times factors between 1/2 and 3/2."""
+def shaken(value, generator):
+    """Other values of the same signs and layouts: floating-point elements times factors between 7/8 and 9/8, so that all
+    draws of a product of many count alike."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        factors = torch.rand(value.shape, dtype=torch.float64) + 0.5
+        factors = torch.rand(value.shape, generator=generator, dtype=torch.float64) / 4 + 0.875
         new = value.detach().clone(memory_format=torch.preserve_format)
         return new.copy_(new.double() * factors).requires_grad_(value.requires_grad)
     if isinstance(value, list | tuple):
-        return type(value)(shaken(v) for v in value)
+        return type(value)(shaken(v, generator) for v in value)
     if isinstance(value, dict):
-        return {k: shaken(v) for k, v in value.items()}
+        return {k: shaken(v, generator) for k, v in value.items()}
     return value
 
 
@@ -102,6 +111,8 @@ def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
     of elements does not keep it, 64 draws tell chance from a fault."""
     narrow = torch.float32 if dtype == torch.float64 else dtype
     draws, args, kwargs = [], cast(args, dtype), cast(kwargs, dtype)
+    given = args, kwargs
+    generator = torch.Generator().manual_seed(1)  # its own: run() seeds torch's
     for draw in range(65):
         ours = run(ours_function, args, kwargs, dtype)
         theirs = run(theirs_function, args, kwargs, dtype)
@@ -117,7 +128,7 @@ def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
             rows = [row for row in rows if row.region == "whole"]
             if all(row.ok for row in rows):
                 return
-        args, kwargs = shaken(args), shaken(kwargs)
+        args, kwargs = (shaken(value, generator) for value in given)
     raise AssertionError(([row for row in rows if not row.ok], args, kwargs))
 
 
@@ -177,12 +188,13 @@ def test_error_inputs(op):
 
 MODULES = [info for info in module_db if getattr(dlkern.nn, info.module_cls.__name__, None) and "Lazy" not in info.name]
 MODULES = [info for info in MODULES if not issubclass(info.module_cls, nn.TransformerEncoder | nn.TransformerEncoderLayer)]
-# A gap: the samples of recurrent modules do not keep the rule yet (tests/test_rnn.py has what does).
-MODULES = [info for info in MODULES if not issubclass(info.module_cls, nn.RNNBase | nn.RNNCellBase)]
 
 
 def module_inputs(info, dtype, training):
-    return info.module_inputs_func(info, "cpu", dtype, True, training)
+    found = info.module_inputs_func(info, "cpu", dtype, True, training)
+    if issubclass(info.module_cls, nn.RNNBase):  # many, and slow: all are met over the dtypes and modes
+        return found[2 * DTYPES.index(dtype) + training :: 6]
+    return found
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

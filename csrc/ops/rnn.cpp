@@ -9,7 +9,7 @@ namespace {
 // A sequence's shape, checked, and the memory its pointers lead to.
 struct Sequence {
   cpu::RnnShape shape;
-  std::vector<int64_t> batch_sizes, offsets;
+  std::vector<int64_t> batch_sizes, offsets, order;
 };
 
 void check_tensor(const char* op, const char* name, const Tensor& x, const Tensor& like, std::vector<int64_t> size) {
@@ -22,49 +22,86 @@ void check_tensor(const char* op, const char* name, const Tensor& x, const Tenso
   check(fits, op, ": ", name, " is not [", expected.str(), "]");
 }
 
+std::vector<int64_t> numbers(const char* op, const char* name, const Tensor& x) {
+  check(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.dim() == 1, op, ": ", name,
+        " is not a 1-D int64 tensor on the CPU");
+  const Tensor y = as_contiguous(x);
+  const int64_t* from = data<int64_t>(y);
+  return {from, from + y.size(0)};
+}
+
+// Batch sizes of sequences of these lengths, and which of them is the n-th longest (of equals, the first).
+void order_by_length(const char* op, const std::vector<int64_t>& lengths, int64_t steps, Sequence& result) {
+  check(static_cast<int64_t>(lengths.size()) == result.shape.batch, op, ": expected ", result.shape.batch,
+        " lengths, got ", lengths.size());
+  std::vector<int64_t>& sizes = result.batch_sizes;
+  int64_t most = 0;
+  for (int64_t length : lengths) {
+    check(length > 0, "Length of all samples has to be greater than 0, but found an element in 'lengths' that is <= 0");
+    check(length <= steps, op, ": a length of ", length, ", but input has ", steps, " time steps");
+    if (length > most) most = length;
+  }
+  sizes.assign(static_cast<size_t>(most), 0);  // first, how many have each length; then, that or more
+  for (int64_t length : lengths) ++sizes[static_cast<size_t>(length - 1)];
+  for (size_t t = sizes.size() - 1; t-- > 0;) sizes[t] += sizes[t + 1];
+  std::vector<int64_t> next(sizes.begin() + 1, sizes.end());  // where the next of a length goes: behind the longer ones
+  next.push_back(0);
+  result.order.resize(lengths.size());
+  for (size_t b = 0; b < lengths.size(); ++b)
+    result.order[static_cast<size_t>(next[static_cast<size_t>(lengths[b] - 1)]++)] = static_cast<int64_t>(b);
+}
+
 Sequence check_sequence(const char* op, const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
-                        const Tensor& h0, const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes,
-                        int64_t mode, bool reverse) {
+                        const std::optional<Tensor>& weight_hr, const Tensor& h0, const std::optional<Tensor>& c0,
+                        const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths, int64_t mode,
+                        bool reverse) {
   check(mode >= 0 && mode <= 3, op, ": no mode ", mode);
   check(input.is_cpu(), op, ": input is not on the CPU");
   check(input.dim() == (batch_sizes ? 2 : 3), op, ": input has ", input.dim(), " dimensions, expected ",
         batch_sizes ? 2 : 3);
   check(weight_hh.dim() == 2, op, ": weight_hh has ", weight_hh.dim(), " dimensions, expected 2");
+  check(!batch_sizes || !lengths, op, ": batch_sizes and lengths exclude each other");
   Sequence result;
   cpu::RnnShape& s = result.shape;
   s.mode = static_cast<int>(mode);
   s.reverse = reverse;
   s.inputs = input.size(input.dim() - 1);
-  s.hidden = weight_hh.size(1);
-  check(s.hidden > 0 && s.inputs > 0, op, ": input or hidden size is zero");
+  s.state = weight_hh.size(1);
+  s.projects = weight_hr.has_value();
+  s.order = nullptr;
+  check(!s.projects || (mode == cpu::kRnnLstm && weight_hr->dim() == 2), op, ": weight_hr is LSTM's, [state, hidden]");
+  s.hidden = s.projects ? weight_hr->size(1) : s.state;
+  check(s.hidden > 0 && s.state > 0 && s.inputs > 0, op, ": input, hidden or state size is zero");
   if (batch_sizes) {
-    check(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
-          ": batch_sizes is not a 1-D int64 tensor on the CPU");
-    const Tensor sizes = as_contiguous(*batch_sizes);
-    const int64_t* from = data<int64_t>(sizes);
-    result.batch_sizes.assign(from, from + sizes.size(0));
+    result.batch_sizes = numbers(op, "batch_sizes", *batch_sizes);
     s.rows = input.size(0);
+    s.batch = result.batch_sizes.empty() ? 0 : result.batch_sizes[0];
   } else {
-    result.batch_sizes.assign(static_cast<size_t>(input.size(0)), input.size(1));
-    s.rows = input.size(0) * input.size(1);
+    s.batch = input.size(1);
+    s.rows = input.size(0) * s.batch;
+    if (lengths)
+      order_by_length(op, numbers(op, "lengths", *lengths), input.size(0), result);
+    else
+      result.batch_sizes.assign(static_cast<size_t>(input.size(0)), s.batch);
   }
   s.steps = static_cast<int64_t>(result.batch_sizes.size());
-  check(s.steps > 0, op, ": no time steps");
-  s.batch = result.batch_sizes[0];
+  check(s.steps > 0 && s.batch > 0, op, ": no time steps, or no sequences");
   int64_t rows = 0, before = s.batch;
   for (int64_t size : result.batch_sizes) {
     check(size > 0 && size <= before, op, ": batch sizes must be positive and not grow");
     check(size <= s.rows - rows, op, ": batch_sizes count more rows than input has");
     result.offsets.push_back(rows);
-    rows += size;
+    rows += lengths ? s.batch : size;
     before = size;
   }
-  check(rows == s.rows, op, ": batch_sizes count ", rows, " rows, input has ", s.rows);
+  check(lengths || rows == s.rows, op, ": batch_sizes count ", rows, " rows, input has ", s.rows);
+  if (lengths) s.order = result.order.data();
   s.batch_sizes = result.batch_sizes.data();
   s.offsets = result.offsets.data();
   check_tensor(op, "weight_ih", weight_ih, input, {s.gates() * s.hidden, s.inputs});
-  check_tensor(op, "weight_hh", weight_hh, input, {s.gates() * s.hidden, s.hidden});
-  check_tensor(op, "h0", h0, input, {s.batch, s.hidden});
+  check_tensor(op, "weight_hh", weight_hh, input, {s.gates() * s.hidden, s.state});
+  if (weight_hr) check_tensor(op, "weight_hr", *weight_hr, input, {s.state, s.hidden});
+  check_tensor(op, "h0", h0, input, {s.batch, s.state});
   check(c0.has_value() == (mode == cpu::kRnnLstm), op, ": c0 is for LSTM, and LSTM wants one");
   if (c0) check_tensor(op, "c0", *c0, input, {s.batch, s.hidden});
   return result;
@@ -76,26 +113,28 @@ ScalarType sum_type(const Tensor& x) {
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
-                     const std::optional<Tensor>& bias_ih, const std::optional<Tensor>& bias_hh, const Tensor& h0,
-                     const std::optional<Tensor>& c0, const std::optional<Tensor>& batch_sizes, int64_t mode,
-                     bool reverse) {
+                     const std::optional<Tensor>& bias_ih, const std::optional<Tensor>& bias_hh,
+                     const std::optional<Tensor>& weight_hr, const Tensor& h0, const std::optional<Tensor>& c0,
+                     const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths, int64_t mode,
+                     bool reverse, bool keep) {
   const char* op = "rnn_forward";
-  const Sequence sequence = check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
+  const Sequence sequence =
+      check_sequence(op, input, weight_ih, weight_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse);
   const cpu::RnnShape& s = sequence.shape;
   if (bias_ih) check_tensor(op, "bias_ih", *bias_ih, input, {s.gates() * s.hidden});
   if (bias_hh) check_tensor(op, "bias_hh", *bias_hh, input, {s.gates() * s.hidden});
   const Tensor x = as_contiguous(input), w_ih = as_contiguous(weight_ih), w_hh = as_contiguous(weight_hh),
                h = as_contiguous(h0);
-  const std::optional<Tensor> b_ih = as_contiguous(bias_ih), b_hh = as_contiguous(bias_hh), c = as_contiguous(c0);
+  const std::optional<Tensor> b_ih = as_contiguous(bias_ih), b_hh = as_contiguous(bias_hh),
+                              w_hr = as_contiguous(weight_hr), c = as_contiguous(c0);
   const ScalarType dtype = input.scalar_type(), sums = sum_type(input);
   const bool lstm = mode == cpu::kRnnLstm;
-  Tensor output =
-      batch_sizes ? allocate({s.rows, s.hidden}, dtype, input) : allocate({s.steps, s.batch, s.hidden}, dtype, input);
-  Tensor h_n = allocate({s.batch, s.hidden}, dtype, input);
+  Tensor output = batch_sizes ? allocate({s.rows, s.state}, dtype, input)
+                              : allocate({input.size(0), s.batch, s.state}, dtype, input);
+  Tensor h_n = allocate({s.batch, s.state}, dtype, input);
   Tensor c_n = allocate({lstm ? s.batch : 0, s.hidden}, dtype, input);
-  Tensor gates = allocate({s.rows, s.slots() * s.hidden}, sums, input);
-  Tensor cells = allocate({lstm ? s.rows : 0, s.hidden}, sums, input);
-  Tensor states = dtype == sums ? output : allocate({s.rows, s.hidden}, sums, input);
+  Tensor gates = allocate({keep ? s.rows : 0, s.slots() * s.hidden}, sums, input);
+  Tensor cells = allocate({keep && lstm ? s.rows : 0, s.hidden}, sums, input);
   dispatch_floating(dtype, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
@@ -105,34 +144,36 @@ Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor&
                                       data<T>(w_hh),
                                       data<T>(b_ih),
                                       data<T>(b_hh),
+                                      data<T>(w_hr),
                                       data<T>(h),
                                       data<T>(c),
                                       mutable_data<T>(output),
                                       mutable_data<T>(h_n),
-                                      mutable_data<T>(c_n),
-                                      mutable_data<A>(gates),
-                                      mutable_data<A>(cells),
-                                      mutable_data<A>(states)};
+                                      lstm ? mutable_data<T>(c_n) : nullptr,
+                                      keep ? mutable_data<A>(gates) : nullptr,
+                                      keep && lstm ? mutable_data<A>(cells) : nullptr};
     DLKERN_CALL(rnn_forward, args);
   });
   return {output, h_n, c_n, gates, cells};
 }
 
-using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const std::optional<Tensor>& grad_c_n,
-                       const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& h0,
-                       const std::optional<Tensor>& c0, const Tensor& output, const Tensor& gates, const Tensor& cells,
-                       const std::optional<Tensor>& batch_sizes, int64_t mode, bool reverse, bool of_input,
-                       bool of_weight, bool of_bias) {
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Eight rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const std::optional<Tensor>& grad_c_n,
+                       const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
+                       const std::optional<Tensor>& weight_hr, const Tensor& h0, const std::optional<Tensor>& c0,
+                       const Tensor& output, const Tensor& gates, const Tensor& cells,
+                       const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths, int64_t mode,
+                       bool reverse, bool of_input, bool of_weight, bool of_bias) {
   const char* op = "rnn_backward";
-  const Sequence sequence = check_sequence(op, input, weight_ih, weight_hh, h0, c0, batch_sizes, mode, reverse);
+  const Sequence sequence =
+      check_sequence(op, input, weight_ih, weight_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse);
   const cpu::RnnShape& s = sequence.shape;
   const bool lstm = mode == cpu::kRnnLstm;
   const std::vector<int64_t> size =
-      batch_sizes ? std::vector<int64_t>{s.rows, s.hidden} : std::vector<int64_t>{s.steps, s.batch, s.hidden};
+      batch_sizes ? std::vector<int64_t>{s.rows, s.state} : std::vector<int64_t>{input.size(0), s.batch, s.state};
   check_tensor(op, "grad_output", grad_output, input, size);
   check_tensor(op, "output", output, input, size);
-  check_tensor(op, "grad_h_n", grad_h_n, input, {s.batch, s.hidden});
+  check_tensor(op, "grad_h_n", grad_h_n, input, {s.batch, s.state});
   check(grad_c_n.has_value() == lstm, op, ": grad_c_n is for LSTM, and LSTM wants one");
   if (lstm) check_tensor(op, "grad_c_n", *grad_c_n, input, {s.batch, s.hidden});
   const ScalarType dtype = input.scalar_type(), sums = sum_type(input);
@@ -146,19 +187,22 @@ Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const 
   const Tensor g = as_contiguous(grad_output), g_h = as_contiguous(grad_h_n), x = as_contiguous(input),
                w_ih = as_contiguous(weight_ih), w_hh = as_contiguous(weight_hh), h = as_contiguous(h0),
                y = as_contiguous(output), saved = as_contiguous(gates), saved_cells = as_contiguous(cells);
-  const std::optional<Tensor> g_c = as_contiguous(grad_c_n), c = as_contiguous(c0);
+  const std::optional<Tensor> g_c = as_contiguous(grad_c_n), c = as_contiguous(c0), w_hr = as_contiguous(weight_hr);
   const int64_t width = s.gates() * s.hidden;
   std::vector<int64_t> input_size = to_vector(input.sizes());
   if (!of_input) input_size.assign(1, 0);
   Tensor grad_input = allocate(Ints(input_size.data(), input_size.size()), dtype, input);
   Tensor grad_weight_ih = allocate({of_weight ? width : 0, s.inputs}, dtype, input);
-  Tensor grad_weight_hh = allocate({of_weight ? width : 0, s.hidden}, dtype, input);
+  Tensor grad_weight_hh = allocate({of_weight ? width : 0, s.state}, dtype, input);
+  Tensor grad_weight_hr = allocate({of_weight && s.projects ? s.state : 0, s.hidden}, dtype, input);
   Tensor grad_bias_ih = allocate({of_bias ? width : 0}, dtype, input);
   Tensor grad_bias_hh = allocate({of_bias ? width : 0}, dtype, input);
-  Tensor grad_h0 = allocate({s.batch, s.hidden}, dtype, input);
+  Tensor grad_h0 = allocate({s.batch, s.state}, dtype, input);
   Tensor grad_c0 = allocate({lstm ? s.batch : 0, s.hidden}, dtype, input);
   Tensor grad_gates = allocate({s.rows, s.slots() * s.hidden}, sums, input);
-  Tensor previous = allocate({of_weight ? s.rows : 0, s.hidden}, sums, input);
+  Tensor previous = allocate({of_weight ? s.rows : 0, s.state}, sums, input);
+  Tensor grad_states = allocate({s.projects ? s.rows : 0, s.state}, sums, input);
+  Tensor unprojected = allocate({s.projects ? s.rows : 0, s.hidden}, sums, input);
   dispatch_floating(dtype, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
@@ -169,23 +213,27 @@ Seven rnn_backward_cpu(const Tensor& grad_output, const Tensor& grad_h_n, const 
                                        data<T>(x),
                                        data<T>(w_ih),
                                        data<T>(w_hh),
+                                       data<T>(w_hr),
                                        data<T>(h),
                                        data<T>(c),
                                        data<T>(y),
                                        data<A>(saved),
-                                       data<A>(saved_cells),
+                                       lstm ? data<A>(saved_cells) : nullptr,
                                        mutable_data<A>(grad_gates),
-                                       mutable_data<A>(previous),
+                                       of_weight ? mutable_data<A>(previous) : nullptr,
+                                       s.projects ? mutable_data<A>(grad_states) : nullptr,
+                                       s.projects ? mutable_data<A>(unprojected) : nullptr,
                                        of_input ? mutable_data<T>(grad_input) : nullptr,
                                        of_weight ? mutable_data<T>(grad_weight_ih) : nullptr,
                                        of_weight ? mutable_data<T>(grad_weight_hh) : nullptr,
                                        of_bias ? mutable_data<T>(grad_bias_ih) : nullptr,
                                        of_bias ? mutable_data<T>(grad_bias_hh) : nullptr,
+                                       of_weight && s.projects ? mutable_data<T>(grad_weight_hr) : nullptr,
                                        mutable_data<T>(grad_h0),
-                                       mutable_data<T>(grad_c0)};
+                                       lstm ? mutable_data<T>(grad_c0) : nullptr};
     DLKERN_CALL(rnn_backward, args);
   });
-  return {grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_h0, grad_c0};
+  return {grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr, grad_h0, grad_c0};
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU, one layer in one direction: schemas, fake kernels, autograd, dispatch.
 
-The raw ops take a whole sequence, padded [T, B, I] or packed [rows, I] with the number of rows of each step, so that a
-compiled graph does not unroll time. Saved for backward: input, weights, initial states, output, and the gates after
-their activations (and LSTM's cells). The second derivative is the reference's.
+The raw ops take a whole sequence, padded [T, B, I] (with the length of each sequence, or none) or packed [rows, I] with
+the number of rows of each step, so that a compiled graph does not unroll time. Saved for backward: input, weights, initial
+states, output, and the gates after their activations (and LSTM's cells). The second derivative is the reference's.
 """
 
 from __future__ import annotations
@@ -23,42 +23,49 @@ def _sums(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, batch_sizes, mode, reverse):
-    hidden = weight_hh.shape[1]
-    rows = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
+def _forward_fake(
+    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse, keep
+):
+    state = weight_hh.shape[1]
+    hidden = state if weight_hr is None else weight_hr.shape[1]
+    rows = 0 if not keep else input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
     batch, lstm = h0.shape[0], mode == LSTM
     slots = 4 if mode == GRU else GATES[mode]
     return (
-        input.new_empty((*input.shape[:-1], hidden)), input.new_empty((batch, hidden)),
+        input.new_empty((*input.shape[:-1], state)), input.new_empty((batch, state)),
         input.new_empty((batch if lstm else 0, hidden)), input.new_empty((rows, slots * hidden), dtype=_sums(input)),
         input.new_empty((rows if lstm else 0, hidden), dtype=_sums(input)),
     )  # fmt: skip
 
 
 def _backward_fake(
-    grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, h0, c0, output, gates, cells, batch_sizes, mode, reverse,
-    of_input, of_weight, of_bias,
+    grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, weight_hr, h0, c0, output, gates, cells, batch_sizes,
+    lengths, mode, reverse, of_input, of_weight, of_bias,
 ):
-    width, hidden = weight_hh.shape
+    width, state = weight_hh.shape
+    hidden = state if weight_hr is None else weight_hr.shape[1]
     return (
         input.new_empty(input.shape if of_input else (0,)), input.new_empty((width if of_weight else 0, input.shape[-1])),
-        input.new_empty((width if of_weight else 0, hidden)), input.new_empty((width if of_bias else 0,)),
-        input.new_empty((width if of_bias else 0,)), input.new_empty((h0.shape[0], hidden)),
+        input.new_empty((width if of_weight else 0, state)), input.new_empty((width if of_bias else 0,)),
+        input.new_empty((width if of_bias else 0,)),
+        input.new_empty((state if of_weight and weight_hr is not None else 0, hidden)), input.new_empty(h0.shape),
         input.new_empty((h0.shape[0] if mode == LSTM else 0, hidden)),
     )  # fmt: skip
 
 
 define(
     "rnn_forward",
-    "(Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor h0, Tensor? c0, "
-    "Tensor? batch_sizes, int mode, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
+    "Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, bool keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 define(
     "rnn_backward",
-    "(Tensor grad_output, Tensor grad_h_n, Tensor? grad_c_n, Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor h0, "
-    "Tensor? c0, Tensor output, Tensor gates, Tensor cells, Tensor? batch_sizes, int mode, bool reverse, bool of_input, "
-    "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_output, Tensor grad_h_n, Tensor? grad_c_n, Tensor input, Tensor weight_ih, Tensor weight_hh, "
+    "Tensor? weight_hr, Tensor h0, Tensor? c0, Tensor output, Tensor gates, Tensor cells, Tensor? batch_sizes, "
+    "Tensor? lengths, int mode, bool reverse, bool of_input, bool of_weight, bool of_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
@@ -68,105 +75,110 @@ for _op in PUBLIC:
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
 
 
-def _sizes(batch_sizes: torch.Tensor | None) -> list[int] | None:
-    return None if batch_sizes is None else batch_sizes.tolist()
+# Tensors of a layer in the order of Rnn's arguments: input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0.
+_LAYER = 8
+
+
+def _numbers(x: torch.Tensor | None) -> list[int] | None:
+    return None if x is None else x.tolist()
+
+
+def _without_biases(layer):
+    return *layer[:3], *layer[5:]
 
 
 class RnnBackward(_autograd.Function):
     """The gradients of rnn's tensors; their own derivatives are the reference's."""
 
     @staticmethod
-    def forward(
-        grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, output, gates, cells,
-        batch_sizes, mode, reverse, need, column,
-    ):  # fmt: skip
+    def forward(grad_output, grad_h_n, grad_c_n, *args):
+        layer, (output, gates, cells, batch_sizes, lengths, mode, reverse, need, column) = args[:_LAYER], args[_LAYER:]
         return _backward[column](
-            grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, h0, c0, output, gates, cells, batch_sizes, mode,
-            reverse, *need,
+            grad_output, grad_h_n, grad_c_n, *_without_biases(layer), output, gates, cells, batch_sizes, lengths, mode, reverse,
+            *need,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:10], inputs[13])
-        ctx.settings = inputs[14:17]
+        layer, (_, _, _, batch_sizes, lengths, *ctx.settings, _column) = inputs[3 : 3 + _LAYER], inputs[3 + _LAYER :]
+        ctx.save_for_backward(*inputs[:3], *layer, batch_sizes, lengths)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        *tensors, batch_sizes = ctx.saved_tensors
-        mode, reverse, need = ctx.settings
+        *tensors, batch_sizes, lengths = ctx.saved_tensors
+        mode, reverse, (of_input, of_weight, of_bias) = ctx.settings
         lstm = mode == LSTM
         grads, primals = tensors[: 3 if lstm else 2], tensors[3:]
-        wanted = (need[0], need[1], need[1], need[2] and primals[3] is not None, need[2] and primals[4] is not None, True, lstm)
+        asked = (of_input, of_weight, of_weight, of_bias, of_bias, of_weight, True, lstm)
+        wanted = tuple(w and t is not None for w, t in zip(asked, primals))
         present = [i for i, t in enumerate(primals) if t is not None]
         count = len(grads)
 
         def gradients(*values):
-            full = [None] * 7
+            full = [None] * _LAYER
             for i, value in zip(present, values[count:]):
                 full[i] = value
-            found = reference.rnn_backward(values[:count], tuple(full), _sizes(batch_sizes), mode, reverse)
-            return tuple(found[i] for i in range(7) if wanted[i])
+            sizes = _numbers(batch_sizes), _numbers(lengths)
+            found = reference.rnn_backward(values[:count], tuple(full), *sizes, mode, reverse)
+            return tuple(g for g, w in zip(found, wanted) if w)
 
         first = _autograd.vjp(gradients, (*grads, *(primals[i] for i in present)), tuple(
             c for c, w in zip(cotangents, wanted) if w
         ))  # fmt: skip
-        of_primals = [None] * 7
+        of_primals = [None] * _LAYER
         for i, gradient in zip(present, first[count:]):
             of_primals[i] = gradient
-        of_grads = (*first[:count], *([None] * (3 - count)))
-        return *of_grads, *of_primals, None, None, None, None, None, None, None, None
+        return *first[:count], *([None] * (3 - count)), *of_primals, *([None] * 9)
 
 
 class Rnn(_autograd.Function):
     """(output, h_n, c_n, gates, cells) of one layer in one direction; the last two are for the backward alone."""
 
     @staticmethod
-    def forward(input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, batch_sizes, mode, reverse, column):
-        return _forward[column](input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, batch_sizes, mode, reverse)
+    def forward(*args):
+        *rest, column = args
+        return _forward[column](*rest, True)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        *tensors, batch_sizes, mode, reverse, column = inputs
+        *tensors, batch_sizes, lengths, mode, reverse, column = inputs
         output, _, _, gates, cells = outputs
         ctx.mark_non_differentiable(gates, cells)
-        ctx.save_for_backward(*tensors, output, gates, cells, batch_sizes)
+        ctx.save_for_backward(*tensors, output, gates, cells, batch_sizes, lengths)
         need = ctx.needs_input_grad
-        weights, biases = any(need[1:5]), any(need[3:5])
+        weights, biases = any(need[1:6]), any(need[3:5])
         ctx.constants = mode, reverse, (need[0], weights, biases), need, column
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _, __):
-        input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, output, gates, cells, batch_sizes = ctx.saved_tensors
+        layer, (output, gates, cells, *sizes) = ctx.saved_tensors[:_LAYER], ctx.saved_tensors[_LAYER:]
         mode, reverse, wanted, need, column = ctx.constants
-        if mode != LSTM:
-            grad_c_n = None
-        grads = (grad_output, grad_h_n, grad_c_n)
+        grads = (grad_output, grad_h_n, grad_c_n if mode == LSTM else None)
         if torch.is_grad_enabled():
             found = _autograd.apply(
-                RnnBackward, *grads, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, output, gates, cells, batch_sizes,
-                mode, reverse, wanted, column,
+                RnnBackward, *grads, *layer, output, gates, cells, *sizes, mode, reverse, wanted, column
             )  # fmt: skip
         else:
-            found = _backward[column](
-                *grads, input, weight_ih, weight_hh, h0, c0, output, gates, cells, batch_sizes, mode, reverse, *wanted
-            )
-        return *(g if n else None for g, n in zip(found, need)), None, None, None, None
+            found = _backward[column](*grads, *_without_biases(layer), output, gates, cells, *sizes, mode, reverse, *wanted)
+        return *(g if n else None for g, n in zip(found, need)), None, None, None, None, None
 
 
 def rnn(
     input: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: torch.Tensor | None,
-    bias_hh: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None, batch_sizes: torch.Tensor | None, mode: int,
-    reverse: bool,
+    bias_hh: torch.Tensor | None, weight_hr: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None,
+    batch_sizes: torch.Tensor | None, lengths: torch.Tensor | None, mode: int, reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """output, h_n and c_n (None but for LSTM) of one layer in one direction; arguments are valid.
 
     Args:
         input: [T, B, I], or with batch_sizes (int64, on the CPU) [rows, I].
-        weight_ih, weight_hh: [gates·H, I] and [gates·H, H]; bias_ih, bias_hh: [gates·H] or None.
-        h0, c0: [B, H].
+        weight_ih, weight_hh: [gates·H, I] and [gates·H, S]; bias_ih, bias_hh: [gates·H] or None.
+        weight_hr: [S, H] of an LSTM with a projection, else None, and S is H.
+        h0, c0: [B, S] and [B, H].
+        lengths: of each sequence of [T, B, I], int64 on the CPU, or None: beyond them, output is zero.
         mode, reverse: as in dlkern.reference.rnn.
     """
-    tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
+    tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0)
     column = "reference"
     if not _autograd.use_reference():
         choice = columns.choose(
@@ -176,11 +188,11 @@ def rnn(
         if tracing.active:
             tracing.record(PUBLIC[mode], column, choice.reason, input, weight_ih, weight_hh)
     if column == "reference":
-        results = reference.rnn(*tensors, _sizes(batch_sizes), mode, reverse)
+        results = reference.rnn(*tensors, _numbers(batch_sizes), _numbers(lengths), mode, reverse)
         return results[0], results[1], results[2] if mode == LSTM else None
-    args = (*tensors, batch_sizes, mode, reverse)
+    args = (*tensors, batch_sizes, lengths, mode, reverse)
     if _autograd.needs_grad(*tensors):
         output, h_n, c_n, _, _ = _autograd.apply(Rnn, *args, column)
     else:
-        output, h_n, c_n, _, _ = _forward[column](*args)
+        output, h_n, c_n, _, _ = _forward[column](*args, False)
     return output, h_n, c_n if mode == LSTM else None

@@ -17,7 +17,8 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def _cell(
-    x: torch.Tensor, h: torch.Tensor, c: torch.Tensor | None, weight_hh: torch.Tensor, bias_hh: torch.Tensor | None, mode: int
+    x: torch.Tensor, h: torch.Tensor, c: torch.Tensor | None, weight_hh: torch.Tensor, bias_hh: torch.Tensor | None,
+    weight_hr: torch.Tensor | None, mode: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The next state (and LSTM's next cell) of a step whose input's part of the gates is x."""
     recurrent = linear(h, weight_hh, bias_hh)
@@ -25,7 +26,8 @@ def _cell(
         assert c is not None
         i, f, g, o = (x + recurrent).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h if weight_hr is None else linear(h, weight_hr), c
     if mode == GRU:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), recurrent.chunk(3, -1)
         z = torch.sigmoid(x_z + h_z)
@@ -36,19 +38,32 @@ def _cell(
 
 def rnn(
     input: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: torch.Tensor | None,
-    bias_hh: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None, batch_sizes: Sequence[int] | None, mode: int,
-    reverse: bool,
+    bias_hh: torch.Tensor | None, weight_hr: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None,
+    batch_sizes: Sequence[int] | None, lengths: Sequence[int] | None, mode: int, reverse: bool,
 ) -> Tensors:
     """output and h_n, and c_n for LSTM.
 
     Args:
         input: [T, B, I]; or, with batch_sizes, [sum of batch_sizes, I] in the order of a PackedSequence.
         weight_ih, weight_hh, bias_ih, bias_hh: as torch.nn.LSTM has them; biases may be None.
-        h0, c0: [B, H].
+        weight_hr: [S, H], an LSTM's projection, or None.
+        h0, c0: [B, S], where S is H without a projection, and [B, H].
         batch_sizes: rows of each step.
+        lengths: of the sequences of [T, B, I], in any order: they are packed, and what is beyond them is zero.
         mode: TANH, RELU, LSTM or GRU.
         reverse: from the last step of each sequence to the first.
     """
+    if lengths is not None:
+        order = sorted(range(len(lengths)), key=lambda b: -lengths[b])
+        sizes = [sum(length > t for length in lengths) for t in range(max(lengths))]
+        rows = torch.tensor([t * len(lengths) + order[b] for t, size in enumerate(sizes) for b in range(size)])
+        there, back = torch.tensor(order, device=input.device), torch.tensor(order, device=input.device).argsort()
+        rows = rows.to(input.device)
+        states = h0[there], None if c0 is None else c0[there]
+        packed = input.flatten(0, 1)[rows]
+        output, *ends = rnn(packed, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states, sizes, None, mode, reverse)
+        padded = output.new_zeros(input.shape[0] * input.shape[1], output.shape[-1]).index_copy(0, rows, output)
+        return padded.reshape(*input.shape[:-1], -1), *(end[back] for end in ends)
     sizes = [input.shape[1]] * input.shape[0] if batch_sizes is None else list(batch_sizes)
     steps = linear(input.flatten(0, -2), weight_ih, bias_ih).split(sizes)
     outputs: list[torch.Tensor] = []
@@ -64,7 +79,7 @@ def rnn(
                 if c is not None:
                     ended_c.insert(0, c[size:])
                     c = c[:size]
-            h, c = _cell(x, h, c, weight_hh, bias_hh, mode)
+            h, c = _cell(x, h, c, weight_hh, bias_hh, weight_hr, mode)
             outputs.append(h)
         h = torch.cat([h, *ended_h])
         c = torch.cat([c, *ended_c]) if c is not None else None
@@ -76,7 +91,7 @@ def rnn(
                 h = torch.cat([h, h0[start:size]])
                 if c is not None and c0 is not None:
                     c = torch.cat([c, c0[start:size]])
-            h, c = _cell(x, h, c, weight_hh, bias_hh, mode)
+            h, c = _cell(x, h, c, weight_hh, bias_hh, weight_hr, mode)
             outputs.insert(0, h)
     assert h.shape[0] == batch
     output = torch.cat(outputs).reshape(*input.shape[:-1], h0.shape[-1])
@@ -84,17 +99,17 @@ def rnn(
 
 
 def rnn_backward(
-    grads: Tensors, tensors: tuple[torch.Tensor | None, ...], batch_sizes: Sequence[int] | None, mode: int, reverse: bool
+    grads: Tensors, tensors: tuple[torch.Tensor | None, ...], batch_sizes: Sequence[int] | None,
+    lengths: Sequence[int] | None, mode: int, reverse: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of rnn's seven tensors (None for what is None) of those of its results."""
+    """Gradients of rnn's eight tensors (None for what is None) of those of its results."""
     present = [i for i, t in enumerate(tensors) if t is not None]
 
     def of_present(*values: torch.Tensor) -> Tensors:
         full: list[Any] = list(tensors)
         for i, value in zip(present, values):
             full[i] = value
-        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = full
-        return rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_sizes, mode, reverse)
+        return rnn(*full, batch_sizes, lengths, mode, reverse)  # type: ignore[call-arg]
 
     _, pull = torch.func.vjp(of_present, *[tensors[i] for i in present])  # type: ignore[misc]
     found: list[torch.Tensor | None] = [None] * len(tensors)
@@ -103,23 +118,26 @@ def rnn_backward(
     return tuple(found)
 
 
-def weights_of(params: Sequence[torch.Tensor], i: int, biases: bool) -> tuple[torch.Tensor | None, ...]:
-    """weight_ih, weight_hh and, None without them, bias_ih and bias_hh of the i-th layer and direction."""
-    return (*params[4 * i : 4 * i + 4],) if biases else (*params[2 * i : 2 * i + 2], None, None)
+def weights_of(params: Sequence[torch.Tensor], i: int, biases: bool, projects: bool) -> tuple[torch.Tensor | None, ...]:
+    """weight_ih, weight_hh, bias_ih, bias_hh and weight_hr of the i-th layer and direction; None for what there is not."""
+    count = 2 + 2 * biases + projects
+    some = params[count * i : count * (i + 1)]
+    return *some[:2], *(some[2:4] if biases else (None, None)), some[-1] if projects else None
 
 
 def _stack(
     mode: int, x: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int
 ) -> Tensors:
     states = hx if mode == LSTM else (hx,)
+    projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]  # type: ignore[misc]
     ends: list[list[torch.Tensor]] = [[] for _ in states]
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             i = layer * directions + direction
-            w_ih, w_hh, b_ih, b_hh = weights_of(params, i, biases)
             h0, c0 = [*(state[i] for state in states), None][:2]
-            output, *last = rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, None, mode, direction == 1)  # type: ignore[arg-type]
+            weights: Any = weights_of(params, i, biases, projects)
+            output, *last = rnn(x, *weights, h0, c0, None, None, mode, direction == 1)  # type: ignore[call-arg]
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)

@@ -26,51 +26,56 @@ def unusual(
     params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int,
 ) -> str | None:
     """What of a call is outside our kernels (torch takes it, or raises its own error), or None. x is [T, B, I] or packed
-    [rows, I], states are [layers · directions, B, H]."""
+    [rows, I], states are [layers · directions, B, S] and, LSTM's, [layers · directions, B, H]."""
     if x.dim() != (3 if batch_sizes is None else 2):
         return "input is not [T, B, I], or packed [rows, I]"
     if not x.is_floating_point() or any(t.dtype != x.dtype or t.device != x.device for t in (*states, *params)):
         return "input, states and weights differ in dtype or device, or are not floating point"
-    if len(states) != (2 if mode == LSTM else 1) or len(params) != layers * directions * (4 if biases else 2):
-        return "states or weights are missing, or project (proj_size)"
+    if len(states) != (2 if mode == LSTM else 1) or any(t.dim() != 3 for t in states):
+        return "states are missing, or not [layers · directions, B, H]"
+    state, hidden = states[0].shape[-1], states[-1].shape[-1]
+    step = 2 + 2 * biases + (state != hidden)
+    if len(params) != layers * directions * step:
+        return "weights are missing"
     if 0 in x.shape:
         return "a dimension is zero"
-    hidden = params[1].shape[-1]
     if batch_sizes is None:
         batch = x.shape[1]
     else:
         if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
             return "batch_sizes is not a 1-D int64 tensor on the CPU"
-        batch = states[0].shape[1] if states[0].dim() == 3 else -1
-    if any(t.shape != (layers * directions, batch, hidden) for t in states):
+        batch = states[0].shape[1]
+    if 0 in (state, hidden) or any(t.shape[:2] != (layers * directions, batch) for t in states):
         return "a state is not [layers · directions, B, H]"
-    step = 4 if biases else 2
     for i in range(layers * directions):
-        inputs = x.shape[-1] if i < directions else directions * hidden
+        inputs = x.shape[-1] if i < directions else directions * state
         width = GATES[mode] * hidden
-        sizes = [(width, inputs), (width, hidden), (width,), (width,)][:step]
+        sizes: list[tuple[int, ...]] = [(width, inputs), (width, state)]
+        sizes += ([(width,)] * 2 if biases else []) + ([(state, hidden)] if state != hidden else [])
         if any(tuple(p.shape) != size for p, size in zip(params[i * step : (i + 1) * step], sizes)):
-            return "weights do not fit, or project (proj_size)"
+            return "weights do not fit"
     return None
 
 
 def stack(
     mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
     params: Sequence[torch.Tensor], biases: bool, layers: int, dropout: float, train: bool, directions: int,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """output and the last states; arguments as in `unusual`, which found nothing."""
     if mode != GRU and autocasts(x):  # torch's GRU is no op of autocast's lists, and keeps float32
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         states, params = rest[: len(states)], rest[len(states) :]  # type: ignore[assignment]
+    projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]
     initial = [state.unbind(0) for state in states]
     ends: list[list[torch.Tensor]] = [[] for _ in states]
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             i = layer * directions + direction
-            w_ih, w_hh, b_ih, b_hh = weights_of(params, i, biases)
+            weights: Any = weights_of(params, i, biases, projects)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
-            output, *last = ops.rnn.rnn(x, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_sizes, mode, direction == 1)  # type: ignore[arg-type]
+            output, *last = ops.rnn.rnn(x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1)  # type: ignore[call-arg]
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)  # type: ignore[arg-type]
@@ -114,15 +119,16 @@ def lstm(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.
 
     Args:
         input: [T, B, I], or [B, T, I] with batch_first; data: [rows, I] as in a PackedSequence, batch_sizes int64 [T].
-        hx: (h0, c0), each [num_layers · directions, B, H].
-        params: weight_ih [4·H, I], weight_hh [4·H, H] (gates i, f, g, o) and, with has_biases, bias_ih and bias_hh [4·H],
-            for each layer and direction.
+        hx: (h0, c0), [num_layers · directions, B, S] and [num_layers · directions, B, H].
+        params: weight_ih [4·H, I], weight_hh [4·H, S] (gates i, f, g, o), with has_biases bias_ih and bias_hh [4·H], and
+            where S is not H weight_hr [S, H], for each layer and direction.
         dropout: probability between layers, where train.
 
     Returns:
-        output [T, B, directions · H] (or packed), h_n and c_n like hx, by
+        output [T, B, directions · S] (or packed), h_n and c_n like hx, by
         c_t = σ(f)·c_{t-1} + σ(i)·tanh(g), h_t = σ(o)·tanh(c_t), (i, f, g, o) = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
-        (Hochreiter and Schmidhuber 1997, with the forget gates of Gers et al. 2000).
+        (Hochreiter and Schmidhuber 1997, with the forget gates of Gers et al. 2000); with weight_hr, h_t is multiplied by
+        it (Sak et al. 2014).
 
     Raises:
         RuntimeError, TypeError: torch's own, for wrong arguments.

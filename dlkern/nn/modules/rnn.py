@@ -8,7 +8,7 @@ from importlib.abc import MetaPathFinder
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -62,8 +62,9 @@ def _as_hidden(mode: int, states: list[torch.Tensor]) -> Any:
 
 
 class _Recurrent(torch.nn.RNNBase):
-    """What RNN, LSTM and GRU share. Beside torch's arguments forward takes `lengths`: int64 [B], of a padded batch in any
-    order; outputs beyond a sequence's length are zero, last states are those of its last step."""
+    """What RNN, LSTM and GRU share. Beside torch's arguments forward takes `lengths`: int64 [B] on the CPU, of a padded
+    batch in any order; outputs beyond a sequence's length are zero, last states are those of its last step, what the
+    input holds there has no effect, and nothing is packed."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -75,18 +76,21 @@ class _Recurrent(torch.nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None, lengths: torch.Tensor | None = None) -> Any:  # type: ignore[override]
         if lengths is not None:
-            return self._of_lengths(input, hx, lengths)
+            self._check_lengths(input, lengths)
         mode = _MODES[self.mode]
         found = self._arguments(mode, input, hx)
         if isinstance(found, str):
             if tracing.active:
                 tracing.record(ops.rnn.PUBLIC[mode], "torch", found, input.data if isinstance(input, PackedSequence) else input)
+            if lengths is not None:
+                raise ValueError(f"lengths: {found}")
             return super().forward(input, hx)  # type: ignore[misc]
         x, batch_sizes, states, params = found
         directions = 2 if self.bidirectional else 1
         output, *last = functional.stack(
-            mode, x, batch_sizes, states, params, self.bias, self.num_layers, self.dropout, self.training, directions
-        )
+            mode, x, batch_sizes, states, params, self.bias, self.num_layers, self.dropout, self.training, directions,
+            lengths,
+        )  # fmt: skip
         if isinstance(input, PackedSequence):
             if input.unsorted_indices is not None:
                 last = [state.index_select(1, input.unsorted_indices) for state in last]
@@ -98,8 +102,6 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _arguments(self, mode: int, input: Any, hx: Any) -> Any:
         """x [T, B, I] or packed, batch_sizes, states and weights; or why the call is torch's to answer."""
-        if self.proj_size:
-            return "no kernel for proj_size"
         packed = isinstance(input, PackedSequence)
         x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
         if not isinstance(x, torch.Tensor) or x.dim() not in ((2,) if packed else (2, 3)):
@@ -120,8 +122,10 @@ class _Recurrent(torch.nn.RNNBase):
                 batch = input.sorted_indices.shape[0]
             else:
                 batch = int(batch_sizes[0])  # type: ignore[index]
-            zeros = x.new_zeros(self.num_layers * directions, batch, self.hidden_size)
-            states = [zeros] * (2 if mode == _LSTM else 1)
+            states = [x.new_zeros(self.num_layers * directions, batch, self.proj_size or self.hidden_size)]
+            if mode == _LSTM:
+                cells = x.new_zeros(self.num_layers * directions, batch, self.hidden_size) if self.proj_size else states[0]
+                states.append(cells)
         else:
             try:
                 states = _as_states(mode, hx)
@@ -131,17 +135,14 @@ class _Recurrent(torch.nn.RNNBase):
                     states = [state.index_select(1, input.sorted_indices) for state in states]
             except (AttributeError, IndexError, RuntimeError, TypeError):
                 return "states are not tensors of the right size"
-        found = functional.unusual(mode, x, batch_sizes, states, params, self.bias, self.num_layers, directions)
+        found = functional.unusual(mode, x, batch_sizes, states, params, bool(self.bias), self.num_layers, directions)
         return found if found is not None else (x, batch_sizes, states, params)
 
-    def _of_lengths(self, input: torch.Tensor, hx: Any, lengths: torch.Tensor) -> Any:
+    def _check_lengths(self, input: Any, lengths: Any) -> None:
+        """That lengths fit; whether they are in range, the kernel says."""
         batch = input.shape[0 if self.batch_first else 1] if isinstance(input, torch.Tensor) and input.dim() == 3 else None
         if not isinstance(lengths, torch.Tensor) or lengths.dtype != torch.int64 or lengths.shape != (batch,):
             raise ValueError("lengths: expected an int64 tensor with one length for each sequence of a padded batch")
-        packed = pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
-        output, hidden = self(packed, hx)
-        steps = input.shape[1 if self.batch_first else 0]
-        return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], hidden
 
 
 class RNN(_Recurrent, torch.nn.RNN):
@@ -149,7 +150,7 @@ class RNN(_Recurrent, torch.nn.RNN):
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):
-    """torch.nn.LSTM on dlkern's kernels; forward also takes `lengths`. proj_size is torch's."""
+    """torch.nn.LSTM on dlkern's kernels; forward also takes `lengths`."""
 
 
 class GRU(_Recurrent, torch.nn.GRU):
@@ -174,6 +175,8 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         return _as_hidden(mode, last)
 
     def _arguments(self, mode: int, input: Any, hx: Any) -> Any:
+        if mode == TANH and self.nonlinearity != "tanh":
+            return f"nonlinearity is {self.nonlinearity}"
         if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             return "input is not [input_size] or [B, input_size]"
         x = input.reshape(1, -1, self.input_size)
@@ -190,7 +193,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         if mode != RELU and mode != TANH and autocasts(x):
             return "autocast: torch's cell keeps float32"
-        found = functional.unusual(mode, x, None, states, params, self.bias, 1, 1)
+        found = functional.unusual(mode, x, None, states, params, bool(self.bias), 1, 1)
         return found if found is not None else (x, states, params)
 
 

@@ -1,0 +1,245 @@
+// RNN, LSTM and GRU, one layer in one direction, backward: from the gradient of a step's gates to that of the step
+// before, step by step, then one matrix product each for the gradients of input and weights.
+#include "column_sums.h"
+#include "gemm.h"
+#include "rnn.h"
+#include "rnn_steps.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+// One vector of hidden units of one row: the gradient of its gates from that of its output; what goes on to the step
+// before past the gates is left in `direct` (GRU) and `cell` (LSTM).
+template <class T, int mode> struct BackwardCell {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t lanes = kLanes<A>;
+  const RnnBackwardArgs<T>& args;
+  const A *h0, *c0;
+  A *direct, *cell;  // [batch, hidden]
+
+  // dh: the gradient of the output; goes_on: the sequence has a step after this.
+  void operator()(int64_t row, int64_t before, int64_t b, int64_t j, int count, V dh, bool goes_on) const {
+    const int64_t hidden = args.shape.hidden, slots = args.shape.slots();
+    const auto in = [count](auto* p) { return load_some(p, count); };
+    const auto out = [count](A* p, V v) { store_some(p, v, count); };
+    const int64_t at = b * hidden + j;
+    const A* gate = args.gates + row * slots * hidden + j;
+    A* to = args.grad_gates + row * slots * hidden + j;
+    if constexpr (mode == kRnnLstm) {
+      const V i = in(gate), f = in(gate + hidden), g = in(gate + 2 * hidden), o = in(gate + 3 * hidden);
+      const V c = tanh(in(args.cells + row * hidden + j)),
+              c_before = in(before < 0 ? c0 + at : args.cells + before * hidden + j);
+      const V dc = (goes_on ? in(cell + at) : in(args.grad_c_n + at)) + dh * o * (A(1) - c * c);
+      out(to, dc * g * i * (A(1) - i));
+      out(to + hidden, dc * c_before * f * (A(1) - f));
+      out(to + 2 * hidden, dc * i * (A(1) - g * g));
+      out(to + 3 * hidden, dh * c * o * (A(1) - o));
+      out(cell + at, dc * f);
+      if (args.unprojected) out(args.unprojected + row * hidden + j, o * c);
+    } else if constexpr (mode == kRnnGru) {
+      const V recurrent = in(gate), r = in(gate + hidden), z = in(gate + 2 * hidden), n = in(gate + 3 * hidden);
+      const V previous = before < 0 ? in(h0 + at) : in(args.output + before * hidden + j);
+      const V dn = dh * (A(1) - z) * (A(1) - n * n);
+      out(to, dn * r);
+      out(to + hidden, dn * recurrent * r * (A(1) - r));
+      out(to + 2 * hidden, dh * (previous - n) * z * (A(1) - z));
+      out(to + 3 * hidden, dn);
+      out(direct + at, dh * z);
+    } else {
+      out(to, dh * in(gate));
+    }
+  }
+};
+
+template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const RnnShape& s = args.shape;
+  const int64_t hidden = s.hidden, state = s.state, width = s.gates() * hidden, row_size = s.slots() * hidden;
+  const Layer<A> layer(s);
+  A* memory = scratch<A>(Slot::family_0, s.batch * (3 * hidden + state));
+  A *direct = memory, *cells = direct + s.batch * hidden, *c0_room = cells + s.batch * hidden;
+  const A* c0 = mode == kRnnLstm ? widened(args.c0, s.batch * hidden, c0_room) : nullptr;
+  const A* h0 = widened(args.h0, s.batch * state, c0_room + s.batch * hidden);
+
+  // The recurrent weight as rows of the gradient of gates see it (GRU's: n, r, z).
+  const int64_t parts = layer.by_panels ? layer.threads : 1, vectors = panel_vectors<A>(state, parts),
+                hr_vectors = panel_vectors<A>(hidden, parts);
+  const int64_t hr_size = s.projects ? ceil_div(hidden, hr_vectors * lanes) * hr_vectors * lanes * state : 0;
+  A* weights = scratch<A>(Slot::family_1, hr_size + ceil_div(state, vectors * lanes) * vectors * lanes * width);
+  Packed<A> projection{};
+  if (s.projects) projection = pack_columns(args.weight_hr, state, hidden, 0, hr_vectors, weights);
+  const Packed<A> recurrent =
+      pack_columns(args.weight_hh, width, state, mode == kRnnGru ? 2 * hidden : 0, vectors, weights + hr_size);
+  const int64_t block = block_of(recurrent, s.batch, state),
+                hr_block = s.projects ? block_of(projection, s.batch, hidden) : 0;
+
+  clear_padding(s, args.grad_gates, row_size);
+  const BackwardCell<T, mode> cell{args, h0, c0, direct, cells};
+  layer.run(0, s.steps, s.projects ? 2 : 1, true,
+            [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
+              const Packed<A>& w = phase ? projection : recurrent;
+              const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
+              const int64_t t = layer.step(n), units = phase ? hidden : state;
+              A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
+              const A* rows[kBlockRows];
+              for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
+                const int64_t count = smaller(kBlockRows, end - b0);
+                int64_t going_on = 0;  // rows whose sequence goes on: the first ones
+                while (going_on < count && layer.after(t, b0 + going_on) >= 0) {
+                  rows[going_on] = args.grad_gates + layer.after(t, b0 + going_on) * row_size;
+                  ++going_on;
+                }
+                for (int64_t i = 0; phase && i < count; ++i) rows[i] = args.grad_states + s.row(t, b0 + i) * state;
+                for (int64_t panel = panel0; panel < panel1; ++panel) {
+                  multiply_panel(w, panel, rows, phase ? count : going_on, phase ? hr_block : block, sums);
+                  for (int64_t i = 0; i < count; ++i) {
+                    const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
+                    for (int64_t v = 0; v < w.vectors; ++v) {
+                      const int64_t j = (panel * w.vectors + v) * lanes;
+                      if (j >= units) break;
+                      const int some = static_cast<int>(smaller(lanes, units - j));
+                      Vec<A> dh = load(sums + (i * w.vectors + v) * lanes);
+                      if (!phase) {
+                        const Vec<A> of_output = load_some(args.grad_output + row * state + j, some);
+                        dh = i < going_on ? of_output + dh : of_output + load_some(args.grad_h_n + b * state + j, some);
+                        if (mode == kRnnGru && i < going_on) dh += load_some(direct + b * hidden + j, some);
+                      }
+                      if (s.projects && !phase)
+                        store_some(args.grad_states + row * state + j, dh, some);
+                      else
+                        cell(row, before, b, j, some, dh, i < going_on);
+                    }
+                  }
+                }
+              }
+            });
+
+  // The initial states', from the first step of each sequence.
+  for (int64_t b0 = 0; b0 < s.batch; b0 += kBlockRows) {
+    const int64_t count = smaller(kBlockRows, s.batch - b0);
+    const A* rows[kBlockRows];
+    for (int64_t i = 0; i < count; ++i) rows[i] = args.grad_gates + layer.first_row(b0 + i) * row_size;
+    parallel_for(recurrent.panels, 1 + 32768 / (count * recurrent.panel_size()), [&](int64_t first, int64_t last) {
+      A* sums = scratch<A>(Slot::family_2, kBlockRows * vectors * lanes);
+      for (int64_t panel = first; panel < last; ++panel) {
+        multiply_panel(recurrent, panel, rows, count, block, sums);
+        const int64_t j = panel * vectors * lanes, some = smaller(vectors * lanes, state - j);
+        for (int64_t i = 0; i < count; ++i) {
+          A* sum = sums + i * vectors * lanes;
+          const int64_t at = s.place(b0 + i) * state + j;
+          for (int64_t e = 0; mode == kRnnGru && e < some; ++e) sum[e] += direct[at + e];
+          copy(sum, args.grad_h0 + at, some);
+        }
+      }
+    });
+  }
+  if (mode == kRnnLstm) copy(cells, args.grad_c0, s.batch * hidden);
+
+  const A* of_input = args.grad_gates + row_size - width;  // GRU's recurrent side has n in the first block
+  if (args.grad_input) {
+    const A* weight = args.weight_ih
+                          ? widened(args.weight_ih, width * s.inputs,
+                                    sizeof(T) == sizeof(A) ? nullptr : scratch<A>(Slot::family_3, width * s.inputs))
+                          : nullptr;
+    gemm(Gemm<A, T>{s.rows, s.inputs, width, of_input, row_size, 1, weight, s.inputs, 1, args.grad_input, s.inputs});
+  }
+  if (!args.grad_weight_ih) return;
+  // A copy of the input where it must be widened, or where its padding, which may be anything, must become zero.
+  const A* input;
+  if (sizeof(T) != sizeof(A) || s.order) {
+    A* clean = scratch<A>(Slot::family_3, s.rows * s.inputs);
+    copy(args.input, clean, s.rows * s.inputs);
+    clear_padding(s, clean, s.inputs);
+    input = clean;
+  } else {
+    input = widened(args.input, 0, nullptr);
+  }
+  gemm(Gemm<A, T>{width, s.inputs, s.rows, of_input, 1, row_size, input, s.inputs, 1, args.grad_weight_ih, s.inputs});
+  clear_padding(s, args.previous, state);
+  for (int64_t t = 0; t < s.steps; ++t)
+    for (int64_t b = 0; b < s.batch_sizes[t]; ++b) {
+      const int64_t before = layer.before(t, b);
+      A* to = args.previous + s.row(t, b) * state;
+      if (before < 0)
+        copy(h0 + s.place(b) * state, to, state);
+      else
+        copy(args.output + before * state, to, state);
+    }
+  const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
+    gemm(Gemm<A, T>{some * hidden, state, s.rows, args.grad_gates + slot * hidden, 1, row_size, args.previous, state, 1,
+                    args.grad_weight_hh + gate * hidden * state, state});
+  };
+  if (mode == kRnnGru) {
+    of_recurrent(1, 0, 2);
+    of_recurrent(0, 2, 1);
+  } else {
+    of_recurrent(0, 0, s.gates());
+  }
+  if (s.projects) {
+    clear_padding(s, args.grad_states, state);
+    clear_padding(s, args.unprojected, hidden);
+    gemm(Gemm<A, T>{state, hidden, s.rows, args.grad_states, 1, state, args.unprojected, hidden, 1, args.grad_weight_hr,
+                    hidden});
+  }
+  if (!args.grad_bias_ih) return;
+  sum_columns(of_input, row_size, 1, s.rows, width, args.grad_bias_ih);
+  const int64_t shared = mode == kRnnGru ? 2 * hidden : width;
+  std::memcpy(static_cast<void*>(args.grad_bias_hh), args.grad_bias_ih, sizeof(T) * static_cast<size_t>(shared));
+  if (mode == kRnnGru) sum_columns(args.grad_gates, row_size, 1, s.rows, hidden, args.grad_bias_hh + shared);
+}
+
+void backward_in_double(const RnnBackwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden, row_size = s.slots() * s.hidden;
+  Doubles d(s);
+  const RnnBackwardArgs<double> args{s,
+                                     d.of(a.grad_output, s.rows * s.state),
+                                     d.of(a.grad_h_n, s.batch * s.state),
+                                     d.of(a.grad_c_n, s.batch * s.hidden),
+                                     d.of(a.input, s.rows * s.inputs),
+                                     d.of(a.weight_ih, width * s.inputs),
+                                     d.of(a.weight_hh, width * s.state),
+                                     d.of(a.weight_hr, s.state * s.hidden),
+                                     d.of(a.h0, s.batch * s.state),
+                                     d.of(a.c0, s.batch * s.hidden),
+                                     d.of(a.output, s.rows * s.state),
+                                     d.of(a.gates, s.rows * row_size),
+                                     d.of(a.cells, s.rows * s.hidden),
+                                     d.room(a.grad_gates, s.rows * row_size),
+                                     d.room(a.previous, s.rows * s.state),
+                                     d.room(a.grad_states, s.rows * s.state),
+                                     d.room(a.unprojected, s.rows * s.hidden),
+                                     d.room(a.grad_input, s.rows * s.inputs),
+                                     d.room(a.grad_weight_ih, width * s.inputs),
+                                     d.room(a.grad_weight_hh, width * s.state),
+                                     d.room(a.grad_bias_ih, width),
+                                     d.room(a.grad_bias_hh, width),
+                                     d.room(a.grad_weight_hr, s.state * s.hidden),
+                                     d.room(a.grad_h0, s.batch * s.state),
+                                     d.room(a.grad_c0, s.batch * s.hidden)};
+  rnn_backward(args);
+  Doubles::back(args.grad_input, a.grad_input, s.rows * s.inputs);
+  Doubles::back(args.grad_weight_ih, a.grad_weight_ih, width * s.inputs);
+  Doubles::back(args.grad_weight_hh, a.grad_weight_hh, width * s.state);
+  Doubles::back(args.grad_bias_ih, a.grad_bias_ih, width);
+  Doubles::back(args.grad_bias_hh, a.grad_bias_hh, width);
+  Doubles::back(args.grad_weight_hr, a.grad_weight_hr, s.state * s.hidden);
+  Doubles::back(args.grad_h0, a.grad_h0, s.batch * s.state);
+  Doubles::back(args.grad_c0, a.grad_c0, s.batch * s.hidden);
+}
+
+template <class T> void dispatch(const RnnBackwardArgs<T>& args) {
+  with_mode(args.shape.mode, [&]<int mode>() { backward<T, mode>(args); });
+}
+
+}  // namespace
+
+void rnn_backward(const RnnBackwardArgs<float>& args) {
+  few_products(args.shape) ? backward_in_double(args) : dispatch(args);
+}
+void rnn_backward(const RnnBackwardArgs<double>& args) { dispatch(args); }
+void rnn_backward(const RnnBackwardArgs<bfloat16>& args) { dispatch(args); }
+
+}  // namespace dlkern::cpu::DLKERN_ISA

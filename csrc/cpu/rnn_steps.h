@@ -1,0 +1,238 @@
+// What the forward and the backward of recurrent layers share: weights packed into panels, their product with a few rows,
+// and the loop over time.
+//
+// Threads: each has rows of the batch, and never waits; or, where the batch is small or the weights do not fit the
+// second-level caches, panels, and waits for the others after each phase of a step.
+#pragma once
+#include "conv_kernel.h"
+#include "parallel.h"
+#include "rnn.h"
+#include "scratch.h"
+#include "transpose.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+constexpr int64_t kBlockRows = 8 * kTilePixels;  // rows of the batch whose sums stay in the first-level cache
+constexpr int64_t kPrivateBytes = 1 << 19;  // weights of this size are cheap for every thread to read whole
+// A layer of as many products or fewer is computed in double: among few roundings chance decides who errs more.
+constexpr double kFewProducts = 65536;
+
+inline bool few_products(const RnnShape& s) {
+  return static_cast<double>(s.rows) * static_cast<double>(s.gates() * s.hidden * (s.inputs + s.state)) <= kFewProducts;
+}
+
+// All threads, once each a phase. They spin: a step can be a few microseconds.
+struct Barrier {
+  int64_t threads, arrived = 0;
+  void wait(int64_t some, int64_t phase) {
+    __atomic_add_fetch(&arrived, some, __ATOMIC_ACQ_REL);
+    for (int64_t spins = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < threads * (phase + 1); ++spins)
+      if (spins > 4096) __builtin_ia32_pause();
+  }
+};
+
+// A weight packed for products with few rows: panels of `vectors` vectors, each in chunks of at most kTileVectors, a chunk
+// [depth][its vectors].
+template <class A> struct Packed {
+  int64_t vectors, panels, depth;
+  const A* data;
+  int64_t panel_size() const { return depth * vectors * kLanes<A>; }
+  int64_t size() const { return panels * panel_size(); }
+};
+
+// Vectors of units a panel has, so that `threads` threads have the fewest to multiply.
+template <class A> int64_t panel_vectors(int64_t units, int64_t threads) {
+  int64_t best = 1, least = 0;
+  for (int64_t v = 1; v <= kTileVectors; ++v) {
+    const int64_t cost = ceil_div(ceil_div(units, v * kLanes<A>), threads) * (2 * v + 1);  // 1: broadcasts
+    if (v == 1 || cost <= least) {
+      least = cost;
+      best = v;
+    }
+  }
+  return best;
+}
+
+// The rows of `weight` [units, depth] of each gate (gates * units rows): a panel has, for each of its vectors of units, a
+// vector a gate.
+template <class T>
+Packed<acc_t<T>> pack_rows(const T* weight, int64_t gates, int64_t units, int64_t depth, int64_t unit_vectors,
+                           acc_t<T>* to) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t vectors = unit_vectors * gates, panels = ceil_div(units, unit_vectors * lanes);
+  const Packed<A> packed{vectors, panels, depth, to};
+  parallel_for(panels, larger(1, 65536 / packed.panel_size()), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t chunk = v / kTileVectors * kTileVectors, width = smaller(kTileVectors, vectors - chunk) * lanes;
+        A* at = to + panel * packed.panel_size() + chunk * depth * lanes + (v - chunk) * lanes;
+        const int64_t unit = (panel * unit_vectors + v / gates) * lanes,
+                      count = larger(0, smaller(lanes, units - unit));
+        if (count < lanes)
+          for (int64_t k = 0; k < depth; ++k) store(at + k * width, Vec<A>{});
+        transpose(weight + (v % gates * units + unit) * depth, depth, count, depth, at, width);
+      }
+  });
+  return packed;
+}
+
+// The columns of `weight` [depth, units], whose rows are read from row `first` on, the earlier ones after the last.
+template <class T>
+Packed<acc_t<T>> pack_columns(const T* weight, int64_t depth, int64_t units, int64_t first, int64_t vectors,
+                              acc_t<T>* to) {
+  using A = acc_t<T>;
+  const int64_t width = vectors * kLanes<A>, panels = ceil_div(units, width);
+  const Packed<A> packed{vectors, panels, depth, to};
+  parallel_for(panels, larger(1, 65536 / packed.panel_size()), [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t count = smaller(width, units - panel * width);
+      for (int64_t k = 0; k < depth; ++k) {
+        A* at = to + panel * packed.panel_size() + k * width;
+        copy(weight + (k + first) % depth * units + panel * width, at, count);
+        for (int64_t j = count; j < width; ++j) at[j] = A(0);
+      }
+    }
+  });
+  return packed;
+}
+
+// sums[i][panel's columns] = rows[i] times a panel, for `count` rows.
+template <class A>
+void multiply_panel(const Packed<A>& w, int64_t panel, const A* const* rows, int64_t count, int64_t block, A* sums) {
+  constexpr int64_t lanes = kLanes<A>;
+  A* outs[kBlockRows];
+  for (int64_t i = 0; i < count; ++i) outs[i] = sums + i * w.vectors * lanes;
+  const A* chunk = w.data + panel * w.panel_size();
+  for (int64_t v = 0; v < w.vectors; v += kTileVectors) {
+    const int64_t width = smaller(kTileVectors, w.vectors - v);
+    for (int64_t k = 0; k < w.depth; k += block) {
+      const Piece piece{k, smaller(block, w.depth - k), k};
+      for (int64_t i = 0; i < count; i += kTilePixels)
+        correlate_tile_for<A>(smaller(kTilePixels, count - i), width)(&piece, 1, rows + i, chunk, outs + i, v * lanes,
+                                                                      k > 0, nullptr);
+    }
+    chunk += w.depth * width * lanes;
+  }
+}
+
+template <class A> int64_t block_of(const Packed<A>& w, int64_t batch, int64_t columns) {
+  return sum_depth(w.depth, static_cast<double>(batch * columns) * static_cast<double>(w.depth));
+}
+
+// One vector, or its first `count` elements.
+template <class T> Vec<T> load_some(const T* p, int count) {
+  return count == kLanes<T> ? load(p) : load_partial<T>(p, count);
+}
+template <class T, class V> void store_some(T* p, V v, int count) {
+  if (count == kLanes<T>)
+    store(p, v);
+  else
+    store_partial<T>(p, v, count);
+}
+
+// from, or a copy in the type sums are carried in, at `room`.
+template <class T> const acc_t<T>* widened(const T* from, int64_t count, acc_t<T>* room) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    return from;
+  } else {
+    copy(from, room, count);
+    return room;
+  }
+}
+
+// Rows of padding, set to zero.
+template <class T> void clear_padding(const RnnShape& s, T* rows, int64_t width) {
+  for (int64_t t = 0; s.order && t < s.rows / s.batch; ++t)
+    for (int64_t b = t < s.steps ? s.batch_sizes[t] : 0; b < s.batch; ++b)
+      std::memset(static_cast<void*>(rows + (t * s.batch + s.order[b]) * width), 0,
+                  sizeof(T) * static_cast<size_t>(width));
+}
+
+// Which threads do what, and when.
+template <class A> struct Layer {
+  const RnnShape& s;
+  int64_t threads = num_threads();
+  bool by_panels;  // threads have panels, not rows of the batch
+
+  explicit Layer(const RnnShape& shape) : s(shape) {
+    const int64_t bytes = s.gates() * s.hidden * s.state * static_cast<int64_t>(sizeof(A));
+    by_panels = s.batch < 4 * threads || bytes > kPrivateBytes;
+    const double step = static_cast<double>(s.gates() * s.hidden * s.state * s.batch);
+    if (by_panels ? step < 32768 : step * static_cast<double>(s.steps) < kWorthWaking) threads = 1;
+  }
+
+  // The row before (t, b) in the recurrence, -1 where that is the initial state.
+  int64_t before(int64_t t, int64_t b) const { return neighbour(s.reverse ? t + 1 : t - 1, b); }
+  // The row after it, -1 where it is the last of its sequence.
+  int64_t after(int64_t t, int64_t b) const { return neighbour(s.reverse ? t - 1 : t + 1, b); }
+  int64_t neighbour(int64_t t, int64_t b) const {
+    return t < 0 || t >= s.steps || b >= s.batch_sizes[t] ? -1 : s.row(t, b);
+  }
+  // The rows of b's sequence that the recurrence meets first and last.
+  int64_t first_row(int64_t b) const { return s.row(s.reverse ? end_of(b) : 0, b); }
+  int64_t last_row(int64_t b) const { return s.row(s.reverse ? 0 : end_of(b), b); }
+  int64_t end_of(int64_t b) const {
+    int64_t t = s.steps - 1;
+    while (b >= s.batch_sizes[t]) --t;
+    return t;
+  }
+  // The step that is the n-th in the recurrence.
+  int64_t step(int64_t n) const { return s.reverse ? s.steps - 1 - n : n; }
+
+  // Calls visit(phase, n, first row of the batch, end, first part of the panels, end) for all phases of the n-th to the
+  // last step of [n0, n1) in order (backwards: from the last), parts being threads.
+  template <class Visit> void run(int64_t n0, int64_t n1, int phases, bool backwards, const Visit& visit) const {
+    Barrier barrier{threads};
+    parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+      int64_t met = 0;
+      for (int64_t i = n0; i < n1; ++i) {
+        const int64_t n = backwards ? n1 - 1 - (i - n0) : i, size = s.batch_sizes[step(n)];
+        for (int phase = 0; phase < phases; ++phase) {
+          if (by_panels) {
+            visit(phase, n, int64_t{0}, size, begin, end);
+            if (threads > 1) barrier.wait(end - begin, met++);
+          } else {
+            visit(phase, n, smaller(begin * s.batch / threads, size), smaller(end * s.batch / threads, size),
+                  int64_t{0}, threads);
+          }
+        }
+      }
+    });
+  }
+};
+
+// A layer of floats with few products, computed in double.
+struct Doubles {
+  double* next;
+  explicit Doubles(const RnnShape& s) {
+    const int64_t width = s.gates() * s.hidden;
+    next = scratch<double>(Slot::family_4, s.rows * (2 * s.inputs + 4 * s.state + (2 * s.slots() + 3) * s.hidden) +
+                                               2 * (width * (s.inputs + s.state + 2) + s.state * s.hidden) +
+                                               4 * s.batch * (s.state + s.hidden));
+  }
+  double* room(const void* wanted, int64_t count) {
+    double* at = next;
+    next += wanted ? count : 0;
+    return wanted ? at : nullptr;
+  }
+  const double* of(const float* from, int64_t count) {
+    double* to = room(from, count);
+    for (int64_t i = 0; to && i < count; ++i) to[i] = static_cast<double>(from[i]);
+    return to;
+  }
+  static void back(const double* from, float* to, int64_t count) {
+    for (int64_t i = 0; to && i < count; ++i) to[i] = static_cast<float>(from[i]);
+  }
+};
+
+template <class F> void with_mode(int mode, F&& f) {
+  switch (mode) {
+    case kRnnTanh: return f.template operator()<kRnnTanh>();
+    case kRnnRelu: return f.template operator()<kRnnRelu>();
+    case kRnnLstm: return f.template operator()<kRnnLstm>();
+    default: return f.template operator()<kRnnGru>();
+  }
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA
