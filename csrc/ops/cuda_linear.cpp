@@ -93,15 +93,18 @@ std::tuple<Tensor, Tensor> linear_backward_weight_cuda(const Tensor& grad_output
 
 Tensor activation_backward_cuda(const Tensor& grad_output, const Tensor& output, int64_t activation) {
   const char* op = "activation_backward";
-  check_operand(op, "grad_output", grad_output, grad_output, 0);
-  check_operand(op, "output", output, grad_output, 0);
+  const bool is_float = grad_output.scalar_type() == ScalarType::Float;
+  check(is_float || grad_output.scalar_type() == ScalarType::BFloat16, op, ": expected float32 or bfloat16 (cuda column)");
+  check(output.scalar_type() == grad_output.scalar_type(), op, ": grad_output and output differ in dtype");
+  check_device(op, "grad_output", grad_output, grad_output);
+  check_device(op, "output", output, grad_output);
   check(activation >= 0 && activation <= 3, op, ": no activation ", activation);
   check(to_vector(grad_output.sizes()) == to_vector(output.sizes()), op, ": grad_output and output differ in size");
   const Tensor g = aligned(torch::stable::contiguous(grad_output)), y = aligned(torch::stable::contiguous(output));
-  Tensor grad_input = allocate(to_vector(g.sizes()), ScalarType::BFloat16, g);
+  Tensor grad_input = allocate(to_vector(g.sizes()), g.scalar_type(), g);
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
-  cuda::activation_backward(call.reads(g), call.reads(y), call.writes(grad_input), g.numel(),
+  cuda::activation_backward(is_float, call.reads(g), call.reads(y), call.writes(grad_input), g.numel(),
                             static_cast<int>(activation), call.stream());
   return grad_input;
 }
