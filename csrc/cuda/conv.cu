@@ -248,7 +248,7 @@ void conv2d_forward(ConvElement element, const ConvGeometry& g, const ConvTensor
   Product product{};
   product.a = {x.data, pixel_steps(g, x), tap_steps(g, x), channels * x.c, g.h, g.w, x.c != 1};
   product.b = {w.data, last_step(w.n), {w.h, w.w, w.c}, filters * w.n, 1, 1, false};
-  product.k_last = FastDivide(channels);
+  product.k_last = FastDivide(channels ? channels : 1);  // none in a matrix product over nothing
   product.n = filters;
   product.column_middle = 1, product.column_last = static_cast<uint32_t>(filters);
   product.groups = static_cast<uint32_t>(g.groups);
@@ -297,7 +297,7 @@ void conv2d_backward_input(ConvElement element, const ConvGeometry& g, const Con
   product.a = {dy.data, image_steps(dy), {}, filters * dy.c, g.p, g.q, dy.c != 1};
   product.a.outer.h_middle = product.a.outer.w_last = 1;
   product.b = {w.data, last_step(w.c), {}, filters * w.n, 1, 1, true};
-  product.k_last = FastDivide(filters);
+  product.k_last = FastDivide(filters ? filters : 1);
   product.n = channels;
   product.column_middle = 1, product.column_last = static_cast<uint32_t>(channels);
   product.groups = static_cast<uint32_t>(g.groups);

@@ -75,11 +75,6 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
   return dense_bias(op, bias, size);
 }
 
-// Floats for `count` parts of a sum, where it is cut at all.
-std::optional<Tensor> room_for_parts(int count, int64_t size, const Tensor& like) {
-  return count > 1 ? std::optional<Tensor>(allocate({count, size}, ScalarType::Float, like)) : std::nullopt;
-}
-
 // ---- Forward ----
 
 // activation(conv(input) + residual), all of it but the convolution optional.
