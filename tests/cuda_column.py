@@ -28,6 +28,10 @@ def library():
             stdout=subprocess.DEVNULL,
         )
     cuda_on_host.load()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's side of these tiny tensors: two threads would mostly wait for each other
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
