@@ -11,6 +11,7 @@ import dlkern.nn.functional as F
 from dlkern import models
 from dlkern.ops._registry import raw
 from dlkern.testing import CASES, compare, cuda_on_host
+from dlkern.testing._training import check_training
 
 CONV = [case for case in CASES if case.family == "conv"]
 
@@ -219,3 +220,35 @@ def test_same_bits_in_every_thread_order(order, seed):
     with cuda_on_host.thread_order(order, seed):
         other = sample()
     assert all(torch.equal(a, b) for a, b in zip(forward, other))
+
+
+# ---- Networks ----
+
+
+class TinyResNet(torch.nn.Module):
+    """A first layer, an identity block, a strided block with a projection, and a classifier."""
+
+    def __init__(self, nn):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), torch.nn.ReLU())
+        self.blocks = torch.nn.Sequential(
+            models.resnet.BasicBlock(8, 8, 1, False, nn=nn), models.resnet.BasicBlock(8, 16, 2, False, nn=nn))
+        self.last = torch.nn.Sequential(nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), nn.Linear(16, 10))
+
+    def forward(self, x):
+        return self.last(self.blocks(self.first(x)))
+
+
+def lenet(nn):
+    torch.manual_seed(0)
+    return models.lenet(nn=nn)
+
+
+@pytest.mark.parametrize("make,channels,size", [(lenet, 1, 32), (TinyResNet, 3, 11)], ids=["lenet", "resnet"])
+def test_training(make, channels, size):
+    """Output, every gradient, the loss curve and the parameters after three steps."""
+    batches = [(torch.randn(8, channels, size, size), torch.randint(0, 10, (8,))) for _ in range(3)]
+    loss = lambda nn, output, target: tF.cross_entropy(output, target)  # noqa: E731
+    with on_cuda():
+        check_training(make, batches, loss=loss, draws=3).raise_if_failed()
