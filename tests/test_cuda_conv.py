@@ -88,47 +88,51 @@ def test_transposed(layout, dtype):
 @layouts
 @dtypes
 @pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
-def test_activation_and_residual(layout, dtype, groups):
-    options = dict(padding=1, groups=groups)
-    for activation in ("tanh", "sigmoid"):
-        certify(
-            lambda x, w, b, r: F.conv2d_act(x, w, b, **options, activation=dlkern.Activation[activation.upper()], residual=r),
-            lambda x, w, b, r: getattr(torch, activation)(tF.conv2d(x, w, b, **options) + r),
-            lambda: [leaf(2, 8, 5, 6, memory_format=layout), leaf(8, 8 // groups, 3, 3), leaf(8),
-                     leaf(2, 8, 5, 6, memory_format=layout)],
-            dtype, draws=8)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_activation_and_residual(layout, dtype, groups, activation):
+    options, kind = dict(padding=1, groups=groups), dlkern.Activation[activation.upper()]
+    certify(
+        lambda x, w, b, r: F.conv2d_act(x, w, b, **options, activation=kind, residual=r),
+        lambda x, w, b, r: getattr(torch, activation)(tF.conv2d(x, w, b, **options) + r),
+        lambda: [leaf(2, 8, 5, 6, memory_format=layout), leaf(8, 8 // groups, 3, 3), leaf(8),
+                 leaf(2, 8, 5, 6, memory_format=layout)],
+        dtype, draws=8)
 
 
 SETTINGS = [1, 1], [0, 0], [1, 1], 1
 
 
-def test_large_tiles():
+LARGE = {  # channels, filters, images, height, width
+    "conv2d_forward": (8, 904, 8, 8, 15), "conv2d_backward_input": (904, 8, 8, 8, 15),
+    "conv2d_backward_weight": (904, 904, 1, 5, 7),
+}
+
+
+@pytest.mark.parametrize("op", LARGE)
+@dtypes
+def test_large_tiles(op, dtype):
     """Sizes from which the large tiles serve, with tails on every side: 8 x 8 of them in each pass."""
-    sizes = {"conv2d_forward": (8, 904, 8, 8, 16), "conv2d_backward_input": (904, 8, 8, 8, 16),
-             "conv2d_backward_weight": (904, 904, 1, 5, 8)}
-    for dtype in (torch.float32, torch.bfloat16):
-        for op, (channels, filters, n, h, w) in sizes.items():
-            def draw(*shape):
-                return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    channels, filters, n, h, w = LARGE[op]
+    x, weight, dy = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((n, channels, h, w), (filters, channels, 1, 1), (n, filters, h, w))
+    )
 
-            x, weight, dy = draw(n, channels, h, w - 1), draw(filters, channels, 1, 1), draw(n, filters, h, w - 1)
-            arguments = {
-                "conv2d_forward": (x, weight, None, *SETTINGS),
-                "conv2d_backward_input": (dy, weight, x.shape, *SETTINGS, True),
-                "conv2d_backward_weight": (dy, x, weight.shape, *SETTINGS, False, True),
-            }[op]
+    def expression(x, weight, dy):
+        return {
+            "conv2d_forward": lambda: tF.conv2d(x, weight),
+            "conv2d_backward_input": lambda: torch.nn.grad.conv2d_input(x.shape, weight, dy),
+            "conv2d_backward_weight": lambda: torch.nn.grad.conv2d_weight(x, weight.shape, dy),
+        }[op]()
 
-            def expression(x, weight, dy):
-                if op == "conv2d_forward":
-                    return tF.conv2d(x, weight)
-                if op == "conv2d_backward_input":
-                    return torch.nn.grad.conv2d_input(x.shape, weight, dy)
-                return torch.nn.grad.conv2d_weight(x, weight.shape, dy)
-
-            found = raw[op]["cuda"](*arguments)
-            found = found[0] if isinstance(found, tuple) else found
-            rows = compare(op, [found], [expression(x, weight, dy)], [expression(x.double(), weight.double(), dy.double())], dtype)
-            assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+    found = {
+        "conv2d_forward": lambda: raw[op]["cuda"](x, weight, None, *SETTINGS),
+        "conv2d_backward_input": lambda: raw[op]["cuda"](dy, weight, x.shape, *SETTINGS, True),
+        "conv2d_backward_weight": lambda: raw[op]["cuda"](dy, x, weight.shape, *SETTINGS, False, True)[0],
+    }[op]()
+    exact = expression(x.double(), weight.double(), dy.double())
+    rows = compare(op, [found], [expression(x, weight, dy)], [exact], dtype)
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
 
 @dtypes
@@ -179,19 +183,32 @@ def test_wrong_arguments():
         raw[op]["cuda"] for op in ("conv2d_forward", "conv2d_act_forward", "conv_transpose2d_forward",
                                    "conv2d_backward_input", "conv2d_backward_weight", "conv2d_backward_bias"))
     for call in (
-        lambda: forward(x.double(), w.double(), None, *SETTINGS), lambda: forward(x, w.bfloat16(), None, *SETTINGS),
-        lambda: forward(x[0], w, None, *SETTINGS), lambda: forward(x, w[:, :3], None, *SETTINGS),
-        lambda: forward(x, w, b[:5], *SETTINGS), lambda: forward(x, w, b.bfloat16(), *SETTINGS),
-        lambda: forward(x, w, None, [0, 1], [0, 0], [1, 1], 1), lambda: forward(x, w, None, [1, 1], [-1, 0], [1, 1], 1),
-        lambda: forward(x, w, None, [1, 1], [0, 0], [3, 1], 1), lambda: forward(x, w, None, [1, 1], [0, 0], [1, 1], 0),
-        lambda: forward(x, w, None, [1], [0, 0], [1, 1], 1), lambda: forward(x, w, None, [1, 1], [0, 0], [1, 1], 2),
-        lambda: forward(x, w, None, [1, 1], [2**29, 0], [1, 1], 1), lambda: forward(x[:, :, :0], w, None, *SETTINGS),
-        lambda: act(x, w, b, dy[:, :5], *SETTINGS, 1), lambda: act(x, w, b, dy.bfloat16(), *SETTINGS, 1),
-        lambda: act(x, w, b, dy.transpose(2, 3), *SETTINGS, 1), lambda: act(x, w, b, None, *SETTINGS, 4),
-        lambda: transposed(dy, w, b, [1, 1], [0, 0], [1, 0], 1, [1, 1]), lambda: transposed(dy, w, b, [1, 1], [0, 0], [0, 0], 1, [1, 1]),
-        lambda: by_input(dy, w, [1, 4, 6, 5], *SETTINGS, False), lambda: by_input(dy, w, [4, 5, 5], *SETTINGS, False),
-        lambda: by_weight(dy, x, [6, 4, 2, 3], *SETTINGS, True, False), lambda: by_weight(dy.double(), x, w.shape, *SETTINGS, True, False),
-        lambda: by_bias(dy[0]), lambda: by_bias(dy.double()),
+        lambda: forward(x.double(), w.double(), None, *SETTINGS),
+        lambda: forward(x, w.bfloat16(), None, *SETTINGS),
+        lambda: forward(x[0], w, None, *SETTINGS),
+        lambda: forward(x, w[:, :3], None, *SETTINGS),
+        lambda: forward(x, w, b[:5], *SETTINGS),
+        lambda: forward(x, w, b.bfloat16(), *SETTINGS),
+        lambda: forward(x, w, None, [0, 1], [0, 0], [1, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [-1, 0], [1, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [0, 0], [3, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [0, 0], [1, 1], 0),
+        lambda: forward(x, w, None, [1], [0, 0], [1, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [0, 0], [1, 1], 2),
+        lambda: forward(x, w, None, [1, 1], [2**29, 0], [1, 1], 1),
+        lambda: forward(x[:, :, :0], w, None, *SETTINGS),
+        lambda: act(x, w, b, dy[:, :5], *SETTINGS, 1),
+        lambda: act(x, w, b, dy.bfloat16(), *SETTINGS, 1),
+        lambda: act(x, w, b, dy.transpose(2, 3), *SETTINGS, 1),
+        lambda: act(x, w, b, None, *SETTINGS, 4),
+        lambda: transposed(dy, w, b, [1, 1], [0, 0], [1, 0], 1, [1, 1]),
+        lambda: transposed(dy, w, b, [1, 1], [0, 0], [0, 0], 1, [1, 1]),
+        lambda: by_input(dy, w, [1, 4, 6, 5], *SETTINGS, False),
+        lambda: by_input(dy, w, [4, 5, 5], *SETTINGS, False),
+        lambda: by_weight(dy, x, [6, 4, 2, 3], *SETTINGS, True, False),
+        lambda: by_weight(dy.double(), x, w.shape, *SETTINGS, True, False),
+        lambda: by_bias(dy[0]),
+        lambda: by_bias(dy.double()),
     ):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             call()

@@ -32,8 +32,8 @@ struct Side {
 
 // What differs between the classes of an input gradient. Other passes have one.
 struct Class {
-  int64_t m, k;                     // sizes
-  uint32_t row_middle, row_last;    // digits of a row
+  int64_t m, k;  // sizes
+  uint32_t row_middle, row_last;  // digits of a row
   FastDivide k_middle;
   Spot a_origin, b_origin;
   int64_t result_origin;
@@ -60,7 +60,8 @@ struct TensorCores {
   using Element = bf16;
   using Shape = SHAPE;
   template <int OUTER, Stored STORED>
-  using Operand = Gathered<Staged<OUTER, STORED>, bf16, OUTER, kBlockK, STORED == Stored::k_last, WIDTH, SHAPE::kThreads>;
+  using Operand =
+      Gathered<Staged<OUTER, STORED>, bf16, OUTER, kBlockK, STORED == Stored::k_last, WIDTH, SHAPE::kThreads>;
   using A = Operand<SHAPE::kBlockM, A_STORED>;
   using B = Operand<SHAPE::kBlockN, B_STORED>;
   using Sum = Accumulator<SHAPE>;

@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(kThreads) pixel_sums_kernel(const __grid_const
     Pack<T, VEC> value;
     if (WITH_INPUT) value = load_pack<T, VEC>(x + n * args.x.n + h * args.x.h + w * args.x.w);
 #pragma unroll
-    for (int v = 0; v < VEC; v++) sum[v] = fmaf(to_float(grad.at[v]), WITH_INPUT ? to_float(value.at[v]) : 1.0f, sum[v]);
+    for (int v = 0; v < VEC; v++)
+      sum[v] = fmaf(to_float(grad.at[v]), WITH_INPUT ? to_float(value.at[v]) : 1.0f, sum[v]);
   }
 
   DLKERN_SHARED(float, sums, [VEC][kThreads]);
@@ -220,8 +221,8 @@ __global__ void __launch_bounds__(kThreads) pixel_sums_kernel(const __grid_const
 
 // A thread adds one element's parts.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(const float* parts, int count_of_parts, int64_t count,
-                                                             T* result) {
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const float* parts, int count_of_parts, int64_t count, T* result) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   float sum = 0.0f;
@@ -266,8 +267,7 @@ Items items_of(int64_t packs, int64_t rows, int64_t runs, bool packs_first) {
 
 void launch_images(const char* name, void (*kernel)(Depthwise), const Depthwise& args, void* stream) {
   const int64_t images = args.g.n < 65535 ? args.g.n : 65535;
-  launch(name, kernel,
-         dim3(static_cast<unsigned>(ceil_div(args.items.count, kThreads)), static_cast<unsigned>(images)),
+  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div(args.items.count, kThreads)), static_cast<unsigned>(images)),
          dim3(kThreads), 0, stream, false, args);
 }
 
@@ -284,8 +284,9 @@ int parts_of(const ConvGeometry& g, int64_t taps) {
 template <bool WITH_INPUT>
 void launch_sums(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x, int count,
                  float* parts, const ConvResult& result, int64_t part_stride, void* stream) {
-  PixelSums args{g, dy, x, result, ceil_div(g.n * g.p * g.q, count), part_stride, FastDivide(g.p), FastDivide(g.q), {}, 1,
-                 count > 1};
+  PixelSums args{
+      g,  dy, x,        result, ceil_div(g.n * g.p * g.q, count), part_stride, FastDivide(g.p), FastDivide(g.q),
+      {}, 1,  count > 1};
   if (WITH_INPUT) args.by_multiplier = FastDivide(g.k / g.c);
   if (count > 1) args.result.data = parts;
   const bool one = !WITH_INPUT || g.k == g.c;

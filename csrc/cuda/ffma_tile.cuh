@@ -15,7 +15,7 @@ struct FfmaShape {
   static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kBlockK = 16, kStages = STAGES, kBlocks = BLOCKS;
   static constexpr int kChain = 8;  // products summed for themselves
   static constexpr int kThreads = BLOCK_M * BLOCK_N / 64;
-  static constexpr int kAcross = BLOCK_N / 8;     // threads in a row of C
+  static constexpr int kAcross = BLOCK_N / 8;  // threads in a row of C
 };
 
 // An operand's tile in shared memory: a row is one k, four floats longer so that a column's elements spread over banks.

@@ -32,9 +32,9 @@ DLKERN_DEVICE void fill_spots(Spot* spots, const Steps& steps, const Spot& origi
                               uint32_t middle, uint32_t last) {
   for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += THREADS) {
     const int64_t index = start + i, above = index / last;
-    spots[i] = index >= end ? Spot{0, kNowhere, 0}
-                            : steps.at(origin, above / middle, static_cast<int>(above % middle),
-                                       static_cast<int>(index % last));
+    spots[i] = index >= end
+                   ? Spot{0, kNowhere, 0}
+                   : steps.at(origin, above / middle, static_cast<int>(above % middle), static_cast<int>(index % last));
   }
 }
 
@@ -77,11 +77,11 @@ struct Gathered : STAGED {
 
   DLKERN_DEVICE void load_piece(T* tile, int outer, int k_at, const Spot& of_k) const {
     const Spot of_outer = spots[outer];
-    const bool inside = static_cast<uint32_t>(of_outer.h + of_k.h) < height &&
-                        static_cast<uint32_t>(of_outer.w + of_k.w) < width;
+    const bool inside =
+        static_cast<uint32_t>(of_outer.h + of_k.h) < height && static_cast<uint32_t>(of_outer.w + of_k.w) < width;
     const T* source = inside ? image + (of_outer.offset + of_k.offset) : image;
-    T* destination = tile + (K_LAST ? outer * STAGED::TileType::kStride + k_at
-                                    : k_at * STAGED::TileType::kStride + outer);
+    T* destination =
+        tile + (K_LAST ? outer * STAGED::TileType::kStride + k_at : k_at * STAGED::TileType::kStride + outer);
     if constexpr (WIDTH * sizeof(T) == 16)
       cp_async16(destination, source, inside ? 16 : 0);
     else if constexpr (sizeof(T) == 4)

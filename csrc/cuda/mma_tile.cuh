@@ -59,8 +59,7 @@ struct Operand : Staged<OUTER, STORED> {
   const bf16* matrix;
   int64_t outer, k;  // sizes
 
-  DLKERN_DEVICE Operand(const bf16* m, int64_t outer_size, int64_t k_size)
-      : matrix(m), outer(outer_size), k(k_size) {}
+  DLKERN_DEVICE Operand(const bf16* m, int64_t outer_size, int64_t k_size) : matrix(m), outer(outer_size), k(k_size) {}
 
   DLKERN_DEVICE void load(bf16* tile, int64_t outer_start, int64_t k_start) const {
     if (STORED == Stored::k_last)

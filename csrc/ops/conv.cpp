@@ -145,7 +145,8 @@ Tensor conv_transpose2d_forward_cpu(const Tensor& input, const Tensor& weight, c
   const char* op = "conv_transpose2d_forward";
   check_tensor(op, "input", input, input, 4);
   check_tensor(op, "weight", weight, input, 4);
-  const auto size = transposed_size(op, input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
+  const auto size =
+      transposed_size(op, input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
   const cpu::ConvShape z = shape_of(op, size, weight.sizes(), stride, padding, dilation, groups);
   const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
   return backward_input(op, z, input, weight, checked_bias(op, bias, input, z.c), channels_last);

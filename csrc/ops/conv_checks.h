@@ -24,7 +24,7 @@ inline void check_dim_and_dtype(const char* op, const char* name, const Tensor& 
 inline constexpr int64_t kLargest = int64_t{1} << 31;
 
 inline cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints stride, Ints padding, Ints dilation,
-                        int64_t groups) {
+                               int64_t groups) {
   check<std::invalid_argument>(input.size() == 4 && weight.size() == 4, op, ": expected sizes of 4 dimensions");
   check<std::invalid_argument>(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                                ": stride, padding and dilation must have two elements each");
@@ -109,10 +109,10 @@ inline std::array<int64_t, 4> transposed_size(const char* op, Ints input, Ints w
     for (int64_t setting : {stride[i], padding[i], output_padding[i], dilation[i]})
       check<std::invalid_argument>(setting >= 0 && setting < kLargest, op, ": a setting is out of range");
     check<std::invalid_argument>(output_padding[i] < stride[i], op, ": output padding must be smaller than stride");
-    check<std::invalid_argument>(input[2 + i] > 0 && input[2 + i] < kLargest && weight[2 + i] < kLargest,
-                                 op, ": size out of range");
-    size[2 + i] = (input[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight[2 + i] - 1) +
-                  output_padding[i] + 1;
+    check<std::invalid_argument>(input[2 + i] > 0 && input[2 + i] < kLargest && weight[2 + i] < kLargest, op,
+                                 ": size out of range");
+    size[2 + i] =
+        (input[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight[2 + i] - 1) + output_padding[i] + 1;
     check<std::invalid_argument>(size[2 + i] > 0, op, ": the output would have no pixels");
   }
   return size;
