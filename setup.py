@@ -224,7 +224,7 @@ def demangled(symbol):
     """Kernel name with its template arguments, as the source has them; the symbol where c++filt is missing."""
     text = run_text(["c++filt", symbol]).strip() or symbol
     text = text.replace("(anonymous namespace)::", "").replace("dlkern::cuda::", "").removeprefix("void ")
-    text = re.sub(r"_GLOBAL__N__\w+::|\((?:int|bool|dlkern::cuda::PoolIndices|PoolIndices)\)", "", text)
+    text = re.sub(r"_GLOBAL__N__\w+::|\((?:int|bool|PoolIndices|Stored)\)", "", text)
     depth = 0
     for i, character in enumerate(text):  # cut the parameter list
         depth += {"<": 1, ">": -1}.get(character, 0)

@@ -2,61 +2,17 @@
 arguments. tests/test_cuda_builds.py runs this file again on the checked build, and part of it under sanitizers."""
 
 import contextlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as tF
+from cuda_column import LAYOUTS, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
 from dlkern.reference import dropout as reference
-from dlkern.testing import check, compare, cuda_on_host
-
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = [torch.float32, torch.bfloat16]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-dtype_name = lambda value: str(value).removeprefix("torch.")  # noqa: E731
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    if "DLKERN_BUILT" not in os.environ:  # test_cuda_builds.py has built what it wants
-        variant = cuda_on_host.library_path().parent.name
-        subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_native", "--variant", variant], cwd=ROOT, check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    cuda_on_host.load()
-
-
-@pytest.fixture(autouse=True)
-def no_findings():
-    yield
-    cuda_on_host.raise_if_errors()
-
-
-@contextlib.contextmanager
-def on_cuda():
-    """Calls inside run on the cuda column, and all of them do."""
-    with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
-        yield
-    assert {call.backend for call in calls} <= {"cuda"}, calls
-
-
-def certify(ours, theirs, inputs, dtype, draws=1):
-    with on_cuda():
-        check(ours, theirs, inputs, dtype=dtype, draws=draws).raise_if_failed()
-
-
-def leaf(*shape, memory_format=torch.contiguous_format):
-    x = torch.randn(shape, dtype=torch.float64)
-    return (x.contiguous(memory_format=memory_format) if x.dim() == 4 else x).requires_grad_()
-
+from dlkern.testing import compare, cuda_on_host
 
 # ---- linear ----
 
@@ -66,11 +22,12 @@ LINEAR = [  # rows..., in_features, out_features
 ]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype,bias", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)],
+                         ids=["bfloat16", "no_bias", "float32"])
 @pytest.mark.parametrize("rows,inputs,outputs", LINEAR)
-def test_linear(rows, inputs, outputs, bias):
+def test_linear(rows, inputs, outputs, dtype, bias):
     draw = lambda: [leaf(*rows, inputs), leaf(outputs, inputs), *([leaf(outputs)] if bias else [])]  # noqa: E731
-    certify(F.linear, tF.linear, draw, torch.bfloat16, draws=4)
+    certify(F.linear, tF.linear, draw, dtype, draws=4 if dtype == torch.bfloat16 else 16)
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
@@ -122,9 +79,10 @@ def test_linear_views(offset):
     assert torch.equal(gradient, raw["activation_backward"]["cuda"](g.clone(), ours, 2))
 
 
-def test_linear_nothing_to_do():
+@dtypes
+def test_linear_nothing_to_do(dtype):
     for rows, inputs, outputs in [(0, 8, 8), (4, 0, 8), (4, 8, 0)]:
-        x, weight, bias, grad = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs), bf16(rows, outputs)
+        x, weight, bias, grad = (bf16(*n).to(dtype) for n in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)))
         assert torch.equal(raw["linear_forward"]["cuda"](x, weight, bias, 0), tF.linear(x, weight, bias))
         assert torch.equal(raw["linear_backward_input"]["cuda"](grad, weight), grad @ weight)
         weight_grad, bias_grad = raw["linear_backward_weight"]["cuda"](grad, x, True)
@@ -144,7 +102,8 @@ def test_linear_nan_and_infinity():
 
 
 @pytest.mark.parametrize("arguments", [
-    (torch.ones(3, 4), torch.ones(5, 4), None, 0),
+    (torch.ones(3, 4).double(), torch.ones(5, 4).double(), None, 0),
+    (torch.ones(3, 4), torch.ones(5, 4, dtype=torch.bfloat16), None, 0),
     (torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 3, dtype=torch.bfloat16), None, 0),
     (torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16), None, 0),
     (torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16), torch.ones(5), 0),
@@ -176,8 +135,6 @@ AVERAGE_POOLS = {
 # One channel count that fills 16-byte packs in both dtypes, and one that does not.
 IMAGES = [(2, 8, 9, 11), (1, 5, 7, 8)]
 images = pytest.mark.parametrize("shape", IMAGES, ids=lambda s: "x".join(map(str, s)))
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_name)
 
 
 @pytest.mark.parametrize("pool", MAX_POOLS)
@@ -519,7 +476,7 @@ def test_emulated_raises_what_was_found(monkeypatch):
     monkeypatch.undo()
 
 
-def test_float32_linear_is_recorded_as_a_gap():
+def test_float64_linear_is_recorded_as_a_gap():
     with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
-        F.linear(torch.randn(3, 4), torch.randn(5, 4))
-    assert [(call.backend, call.reason) for call in calls] == [("reference", "cuda column has no float32 linear")]
+        F.linear(torch.randn(3, 4).double(), torch.randn(5, 4).double())
+    assert [(call.backend, call.reason) for call in calls] == [("reference", "cuda column has no float64 linear")]

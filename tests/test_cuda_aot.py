@@ -28,12 +28,22 @@ REQUIRED = {
         r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128", "STG.E.128"],
         r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128"],
     },
+    "conv": {
+        r"conv2d_product_kernel<TensorCores<.*, 8> >": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
+        r"conv2d_product_kernel<TensorCores<.*, 1> >": ["HMMA.16816.F32.BF16", "LDSM.16", "LDG.E.U16"],
+        r"conv2d_product_kernel<TensorCores<.*, [01], 1, 8> >": ["LDSM.16.MT88.4"],
+        r"conv2d_product_kernel<Exact<.* >": ["FFMA", "LDS.128", "LDGSTS.E", "LDGDEPBAR"],
+    },
+    "conv_depthwise": {
+        r"depthwise_(forward|backward_input)_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E"],
+        r"pixel_sums_kernel<(float, 4|__nv_bfloat16, 8), (false|true)>": ["LDG.E.128"],
+    },
     "dropout": {r"dropout_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
     "linear": {
         r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
         r"linear_\w+_kernel<.*false>": ["HMMA.16816.F32.BF16", "LDSM.16"],
         r"linear_backward_weight_kernel<.*": ["LDSM.16.MT88.4"],
-        r"activation_backward_kernel": ["LDG.E.128", "STG.E.128"],
+        r"activation_backward_kernel<.*": ["LDG.E.128", "STG.E.128"],
     },
     "pooling": {
         r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|__nv_bfloat16, 8).*": ["LDG.E.128", "STG.E.128"],

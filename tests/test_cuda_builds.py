@@ -1,5 +1,5 @@
-"""tests/test_cuda.py again, each in a process of its own: on the checked build, which reports races, uninitialised reads
-and accesses out of bounds, and under AddressSanitizer and UBSan."""
+"""tests/test_cuda.py and test_cuda_conv.py again, in a process of their own: on the checked build, which reports races,
+uninitialised reads and accesses out of bounds, and under AddressSanitizer and UBSan."""
 
 import os
 import subprocess
@@ -17,7 +17,8 @@ def cuda_tests(variant: str, selection: str, **environment: str) -> None:
         [sys.executable, "setup.py", "-q", "build_native", "--variant", f"cuda_on_host_{variant}"], cwd=ROOT, check=True,
         stdout=subprocess.DEVNULL,
     )
-    command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-x", "-s", "-k", selection]
+    files = ["tests/test_cuda.py", "tests/test_cuda_conv.py"]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-s", "-k", selection]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "DLKERN_CUDA_ON_HOST": variant, "DLKERN_BUILT": "1", **environment},
@@ -27,7 +28,7 @@ def cuda_tests(variant: str, selection: str, **environment: str) -> None:
 
 @pytest.mark.slow
 def test_on_the_checked_build():
-    cuda_tests("checked", "not large_tiles and not no_bias and not reverse")
+    cuda_tests("checked", "not large_tiles and not no_bias and not reverse and not training")
 
 
 def runtime_library(name: str) -> str:

@@ -64,6 +64,16 @@ __global__ void cp_async_case(const uint32_t* in, uint32_t* out) {
     memcpy(out + 128 * stage + 4 * threadIdx.x, &staged[stage][31 - threadIdx.x], 16);
 }
 
+// Copies of 4 bytes, every third of none.
+__global__ void cp_async4_case(const uint32_t* in, uint32_t* out) {
+  DLKERN_SHARED(uint32_t, staged, [32]);
+  cp_async4(&staged[threadIdx.x], in + 3 * threadIdx.x, threadIdx.x % 3 == 0 ? 0 : 4);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = staged[31 - threadIdx.x];
+}
+
 __global__ void warp_case(const uint32_t* in, uint32_t* out) {
   const uint32_t value = in[threadIdx.x];
   uint32_t* mine = out + 8 * threadIdx.x;
@@ -143,6 +153,7 @@ int main() {
   run("ldmatrix", ldmatrix_case, 256, 1, false);
   run("mma", mma_case, 128, 1, false);
   run("cp_async", cp_async_case, 384, 1, false);
+  run("cp_async4", cp_async4_case, 32, 1, false);
   run("warp", warp_case, 256, 1, false);
   for (int divisor : {1, 2, 3, 7, 224, 65537, 0x7fffffff})
     run("divide", division_case, 2048, 1, false, FastDivide(divisor));

@@ -8,7 +8,7 @@ namespace dlkern::cuda {
 struct FastDivide {
   uint32_t divisor = 1, multiplier = 0, shift = 0;
 
-  FastDivide() = default;
+  FastDivide() = default;  // by 1
   // For 1 <= divisor < 2**31.
   explicit FastDivide(int64_t d) : divisor(static_cast<uint32_t>(d)) {
     while ((uint64_t{1} << shift) < divisor) shift++;

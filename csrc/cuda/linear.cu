@@ -4,6 +4,8 @@
 // Floor: 2 * rows * in_features * out_features operations at the tensor cores' bf16 rate.
 #include "linear.h"
 
+#include <type_traits>
+
 #include "activation.cuh"
 #include "mma_tile.cuh"
 #include "pack.cuh"
@@ -125,19 +127,20 @@ __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backwa
 
 constexpr int kElementwiseThreads = 256;
 
-// A thread makes 8 elements (16 bytes), the last one what is left.
+// A thread makes 16 bytes, the last one what is left.
+template <class T>
 __global__ void __launch_bounds__(kElementwiseThreads)
-    activation_backward_kernel(const bf16* grad_output, const bf16* output, bf16* grad_input, int64_t count,
-                               int activation) {
-  const auto gradient = [activation](bf16 grad, bf16 out) {
-    return from_float<bf16>(activation_gradient(to_float(grad), to_float(out), activation));
+    activation_backward_kernel(const T* grad_output, const T* output, T* grad_input, int64_t count, int activation) {
+  constexpr int kVec = 16 / sizeof(T);
+  const auto gradient = [activation](T grad, T out) {
+    return from_float<T>(activation_gradient(to_float(grad), to_float(out), activation));
   };
-  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * 8;
-  if (start + 8 <= count) {
-    const auto grad = load_pack<bf16, 8>(grad_output + start), out = load_pack<bf16, 8>(output + start);
-    Pack<bf16, 8> result;
+  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kElementwiseThreads + threadIdx.x) * kVec;
+  if (start + kVec <= count) {
+    const auto grad = load_pack<T, kVec>(grad_output + start), out = load_pack<T, kVec>(output + start);
+    Pack<T, kVec> result;
 #pragma unroll
-    for (int v = 0; v < 8; v++) result.at[v] = gradient(grad.at[v], out.at[v]);
+    for (int v = 0; v < kVec; v++) result.at[v] = gradient(grad.at[v], out.at[v]);
     store_pack(grad_input + start, result);
   } else {
     for (int64_t i = start; i < count; i++) grad_input[i] = gradient(grad_output[i], output[i]);
@@ -223,12 +226,19 @@ void linear_backward_weight(const void* grad_output, const void* input, void* gr
   DLKERN_LAUNCH_LINEAR(linear_backward_weight_kernel, BackwardWeight, out_features, in_features, aligned);
 }
 
-void activation_backward(const void* grad_output, const void* output, void* grad_input, int64_t count, int activation,
-                         void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(count, kElementwiseThreads * 8)));
-  DLKERN_LAUNCH(activation_backward_kernel, grid, dim3(kElementwiseThreads), 0, stream,
-                static_cast<const bf16*>(grad_output), static_cast<const bf16*>(output), static_cast<bf16*>(grad_input),
-                count, activation);
+void activation_backward(bool is_float, const void* grad_output, const void* output, void* grad_input, int64_t count,
+                         int activation, void* stream) {
+  const auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const dim3 grid(static_cast<unsigned>(ceil_div(count, kElementwiseThreads * 16 / static_cast<int>(sizeof(T)))));
+    DLKERN_LAUNCH(activation_backward_kernel<T>, grid, dim3(kElementwiseThreads), 0, stream,
+                  static_cast<const T*>(grad_output), static_cast<const T*>(output), static_cast<T*>(grad_input), count,
+                  activation);
+  };
+  if (is_float)
+    run(static_cast<float*>(nullptr));
+  else
+    run(static_cast<bf16*>(nullptr));
 }
 
 }  // namespace dlkern::cuda

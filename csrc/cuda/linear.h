@@ -19,8 +19,8 @@ void linear_backward_input(const void* grad_output, const void* weight, void* gr
 void linear_backward_weight(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
                             int64_t rows, int64_t in_features, int64_t out_features, void* stream);
 
-// grad_input = grad_output * activation'(.), from the activation's output; `count` elements.
-void activation_backward(const void* grad_output, const void* output, void* grad_input, int64_t count, int activation,
-                         void* stream);
+// grad_input = grad_output * activation'(.), from the activation's output; `count` elements, float or bfloat16.
+void activation_backward(bool is_float, const void* grad_output, const void* output, void* grad_input, int64_t count,
+                         int activation, void* stream);
 
 }  // namespace dlkern::cuda

@@ -22,21 +22,11 @@ struct MmaShape {
 
 enum class Stored { k_last, k_first };
 
-// One operand: OUTER rows of C (or columns, for B) a block.
-template <int OUTER, Stored STORED, bool ALIGNED, int THREADS>
-struct Operand {
+// An operand's tile in shared memory, of OUTER rows of C (or columns, for B), and its fragments.
+template <int OUTER, Stored STORED>
+struct Staged {
   static constexpr bool kLast = STORED == Stored::k_last;
   using TileType = Tile<kLast ? OUTER : kBlockK, kLast ? kBlockK : OUTER>;
-
-  const bf16* matrix;
-  int64_t outer, k;  // sizes
-
-  DLKERN_DEVICE void load(bf16* tile, int64_t outer_start, int64_t k_start) const {
-    if (kLast)
-      load_tile<TileType, THREADS, ALIGNED>(tile, matrix, outer, k, outer_start, k_start);
-    else
-      load_tile<TileType, THREADS, ALIGNED>(tile, matrix, k, outer, k_start, outer_start);
-  }
 
   // The address that a lane passes to ldmatrix for the 16 x 16 fragment at (outer_start, k_start); matrices 0..3 of
   // the fragment are ordered by `second`: the second 8 of "outer" first (A), or the second 8 of k first (B).
@@ -58,6 +48,24 @@ struct Operand {
   // Two B fragments: out[0..1] for columns outer_start.., out[2..3] for the next 8.
   static DLKERN_DEVICE void b_fragments(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
     fragment<Second::k>(out, tile, outer_start, k_start);
+  }
+};
+
+// An operand that lies in memory as a matrix.
+template <int OUTER, Stored STORED, bool ALIGNED, int THREADS>
+struct Operand : Staged<OUTER, STORED> {
+  using TileType = typename Staged<OUTER, STORED>::TileType;
+
+  const bf16* matrix;
+  int64_t outer, k;  // sizes
+
+  DLKERN_DEVICE Operand(const bf16* m, int64_t outer_size, int64_t k_size) : matrix(m), outer(outer_size), k(k_size) {}
+
+  DLKERN_DEVICE void load(bf16* tile, int64_t outer_start, int64_t k_start) const {
+    if (STORED == Stored::k_last)
+      load_tile<TileType, THREADS, ALIGNED>(tile, matrix, outer, k, outer_start, k_start);
+    else
+      load_tile<TileType, THREADS, ALIGNED>(tile, matrix, k, outer, k_start, outer_start);
   }
 };
 

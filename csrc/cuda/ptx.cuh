@@ -19,7 +19,17 @@ DLKERN_DEVICE void cp_async16(void* destination, const void* source, int source_
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
                "r"(source_bytes));
 #else
-  ::cuda_on_host::cp_async16(destination, source, source_bytes);
+  ::cuda_on_host::cp_async(destination, source, 16, source_bytes);
+#endif
+}
+
+// The same of 4 bytes, both addresses 4-byte aligned; source_bytes is 4 or 0.
+DLKERN_DEVICE void cp_async4(void* destination, const void* source, int source_bytes) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(destination)), "l"(source),
+               "r"(source_bytes));
+#else
+  ::cuda_on_host::cp_async(destination, source, 4, source_bytes);
 #endif
 }
 

@@ -5,14 +5,14 @@
 
 namespace cuda_on_host {
 
-void cp_async16(void* destination, const void* source, int source_bytes) {
+void cp_async(void* destination, const void* source, int bytes, int source_bytes) {
   Thread& thread = *machine.current;
-  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
-  if (misaligned(destination) || misaligned(source)) return report("cp.async of 16 bytes at a misaligned address");
+  const auto misaligned = [bytes](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
+  if (misaligned(destination) || misaligned(source)) return report("cp.async at a misaligned address");
   check_read(thread, source, source_bytes);
-  check_issue(thread, destination, 16);
-  std::memset(destination, kPoison, 16);
-  thread.copies.push_back({destination, source, source_bytes, thread.copy_group});
+  check_issue(thread, destination, bytes);
+  std::memset(destination, kPoison, bytes);
+  thread.copies.push_back({destination, source, bytes, source_bytes, thread.copy_group});
 }
 
 void cp_async_commit() { machine.current->copy_group++; }
@@ -25,9 +25,9 @@ void cp_async_wait(int groups_left) {
       thread.copies[kept++] = copy;
       continue;
     }
-    check_write(thread, copy.destination, 16);
+    check_write(thread, copy.destination, copy.bytes);
     if (copy.source_bytes) std::memcpy(copy.destination, copy.source, copy.source_bytes);
-    std::memset(static_cast<char*>(copy.destination) + copy.source_bytes, 0, 16 - copy.source_bytes);
+    std::memset(static_cast<char*>(copy.destination) + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
   }
   thread.copies.resize(kept);
 }

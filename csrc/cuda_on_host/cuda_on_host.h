@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
@@ -94,7 +95,7 @@ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed);
 void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 // cp_async.cpp
-void cp_async16(void* destination, const void* source, int source_bytes);
+void cp_async(void* destination, const void* source, int bytes, int source_bytes);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 

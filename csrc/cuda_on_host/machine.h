@@ -16,7 +16,7 @@ struct Warp;
 struct AsyncCopy {
   void* destination;
   const void* source;
-  int source_bytes;  // the rest of the 16 becomes zero
+  int bytes, source_bytes;  // the rest of the bytes becomes zero
   int group;
 };
 

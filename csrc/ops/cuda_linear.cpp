@@ -1,7 +1,8 @@
 // linear, op layer of the CUDA column: linear_forward, linear_backward_input, linear_backward_weight,
-// activation_backward. bfloat16.
+// activation_backward. bfloat16 by linear.cu; float32 as the 1 x 1 convolution of images of one pixel (conv.cu).
 #include "../cuda/linear.h"
 
+#include "../cuda/conv.h"
 #include "cuda_common.h"
 
 namespace dlkern::ops {
@@ -11,7 +12,9 @@ constexpr int64_t kLargest = int64_t{1} << 31;  // rows or columns of a matrix, 
 
 void check_operand(const char* op, const char* name, const Tensor& x, const Tensor& first, int64_t min_dim) {
   check_device(op, name, x, first);
-  check(x.scalar_type() == ScalarType::BFloat16, op, ": ", name, " is not bfloat16, the only dtype of the cuda column");
+  check(first.scalar_type() == ScalarType::Float || first.scalar_type() == ScalarType::BFloat16, op,
+        ": expected float32 or bfloat16 (cuda column)");
+  check(x.scalar_type() == first.scalar_type(), op, ": ", name, " has another dtype than the first argument");
   check(x.dim() >= min_dim, op, ": ", name, " has ", x.dim(), " dimensions, expected at least ", min_dim);
 }
 
@@ -28,6 +31,44 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   size.back() = last;
   return size;
 }
+
+bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
+
+// ---- float32: rows are images of one pixel, features their channels ----
+
+cuda::ConvGeometry pixels(int64_t rows, int64_t in_features, int64_t out_features) {
+  cuda::ConvGeometry g{};
+  g.n = rows, g.c = in_features, g.k = out_features, g.groups = 1;
+  g.h = g.w = g.r = g.s = g.p = g.q = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+  return g;
+}
+cuda::ConvTensor read(Call& call, const Tensor& x) { return {call.reads(x), x.size(x.dim() - 1), 1, 1, 1}; }
+cuda::ConvResult write(Call& call, const Tensor& x) { return {call.writes(x), x.size(x.dim() - 1), 1, 1, 1}; }
+constexpr auto kFloat = cuda::ConvElement::float32;
+
+void backward_weight_float(const Tensor& grad_output, const Tensor& input, Tensor& grad_weight, Tensor& grad_bias,
+                           int64_t rows) {
+  const int64_t out_features = grad_weight.size(0), in_features = grad_weight.size(1);
+  const cuda::ConvGeometry g = pixels(rows, in_features, out_features);
+  Call call(input);
+  if (in_features > 0) {
+    const int count = cuda::conv2d_weight_parts(kFloat, g);
+    const std::optional<Tensor> parts = room_for_parts(count, grad_weight.numel(), input);
+    float* sums = parts ? static_cast<float*>(call.writes(*parts)) : nullptr;
+    const cuda::ConvResult result = write(call, grad_weight);
+    cuda::conv2d_backward_weight(kFloat, g, read(call, grad_output), read(call, input), sums, result, call.stream());
+    if (parts) cuda::conv2d_sum_parts(kFloat, sums, count, grad_weight.numel(), result.data, call.stream());
+  }
+  if (grad_bias.numel() == 0) return;
+  const int count = cuda::conv2d_bias_parts(g);
+  const std::optional<Tensor> parts = room_for_parts(count, out_features, input);
+  float* sums = parts ? static_cast<float*>(call.writes(*parts)) : nullptr;
+  void* result = call.writes(grad_bias);
+  cuda::conv2d_backward_bias(kFloat, g, read(call, grad_output), sums, result, call.stream());
+  if (parts) cuda::conv2d_sum_parts(kFloat, sums, count, out_features, result, call.stream());
+}
+
+// ---- The ops ----
 
 Tensor linear_forward_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                            int64_t activation) {
@@ -46,9 +87,14 @@ Tensor linear_forward_cuda(const Tensor& input, const Tensor& weight, const std:
   const int64_t rows = rows_of(op, input);
   const Tensor x = torch::stable::contiguous(input), w = torch::stable::contiguous(weight);
   const std::optional<Tensor> b = as_contiguous(bias);
-  Tensor output = allocate(with_last(input, out_features), ScalarType::BFloat16, input);
+  Tensor output = allocate(with_last(input, out_features), input.scalar_type(), input);
   if (output.numel() == 0) return output;
   Call call(x);
+  if (is_float(x)) {
+    cuda::conv2d_forward(kFloat, pixels(rows, in_features, out_features), read(call, x), read(call, w), call.reads(b),
+                         nullptr, static_cast<int>(activation), write(call, output), call.stream());
+    return output;
+  }
   cuda::linear_forward(call.reads(x), call.reads(w), call.reads(b), call.writes(output), rows, in_features,
                        out_features, static_cast<int>(activation), call.stream());
   return output;
@@ -64,9 +110,14 @@ Tensor linear_backward_input_cuda(const Tensor& grad_output, const Tensor& weigh
         grad_output.size(grad_output.dim() - 1), " features, weight makes ", out_features);
   const int64_t rows = rows_of(op, grad_output);
   const Tensor g = torch::stable::contiguous(grad_output), w = torch::stable::contiguous(weight);
-  Tensor grad_input = allocate(with_last(grad_output, in_features), ScalarType::BFloat16, grad_output);
+  Tensor grad_input = allocate(with_last(grad_output, in_features), g.scalar_type(), grad_output);
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
+  if (is_float(g)) {
+    cuda::conv2d_backward_input(kFloat, pixels(rows, in_features, out_features), read(call, g), read(call, w), nullptr,
+                                write(call, grad_input), call.stream());
+    return grad_input;
+  }
   cuda::linear_backward_input(call.reads(g), call.reads(w), call.writes(grad_input), rows, in_features, out_features,
                               call.stream());
   return grad_input;
@@ -82,9 +133,14 @@ std::tuple<Tensor, Tensor> linear_backward_weight_cuda(const Tensor& grad_output
   const int64_t out_features = grad_output.size(grad_output.dim() - 1), in_features = input.size(input.dim() - 1);
   const int64_t rows = rows_of(op, input);
   const Tensor g = torch::stable::contiguous(grad_output), x = torch::stable::contiguous(input);
-  Tensor grad_weight = allocate({out_features, in_features}, ScalarType::BFloat16, input);
-  Tensor grad_bias = allocate({bias ? out_features : 0}, ScalarType::BFloat16, input);
+  Tensor grad_weight = allocate({out_features, in_features}, input.scalar_type(), input);
+  Tensor grad_bias = allocate({bias ? out_features : 0}, input.scalar_type(), input);
   if (out_features == 0 || (in_features == 0 && !bias)) return {grad_weight, grad_bias};
+  if (is_float(x) && rows == 0) return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
+  if (is_float(x)) {
+    backward_weight_float(g, x, grad_weight, grad_bias, rows);
+    return {grad_weight, grad_bias};
+  }
   Call call(g);
   cuda::linear_backward_weight(call.reads(g), call.reads(x), call.writes(grad_weight),
                                bias ? call.writes(grad_bias) : nullptr, rows, in_features, out_features, call.stream());
@@ -98,10 +154,10 @@ Tensor activation_backward_cuda(const Tensor& grad_output, const Tensor& output,
   check(activation >= 0 && activation <= 3, op, ": no activation ", activation);
   check(to_vector(grad_output.sizes()) == to_vector(output.sizes()), op, ": grad_output and output differ in size");
   const Tensor g = aligned(torch::stable::contiguous(grad_output)), y = aligned(torch::stable::contiguous(output));
-  Tensor grad_input = allocate(to_vector(g.sizes()), ScalarType::BFloat16, g);
+  Tensor grad_input = allocate(to_vector(g.sizes()), g.scalar_type(), g);
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
-  cuda::activation_backward(call.reads(g), call.reads(y), call.writes(grad_input), g.numel(),
+  cuda::activation_backward(is_float(g), call.reads(g), call.reads(y), call.writes(grad_input), g.numel(),
                             static_cast<int>(activation), call.stream());
   return grad_input;
 }

@@ -1,0 +1,15 @@
+// Launchers of conv_depthwise.cu, for conv.cu: convolutions with one input channel a group. As in conv.h.
+#pragma once
+#include "conv.h"
+
+namespace dlkern::cuda {
+
+void depthwise_forward(ConvElement element, const ConvGeometry& geometry, const ConvTensor& x, const ConvTensor& w,
+                       const void* bias, const void* residual, int activation, const ConvResult& y, void* stream);
+void depthwise_backward_input(ConvElement element, const ConvGeometry& geometry, const ConvTensor& dy,
+                              const ConvTensor& w, const void* bias, const ConvResult& dx, void* stream);
+int depthwise_weight_parts(ConvElement element, const ConvGeometry& geometry);
+void depthwise_backward_weight(ConvElement element, const ConvGeometry& geometry, const ConvTensor& dy,
+                               const ConvTensor& x, float* parts, const ConvResult& dw, void* stream);
+
+}  // namespace dlkern::cuda

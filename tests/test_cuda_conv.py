@@ -1,0 +1,271 @@
+"""conv2d and conv_transpose2d of the CUDA column, run on the host: every case of the catalogue, then what only some
+kernels and sizes have. tests/test_cuda_builds.py runs this file again on the checked build."""
+
+import pytest
+import torch
+import torch.nn.functional as tF
+from cuda_column import LAYOUTS, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+
+import dlkern
+import dlkern.nn.functional as F
+from dlkern import models
+from dlkern.ops._registry import raw
+from dlkern.testing import CASES, compare, cuda_on_host
+from dlkern.testing._training import check_training
+
+CONV = [case for case in CASES if case.family == "conv"]
+
+
+@pytest.mark.parametrize("case", CONV, ids=lambda case: case.name.replace(" ", "_"))
+@dtypes
+def test_catalogue(case, dtype):
+    layout = LAYOUTS[(CONV.index(case) + (dtype == torch.bfloat16)) % 2] if case.images else LAYOUTS[0]
+
+    def inputs():
+        drawn = case.inputs()
+        if case.images:
+            drawn[0] = drawn[0].detach().contiguous(memory_format=layout).requires_grad_()
+        return drawn
+
+    certify(case.ours, case.theirs, inputs, dtype, draws=16 if dtype == torch.float32 else case.draws)
+
+
+# label -> input, weight, options. Channels in multiples of 8 are loaded 8 at a time in bfloat16.
+PRODUCTS = {
+    "tails": ((2, 24, 7, 9), (40, 24, 3, 3), dict(padding=1)),
+    "groups": ((2, 16, 9, 8), (48, 8, 3, 2), dict(groups=2, stride=(2, 1), padding=(1, 0), dilation=(1, 2))),
+    "more classes than a launch": ((1, 8, 11, 13), (8, 8, 7, 6), dict(stride=(5, 4), padding=3)),
+    "stride and dilation share a factor": ((1, 8, 13, 11), (16, 8, 3, 4), dict(stride=(4, 2), dilation=(2, 1), padding=2)),
+    "1x1": ((1, 72, 9, 8), (88, 72, 1, 1), {}),
+    "parts of the pixels": ((2, 3, 35, 31), (8, 3, 3, 3), dict(padding=1)),
+    "parts, in vectors": ((2, 8, 35, 31), (8, 8, 2, 3), dict(stride=(1, 1), padding=1)),
+    "large stride": ((2, 3, 6, 5), (4, 3, 2, 2), dict(stride=(2**31 - 1, 7))),
+}
+
+
+def convolution(function, x, w, options, layout):
+    return (lambda *t: function(*t, **options),
+            lambda: [leaf(*x, memory_format=layout), (leaf(*w, memory_format=layout).detach() * 0.3).requires_grad_(),
+                     leaf(w[0])])
+
+
+@pytest.mark.parametrize("label", PRODUCTS)
+@layouts
+@dtypes
+def test_products(label, layout, dtype):
+    ours, inputs = convolution(F.conv2d, *PRODUCTS[label], layout)
+    theirs, _ = convolution(tF.conv2d, *PRODUCTS[label], layout)
+    certify(ours, theirs, inputs, dtype, draws=8 if dtype == torch.float32 and "parts" not in label else 2)
+
+
+DEPTHWISE = {
+    "packs": ((2, 16, 9, 11), (16, 1, 3, 3), dict(padding=1)),
+    "strides": ((2, 8, 12, 13), (8, 1, 5, 4), dict(padding=(2, 1), stride=(2, 3))),
+    "multiplier": ((2, 6, 7, 8), (12, 1, 3, 2), dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2))),
+    "parts": ((2, 8, 27, 26), (8, 1, 3, 3), dict(padding=1, dilation=(2, 1))),
+}
+
+
+@pytest.mark.parametrize("label", DEPTHWISE)
+@layouts
+@dtypes
+def test_depthwise(label, layout, dtype):
+    x, w, options = DEPTHWISE[label]
+    options = dict(options, groups=x[1])
+    ours, inputs = convolution(F.conv2d, x, w, options, layout)
+    theirs, _ = convolution(tF.conv2d, x, w, options, layout)
+    certify(ours, theirs, inputs, dtype, draws=8)
+
+
+@layouts
+@dtypes
+def test_transposed(layout, dtype):
+    options = dict(stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2))
+    draw = lambda: [leaf(2, 16, 4, 5, memory_format=layout), leaf(16, 8, 3, 2), leaf(16)]  # noqa: E731
+    certify(lambda *t: F.conv_transpose2d(*t, **options), lambda *t: tF.conv_transpose2d(*t, **options), draw, dtype, draws=8)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_activation_and_residual(layout, dtype, groups, activation):
+    options, kind = dict(padding=1, groups=groups), dlkern.Activation[activation.upper()]
+    certify(
+        lambda x, w, b, r: F.conv2d_act(x, w, b, **options, activation=kind, residual=r),
+        lambda x, w, b, r: getattr(torch, activation)(tF.conv2d(x, w, b, **options) + r),
+        lambda: [leaf(2, 8, 5, 6, memory_format=layout), leaf(8, 8 // groups, 3, 3), leaf(8),
+                 leaf(2, 8, 5, 6, memory_format=layout)],
+        dtype, draws=8)
+
+
+SETTINGS = [1, 1], [0, 0], [1, 1], 1
+
+
+LARGE = {  # channels, filters, images, height, width
+    "conv2d_forward": (8, 904, 8, 8, 15), "conv2d_backward_input": (904, 8, 8, 8, 15),
+    "conv2d_backward_weight": (904, 904, 1, 5, 7),
+}
+
+
+@pytest.mark.parametrize("op", LARGE)
+@dtypes
+def test_large_tiles(op, dtype):
+    """Sizes from which the large tiles serve, with tails on every side: 8 x 8 of them in each pass."""
+    channels, filters, n, h, w = LARGE[op]
+    x, weight, dy = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((n, channels, h, w), (filters, channels, 1, 1), (n, filters, h, w))
+    )
+
+    def expression(x, weight, dy):
+        return {
+            "conv2d_forward": lambda: tF.conv2d(x, weight),
+            "conv2d_backward_input": lambda: torch.nn.grad.conv2d_input(x.shape, weight, dy),
+            "conv2d_backward_weight": lambda: torch.nn.grad.conv2d_weight(x, weight.shape, dy),
+        }[op]()
+
+    found = {
+        "conv2d_forward": lambda: raw[op]["cuda"](x, weight, None, *SETTINGS),
+        "conv2d_backward_input": lambda: raw[op]["cuda"](dy, weight, x.shape, *SETTINGS, True),
+        "conv2d_backward_weight": lambda: raw[op]["cuda"](dy, x, weight.shape, *SETTINGS, False, True)[0],
+    }[op]()
+    exact = expression(x.double(), weight.double(), dy.double())
+    rows = compare(op, [found], [expression(x, weight, dy)], [exact], dtype)
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+@dtypes
+def test_formats_and_views(dtype):
+    """The result's format is torch's; operands between 16-byte boundaries and strided ones serve as their copies do."""
+    x, weight = torch.randn(2, 8, 6, 5).to(dtype), torch.randn(16, 8, 3, 3).to(dtype)
+    for input_layout in LAYOUTS:
+        for weight_layout in LAYOUTS:
+            a, b = x.contiguous(memory_format=input_layout), weight.contiguous(memory_format=weight_layout)
+            with on_cuda():
+                ours, wide = F.conv2d(a, b), F.conv2d(a[:1], b)
+            theirs = tF.conv2d(a, b)
+            assert ours.stride() == theirs.stride() and torch.equal(ours[:1], wide)
+    base = torch.randn(2 * 8 * 6 * 6 + 1).to(dtype)
+    shifted = base[1:].view(2, 6, 6, 8).permute(0, 3, 1, 2)
+    for view in (shifted, x.transpose(2, 3), x[:, :, ::2], torch.randn(2, 16, 6, 5).to(dtype)[:, ::2]):
+        expected = raw["conv2d_forward"]["cuda"](view.clone(memory_format=torch.contiguous_format), weight, None, *SETTINGS)
+        assert torch.equal(raw["conv2d_forward"]["cuda"](view, weight, None, *SETTINGS), expected)
+
+
+@layouts
+@dtypes
+def test_empty_batch(layout, dtype):
+    x, w, b = (t.to(dtype).requires_grad_() for t in (torch.randn(0, 8, 6, 5), torch.randn(8, 8, 3, 3), torch.randn(8)))
+    with on_cuda():
+        y = F.conv2d(x.contiguous(memory_format=layout), w, b)
+        y.sum().backward()
+    assert y.shape == (0, 8, 4, 3) and x.grad.shape == x.shape
+    assert not w.grad.any() and not b.grad.any()
+    assert torch.equal(raw["conv2d_backward_bias"]["cuda"](y), torch.zeros(8, dtype=dtype))
+
+
+@layouts
+@dtypes
+def test_nan_and_infinity(layout, dtype):
+    x, weight = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=layout), torch.randn(8, 8, 3, 3).to(dtype)
+    x[0, 1, 2, 3], x[1, 2, 0, 0] = float("nan"), float("inf")
+    for w, groups in ((weight, 1), (weight[:, :1], 8)):
+        for activation, function in [(0, lambda y: y), (1, torch.relu), (3, torch.sigmoid)]:
+            ours = raw["conv2d_act_forward"]["cuda"](x, w, None, None, [1, 1], [1, 1], [1, 1], groups, activation)
+            theirs = function(tF.conv2d(x, w, padding=1, groups=groups))
+            assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+
+
+def test_wrong_arguments():
+    x, w, b, dy = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3), torch.randn(6), torch.randn(1, 6, 3, 3)
+    forward, act, transposed, by_input, by_weight, by_bias = (
+        raw[op]["cuda"] for op in ("conv2d_forward", "conv2d_act_forward", "conv_transpose2d_forward",
+                                   "conv2d_backward_input", "conv2d_backward_weight", "conv2d_backward_bias"))
+    for call in (
+        lambda: forward(x.double(), w.double(), None, *SETTINGS),
+        lambda: forward(x, w.bfloat16(), None, *SETTINGS),
+        lambda: forward(x[0], w, None, *SETTINGS),
+        lambda: forward(x, w[:, :3], None, *SETTINGS),
+        lambda: forward(x, w, b[:5], *SETTINGS),
+        lambda: forward(x, w, b.bfloat16(), *SETTINGS),
+        lambda: forward(x, w, None, [0, 1], [0, 0], [1, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [-1, 0], [1, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [0, 0], [3, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [0, 0], [1, 1], 0),
+        lambda: forward(x, w, None, [1], [0, 0], [1, 1], 1),
+        lambda: forward(x, w, None, [1, 1], [0, 0], [1, 1], 2),
+        lambda: forward(x, w, None, [1, 1], [2**29, 0], [1, 1], 1),
+        lambda: forward(x[:, :, :0], w, None, *SETTINGS),
+        lambda: act(x, w, b, dy[:, :5], *SETTINGS, 1),
+        lambda: act(x, w, b, dy.bfloat16(), *SETTINGS, 1),
+        lambda: act(x, w, b, dy.transpose(2, 3), *SETTINGS, 1),
+        lambda: act(x, w, b, None, *SETTINGS, 4),
+        lambda: transposed(dy, w, b, [1, 1], [0, 0], [1, 0], 1, [1, 1]),
+        lambda: transposed(dy, w, b, [1, 1], [0, 0], [0, 0], 1, [1, 1]),
+        lambda: by_input(dy, w, [1, 4, 6, 5], *SETTINGS, False),
+        lambda: by_input(dy, w, [4, 5, 5], *SETTINGS, False),
+        lambda: by_weight(dy, x, [6, 4, 2, 3], *SETTINGS, True, False),
+        lambda: by_weight(dy.double(), x, w.shape, *SETTINGS, True, False),
+        lambda: by_bias(dy[0]),
+        lambda: by_bias(dy.double()),
+    ):
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            call()
+
+
+def sample():
+    """Some results of every kernel."""
+    torch.manual_seed(3)
+    found = []
+    for dtype, layout in ((torch.float32, LAYOUTS[0]), (torch.bfloat16, LAYOUTS[1]), (torch.bfloat16, LAYOUTS[0])):
+        channels = 3 if layout == LAYOUTS[0] else 8
+        for groups in (1, 8):
+            shape = (2, channels if groups == 1 else 8, 33, 17)
+            x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+            w = torch.randn(8, channels if groups == 1 else 1, 3, 3).to(dtype).contiguous(memory_format=layout)
+            settings = [2, 1], [1, 1], [1, 1], groups
+            y = raw["conv2d_forward"]["cuda"](x, w, None, *settings)
+            found += [y, raw["conv2d_backward_input"]["cuda"](y, w, x.shape, *settings, layout == LAYOUTS[1]),
+                      *raw["conv2d_backward_weight"]["cuda"](y, x, w.shape, *settings, True, layout == LAYOUTS[1])]
+    return found
+
+
+@pytest.mark.parametrize("order,seed", [("reverse", 1), ("random", 1)])
+def test_same_bits_in_every_thread_order(order, seed):
+    forward = sample()
+    with cuda_on_host.thread_order(order, seed):
+        other = sample()
+    assert all(torch.equal(a, b) for a, b in zip(forward, other))
+
+
+# ---- Networks ----
+
+
+class TinyResNet(torch.nn.Module):
+    """A first layer, an identity block, a strided block with a projection, and a classifier."""
+
+    def __init__(self, nn):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), torch.nn.ReLU())
+        self.blocks = torch.nn.Sequential(
+            models.resnet.BasicBlock(8, 8, 1, False, nn=nn), models.resnet.BasicBlock(8, 16, 2, False, nn=nn))
+        self.last = torch.nn.Sequential(nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), nn.Linear(16, 10))
+
+    def forward(self, x):
+        return self.last(self.blocks(self.first(x)))
+
+
+def lenet(nn):
+    torch.manual_seed(0)
+    return models.lenet(nn=nn)
+
+
+@pytest.mark.parametrize("make,channels,size", [(lenet, 1, 32), (TinyResNet, 3, 11)], ids=["lenet", "resnet"])
+def test_training(make, channels, size):
+    """Output, every gradient, the loss curve and the parameters after three steps."""
+    batches = [(torch.randn(8, channels, size, size), torch.randint(0, 10, (8,))) for _ in range(3)]
+    loss = lambda nn, output, target: tF.cross_entropy(output, target)  # noqa: E731
+    with on_cuda():
+        check_training(make, batches, loss=loss, draws=3).raise_if_failed()
