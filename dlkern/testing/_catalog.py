@@ -224,6 +224,17 @@ def _linear() -> Iterator[Case]:
                    draws=128 if len(x) == 1 else 4)  # one row: its largest error settles only over many
 
 
+def _layer_norm() -> Iterator[Case]:
+    for label, x, dims, affine in (
+        ("3-D", (3, 7, 33), 1, "both"), ("two dimensions", (5, 4, 6, 11), 2, "both"), ("no bias", (9, 65), 1, "weight"),
+        ("not affine", (13, 40), 1, "none"),
+    ):  # fmt: skip
+        count = {"both": 2, "weight": 1, "none": 0}[affine]
+        yield Case("layer_norm", "layer_norm", label, lambda x, *t, d=dims: F.layer_norm(x, x.shape[-d:], *t),
+                   lambda x, *t, d=dims: tF.layer_norm(x, x.shape[-d:], *t),
+                   lambda x=x, d=dims, n=count: [_randn(*x), *(_randn(*x[-d:]) for _ in range(n))])
+
+
 def _loss() -> Iterator[Case]:
     def inputs(*shape: int) -> list[torch.Tensor]:
         target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
@@ -287,7 +298,7 @@ def _rnn() -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout(),
+    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_loss(), *_dropout(),
 )  # fmt: skip
 
 # Not among CASES yet: portable code, which has no fused multiply-add, misses the rule by up to 30 % at their borders.

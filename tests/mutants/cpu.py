@@ -26,6 +26,19 @@ MUTANTS = [
     _loss("if (args.reduction == 1) g /=", "if (args.reduction == 2) g /=", "test_parity"),
 ]
 
+
+def _layer_norm(old: str, new: str) -> dict:
+    return dict(file="csrc/cpu/layer_norm.cpp", old=old, new=new, tests=["tests/test_layer_norm.py", "-k", "parity"],
+                build="native")
+
+
+MUTANTS += [
+    # A row's tail counted in the variance, the mean of g w left out, the last chunk of rows forgotten.
+    _layer_norm("first_lanes<T>(d * d, count)", "d * d"),
+    _layer_norm("((weighted(j, count) - first) -", "(weighted(j, count) -"),
+    _layer_norm("for (int64_t c = 0; c < chunks; ++c) {\n        of_weight", "for (int64_t c = 0; c + 1 < chunks; ++c) {\n        of_weight"),
+]
+
 _MAX, _MAX_BACKWARD = "csrc/cpu/pooling_max.cpp", "csrc/cpu/pooling_max_backward.cpp"
 _AVG, _ADAPTIVE = "csrc/cpu/pooling_avg.cpp", "csrc/cpu/pooling_adaptive.cpp"
 _WINDOW = "csrc/cpu/pooling_window.h"

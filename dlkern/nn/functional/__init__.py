@@ -3,6 +3,7 @@
 from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
 from dlkern.nn.functional.conv import conv1d, conv2d, conv2d_act, conv_transpose1d, conv_transpose2d
 from dlkern.nn.functional.dropout import dropout, dropout1d, dropout2d, dropout3d
+from dlkern.nn.functional.layer_norm import layer_norm
 from dlkern.nn.functional.linear import linear
 from dlkern.nn.functional.loss import cross_entropy
 from dlkern.nn.functional.pooling import (
@@ -45,6 +46,7 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "gru",
+    "layer_norm",
     "linear",
     "lp_pool1d",
     "lp_pool2d",

@@ -20,6 +20,7 @@ from dlkern.nn.modules.conv import (
     LazyConvTranspose2d,
 )
 from dlkern.nn.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from dlkern.nn.modules.layer_norm import LayerNorm
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
 from dlkern.nn.modules.pooling import (
@@ -63,6 +64,7 @@ __all__ = [
     "LPPool1d",
     "LPPool2d",
     "LSTMCell",
+    "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
