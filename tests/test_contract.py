@@ -178,6 +178,8 @@ def test_compile_dynamic_makes_one_graph(case):
             batch = [torch.cat([inputs[0].detach()] * repeat).requires_grad_(), *inputs[1:]]
             if case.op == "cross_entropy":
                 batch[1] = torch.cat([inputs[1]] * repeat)
+            if case.family == "attention":
+                batch[1:] = [torch.cat([x.detach()] * repeat).requires_grad_() if x.dim() > 1 else x for x in inputs[1:]]
             if case.op == "conv2d_act":  # the residual
                 batch[3] = torch.cat([inputs[3].detach()] * repeat).requires_grad_()
             expected, ours = case.ours(*batch), compiled(*batch)

@@ -32,31 +32,6 @@ void check_parameter(const char* op, const char* name, const std::optional<Tenso
   check(wide || x->scalar_type() == input.scalar_type(), op, ": ", name, " differs in dtype");
 }
 
-ScalarType sum_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// A parameter in the type sums are carried in.
-std::optional<Tensor> widened(const std::optional<Tensor>& x, const Tensor& input) {
-  if (!x || x->scalar_type() == sum_type(input)) return as_contiguous(x);
-  const Tensor from = as_contiguous(*x);
-  Tensor to = allocate(from.sizes(), ScalarType::Float, from);
-  const bfloat16* source = data<bfloat16>(from);
-  float* target = mutable_data<float>(to);
-  for (int64_t i = 0; i < from.numel(); ++i) target[i] = source[i];
-  return to;
-}
-
-// A gradient in the parameter's own dtype.
-Tensor narrowed(const Tensor& x, ScalarType dtype) {
-  if (x.scalar_type() == dtype) return x;
-  Tensor to = allocate(x.sizes(), dtype, x);
-  const float* source = data<float>(x);
-  bfloat16* target = mutable_data<bfloat16>(to);
-  for (int64_t i = 0; i < x.numel(); ++i) target[i] = bfloat16(source[i]);
-  return to;
-}
-
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 Three layer_norm_forward_cpu(const Tensor& input, int64_t dims, const std::optional<Tensor>& weight,
                              const std::optional<Tensor>& bias, double eps) {

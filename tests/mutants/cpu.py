@@ -13,7 +13,7 @@ MUTANTS = [
     # dropout: words swapped, a vector's counters counted wrongly, the scale
     _dropout("left < kWords ? left : kWords, word[w], threshold", "left < kWords ? left : kWords, word[3 - w], threshold",
              "same_elements or share"),
-    _dropout("odd{low + 1, high,", "odd{low + 2, high,"),
+    {**_dropout("odd{low + 1, high,", "odd{low + 2, high,"), "file": "csrc/cpu/philox_vector.h"},
     _dropout("1.0 / (1.0 - args.p)", "1.0 - args.p"),
     # loss, forward: a row's tail, the change of the largest logit, the weighted mean
     _loss("keep<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c, 0)",

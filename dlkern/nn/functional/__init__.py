@@ -1,5 +1,12 @@
 """torch.nn.functional's names and signatures, on dlkern's kernels. A file a family."""
 
+from dlkern.nn.functional.attention import (
+    additive_attention,
+    cosine_attention,
+    dot_attention,
+    gaussian_attention,
+    scaled_dot_product_attention,
+)
 from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
 from dlkern.nn.functional.conv import conv1d, conv2d, conv2d_act, conv_transpose1d, conv_transpose2d
 from dlkern.nn.functional.dropout import dropout, dropout1d, dropout2d, dropout3d
@@ -31,6 +38,7 @@ __all__ = [
     "adaptive_max_pool1d_with_indices",
     "adaptive_max_pool2d",
     "adaptive_max_pool2d_with_indices",
+    "additive_attention",
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
@@ -40,11 +48,14 @@ __all__ = [
     "conv2d_act",
     "conv_transpose1d",
     "conv_transpose2d",
+    "cosine_attention",
     "cross_entropy",
+    "dot_attention",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "gaussian_attention",
     "gru",
     "layer_norm",
     "linear",
@@ -57,4 +68,5 @@ __all__ = [
     "max_pool2d_with_indices",
     "rnn_relu",
     "rnn_tanh",
+    "scaled_dot_product_attention",
 ]
