@@ -14,13 +14,13 @@ constexpr int64_t kMostRows = 4 * kRows;  // of a chunk
 
 // One row of a tile: exponentials relative to the largest score so far, what was summed before brought down to it.
 template <class T, int SCORE>
-inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t count, Vec<acc_t<T>> top, acc_t<T>& largest,
-                        acc_t<T>* sum, acc_t<T>* output) {
+inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t count,
+                        const typename Tile<T, SCORE>::Row& row, acc_t<T>& largest, acc_t<T>* sum, acc_t<T>* output) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   const A minus_infinity = -__builtin_inf();
-  const A highest = largest_lane(top)[0], next = highest > largest ? highest : largest;
+  const A highest = largest_lane(row.top)[0] * row.factor, next = highest > largest ? highest : largest;
   const A base = next == minus_infinity ? A(0) : next;
   V total = load(sum);
   if (next != largest) {
@@ -31,7 +31,7 @@ inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t cou
   }
   A* x = tile.scores + r * kKeys;
   for (int64_t j = 0; j < count; j += lanes) {
-    const V e = exp_nonpositive(load(x + j) - base);
+    const V e = exp_nonpositive(load(x + j) * row.factor - base);
     total += e;
     store(x + j, e);
   }
@@ -74,11 +74,11 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
       const int64_t count = smaller(tile.n, seen.last - j0);
       tile.multiply(r0, some, count);
       for (int64_t r = 0; r < some; ++r) {
-        const V top = tile.finish_row(r0, r, count, seen.begin[r], seen.end[r], false);
-        softmax_row(tile, r0, r, count, top, largest[r0 + r], sums + (r0 + r) * lanes, output + (r0 + r) * value_depth);
+        const auto row = tile.finish_row(r0, r, count, seen.begin[r], seen.end[r], false);
+        softmax_row(tile, r0, r, count, row, largest[r0 + r], sums + (r0 + r) * lanes, output + (r0 + r) * value_depth);
       }
       product(some, value_depth, count, tile.scores, kKeys, 1, tile.value, value_depth, output + r0 * value_depth,
-              value_depth, true);
+              value_depth, true, tile.k_step);
     }
   }
 

@@ -45,27 +45,36 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
     load_rows(g.data + this->b * g.stride[0] + this->h * g.stride[1] + first * g.stride[2], g.stride[2], g.stride[3],
               rows, s.value_depth, grad, value_depth);
   }
-  // Leaves P, with dropout, in `scores` and dS in `change`.
+  // Leaves P, with dropout, in `scores` and dS in `change`. Where a tile has all keys, delta is sum(P g V^T), which is
+  // the same number but cancels exactly where one key has all the weight.
   void compute(int64_t rows, int64_t count, const Seen& seen) {
+    alignas(64) A factors[kKeys];  // of dropout
     this->multiply(0, rows, count);
-    product(rows, padded<A>(count), s.value_depth, grad, value_depth, 1, value_turned, kKeys, change, kKeys, false);
+    product(rows, padded<A>(count), s.value_depth, grad, value_depth, 1, value_turned, kKeys, change, kKeys, false,
+            this->k_step);
     for (int64_t r = 0; r < rows; ++r) {
-      this->finish_row(0, r, count, seen.begin[r], seen.end[r], true);
+      const A factor = this->finish_row(0, r, count, seen.begin[r], seen.end[r], true).factor;
       const int64_t row = this->row_number(this->i0 + r);
-      const A largest = args.largest[row], inverse = args.inverse[row], sum = delta[row];
+      const A largest = args.largest[row], inverse = args.inverse[row];
       A *x = scores + r * kKeys, *d = change + r * kKeys;
       const A* cap = this->slope_of_cap + r * kKeys;
-      const auto one = [&](int64_t j, V factor) {
-        const V p = exp_nonpositive(load(x + j) - largest) * inverse;
-        V change_of_score = p * (load(d + j) * factor - sum);
-        if (s.softcap != 0 && through_cap) change_of_score *= load(cap + j);
-        store(x + j, p * factor);
-        store(d + j, change_of_score);
-      };
+      V sums{};
+      for (int64_t j = 0; j < count; j += lanes) store(x + j, exp_nonpositive(load(x + j) * factor - largest) * inverse);
       if (s.p > 0)
-        this->each_dropped(0, r, count, one);
-      else
-        for (int64_t j = 0; j < count; j += lanes) one(j, broadcast<T>(A(1)));
+        this->each_dropped(0, r, count, [&](int64_t j, V factor) {
+          store(factors + j, factor);
+          store(d + j, load(d + j) * factor);
+        });
+      if (s.keys <= kKeys)
+        for (int64_t j = 0; j < count; j += lanes) sums += load(x + j) * load(d + j);
+      const A sum = s.keys <= kKeys ? reduce_add(sums) : delta[row];
+      for (int64_t j = 0; j < count; j += lanes) {
+        const V p = load(x + j);
+        V change_of_score = p * (load(d + j) - sum);
+        if (s.softcap != 0 && through_cap) change_of_score *= load(cap + j);
+        if (s.p > 0) store(x + j, p * load(factors + j));
+        store(d + j, change_of_score);
+      }
     }
   }
 };
@@ -95,9 +104,9 @@ void additive_backward(int64_t rows, int64_t width, int64_t depth, const A* q, i
             t = tanh(x + key);
             u = A(1) - t * t;
           } else {  // halves and quarters of them
-            const V part = A(1) / (x * key + A(1));
+            const V e = x * key, part = A(1) / (e + A(1));
             t = A(0.5) - part;
-            u = part - part * part;
+            u = e * part * part;
           }
           of_weight += d * t;
           of_query[r] += d * u;
@@ -178,7 +187,8 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
         tile.load_queries(i0, rows);
         tile.compute(rows, count, seen);
         A* of_query = grad_query + (g * s.queries + i0) * depth;
-        product(count, value_depth, rows, tile.scores, 1, kKeys, tile.grad, value_depth, grad_value, value_depth, true);
+        product(count, value_depth, rows, tile.scores, 1, kKeys, tile.grad, value_depth, grad_value, value_depth, true,
+                tile.k_step);
         if constexpr (additive) {
           if (tile.exact(0))
             additive_backward<true>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
@@ -187,8 +197,8 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
             additive_backward<false>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
                                      args.forward.weight, tile.change, of_query, grad_turned, of_weight);
         } else {
-          product(count, depth, rows, tile.change, 1, kKeys, tile.query, depth, grad_key, depth, true);
-          product(rows, depth, count, tile.change, kKeys, 1, tile.key, depth, of_query, depth, true);
+          product(count, depth, rows, tile.change, 1, kKeys, tile.query, depth, grad_key, depth, true, tile.k_step);
+          product(rows, depth, count, tile.change, kKeys, 1, tile.key, depth, of_query, depth, true, tile.k_step);
         }
         if constexpr (gaussian)
           for (int64_t r = 0; r < rows; ++r)

@@ -14,18 +14,31 @@ namespace attention_detail {
 constexpr int64_t kRows = 48, kKeys = 128;
 template <class A> inline int64_t padded(int64_t n) { return ceil_div(n, kLanes<A>) * kLanes<A>; }
 
-// C (+)= A B for dense operands in rows padded to whole vectors: A[i, p] = a[i * a_row + p * a_column].
+// C (+)= A B for dense operands in rows padded to whole vectors: A[i, p] = a[i * a_row + p * a_column]; k_step products
+// in one sum at most.
 template <class A>
 inline void product(int64_t m, int64_t n, int64_t k, const A* a, int64_t a_row, int64_t a_column, const A* b,
-                    int64_t b_row, A* c, int64_t c_row, bool add) {
+                    int64_t b_row, A* c, int64_t c_row, bool add, int64_t k_step) {
   using namespace gemm_detail;
   const Ahead none;
+  if (k > k_step) {
+    for (int64_t p = 0; p < k; p += k_step)
+      product(m, n, smaller(k_step, k - p), a + p * a_column, a_row, a_column, b + p * b_row, b_row, c, c_row,
+              add || p > 0, k_step);
+    return;
+  }
   for (int64_t j = 0; j < n; j += kNR<A>) {
     const int vectors = static_cast<int>(ceil_div(smaller(kNR<A>, n - j), kLanes<A>));
     for (int64_t i = 0; i < m; i += kMR)
       kernel_for<A>(static_cast<int>(smaller(kMR, m - i)), vectors)(
           k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add ? Out::add : Out::set, none);
   }
+}
+
+// Small problems are summed in short sums, as gemm.h does it: libraries take inner products there.
+inline int64_t sum_length(const AttentionShape& s) {
+  return s.queries * s.keys * (s.depth + s.value_depth) < 2 * gemm_detail::kSmallWork ? gemm_detail::kShortKC
+                                                                                      : gemm_detail::kKC;
 }
 
 // `count` strided rows into dense ones of `width` numbers, the last of them zeros.
@@ -152,42 +165,46 @@ inline void dropout_words(const Keys& keys, int64_t row, int64_t all_keys, int64
 // What tanh(q + k) = 1 - 2 / (1 + e^2q e^2k) may be made of: beyond, the exponentials leave their range.
 template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : 150;
 
-// tile[R rows, N vectors] of sum over h of weight[h] tanh(q[r, h] + k[h, j]); q and k are e^2q and e^2k where !EXACT.
-template <bool EXACT, int R, int N, class A>
+// tile[R rows, a vector] of sum over h of weight[h] tanh(q[r, h] + k[h, j]); q and k are e^2q and e^2k where !EXACT.
+template <bool EXACT, int R, class A>
 [[gnu::always_inline]] inline void additive_block(int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
                                                   A* tile) {
   constexpr int64_t lanes = kLanes<A>;
-  Vec<A> sum[R][N] = {};
-  for (int64_t h = 0; h < depth; ++h) {
-#pragma GCC unroll 2
-    for (int v = 0; v < N; ++v) {
-      const Vec<A> key = load(k + h * kKeys + v * lanes);
+  constexpr int kChains = 4;
+  constexpr int64_t kBlock = 32;
+  Vec<A> total[R] = {};
+  for (int64_t h0 = 0; h0 < depth; h0 += kBlock) {  // short sums: scores are exponents
+    Vec<A> sum[R][kChains] = {};
+    const int64_t end = smaller(h0 + kBlock, depth);
+    const auto add = [&](int64_t h, int chain) {
+      const Vec<A> key = load(k + h * kKeys);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         if constexpr (EXACT)
-          sum[r][v] += weight[h] * tanh(q[r * q_row + h] + key);
+          sum[r][chain] += weight[h] * tanh(q[r * q_row + h] + key);
         else
-          sum[r][v] += weight[h] * (A(0.5) - A(1) / (q[r * q_row + h] * key + A(1)));
+          sum[r][chain] += weight[h] * (A(0.5) - A(1) / (q[r * q_row + h] * key + A(1)));
       }
-    }
+    };
+    int64_t h = h0;
+    for (; h + kChains <= end; h += kChains)
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) add(h + chain, chain);
+    for (; h < end; ++h) add(h, 0);
+    for (int r = 0; r < R; ++r) total[r] += (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) store(tile + r * kKeys + v * lanes, EXACT ? sum[r][v] : sum[r][v] + sum[r][v]);
+  for (int r = 0; r < R; ++r) store(tile + r * kKeys, EXACT ? total[r] : total[r] + total[r]);
 }
 
 template <bool EXACT, class A>
 void additive_scores(int64_t rows, int64_t n, int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
                      A* tile) {
   constexpr int64_t lanes = kLanes<A>;
-  for (int64_t j = 0; j < n; j += 2 * lanes) {
+  for (int64_t j = 0; j < n; j += lanes) {
     int64_t r = 0;
-    const bool two = j + lanes < n;
     for (; r + 4 <= rows; r += 4)
-      two ? additive_block<EXACT, 4, 2>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j)
-          : additive_block<EXACT, 4, 1>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
-    for (; r < rows; ++r)
-      two ? additive_block<EXACT, 1, 2>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j)
-          : additive_block<EXACT, 1, 1>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
+      additive_block<EXACT, 4>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
+    for (; r < rows; ++r) additive_block<EXACT, 1>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
   }
 }
 
@@ -209,6 +226,16 @@ template <class A> inline void normalize_backward(const A* row, A inverse, A* gr
   for (int64_t d = 0; d < depth; d += kLanes<A>) store(grad + d, (load(grad + d) - load(row + d) * along) * inverse);
 }
 
+// e^x rounded once: products of two of these stand for e^2(q + k).
+inline vdouble exp_rounded(vdouble x) { return exp(x); }
+inline vfloat exp_rounded(vfloat x) {
+  const vfloat_half half[2] = {__builtin_convertvector(exp(widen(low_half(x))), vfloat_half),
+                               __builtin_convertvector(exp(widen(high_half(x))), vfloat_half)};
+  vfloat result;
+  std::memcpy(&result, half, sizeof result);
+  return result;
+}
+
 // Some queries against some keys of one head.
 template <class T, int SCORE> struct Tile {
   using A = acc_t<T>;
@@ -221,6 +248,7 @@ template <class T, int SCORE> struct Tile {
   const int64_t depth, value_depth;  // padded
   const int64_t query_rows;          // loaded at a time
   const Keys words;
+  const int64_t k_step;
   A *query, *query_exp, *key, *key_turned, *key_exp, *value, *of_key, *scores, *slope_of_cap, *origin;
   // of_key: half the squared length of a key (Gaussian), the reciprocal of its length (cosine)
   A query_bound[64], key_bound = 0;  // of absolute values, a block of kRows queries each
@@ -237,7 +265,8 @@ template <class T, int SCORE> struct Tile {
         depth(padded<A>(s.depth)),
         value_depth(padded<A>(s.value_depth)),
         query_rows(rows),
-        words(s.seed) {
+        words(s.seed),
+        k_step(sum_length(s)) {
     const auto take = [&memory](int64_t count) {
       A* at = memory;
       memory += count;
@@ -264,7 +293,7 @@ template <class T, int SCORE> struct Tile {
     for (int64_t i = 0; i < count; i += lanes) {
       const V x = load(from + i), size = x < A(0) ? -x : x;
       most = size > most || size != size ? size : most;
-      store(to + i, exp(x + x));
+      store(to + i, exp_rounded(x + x));
     }
     A bound = 0;
     for (int64_t l = 0; l < lanes; ++l)
@@ -337,24 +366,57 @@ template <class T, int SCORE> struct Tile {
       else
         additive_scores<false>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
     } else {
-      product(rows, width, s.depth, query + r0 * depth, depth, 1, key_turned, kKeys, scores, kKeys, false);
+      product(rows, width, s.depth, query + r0 * depth, depth, 1, key_turned, kKeys, scores, kKeys, false, k_step);
     }
   }
 
+  // v where a mask's bytes are set, else -infinity.
+  static V bool_selected(const uint8_t* from, V v) {
+    typename bytes_of<A>::type some;
+    std::memcpy(&some, from, sizeof some);
+    using I = decltype(V{} > V{});
+    return __builtin_convertvector(some, I) != 0 ? v : broadcast<A>(-__builtin_inf());
+  }
+
   // Scale, cap, slopes and masks of one row of scores, of query i0 + r0 + r, which sees keys begin .. end - 1.
-  // Returns the largest in each lane. With `cap_slopes`, the derivative of the cap is left there.
-  V finish_row(int64_t r0, int64_t r, int64_t count, int64_t begin, int64_t end, bool cap_slopes) {
+  // Returns the largest in each lane, and what scores and it still have to be multiplied with: the scale, where nothing
+  // but the scale is to be done. With `cap_slopes`, the derivative of the cap is left there.
+  struct Row {
+    V top;
+    A factor;
+  };
+  Row finish_row(int64_t r0, int64_t r, int64_t count, int64_t begin, int64_t end, bool cap_slopes) {
     A* x = scores + r * kKeys;
     const A scale = static_cast<A>(s.scale), minus_infinity = -__builtin_inf();
     V top = broadcast<A>(minus_infinity);
     const bool all = begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
-    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && !kGaussian) {
+    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && !kGaussian && scale >= 0) {
       for (int64_t j = 0; j < count; j += lanes) {
-        const V v = load(x + j) * scale;
-        store(x + j, v);
+        const V v = load(x + j);
         top = v > top ? v : top;
       }
-      return top;
+      return {top, scale};
+    }
+    if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0 && !kGaussian) {
+      const int64_t m = b * args.mask.stride[0] + h * args.mask.stride[1] + (i0 + r0 + r) * args.mask.stride[2] + j0;
+      if (s.mask == kBoolMask && scale >= 0) {
+        const uint8_t* from = static_cast<const uint8_t*>(args.mask.data) + m;
+        for (int64_t j = 0; j < count; j += lanes) {
+          const V v = bool_selected(from + j, load(x + j));
+          store(x + j, v);
+          top = v > top ? v : top;
+        }
+        return {top, scale};
+      }
+      if (s.mask == kOwnMask) {
+        const T* from = static_cast<const T*>(args.mask.data) + m;
+        for (int64_t j = 0; j < count; j += lanes) {
+          const V v = load(x + j) * scale + load(from + j);
+          store(x + j, v);
+          top = v > top ? v : top;
+        }
+        return {top, A(1)};
+      }
     }
     const int64_t i = i0 + r0 + r;
     const int64_t at = b * args.mask.stride[0] + h * args.mask.stride[1] + i * args.mask.stride[2],
@@ -385,9 +447,9 @@ template <class T, int SCORE> struct Tile {
         v = (lane >= from) & (lane < to) ? v : broadcast<A>(minus_infinity);
       }
       store(x + j, v);
-      top = v > top || v != v ? v : top;
+      top = v > top ? v : top;
     }
-    return top;
+    return {top, A(1)};
   }
 
   // f(j, factor): what dropout multiplies vector j of row r's probabilities with.

@@ -13,6 +13,7 @@ from dlkern.nn.functional.dropout import dropout, dropout1d, dropout2d, dropout3
 from dlkern.nn.functional.layer_norm import layer_norm
 from dlkern.nn.functional.linear import linear
 from dlkern.nn.functional.loss import cross_entropy
+from dlkern.nn.functional.multi_head_attention import multi_head_attention_forward
 from dlkern.nn.functional.pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -66,6 +67,7 @@ __all__ = [
     "max_pool1d_with_indices",
     "max_pool2d",
     "max_pool2d_with_indices",
+    "multi_head_attention_forward",
     "rnn_relu",
     "rnn_tanh",
     "scaled_dot_product_attention",

@@ -69,7 +69,7 @@ def _four_mask(mask: torch.Tensor, lead: torch.Size, dims: int) -> torch.Tensor:
 def _attend(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float,
     gqa: bool, settings: Settings, lengths: torch.Tensor | None = None, slopes: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None, seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Operands [*, L, D], [*, S, D], [*, S, Dv] with leading dimensions that broadcast."""
     if gqa:
@@ -86,9 +86,8 @@ def _attend(
     q, k, v = _four(query, lead, dims), _four(key, of_keys, dims), _four(value, of_keys, dims)
     if lengths is not None:
         lengths = _lengths(op, lengths, q.shape, dims)
-    seed = None
     if dropout_p > 0:
-        settings, seed = settings._replace(p=dropout_p), _seed(query)
+        settings, seed = settings._replace(p=dropout_p), _seed(query) if seed is None else seed
     output = ops.attention.attention(op, q, k, v, mask, lengths, slopes, weight, seed, settings)
     if dims == 4:
         return output
@@ -208,7 +207,7 @@ def _other(
 
 def dot_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None, dropout_p: float = 0.0,
+    lengths: torch.Tensor | None = None, dropout_p: float = 0.0, *, scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention with unscaled dot products: softmax(query keyᵀ) value. Luong et al. 2015, equation 8 ("dot").
 
@@ -217,6 +216,7 @@ def dot_attention(
         attn_mask: bool (True: takes part) or floating point (added), broadcasting to [B, L, S]; or None.
         lengths: int64 [B] or [B, L], how many keys take part; or None.
         dropout_p: probability of dropping a probability.
+        scale: factor of the dot products.
 
     Returns:
         [B, L, Dv]; zeros where a query sees no key.
@@ -224,7 +224,7 @@ def dot_attention(
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit together.
     """
-    return _other("dot_attention", query, key, value, attn_mask, lengths, dropout_p, Settings())
+    return _other("dot_attention", query, key, value, attn_mask, lengths, dropout_p, Settings(scale=scale))
 
 
 def gaussian_attention(
