@@ -45,8 +45,8 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
     load_rows(g.data + this->b * g.stride[0] + this->h * g.stride[1] + first * g.stride[2], g.stride[2], g.stride[3],
               rows, s.value_depth, grad, value_depth);
   }
-  // Leaves P, with dropout, in `scores` and dS in `change`. Where a tile has all keys, delta is sum(P g V^T), which is
-  // the same number but cancels exactly where one key has all the weight.
+  // Leaves P, with dropout, in `scores` and dS in `change`. Where a tile has all keys that a query sees, delta is
+  // sum(P g V^T), which is the same number but cancels exactly where one key has all the weight.
   void compute(int64_t rows, int64_t count, const Seen& seen) {
     alignas(64) A factors[kKeys];  // of dropout
     this->multiply(0, rows, count);
@@ -65,9 +65,10 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
           store(factors + j, factor);
           store(d + j, load(d + j) * factor);
         });
-      if (s.keys <= kKeys)
+      const bool whole = seen.begin[r] >= this->j0 && seen.end[r] <= this->j0 + count;
+      if (whole)
         for (int64_t j = 0; j < count; j += lanes) sums += load(x + j) * load(d + j);
-      const A sum = s.keys <= kKeys ? reduce_add(sums) : delta[row];
+      const A sum = whole ? reduce_add(sums) : delta[row];
       for (int64_t j = 0; j < count; j += lanes) {
         const V p = load(x + j);
         V change_of_score = p * (load(d + j) - sum);
@@ -79,16 +80,16 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   }
 };
 
-// What the additive score hands on: to queries, keys (turned: [depth, kKeys]) and weight ([depth, lanes]), all added to.
+// What a pairwise score hands on: to queries, keys (turned: [depth, kKeys]) and weight ([depth, lanes]), all added to.
 // With t = tanh(q + k): dq = sum over keys of dS w (1 - t^2), dk = the same over queries, dw = sum of dS t.
-template <bool EXACT, class A>
-void additive_backward(int64_t rows, int64_t width, int64_t depth, const A* q, int64_t q_row, const A* k,
+template <Pairwise KIND, class A>
+void pairwise_backward(int64_t rows, int64_t width, int64_t depth, const A* q, int64_t q_row, const A* k,
                        const A* weight, const A* change, A* grad_query, A* grad_key, A* grad_weight) {
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   constexpr int kGroup = 4;
-  const A slope = EXACT ? 1 : 4, twice = EXACT ? 1 : 2;
   for (int64_t h = 0; h < depth; ++h) {
+    const A factor = KIND == kTanh ? 4 * weight[h] : KIND == kExactTanh ? weight[h] : A(1);
     V of_weight{};
     for (int64_t r0 = 0; r0 < rows; r0 += kGroup) {
       const int64_t some = smaller(kGroup, rows - r0);
@@ -99,25 +100,31 @@ void additive_backward(int64_t rows, int64_t width, int64_t depth, const A* q, i
         for (int64_t r = 0; r < some; ++r) {
           const V d = load(change + (r0 + r) * kKeys + j);
           const A x = q[(r0 + r) * q_row + h];
-          V t, u;
-          if constexpr (EXACT) {
+          V t{}, u;
+          if constexpr (KIND == kTanh) {  // u: a quarter
+            const V e = x * key, part = A(1) / (x * key + A(1));
+            t = (x * key - A(1)) * part;
+            u = e * part * part;
+          } else if constexpr (KIND == kExactTanh) {
             t = tanh(x + key);
             u = A(1) - t * t;
-          } else {  // halves and quarters of them
-            const V e = x * key, part = A(1) / (e + A(1));
-            t = A(0.5) - part;
-            u = e * part * part;
+          } else {
+            u = key - x;
           }
-          of_weight += d * t;
           of_query[r] += d * u;
-          of_key += d * u;
+          if constexpr (KIND == kSquare) {
+            of_key -= d * u;
+          } else {
+            of_key += d * u;
+            of_weight += d * t;
+          }
         }
-        store(grad_key + h * kKeys + j, load(grad_key + h * kKeys + j) + of_key * (slope * weight[h]));
+        store(grad_key + h * kKeys + j, load(grad_key + h * kKeys + j) + of_key * factor);
       }
-      for (int64_t r = 0; r < some; ++r)
-        grad_query[(r0 + r) * q_row + h] += reduce_add(of_query[r]) * (slope * weight[h]);
+      for (int64_t r = 0; r < some; ++r) grad_query[(r0 + r) * q_row + h] += reduce_add(of_query[r]) * factor;
     }
-    store(grad_weight + h * lanes, load(grad_weight + h * lanes) + of_weight * twice);
+    if constexpr (KIND != kSquare)
+      store(grad_weight + h * lanes, load(grad_weight + h * lanes) + of_weight);
   }
 }
 
@@ -159,14 +166,15 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
                    int64_t split, int64_t splits, acc_t<T>* grad_query, acc_t<T>* grad_weight) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
-  constexpr bool additive = SCORE == kAdditiveScore, gaussian = SCORE == kGaussianScore;
+  constexpr bool additive = SCORE == kAdditiveScore, gaussian = SCORE == kGaussianScore,
+                 pairwise = additive || gaussian;
   const AttentionShape& s = args.forward.shape;
   const int64_t group = s.heads / s.key_heads, depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
   const int64_t tile_size = GradientTile<T, SCORE>::size(s);
-  A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth + 1) + s.depth * (kKeys + lanes));
+  A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth) + s.depth * (kKeys + lanes));
   GradientTile<T, SCORE> tile(args, delta, memory);
-  A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth, *sums = grad_value + kKeys * value_depth,
-    *grad_turned = sums + kKeys, *of_weight = grad_turned + s.depth * kKeys;
+  A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth, *grad_turned = grad_value + kKeys * value_depth,
+    *of_weight = grad_turned + s.depth * kKeys;
   const auto clear = [](A* p, int64_t count) { std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(A)); };
   clear(grad_query, group * s.queries * depth);
   if (additive) clear(of_weight, s.depth * lanes);
@@ -175,8 +183,8 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     const int64_t n = smaller(kKeys, s.keys - j0);
     tile.set_head(b, key_head * group);
     tile.load_keys(j0, n);
-    clear(grad_key, kKeys * (depth + value_depth + 1));
-    if (additive) clear(grad_turned, s.depth * kKeys);
+    clear(grad_key, kKeys * (depth + value_depth));
+    if (pairwise) clear(grad_turned, s.depth * kKeys);
     for (int64_t g = 0; g < group; ++g) {
       tile.set_head(b, key_head * group + g);
       for (int64_t i0 = 0; i0 < s.queries; i0 += kRows) {
@@ -191,29 +199,26 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
                 tile.k_step);
         if constexpr (additive) {
           if (tile.exact(0))
-            additive_backward<true>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
+            pairwise_backward<kExactTanh>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
                                     args.forward.weight, tile.change, of_query, grad_turned, of_weight);
           else
-            additive_backward<false>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
+            pairwise_backward<kTanh>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
                                      args.forward.weight, tile.change, of_query, grad_turned, of_weight);
+        } else if constexpr (gaussian) {
+          pairwise_backward<kSquare>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
+                                     static_cast<const A*>(nullptr), tile.change, of_query, grad_turned, of_weight);
         } else {
           product(count, depth, rows, tile.change, 1, kKeys, tile.query, depth, grad_key, depth, true, tile.k_step);
           product(rows, depth, count, tile.change, kKeys, 1, tile.key, depth, of_query, depth, true, tile.k_step);
         }
-        if constexpr (gaussian)
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t j = 0; j < count; j += lanes) store(sums + j, load(sums + j) + load(tile.change + r * kKeys + j));
       }
     }
-    if constexpr (additive) transpose_rows(grad_turned, kKeys, s.depth, kKeys, grad_key, depth);
+    if constexpr (pairwise) transpose_rows(grad_turned, kKeys, s.depth, kKeys, grad_key, depth);
     if constexpr (SCORE == kCosineScore)
       for (int64_t j = 0; j < n; ++j)
         normalize_backward(tile.key + j * depth, tile.of_key[j], grad_key + j * depth, depth);
     const int64_t row = (b * s.key_heads + key_head) * s.keys + j0;
     for (int64_t j = 0; j < n; ++j) {
-      if constexpr (gaussian)
-        for (int64_t d = 0; d < depth; d += lanes)
-          store(grad_key + j * depth + d, load(grad_key + j * depth + d) - load(tile.key + j * depth + d) * sums[j]);
       narrow(grad_key + j * depth, args.grad_key + (row + j) * s.depth, s.depth, static_cast<A>(s.scale));
       narrow(grad_value + j * value_depth, args.grad_value + (row + j) * s.value_depth, s.value_depth, A(1));
     }

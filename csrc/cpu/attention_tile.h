@@ -162,28 +162,33 @@ inline void dropout_words(const Keys& keys, int64_t row, int64_t all_keys, int64
     }
 }
 
-// What tanh(q + k) = 1 - 2 / (1 + e^2q e^2k) may be made of: beyond, the exponentials leave their range.
-template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : 150;
+// Scores that are no product of matrices: sums over h of a function of q[i, h] and k[j, h].
+// kTanh is weight[h] tanh(q + k) = weight[h] (e^2q e^2k - 1) / (e^2q e^2k + 1), whose operands are the exponentials; kExactTanh,
+// where those would leave their range, the same of plain operands; kSquare is -(q - k)^2 / 2.
+enum Pairwise { kTanh, kExactTanh, kSquare };
+template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : 150;  // of |q| and |k|
 
-// tile[R rows, a vector] of sum over h of weight[h] tanh(q[r, h] + k[h, j]); q and k are e^2q and e^2k where !EXACT.
-template <bool EXACT, int R, class A>
-[[gnu::always_inline]] inline void additive_block(int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
+// tile[R rows, a vector] of such sums, short ones: scores are exponents.
+template <Pairwise KIND, int R, class A>
+[[gnu::always_inline]] inline void pairwise_block(int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
                                                   A* tile) {
-  constexpr int64_t lanes = kLanes<A>;
   constexpr int kChains = 4;
   constexpr int64_t kBlock = 32;
   Vec<A> total[R] = {};
-  for (int64_t h0 = 0; h0 < depth; h0 += kBlock) {  // short sums: scores are exponents
+  for (int64_t h0 = 0; h0 < depth; h0 += kBlock) {
     Vec<A> sum[R][kChains] = {};
     const int64_t end = smaller(h0 + kBlock, depth);
     const auto add = [&](int64_t h, int chain) {
       const Vec<A> key = load(k + h * kKeys);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        if constexpr (EXACT)
-          sum[r][chain] += weight[h] * tanh(q[r * q_row + h] + key);
+        const A x = q[r * q_row + h];
+        if constexpr (KIND == kTanh)
+          sum[r][chain] += weight[h] * ((x * key - A(1)) / (x * key + A(1)));
+        else if constexpr (KIND == kExactTanh)
+          sum[r][chain] += weight[h] * tanh(x + key);
         else
-          sum[r][chain] += weight[h] * (A(0.5) - A(1) / (q[r * q_row + h] * key + A(1)));
+          sum[r][chain] -= (x - key) * (x - key);
       }
     };
     int64_t h = h0;
@@ -193,18 +198,18 @@ template <bool EXACT, int R, class A>
     for (; h < end; ++h) add(h, 0);
     for (int r = 0; r < R; ++r) total[r] += (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
   }
-  for (int r = 0; r < R; ++r) store(tile + r * kKeys, EXACT ? total[r] : total[r] + total[r]);
+  constexpr A factor = KIND == kSquare ? 0.5 : 1;
+  for (int r = 0; r < R; ++r) store(tile + r * kKeys, total[r] * factor);
 }
 
-template <bool EXACT, class A>
-void additive_scores(int64_t rows, int64_t n, int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
+template <Pairwise KIND, class A>
+void pairwise_scores(int64_t rows, int64_t n, int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
                      A* tile) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t j = 0; j < n; j += lanes) {
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
-      additive_block<EXACT, 4>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
-    for (; r < rows; ++r) additive_block<EXACT, 1>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
+      pairwise_block<KIND, 4>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
+    for (; r < rows; ++r) pairwise_block<KIND, 1>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
   }
 }
 
@@ -249,15 +254,15 @@ template <class T, int SCORE> struct Tile {
   const int64_t query_rows;          // loaded at a time
   const Keys words;
   const int64_t k_step;
-  A *query, *query_exp, *key, *key_turned, *key_exp, *value, *of_key, *scores, *slope_of_cap, *origin;
-  // of_key: half the squared length of a key (Gaussian), the reciprocal of its length (cosine)
+  A *query, *query_exp, *key, *key_turned, *key_exp, *value, *of_key, *scores, *slope_of_cap;
+  // of_key: the reciprocal of a key's length (cosine)
   A query_bound[64], key_bound = 0;  // of absolute values, a block of kRows queries each
   int64_t b = 0, h = 0, i0 = 0, j0 = 0, n = 0;
 
   static int64_t size(const AttentionShape& s, int64_t query_rows) {
     const int64_t depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
     return query_rows * depth * (kAdditive ? 2 : 1) + kKeys * depth + s.depth * kKeys * (kAdditive ? 2 : 1) +
-           kKeys * value_depth + kKeys + 2 * kRows * kKeys + depth + lanes;
+           kKeys * value_depth + kKeys + 2 * kRows * kKeys;
   }
   Tile(const AttentionArgs<T>& arguments, int64_t rows, A* memory)
       : args(arguments),
@@ -281,7 +286,6 @@ template <class T, int SCORE> struct Tile {
     of_key = take(kKeys);
     scores = take(kRows * kKeys);
     slope_of_cap = take(kRows * kKeys);
-    origin = take(depth);
   }
 
   int64_t key_head() const { return h / (s.heads / s.key_heads); }
@@ -304,18 +308,12 @@ template <class T, int SCORE> struct Tile {
   void set_head(int64_t batch, int64_t head) {
     b = batch;
     h = head;
-    if constexpr (kGaussian) {  // distances do not change, and sums do not cancel, about a point among the keys
-      const Strided<const T>& k = args.key;
-      load_rows(k.data + b * k.stride[0] + key_head() * k.stride[1], 0, k.stride[3], 1, s.depth, origin, depth);
-    }
   }
   void load_queries(int64_t first, int64_t rows) {
     i0 = first;
     const Strided<const T>& q = args.query;
     load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], rows, s.depth,
               query, depth);
-    if constexpr (kGaussian)
-      for (int64_t i = 0; i < rows; ++i) subtract_origin(query + i * depth);
     if constexpr (kCosine)
       for (int64_t i = 0; i < rows; ++i) normalize(query + i * depth, depth);
     if constexpr (kAdditive)
@@ -323,10 +321,6 @@ template <class T, int SCORE> struct Tile {
         query_bound[r / kRows] =
             double_exponentials(query + r * depth, smaller(kRows, rows - r) * depth, query_exp + r * depth);
   }
-  void subtract_origin(A* row) const {
-    for (int64_t d = 0; d < depth; d += lanes) store(row + d, load(row + d) - load(origin + d));
-  }
-
   void load_keys(int64_t first, int64_t count) {
     j0 = first;
     n = count;
@@ -336,13 +330,6 @@ template <class T, int SCORE> struct Tile {
               s.depth, key, depth);
     load_rows(v.data + b * v.stride[0] + key_head() * v.stride[1] + j0 * v.stride[2], v.stride[2], v.stride[3], n,
               s.value_depth, value, value_depth);
-    if constexpr (kGaussian)
-      for (int64_t j = 0; j < n; ++j) {
-        subtract_origin(key + j * depth);
-        V sum{};
-        for (int64_t d = 0; d < depth; d += lanes) sum += load(key + j * depth + d) * load(key + j * depth + d);
-        of_key[j] = reduce_add(sum) / 2;
-      }
     if constexpr (kCosine)
       for (int64_t j = 0; j < n; ++j) of_key[j] = normalize(key + j * depth, depth);
     transpose_rows(key, depth, n, s.depth, key_turned, kKeys);
@@ -362,9 +349,12 @@ template <class T, int SCORE> struct Tile {
     const int64_t width = padded<A>(count);
     if constexpr (kAdditive) {
       if (exact(r0))
-        additive_scores<true>(rows, width, s.depth, query + r0 * depth, depth, key_turned, args.weight, scores);
+        pairwise_scores<kExactTanh>(rows, width, s.depth, query + r0 * depth, depth, key_turned, args.weight, scores);
       else
-        additive_scores<false>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
+        pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
+    } else if constexpr (kGaussian) {
+      pairwise_scores<kSquare>(rows, width, s.depth, query + r0 * depth, depth, key_turned, static_cast<const A*>(nullptr),
+                               scores);
     } else {
       product(rows, width, s.depth, query + r0 * depth, depth, 1, key_turned, kKeys, scores, kKeys, false, k_step);
     }
@@ -390,14 +380,14 @@ template <class T, int SCORE> struct Tile {
     const A scale = static_cast<A>(s.scale), minus_infinity = -__builtin_inf();
     V top = broadcast<A>(minus_infinity);
     const bool all = begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
-    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && !kGaussian && scale >= 0) {
+    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale >= 0) {
       for (int64_t j = 0; j < count; j += lanes) {
         const V v = load(x + j);
         top = v > top ? v : top;
       }
       return {top, scale};
     }
-    if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0 && !kGaussian) {
+    if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0) {
       const int64_t m = b * args.mask.stride[0] + h * args.mask.stride[1] + (i0 + r0 + r) * args.mask.stride[2] + j0;
       if (s.mask == kBoolMask && scale >= 0) {
         const uint8_t* from = static_cast<const uint8_t*>(args.mask.data) + m;
@@ -427,7 +417,6 @@ template <class T, int SCORE> struct Tile {
     for (int64_t j = 0; j < count; j += lanes) {
       const int64_t some = smaller(lanes, count - j), m = at + (j0 + j) * step;
       V v = load(x + j);
-      if constexpr (kGaussian) v -= load(of_key + j);
       v *= scale;
       if (s.softcap != 0) {
         const V t = tanh(v * static_cast<A>(1 / s.softcap));

@@ -17,6 +17,8 @@ __all__ = [
     "additive_attention", "cosine_attention", "dot_attention", "gaussian_attention", "scaled_dot_product_attention",
 ]  # fmt: skip
 
+_SIZES = "sizes of operands do not fit"
+
 
 def _unusual(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, gqa: bool) -> str | None:
     """What of a call is outside our kernels (torch takes it, or raises its own error), or None."""
@@ -29,7 +31,7 @@ def _unusual(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
     if query.is_nested or key.is_nested or value.is_nested or query.is_sparse or key.is_sparse or value.is_sparse:
         return "nested or sparse"
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
-        return "sizes of operands do not fit"
+        return _SIZES
     if mask is not None and (mask.device != query.device or mask.dtype not in (torch.bool, torch.float32, query.dtype)):
         return "mask is elsewhere, or neither bool nor float32 nor of query's dtype"
     if mask is not None and (mask.is_nested or mask.is_sparse or mask.dim() == 0):
@@ -174,6 +176,8 @@ def scaled_dot_product_attention(
         return _attend(
             "scaled_dot_product_attention", query, key, value, attn_mask, dropout_p, enable_gqa, settings, lengths, alibi_slopes
         )
+    if reason == _SIZES and key.shape[-2] != value.shape[-2]:  # which torch does not see
+        raise RuntimeError(f"scaled_dot_product_attention: {key.shape[-2]} keys, {value.shape[-2]} values")
     if not plain and not dropout_p:
         raise RuntimeError(f"scaled_dot_product_attention: {reason}, which torch's arguments alone allow")
     output = torch.nn.functional.scaled_dot_product_attention(
