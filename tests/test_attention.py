@@ -106,7 +106,8 @@ def test_shapes_torch_takes():
             assert ours.shape == theirs.shape
             torch.testing.assert_close(ours, theirs)
     mask = torch.rand(1, 2, 1, 5, 6) > 0.5
-    torch.testing.assert_close(SDPA(x[None], y[None], y[None], mask), tF.scaled_dot_product_attention(x[None], y[None], y[None], mask))
+    arguments = (x[None], y[None], y[None], mask)
+    torch.testing.assert_close(SDPA(*arguments), tF.scaled_dot_product_attention(*arguments))
 
 
 def test_operands_are_read_where_they_lie():
@@ -181,8 +182,9 @@ def test_dropout():
     torch.testing.assert_close(first[kept], (SDPA(q, k, unit) / 0.75)[kept])
     assert SDPA(q, k, unit, dropout_p=1.0).abs().max() == 0
     seed = torch.tensor(987654321)
-    assert torch.equal(reference.kept((2, 3, 50, 130), 0.25, seed), ops.attention.attention(
-        "dot_attention", q, k, unit.expand(2, 3, 130, 130), None, None, None, None, seed, Settings(p=0.25, scale=0.01)) != 0)  # fmt: skip
+    settings = Settings(p=0.25, scale=0.01)
+    y = ops.attention.attention("dot_attention", q, k, unit.expand(2, 3, 130, 130), None, None, None, None, seed, settings)
+    assert torch.equal(reference.kept((2, 3, 50, 130), 0.25, seed), y != 0)
 
 
 @pytest.mark.parametrize("name", ["added mask, shared", "alibi", "window", "gaussian", "cosine", "dropout"])

@@ -14,8 +14,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @each_dtype
 @pytest.mark.parametrize(
-    ("shape", "dims"), [((1, 1), 1), ((17, 1), 1), ((6, 15), 1), ((40, 16), 1), ((3, 129), 1), ((700, 70), 1), ((2, 3, 4, 5), 3),
-                        ((5, 768), 1), ((2, 2049), 1)], ids=str,
+    ("shape", "dims"),
+    [((1, 1), 1), ((17, 1), 1), ((6, 15), 1), ((40, 16), 1), ((3, 129), 1), ((700, 70), 1), ((2, 3, 4, 5), 3), ((5, 768), 1),
+     ((2, 2049), 1)], ids=str,
 )  # fmt: skip
 def test_parity(shape, dims, dtype):
     def inputs():
@@ -102,7 +103,8 @@ def test_torchs_errors(args):
 
 def test_module_convert_and_enabled():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.LayerNorm((4, 6)), torch.nn.LayerNorm(6, elementwise_affine=False), torch.nn.LayerNorm(6, bias=False))
+    norm = torch.nn.LayerNorm
+    model = torch.nn.Sequential(norm((4, 6)), norm(6, elementwise_affine=False), norm(6, bias=False))
     x = torch.randn(3, 4, 6)
     expected = model(x)
     with dlkern.enabled(), dlkern.trace() as calls:

@@ -35,8 +35,7 @@ inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t cou
     total += e;
     store(x + j, e);
   }
-  if (tile.s.p > 0)
-    tile.each_dropped(r0, r, count, [&](int64_t j, V factor) { store(x + j, load(x + j) * factor); });
+  if (tile.s.p > 0) tile.each_dropped(r0, r, count, [&](int64_t j, V factor) { store(x + j, load(x + j) * factor); });
   store(sum, total);
 }
 
@@ -117,14 +116,14 @@ template <class T, int SCORE> void forward(const AttentionArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_ATTENTION(T)                                              \
-  void attention_forward(const AttentionArgs<T>& args) {                        \
-    switch (args.shape.score) {                                                 \
-      case kGaussianScore: return forward<T, kGaussianScore>(args);             \
-      case kAdditiveScore: return forward<T, kAdditiveScore>(args);             \
-      case kCosineScore: return forward<T, kCosineScore>(args);                 \
-      default: return forward<T, kDotScore>(args);                              \
-    }                                                                           \
+#define DLKERN_DEFINE_ATTENTION(T)                                  \
+  void attention_forward(const AttentionArgs<T>& args) {            \
+    switch (args.shape.score) {                                     \
+      case kGaussianScore: return forward<T, kGaussianScore>(args); \
+      case kAdditiveScore: return forward<T, kAdditiveScore>(args); \
+      case kCosineScore: return forward<T, kCosineScore>(args);     \
+      default: return forward<T, kDotScore>(args);                  \
+    }                                                               \
   }
 DLKERN_DEFINE_ATTENTION(float)
 DLKERN_DEFINE_ATTENTION(double)

@@ -18,9 +18,9 @@ constexpr int64_t kTasks = 8;  // at least, where a head has that many blocks of
 // A tile and the gradient of its scores.
 template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   using Base = Tile<T, SCORE>;
+  using Base::args, Base::s, Base::lanes, Base::value_depth, Base::scores;
   using typename Base::A;
   using typename Base::V;
-  using Base::args, Base::s, Base::lanes, Base::value_depth, Base::scores;
   const AttentionBackwardArgs<T>& all;
   const A* delta;  // [batch, heads, queries]
   A *grad, *value_turned, *change;
@@ -59,7 +59,8 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
       A *x = scores + r * kKeys, *d = change + r * kKeys;
       const A* cap = this->slope_of_cap + r * kKeys;
       V sums{};
-      for (int64_t j = 0; j < count; j += lanes) store(x + j, exp_nonpositive(load(x + j) * factor - largest) * inverse);
+      for (int64_t j = 0; j < count; j += lanes)
+        store(x + j, exp_nonpositive(load(x + j) * factor - largest) * inverse);
       if (s.p > 0)
         this->each_dropped(0, r, count, [&](int64_t j, V factor) {
           store(factors + j, factor);
@@ -123,8 +124,7 @@ void pairwise_backward(int64_t rows, int64_t width, int64_t depth, const A* q, i
       }
       for (int64_t r = 0; r < some; ++r) grad_query[(r0 + r) * q_row + h] += reduce_add(of_query[r]) * factor;
     }
-    if constexpr (KIND != kSquare)
-      store(grad_weight + h * lanes, load(grad_weight + h * lanes) + of_weight);
+    if constexpr (KIND != kSquare) store(grad_weight + h * lanes, load(grad_weight + h * lanes) + of_weight);
   }
 }
 
@@ -173,9 +173,11 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
   const int64_t tile_size = GradientTile<T, SCORE>::size(s);
   A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth) + s.depth * (kKeys + lanes));
   GradientTile<T, SCORE> tile(args, delta, memory);
-  A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth, *grad_turned = grad_value + kKeys * value_depth,
-    *of_weight = grad_turned + s.depth * kKeys;
-  const auto clear = [](A* p, int64_t count) { std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(A)); };
+  A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth,
+    *grad_turned = grad_value + kKeys * value_depth, *of_weight = grad_turned + s.depth * kKeys;
+  const auto clear = [](A* p, int64_t count) {
+    std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(A));
+  };
   clear(grad_query, group * s.queries * depth);
   if (additive) clear(of_weight, s.depth * lanes);
 
@@ -200,7 +202,7 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
         if constexpr (additive) {
           if (tile.exact(0))
             pairwise_backward<kExactTanh>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
-                                    args.forward.weight, tile.change, of_query, grad_turned, of_weight);
+                                          args.forward.weight, tile.change, of_query, grad_turned, of_weight);
           else
             pairwise_backward<kTanh>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
                                      args.forward.weight, tile.change, of_query, grad_turned, of_weight);
@@ -224,7 +226,8 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     }
   }
   if (additive && grad_weight)
-    for (int64_t d = 0; d < s.depth; ++d) grad_weight[d] = reduce_add(load(of_weight + d * lanes)) * static_cast<A>(s.scale);
+    for (int64_t d = 0; d < s.depth; ++d)
+      grad_weight[d] = reduce_add(load(of_weight + d * lanes)) * static_cast<A>(s.scale);
 }
 
 // The mask's gradient: a task is a tile of the mask and adds up, in order, the dS of all that it was broadcast to.
@@ -308,7 +311,8 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
         const Strided<const T>& q = args.forward.query;
         const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
         A* query = scratch<A>(Slot::family_0, depth);
-        load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i * q.stride[2], 0, q.stride[3], 1, s.depth, query, depth);
+        load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i * q.stride[2], 0, q.stride[3], 1, s.depth, query,
+                  depth);
         const A inverse = normalize(query, depth);
         normalize_backward(query, inverse, sum, depth);
       }
@@ -325,14 +329,14 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
 
 }  // namespace
 
-#define DLKERN_DEFINE_ATTENTION(T)                                     \
-  void attention_backward(const AttentionBackwardArgs<T>& args) {      \
-    switch (args.forward.shape.score) {                                \
-      case kGaussianScore: return backward<T, kGaussianScore>(args);   \
-      case kAdditiveScore: return backward<T, kAdditiveScore>(args);   \
-      case kCosineScore: return backward<T, kCosineScore>(args);       \
-      default: return backward<T, kDotScore>(args);                    \
-    }                                                                  \
+#define DLKERN_DEFINE_ATTENTION(T)                                   \
+  void attention_backward(const AttentionBackwardArgs<T>& args) {    \
+    switch (args.forward.shape.score) {                              \
+      case kGaussianScore: return backward<T, kGaussianScore>(args); \
+      case kAdditiveScore: return backward<T, kAdditiveScore>(args); \
+      case kCosineScore: return backward<T, kCosineScore>(args);     \
+      default: return backward<T, kDotScore>(args);                  \
+    }                                                                \
   }
 DLKERN_DEFINE_ATTENTION(float)
 DLKERN_DEFINE_ATTENTION(double)

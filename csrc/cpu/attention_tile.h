@@ -251,7 +251,7 @@ template <class T, int SCORE> struct Tile {
   const AttentionArgs<T>& args;
   const AttentionShape& s;
   const int64_t depth, value_depth;  // padded
-  const int64_t query_rows;          // loaded at a time
+  const int64_t query_rows;  // loaded at a time
   const Keys words;
   const int64_t k_step;
   A *query, *query_exp, *key, *key_turned, *key_exp, *value, *of_key, *scores, *slope_of_cap;
@@ -353,8 +353,8 @@ template <class T, int SCORE> struct Tile {
       else
         pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
     } else if constexpr (kGaussian) {
-      pairwise_scores<kSquare>(rows, width, s.depth, query + r0 * depth, depth, key_turned, static_cast<const A*>(nullptr),
-                               scores);
+      pairwise_scores<kSquare>(rows, width, s.depth, query + r0 * depth, depth, key_turned,
+                               static_cast<const A*>(nullptr), scores);
     } else {
       product(rows, width, s.depth, query + r0 * depth, depth, 1, key_turned, kKeys, scores, kKeys, false, k_step);
     }

@@ -14,7 +14,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
 constexpr int64_t kMostChunks = 64;  // of rows, for the sums down columns
-constexpr int kSums = 4;             // at a time, because each addition waits for the one before
+constexpr int kSums = 4;  // at a time, because each addition waits for the one before
 
 template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
   return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
@@ -94,9 +94,9 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
         };
         if (args.grad_input) {
           const A first = sum_row<T>(columns, weighted) * share;
-          const A second = sum_row<T>(columns, [&](int64_t j, int64_t count) {
-                             return weighted(j, count) * xhat(j, count);
-                           }) * share;
+          const A second =
+              sum_row<T>(columns, [&](int64_t j, int64_t count) { return weighted(j, count) * xhat(j, count); }) *
+              share;
           for (int64_t j = 0; j < columns; j += lanes) {
             const int64_t count = smaller(lanes, columns - j);
             store_some(args.grad_input + row * columns + j,
@@ -131,7 +131,7 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
 
 }  // namespace
 
-#define DLKERN_DEFINE_LAYER_NORM(T)                                    \
+#define DLKERN_DEFINE_LAYER_NORM(T)                                        \
   void layer_norm_forward(const LayerNormArgs<T>& args) { forward(args); } \
   void layer_norm_backward(const LayerNormBackwardArgs<T>& args) { backward(args); }
 DLKERN_DEFINE_LAYER_NORM(float)

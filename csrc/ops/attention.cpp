@@ -72,10 +72,10 @@ template <class T> struct Call {
     }
     if (mask) {
       const ScalarType dtype = mask->scalar_type();
-      s.mask = dtype == ScalarType::Bool            ? cpu::kBoolMask
-               : dtype == query.scalar_type()       ? cpu::kOwnMask
-               : dtype == ScalarType::Float         ? cpu::kFloatMask
-                                                    : cpu::kNoMask;
+      s.mask = dtype == ScalarType::Bool      ? cpu::kBoolMask
+               : dtype == query.scalar_type() ? cpu::kOwnMask
+               : dtype == ScalarType::Float   ? cpu::kFloatMask
+                                              : cpu::kNoMask;
       check(s.mask != cpu::kNoMask, op, ": mask must be bool, float32 or of query's dtype");
       const int64_t full[4] = {s.batch, s.heads, s.queries, s.keys};
       bool fits = mask->is_cpu() && mask->dim() == 4;
@@ -90,7 +90,8 @@ template <class T> struct Call {
       check(lengths->is_cpu() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 2 &&
                 lengths->size(0) == s.batch && (lengths->size(1) == 1 || lengths->size(1) == s.queries),
             op, ": lengths must be int64 [batch, 1] or [batch, queries]");
-      args.lengths = {data<int64_t>(*lengths), {lengths->stride(0), 0, lengths->size(1) == 1 ? 0 : lengths->stride(1), 0}};
+      args.lengths = {data<int64_t>(*lengths),
+                      {lengths->stride(0), 0, lengths->size(1) == 1 ? 0 : lengths->stride(1), 0}};
     }
     args.slopes = parameter(op, "slopes", slopes, s.heads, query);
     args.weight = parameter(op, "weight", weight, s.depth, query);
@@ -113,8 +114,10 @@ template <class T> struct Call {
 Tensor allocate_output(const Tensor& query, int64_t value_depth) {
   const int64_t size[4] = {query.size(0), query.size(1), query.size(2), value_depth};
   const bool turned = query.stride(1) < query.stride(2);
-  const int64_t heads = std::max<int64_t>(size[1], 1), length = std::max<int64_t>(size[2], 1), depth = std::max<int64_t>(size[3], 1);
-  const int64_t stride[4] = {heads * length * depth, turned ? depth : length * depth, turned ? heads * depth : depth, 1};
+  const int64_t heads = std::max<int64_t>(size[1], 1), length = std::max<int64_t>(size[2], 1),
+                depth = std::max<int64_t>(size[3], 1);
+  const int64_t stride[4] = {heads * length * depth, turned ? depth : length * depth, turned ? heads * depth : depth,
+                             1};
   return allocate_strided(Ints(size, 4), stride, query.scalar_type(), query);
 }
 
@@ -169,7 +172,8 @@ Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, cons
     grad_query = allocate(query.sizes(), query.scalar_type(), query);
     grad_key = allocate(key.sizes(), query.scalar_type(), query);
     grad_value = allocate(value.sizes(), query.scalar_type(), query);
-    grad_mask = of_mask ? allocate(mask->sizes(), mask->scalar_type(), query) : allocate({0}, query.scalar_type(), query);
+    grad_mask =
+        of_mask ? allocate(mask->sizes(), mask->scalar_type(), query) : allocate({0}, query.scalar_type(), query);
     Tensor sums = allocate({weight ? s.depth : 0}, sum_type(query), query);
     if (s.batch * s.heads == 0 || s.keys == 0) {
       for (Tensor* x : {&grad_query, &grad_key, &grad_value, &grad_mask, &sums}) torch::stable::zero_(*x);

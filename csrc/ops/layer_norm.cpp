@@ -16,8 +16,7 @@ Rows check_rows(const char* op, const Tensor& input, int64_t dims) {
   check(input.is_cpu(), op, ": input is not on the CPU");
   check(dims >= 1 && dims <= input.dim(), op, ": cannot normalize ", dims, " of ", input.dim(), " dimensions");
   Rows result;
-  for (int64_t d = 0; d < input.dim(); ++d)
-    (d < input.dim() - dims ? result.rows : result.columns) *= input.size(d);
+  for (int64_t d = 0; d < input.dim(); ++d) (d < input.dim() - dims ? result.rows : result.columns) *= input.size(d);
   return result;
 }
 

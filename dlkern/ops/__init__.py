@@ -3,4 +3,7 @@
 from dlkern.ops import attention, batch_norm, batch_norm_sync, conv, dropout, layer_norm, linear, loss, pooling, rnn
 from dlkern.ops._activation import Activation
 
-__all__ = ["Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout", "layer_norm", "linear", "loss", "pooling", "rnn"]
+__all__ = [
+    "Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout",
+    "layer_norm", "linear", "loss", "pooling", "rnn",
+]  # fmt: skip

@@ -41,7 +41,8 @@ class Settings(NamedTuple):
 
 
 def _fake_forward(query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score):
-    batch, heads, queries, depth = *query.shape[:3], value.shape[3]
+    batch, heads, queries = query.shape[:3]
+    depth = value.shape[3]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if query.stride(1) < query.stride(2):  # in query's order of heads and queries
         output = query.new_empty((batch, queries, heads, depth)).transpose(1, 2)
@@ -60,7 +61,9 @@ def _fake_backward(grad_output, query, key, value, mask, lengths, slopes, weight
 
 
 _SETTINGS = "float p, float scale, float softcap, int left, int right, int score"
-_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? lengths, Tensor? slopes, Tensor? weight, Tensor? seed"
+_OPERANDS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? lengths, Tensor? slopes, Tensor? weight, Tensor? seed"
+)
 define("attention_forward", f"({_OPERANDS}, {_SETTINGS}) -> (Tensor, Tensor)", _fake_forward)
 define(
     "attention_backward",

@@ -259,7 +259,9 @@ def _attention() -> Iterator[Case]:
     for op, (score, options) in scores.items():
         scale = options.get("scale", options.get("width", 1.0) ** -2)
 
-        def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: Any = None, score: int = score, scale: float = scale) -> torch.Tensor:
+        def theirs(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: Any = None, score: int = score, scale: float = scale
+        ) -> torch.Tensor:
             four = (q[:, None], k[:, None], v[:, None])
             return reference.attention.attention(*four, None, None, None, w, None, 0.0, scale, 0.0, -1, -1, score)[:, 0]
 
@@ -332,7 +334,8 @@ def _rnn() -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_attention(), *_loss(), *_dropout(),
+    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_attention(),
+    *_loss(), *_dropout(),
 )  # fmt: skip
 
 # Not among CASES yet: portable code, which has no fused multiply-add, misses the rule by up to 30 % at their borders.

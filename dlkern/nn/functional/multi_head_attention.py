@@ -52,7 +52,7 @@ def attend(
         parts = weights if len(weights) == 3 else weights[0].chunk(3)
         some = biases if len(biases) == 3 else (None,) * 3 if biases[0] is None else biases[0].chunk(3)
         q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), parts, some))
-    batch, length, embed = q.shape
+    batch, embed = q.shape[0], q.shape[2]
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([x, b.expand(batch, 1, -1)], 1) for x, b in ((k, bias_k), (v, bias_v)))
     if zero:
@@ -83,7 +83,7 @@ def attend(
 
 def _unusual(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed: int, heads: int, separate: bool,
-    padding: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, more: bool,
+    padding: torch.Tensor | None, mask: torch.Tensor | None, causal: bool,
 ) -> str | None:
     """What of a batched call [L, B, E] torch is to answer, or None."""
     length, batch, size = query.shape
@@ -137,7 +137,6 @@ def multi_head_attention_forward(
             if q.dim() == k.dim() == v.dim() == 3:
                 reason = _unusual(
                     q, k, v, embed_dim_to_check, num_heads, use_separate_proj_weight, padding, mask, is_causal,
-                    bias_k is not None or add_zero_attn,
                 )
     except AttributeError:
         reason = "not tensors"
