@@ -29,13 +29,13 @@ OPTIONS = {
     "window": (Settings(scale=0.2, left=20, right=5), {}), "gaussian": (Settings(scale=0.3, score=GAUSSIAN), {}),
     "cosine": (Settings(scale=2.0, score=COSINE), {}), "additive": (Settings(score=ADDITIVE), {}),
     "softcap": (Settings(scale=0.5, softcap=2.0), {}), "negative scale": (Settings(scale=-0.3), {}),
-    "alibi": (Settings(scale=0.2), dict(slopes=lambda: torch.rand(4, dtype=torch.float64))),
-    "bool mask": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 70, 150) > 0.3)),
+    "alibi": (Settings(scale=0.2), dict(slopes=lambda: torch.rand(2, dtype=torch.float64))),
+    "bool mask": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 50, 150) > 0.3)),
     "bool mask of keys": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 1, 150) > 0.3)),
-    "added mask": (Settings(scale=0.2), dict(mask=lambda: torch.randn(2, 4, 70, 150, dtype=torch.float64))),
-    "added mask, shared": (Settings(scale=0.2, softcap=3.0), dict(mask=lambda: torch.randn(1, 4, 1, 150, dtype=torch.float64))),
+    "added mask": (Settings(scale=0.2), dict(mask=lambda: torch.randn(2, 2, 50, 150, dtype=torch.float64))),
+    "added mask, shared": (Settings(scale=0.2, softcap=3.0), dict(mask=lambda: torch.randn(1, 2, 1, 150, dtype=torch.float64))),
     "lengths": (Settings(scale=0.2), dict(lengths=lambda: torch.tensor([[3], [150]]))),
-    "lengths of queries": (Settings(scale=0.2), dict(lengths=lambda: torch.randint(0, 151, (2, 70)))),
+    "lengths of queries": (Settings(scale=0.2), dict(lengths=lambda: torch.randint(0, 151, (2, 50)))),
     "dropout": (Settings(scale=0.2, p=0.3), dict(seed=lambda: torch.randint(0, 2**62, ()))),
 }
 
@@ -61,14 +61,14 @@ def test_parity(name, dtype):
         return call
 
     def inputs():
-        drawn = leaves((2, 4, 70, 24), (2, 2, 150, 24), (2, 2, 150, 40))
+        drawn = leaves((2, 2, 50, 12), (2, 1, 150, 12), (2, 1, 150, 20))
         if tensors[0] is not None and tensors[0].is_floating_point():
             drawn.append(torch.randn(tensors[0].shape, dtype=torch.float64).requires_grad_())
-        return drawn + (leaves((24,)) if settings.score == ADDITIVE else [])
+        return drawn + (leaves((12,)) if settings.score == ADDITIVE else [])
 
     check(
         on(lambda *a: ops.attention.attention("dot_attention", *a)), on(lambda *a: reference.attention(*a[:-1], *a[-1])),
-        inputs, dtype=dtype, draws=8, name=name,
+        inputs, dtype=dtype, draws=32 if name == "additive" else 8 if dtype == torch.float64 else 4, name=name,
     ).raise_if_failed()  # fmt: skip
 
 
@@ -191,8 +191,8 @@ def test_dropout():
 def test_gradcheck(name):
     settings, more = OPTIONS[name]
     torch.manual_seed(0)
-    q, k, v = leaves((1, 4, 5, 3), (1, 2, 7, 3), (1, 2, 7, 2))
-    mask = torch.randn(1, 4, 1, 7, dtype=torch.float64, requires_grad=True) if "mask" in more else None
+    q, k, v = leaves((1, 2, 5, 3), (1, 1, 7, 3), (1, 1, 7, 2))
+    mask = torch.randn(1, 2, 1, 7, dtype=torch.float64, requires_grad=True) if "mask" in more else None
     slopes, seed = (more[key]() if key in more else None for key in ("slopes", "seed"))
 
     def call(q, k, v, *mask):

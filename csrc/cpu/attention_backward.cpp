@@ -90,7 +90,7 @@ void pairwise_backward(int64_t rows, int64_t width, int64_t depth, const A* q, i
   constexpr int64_t lanes = kLanes<A>;
   constexpr int kGroup = 4;
   for (int64_t h = 0; h < depth; ++h) {
-    const A factor = KIND == kTanh ? 4 * weight[h] : KIND == kExactTanh ? weight[h] : A(1);
+    const A factor = KIND == kSquare ? A(1) : weight[h];
     V of_weight{};
     for (int64_t r0 = 0; r0 < rows; r0 += kGroup) {
       const int64_t some = smaller(kGroup, rows - r0);
@@ -102,12 +102,8 @@ void pairwise_backward(int64_t rows, int64_t width, int64_t depth, const A* q, i
           const V d = load(change + (r0 + r) * kKeys + j);
           const A x = q[(r0 + r) * q_row + h];
           V t{}, u;
-          if constexpr (KIND == kTanh) {  // u: a quarter
-            const V e = x * key, part = A(1) / (x * key + A(1));
-            t = (x * key - A(1)) * part;
-            u = e * part * part;
-          } else if constexpr (KIND == kExactTanh) {
-            t = tanh(x + key);
+          if constexpr (KIND != kSquare) {
+            t = KIND == kTanh ? (x * key - A(1)) / (x * key + A(1)) : tanh(x + key);
             u = A(1) - t * t;
           } else {
             u = key - x;
@@ -141,18 +137,47 @@ template <class T> void make_delta(const AttentionBackwardArgs<T>& args, acc_t<T
       const T* g = at(args.grad_output, b, h, i);
       const T* o = at(args.forward.output, b, h, i);
       const int64_t step = args.grad_output.stride[3];
-      Vec<A> sum{};
-      constexpr int64_t lanes = kLanes<A>;
+      // In double: it is subtracted from numbers that may be nearly the same.
+      vdouble sum{};
+      constexpr int64_t lanes = kLanes<double>;
       for (int64_t d = 0; d < s.value_depth; d += lanes) {
         const int count = static_cast<int>(smaller(lanes, s.value_depth - d));
-        Vec<A> x{};
+        vdouble x{};
         if (step == 1)
-          x = count == lanes ? load(g + d) : load_partial<T>(g + d, count);
+          x = count == lanes ? load_wide(g + d) : load_wide_partial(g + d, count);
         else
-          for (int l = 0; l < count; ++l) x[l] = static_cast<A>(g[(d + l) * step]);
-        sum += x * (count == lanes ? load(o + d) : load_partial<T>(o + d, count));
+          for (int l = 0; l < count; ++l) x[l] = static_cast<double>(static_cast<A>(g[(d + l) * step]));
+        sum += x * (count == lanes ? load_wide(o + d) : load_wide_partial(o + d, count));
       }
-      delta[row] = reduce_add(sum);
+      delta[row] = static_cast<A>(reduce_add(sum));
+    }
+  });
+}
+
+// delta as sum(P g V^T), another pass over the tiles: it cancels in dS as it does where the matrix of scores is in memory,
+// which is what torch does for scores other than dot products.
+template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardArgs<T>& args, acc_t<T>* delta) {
+  using A = acc_t<T>;
+  const AttentionShape& s = args.forward.shape;
+  const int64_t blocks = ceil_div(s.queries, kRows), tasks = s.batch * s.heads * blocks;
+  std::memset(static_cast<void*>(delta), 0, sizeof(A) * static_cast<size_t>(s.batch * s.heads * s.queries));
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+    GradientTile<T, SCORE> tile(args, delta, scratch<A>(Slot::family_0, GradientTile<T, SCORE>::size(s)));
+    tile.through_cap = false;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / blocks, i0 = task % blocks * kRows, rows = smaller(kRows, s.queries - i0);
+      tile.set_head(head / s.heads, head % s.heads);
+      tile.load_queries(i0, rows);
+      const Seen seen(args.forward, tile.b, i0, rows);
+      double sums[kRows] = {};
+      for (int64_t j0 = seen.first / kKeys * kKeys; j0 < seen.last; j0 += kKeys) {
+        const int64_t count = smaller(kKeys, seen.last - j0);
+        tile.load_keys(j0, count);
+        tile.compute(rows, count, seen);  // with delta 0: P g V^T
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < count; ++j) sums[r] += static_cast<double>(tile.change[r * kKeys + j]);
+      }
+      for (int64_t r = 0; r < rows; ++r) delta[tile.row_number(i0 + r)] = static_cast<A>(sums[r]);
     }
   });
 }
@@ -291,7 +316,10 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   A* delta = scratch<A>(Slot::family_1, s.batch * s.heads * s.queries);
   A* partial = scratch<A>(Slot::family_2, tasks * slice);
   A* weights = args.grad_weight ? scratch<A>(Slot::family_3, tasks * s.depth) : nullptr;
-  make_delta(args, delta);
+  if (SCORE != kDotScore && s.keys > kKeys)
+    make_delta_by_tiles<T, SCORE>(args, delta);
+  else
+    make_delta(args, delta);
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
   const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
   parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
