@@ -174,8 +174,12 @@ template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardAr
         const int64_t count = smaller(kKeys, seen.last - j0);
         tile.load_keys(j0, count);
         tile.compute(rows, count, seen);  // with delta 0: P g V^T
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < count; ++j) sums[r] += static_cast<double>(tile.change[r * kKeys + j]);
+        for (int64_t r = 0; r < rows; ++r) {
+          Wide<A> sum{};
+          for (int64_t j = 0; j < count; j += kLanes<A>)
+            sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
+          sums[r] += reduce_add(sum);
+        }
       }
       for (int64_t r = 0; r < rows; ++r) delta[tile.row_number(i0 + r)] = static_cast<A>(sums[r]);
     }

@@ -166,7 +166,8 @@ inline void dropout_words(const Keys& keys, int64_t row, int64_t all_keys, int64
 // kTanh is weight[h] tanh(q + k) = weight[h] (e^2q e^2k - 1) / (e^2q e^2k + 1), whose operands are the exponentials; kExactTanh,
 // where those would leave their range, the same of plain operands; kSquare is -(q - k)^2 / 2.
 enum Pairwise { kTanh, kExactTanh, kSquare };
-template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : 150;  // of |q| and |k|
+// Up to which |q| and |k|. Not in double, which has no wider exponentials to round.
+template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : -1;
 
 // tile[R rows, a vector] of such sums, short ones: scores are exponents.
 template <Pairwise KIND, int R, class A>
