@@ -224,7 +224,7 @@ def test_left_alone_and_why():
     patched.forward = lambda x: x
     model = nn.ModuleDict({
         "own": Scaled(3, 4, 3), "patched": patched, "conv": nn.Conv2d(3, 4, 3), "kept": nn.Linear(2, 2),
-        "relu": nn.ReLU(), "norm": nn.LayerNorm(4), "attention": nn.MultiheadAttention(4, 2),
+        "relu": nn.ReLU(), "norm": nn.GroupNorm(2, 4), "attention": nn.MultiheadAttention(4, 2),
         "script": torch.jit.script(nn.Linear(2, 2)), "group": nn.Sequential(nn.Conv2d(3, 4, 3)),
     })  # fmt: skip
     before = {r.name: r for r in dlkern.conversion_report(model)}
@@ -232,13 +232,12 @@ def test_left_alone_and_why():
     dlkern.convert(model, skip=lambda name, module: name == "kept")
     report = {r.name: r for r in dlkern.conversion_report(model)}
     assert "group" not in report
-    assert [n for n, r in report.items() if r.status == "dlkern"] == ["conv", "group.0"]
+    assert [n for n, r in report.items() if r.status == "dlkern"] == ["conv", "attention", "group.0"]
     assert report["kept"].status == "convertible"
     assert "subclass of Conv2d" in report["own"].reason and type(model["own"]) is Scaled
     assert "replaced on the instance" in report["patched"].reason and type(patched) is nn.Conv2d
     assert "activations stay torch's" in report["relu"].reason
-    assert "dlkern has no LayerNorm" in report["norm"].reason
-    assert "dlkern has no MultiheadAttention" in report["attention"].reason
+    assert "dlkern has no GroupNorm" in report["norm"].reason
     assert "never called" in report["attention.out_proj"].reason
     assert "TorchScript" in report["script"].reason
 
@@ -267,7 +266,7 @@ def test_transformer_encoder_takes_no_shortcut(norm_first):
         dlkern.convert(model)
         with dlkern.trace() as calls:
             ours = model(x, src_key_padding_mask=padding)
-    assert [call.op for call in calls].count("linear") == 4  # two a layer
+    assert [call.op for call in calls].count("linear") == 8  # four a layer
     torch.testing.assert_close(ours[~padding], expected[~padding])
     dlkern.revert(model)
     assert vars(model) == kept
@@ -329,6 +328,8 @@ def test_transformers_bert():
             weight.copy_(move(weight, generator))
 
     converted, calls = assert_parity(model, [tokens], lambda y: y.last_hidden_state, move_weights)
-    assert {call.op for call in calls} == {"linear"}
-    assert len(calls) == 6 * 2 + 1  # six a layer, and the pooler
+    names = [call.op for call in calls]
+    assert set(names) == {"linear", "layer_norm"}
+    assert names.count("linear") == 6 * 2 + 1  # six a layer, and the pooler
+    assert names.count("layer_norm") == 2 * 2 + 1  # two a layer, and that of the embeddings
     assert type(converted) is transformers.BertModel

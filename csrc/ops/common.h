@@ -101,11 +101,8 @@ inline void poison_memory(const Tensor& x, Ints size, ScalarType dtype) {
   if (bytes) std::memset(x.mutable_data_ptr(), 0xFF, bytes);
 }
 
-// An uninitialised tensor of the given sizes on x's device. 0.3 us, against 1.4 for aten::empty.
-inline Tensor allocate(Ints size, ScalarType dtype, const Tensor& x, bool channels_last = false) {
-  check(size.size() <= kMostDims, "dlkern: tensors of more than ", kMostDims, " dimensions are not supported");
-  int64_t stride[kMostDims];
-  fill_strides(size, channels_last, stride);
+// An uninitialised tensor of the given sizes and strides (dense ones) on x's device.
+inline Tensor allocate_strided(Ints size, const int64_t* stride, ScalarType dtype, const Tensor& x) {
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
@@ -127,6 +124,13 @@ inline Tensor allocate(Ints size, ScalarType dtype, const Tensor& x, bool channe
   static const bool poison = std::getenv("DLKERN_POISON") != nullptr;
   if (poison && device_type == aoti_torch_device_type_cpu()) poison_memory(result, size, dtype);
   return result;
+}
+// The same, contiguous or channels_last. 0.3 us, against 1.4 for aten::empty.
+inline Tensor allocate(Ints size, ScalarType dtype, const Tensor& x, bool channels_last = false) {
+  check(size.size() <= kMostDims, "dlkern: tensors of more than ", kMostDims, " dimensions are not supported");
+  int64_t stride[kMostDims];
+  fill_strides(size, channels_last, stride);
+  return allocate_strided(size, stride, dtype, x);
 }
 
 inline bool same_sizes(Ints a, Ints b) {
@@ -161,5 +165,29 @@ template <class F> inline void dispatch_floating(ScalarType dtype, const char* o
 template <class T> inline const T* data(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <class T> inline T* mutable_data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
 template <class T> inline const T* data(const std::optional<Tensor>& x) { return x ? data<T>(*x) : nullptr; }
+
+// The type sums over x are carried in.
+inline ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+// A parameter, in input's dtype or the type of its sums, contiguous and in the latter.
+inline std::optional<Tensor> widened(const std::optional<Tensor>& x, const Tensor& input) {
+  if (!x || x->scalar_type() == sum_type(input)) return as_contiguous(x);
+  const Tensor from = as_contiguous(*x);
+  Tensor to = allocate(from.sizes(), ScalarType::Float, from);
+  const bfloat16* source = data<bfloat16>(from);
+  float* target = mutable_data<float>(to);
+  for (int64_t i = 0; i < from.numel(); ++i) target[i] = source[i];
+  return to;
+}
+// A parameter's gradient, of the type of sums, in the parameter's dtype.
+inline Tensor narrowed(const Tensor& x, ScalarType dtype) {
+  if (x.scalar_type() == dtype) return x;
+  Tensor to = allocate(x.sizes(), dtype, x);
+  const float* source = data<float>(x);
+  bfloat16* target = mutable_data<bfloat16>(to);
+  for (int64_t i = 0; i < x.numel(); ++i) target[i] = bfloat16(source[i]);
+  return to;
+}
 
 }  // namespace dlkern::ops

@@ -107,10 +107,6 @@ Sequence check_sequence(const char* op, const Tensor& input, const Tensor& weigh
   return result;
 }
 
-ScalarType sum_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Five rnn_forward_cpu(const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
                      const std::optional<Tensor>& bias_ih, const std::optional<Tensor>& bias_hh,

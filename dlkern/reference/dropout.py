@@ -6,7 +6,7 @@ import torch
 
 from dlkern._layout import is_channels_last
 
-__all__ = ["dropout", "feature_dropout", "philox_words"]
+__all__ = ["dropout", "feature_dropout", "philox_words", "philox_words_of"]
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -22,11 +22,8 @@ def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
 
 
-def philox_words(count: int, seed: torch.Tensor) -> torch.Tensor:
-    """The 32-bit word of each of `count` elements in memory order, as int64 [count]."""
-    i = torch.arange(count, device=seed.device)
-    counter = i // _GROUP * _RUN + i % _RUN
-    word = i // _RUN % 4
+def philox_words_of(counter: torch.Tensor, word: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """Word `word` (0 to 3) of the block of each counter, as int64; word has the shape of the counters."""
     c0, c1 = counter & _MASK, counter >> 32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed.reshape(()) & _MASK, (seed.reshape(()) >> 32) & _MASK
@@ -36,6 +33,12 @@ def philox_words(count: int, seed: torch.Tensor) -> torch.Tensor:
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return torch.stack([c0, c1, c2, c3]).gather(0, word[None])[0]
+
+
+def philox_words(count: int, seed: torch.Tensor) -> torch.Tensor:
+    """The 32-bit word of each of `count` elements in memory order, as int64 [count]."""
+    i = torch.arange(count, device=seed.device)
+    return philox_words_of(i // _GROUP * _RUN + i % _RUN, i // _RUN % 4, seed)
 
 
 def dropout(input: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:

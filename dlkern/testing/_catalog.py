@@ -225,6 +225,53 @@ def _linear() -> Iterator[Case]:
                    draws=128 if len(x) == 1 else 4)  # one row: its largest error settles only over many
 
 
+def _layer_norm() -> Iterator[Case]:
+    for label, x, dims, affine in (
+        ("3-D", (3, 7, 33), 1, "both"), ("two dimensions", (5, 4, 6, 11), 2, "both"), ("no bias", (9, 65), 1, "weight"),
+        ("not affine", (13, 40), 1, "none"),
+    ):  # fmt: skip
+        count = {"both": 2, "weight": 1, "none": 0}[affine]
+        yield Case("layer_norm", "layer_norm", label, lambda x, *t, d=dims: F.layer_norm(x, x.shape[-d:], *t),
+                   lambda x, *t, d=dims: tF.layer_norm(x, x.shape[-d:], *t),
+                   lambda x=x, d=dims, n=count: [_randn(*x), *(_randn(*x[-d:]) for _ in range(n))])
+
+
+def _attention() -> Iterator[Case]:
+    def inputs(q: tuple[int, ...], k: tuple[int, ...], depth: int, mask: tuple[int, ...] | None) -> list[torch.Tensor]:
+        tensors = [_randn(*q), _randn(*k), _randn(*k[:-1], depth)]
+        return tensors if mask is None else [*tensors, _randn(*mask)]
+
+    sdpa = "scaled_dot_product_attention"
+    for label, q, k, depth, mask, options in (
+        ("4-D", (2, 3, 20, 16), (2, 3, 37, 16), 16, None, {}),
+        ("causal", (2, 2, 67, 24), (2, 2, 67, 24), 24, None, dict(is_causal=True)),
+        ("added mask", (2, 3, 17, 12), (2, 3, 33, 12), 20, (2, 1, 17, 33), {}),
+        ("grouped queries", (1, 6, 9, 8), (1, 2, 21, 8), 8, None, dict(enable_gqa=True, scale=0.5)),
+        ("3-D", (3, 14, 10), (3, 11, 10), 10, None, {}),
+    ):  # fmt: skip
+        yield Case("attention", sdpa, label, lambda *t, o=options: F.scaled_dot_product_attention(*t, **o),
+                   lambda *t, o=options: tF.scaled_dot_product_attention(*t, **o),
+                   lambda a=(q, k, depth, mask): inputs(*a), draws=16)
+    scores: dict[str, tuple[int, dict[str, Any]]] = {
+        "dot_attention": (reference.attention.DOT, {}), "gaussian_attention": (reference.attention.GAUSSIAN, dict(width=2.0)),
+        "cosine_attention": (reference.attention.COSINE, dict(scale=3.0)),
+        "additive_attention": (reference.attention.ADDITIVE, {}),
+    }
+    for op, (score, options) in scores.items():
+        scale = options.get("scale", options.get("width", 1.0) ** -2)
+
+        def theirs(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: Any = None, score: int = score, scale: float = scale
+        ) -> torch.Tensor:
+            four = (q[:, None], k[:, None], v[:, None])
+            return reference.attention.attention(*four, None, None, None, w, None, 0.0, scale, 0.0, -1, -1, score)[:, 0]
+
+        additive = score == reference.attention.ADDITIVE
+        yield Case("attention", op, "", lambda *t, op=op, o=options: getattr(F, op)(*t, **o), theirs,
+                   lambda a=additive: [_randn(3, 19, 12, scale=0.7), _randn(3, 26, 12, scale=0.7), _randn(3, 26, 10),
+                                       *([_randn(12)] if a else [])], draws=64)
+
+
 def _loss() -> Iterator[Case]:
     def inputs(*shape: int) -> list[torch.Tensor]:
         target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
@@ -310,7 +357,8 @@ def _rnn() -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_loss(), *_dropout(), *_rnn(),
+    *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_attention(),
+    *_loss(), *_dropout(), *_rnn(),
 )  # fmt: skip
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:

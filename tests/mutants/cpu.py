@@ -13,7 +13,7 @@ MUTANTS = [
     # dropout: words swapped, a vector's counters counted wrongly, the scale
     _dropout("left < kWords ? left : kWords, word[w], threshold", "left < kWords ? left : kWords, word[3 - w], threshold",
              "same_elements or share"),
-    _dropout("odd{low + 1, high,", "odd{low + 2, high,"),
+    {**_dropout("odd{low + 1, high,", "odd{low + 2, high,"), "file": "csrc/cpu/philox_vector.h"},
     _dropout("1.0 / (1.0 - args.p)", "1.0 - args.p"),
     # loss, forward: a row's tail, the change of the largest logit, the weighted mean
     _loss("keep<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c, 0)",
@@ -24,6 +24,43 @@ MUTANTS = [
     _loss("out[target] = static_cast<T>(at_target(", "out[0] = static_cast<T>(at_target(", "test_parity"),
     _loss("value = ignored ? Vec<T>{} : value;", "value = ignored ? value : value;", "ignored_places"),
     _loss("if (args.reduction == 1) g /=", "if (args.reduction == 2) g /=", "test_parity"),
+]
+
+
+def _attention(old: str, new: str, tests: str, file: str = "attention.cpp") -> dict:
+    return dict(file=f"csrc/cpu/{file}", old=old, new=new, tests=["tests/test_attention.py", "-k", tests], build="native")
+
+
+_TILE, _ATTENTION_BACKWARD = "attention_tile.h", "attention_backward.cpp"
+MUTANTS += [
+    # What was summed is not brought down to a new largest score, a tile too many skipped, a tail's keys left out.
+    _attention("total *= shrink;", "", "tile_borders"),
+    _attention("seen.first >= j0 + tile.n) continue;", "seen.first >= j0) continue;", "parity"),
+    _attention("smaller(tile.n, seen.last - j0);", "smaller(tile.n, seen.last - j0 - 1);", "tile_borders"),
+    _attention("inverse = sum == 0 ? A(0) : A(1) / sum;", "inverse = A(1) / sum;", "sees_nothing"),
+    # The window's far side, the groups of dropout, tanh beyond the exponentials' range, heads that share keys.
+    _attention("smaller(s.keys, i + s.right + 1)", "smaller(s.keys, i + s.right)", "parity", _TILE),
+    _attention("(row * groups + (j0 + j) / 64) * 16 + c)", "(row * groups + j / 64) * 16 + c)", "dropout", _TILE),
+    _attention("key_bound <= kSafe<A>);", "key_bound <= 1000 * kSafe<A>);", "gradcheck_additive", _TILE),
+    # Backward: delta, a split's partial sums, the mask's gradient behind the cap, lengths of the rows of cosine.
+    _attention("(load(d + j) - sum);", "load(d + j);", "parity", _ATTENTION_BACKWARD),
+    _attention("for (int64_t split = 1; split < splits;", "for (int64_t split = 2; split < splits;", "parity", _ATTENTION_BACKWARD),
+    _attention("s.softcap != 0 && through_cap", "s.softcap != 0", "parity", _ATTENTION_BACKWARD),
+    _attention("(load(grad + d) - load(row + d) * along) * inverse", "load(grad + d) * inverse", "parity", _TILE),
+    _attention("slice + row % (group * s.queries) * depth;", "slice + row % s.queries * depth;", "parity", _ATTENTION_BACKWARD),
+]
+
+
+def _layer_norm(old: str, new: str) -> dict:
+    return dict(file="csrc/cpu/layer_norm.cpp", old=old, new=new, tests=["tests/test_layer_norm.py", "-k", "parity"],
+                build="native")
+
+
+MUTANTS += [
+    # A row's tail counted in the variance, the mean of g w left out, the last chunk of rows forgotten.
+    _layer_norm("first_lanes<T>(d * d, count)", "d * d"),
+    _layer_norm("((weighted(j, count) - first) -", "(weighted(j, count) -"),
+    _layer_norm("for (int64_t c = 0; c < chunks; ++c) {\n        of_weight", "for (int64_t c = 0; c + 1 < chunks; ++c) {\n        of_weight"),
 ]
 
 _MAX, _MAX_BACKWARD = "csrc/cpu/pooling_max.cpp", "csrc/cpu/pooling_max_backward.cpp"

@@ -1,10 +1,19 @@
 """torch.nn.functional's names and signatures, on dlkern's kernels. A file a family."""
 
+from dlkern.nn.functional.attention import (
+    additive_attention,
+    cosine_attention,
+    dot_attention,
+    gaussian_attention,
+    scaled_dot_product_attention,
+)
 from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
 from dlkern.nn.functional.conv import conv1d, conv2d, conv2d_act, conv_transpose1d, conv_transpose2d
 from dlkern.nn.functional.dropout import dropout, dropout1d, dropout2d, dropout3d
+from dlkern.nn.functional.layer_norm import layer_norm
 from dlkern.nn.functional.linear import linear
 from dlkern.nn.functional.loss import cross_entropy
+from dlkern.nn.functional.multi_head_attention import multi_head_attention_forward
 from dlkern.nn.functional.pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -30,6 +39,7 @@ __all__ = [
     "adaptive_max_pool1d_with_indices",
     "adaptive_max_pool2d",
     "adaptive_max_pool2d_with_indices",
+    "additive_attention",
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
@@ -39,12 +49,16 @@ __all__ = [
     "conv2d_act",
     "conv_transpose1d",
     "conv_transpose2d",
+    "cosine_attention",
     "cross_entropy",
+    "dot_attention",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "gaussian_attention",
     "gru",
+    "layer_norm",
     "linear",
     "lp_pool1d",
     "lp_pool2d",
@@ -53,6 +67,8 @@ __all__ = [
     "max_pool1d_with_indices",
     "max_pool2d",
     "max_pool2d_with_indices",
+    "multi_head_attention_forward",
     "rnn_relu",
     "rnn_tanh",
+    "scaled_dot_product_attention",
 ]

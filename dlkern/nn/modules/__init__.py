@@ -1,5 +1,12 @@
 """Subclasses of torch.nn's modules, a file a family: constructors, repr, state_dict and isinstance are torch's."""
 
+from dlkern.nn.modules.attention import (
+    AdditiveAttention,
+    CosineAttention,
+    DotAttention,
+    GaussianAttention,
+    MultiheadAttention,
+)
 from dlkern.nn.modules.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -20,6 +27,7 @@ from dlkern.nn.modules.conv import (
     LazyConvTranspose2d,
 )
 from dlkern.nn.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from dlkern.nn.modules.layer_norm import LayerNorm
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
 from dlkern.nn.modules.pooling import (
@@ -45,6 +53,7 @@ __all__ = [
     "AdaptiveAvgPool2d",
     "AdaptiveMaxPool1d",
     "AdaptiveMaxPool2d",
+    "AdditiveAttention",
     "AvgPool1d",
     "AvgPool2d",
     "BatchNorm1d",
@@ -54,15 +63,19 @@ __all__ = [
     "Conv2d",
     "ConvTranspose1d",
     "ConvTranspose2d",
+    "CosineAttention",
     "CrossEntropyLoss",
+    "DotAttention",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
     "GRUCell",
+    "GaussianAttention",
     "LPPool1d",
     "LPPool2d",
     "LSTMCell",
+    "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -74,6 +87,7 @@ __all__ = [
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
+    "MultiheadAttention",
     "RNNCell",
     "SyncBatchNorm",
     "TransformerEncoder",

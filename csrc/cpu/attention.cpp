@@ -1,0 +1,132 @@
+// Attention, forward: softmax(scores) value without a matrix of scores, by online softmax (Milakov and Gimelshein 2018,
+// in the tiles of Dao et al. 2022, "FlashAttention"). A thread takes a chunk of queries of one head through all keys,
+// kKeys at a time, and keeps the largest score, the sum of exponentials and the weighted sum of values of each query;
+// what is saved for the backward is two numbers a query. Tiles that no query sees are skipped. Every query's sums run
+// over the keys in the same blocks, whatever the chunks and threads. Floor: 2 L S (D + Dv) operations a head.
+#include "attention_tile.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+using namespace attention_detail;
+
+constexpr int64_t kMostRows = 4 * kRows;  // of a chunk
+
+// One row of a tile: exponentials relative to the largest score so far, what was summed before brought down to it.
+template <class T, int SCORE>
+inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t count,
+                        const typename Tile<T, SCORE>::Row& row, acc_t<T>& largest, acc_t<T>* sum, acc_t<T>* output) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const A minus_infinity = -__builtin_inf();
+  const A highest = largest_lane(row.top)[0] * row.factor, next = highest > largest ? highest : largest;
+  const A base = next == minus_infinity ? A(0) : next;
+  V total = load(sum);
+  if (next != largest) {
+    const V shrink = exp_nonpositive(broadcast<A>(largest - base));
+    total *= shrink;
+    for (int64_t d = 0; d < tile.value_depth; d += lanes) store(output + d, load(output + d) * shrink);
+    largest = next;
+  }
+  A* x = tile.scores + r * kKeys;
+  for (int64_t j = 0; j < count; j += lanes) {
+    const V e = exp_nonpositive(load(x + j) * row.factor - base);
+    total += e;
+    store(x + j, e);
+  }
+  if (tile.s.p > 0) tile.each_dropped(r0, r, count, [&](int64_t j, V factor) { store(x + j, load(x + j) * factor); });
+  store(sum, total);
+}
+
+template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, int64_t b, int64_t h, int64_t i0,
+                                                 int64_t rows, int64_t chunk) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const AttentionShape& s = args.shape;
+  const int64_t value_depth = padded<A>(s.value_depth), tile_size = Tile<T, SCORE>::size(s, chunk);
+  A* memory = scratch<A>(Slot::family_0, tile_size + chunk * (value_depth + lanes));
+  Tile<T, SCORE> tile(args, chunk, memory);
+  A *output = memory + tile_size, *sums = output + chunk * value_depth;
+  A largest[kMostRows];
+  for (int64_t r = 0; r < rows; ++r) largest[r] = -__builtin_inf();
+  for (int64_t i = 0; i < rows * value_depth; i += lanes) store(output + i, V{});
+  for (int64_t i = 0; i < rows * lanes; i += lanes) store(sums + i, V{});
+
+  tile.set_head(b, h);
+  tile.load_queries(i0, rows);
+  int64_t first = s.keys, last = 0;
+  const auto seen_by = [&](int64_t r0) { return Seen(args, b, i0 + r0, smaller(kRows, rows - r0)); };
+  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+    const Seen seen = seen_by(r0);
+    if (seen.last == 0) continue;
+    first = smaller(first, seen.first);
+    last = larger(last, seen.last);
+  }
+  for (int64_t j0 = first / kKeys * kKeys; j0 < last; j0 += kKeys) {
+    tile.load_keys(j0, smaller(kKeys, s.keys - j0));
+    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+      const int64_t some = smaller(kRows, rows - r0);
+      const Seen seen = seen_by(r0);
+      if (seen.last <= j0 || seen.first >= j0 + tile.n) continue;
+      const int64_t count = smaller(tile.n, seen.last - j0);
+      tile.multiply(r0, some, count);
+      for (int64_t r = 0; r < some; ++r) {
+        const auto row = tile.finish_row(r0, r, count, seen.begin[r], seen.end[r], false);
+        softmax_row(tile, r0, r, count, row, largest[r0 + r], sums + (r0 + r) * lanes, output + (r0 + r) * value_depth);
+      }
+      product(some, value_depth, count, tile.scores, kKeys, 1, tile.value, value_depth, output + r0 * value_depth,
+              value_depth, true, tile.k_step);
+    }
+  }
+
+  const Strided<T>& to = args.output;
+  for (int64_t r = 0; r < rows; ++r) {
+    const A sum = reduce_add(load(sums + r * lanes)), inverse = sum == 0 ? A(0) : A(1) / sum;
+    args.largest[tile.row_number(i0 + r)] = sum == 0 ? A(0) : largest[r];
+    args.inverse[tile.row_number(i0 + r)] = inverse;
+    T* out = to.data + b * to.stride[0] + h * to.stride[1] + (i0 + r) * to.stride[2];
+    for (int64_t d = 0; d < s.value_depth; d += lanes) {
+      const V value = load(output + r * value_depth + d) * inverse;
+      const int64_t some = smaller(lanes, s.value_depth - d);
+      some == lanes ? store(out + d, value) : store_partial<T>(out + d, value, static_cast<int>(some));
+    }
+  }
+}
+
+template <class T, int SCORE> void forward(const AttentionArgs<T>& args) {
+  const AttentionShape& s = args.shape;
+  const int64_t heads = s.batch * s.heads, threads = num_threads();
+  int64_t chunk = kMostRows;
+  while (chunk > kRows && heads * ceil_div(s.queries, chunk) < 2 * threads) chunk /= 2;
+  const int64_t chunks = ceil_div(s.queries, chunk), tasks = heads * chunks;
+  const double work = static_cast<double>(heads * s.queries) * static_cast<double>(s.keys * (s.depth + s.value_depth));
+  const int64_t workers = work < kWorthWaking ? 1 : smaller(threads, tasks);
+  // Every so many-th task each: later chunks see more keys where attention is causal.
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task = worker; task < tasks; task += workers) {
+        const int64_t head = task / chunks, i0 = task % chunks * chunk;
+        forward_chunk<T, SCORE>(args, head / s.heads, head % s.heads, i0, smaller(chunk, s.queries - i0),
+                                smaller(chunk, ceil_div(s.queries, kRows) * kRows));
+      }
+  });
+}
+
+}  // namespace
+
+#define DLKERN_DEFINE_ATTENTION(T)                                  \
+  void attention_forward(const AttentionArgs<T>& args) {            \
+    switch (args.shape.score) {                                     \
+      case kGaussianScore: return forward<T, kGaussianScore>(args); \
+      case kAdditiveScore: return forward<T, kAdditiveScore>(args); \
+      case kCosineScore: return forward<T, kCosineScore>(args);     \
+      default: return forward<T, kDotScore>(args);                  \
+    }                                                               \
+  }
+DLKERN_DEFINE_ATTENTION(float)
+DLKERN_DEFINE_ATTENTION(double)
+DLKERN_DEFINE_ATTENTION(bfloat16)
+
+}  // namespace dlkern::cpu::DLKERN_ISA

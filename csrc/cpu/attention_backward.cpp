@@ -1,0 +1,377 @@
+// Attention, backward: probabilities are made again from the two saved numbers of each query, tile by tile.
+//
+// With P the probabilities, g the output's gradient and delta = sum(g output) of a query, the gradient of its scores is
+// dS = P (g V^T - delta). A thread takes the keys of one head, kKeys at a time, through all queries: the gradients of
+// keys and values are complete when it is done. Queries' gradients are partial sums where a head's keys are split over
+// several tasks (few heads); they are added in the tasks' order. How keys are split depends on the shape alone, and
+// nothing is added by two threads: the same bits for any number of threads. A mask's gradient is another pass, in which
+// a thread takes a tile of the mask through all that share it. Floor: 2.5 times the forward's operations.
+#include "attention_tile.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+using namespace attention_detail;
+
+constexpr int64_t kTasks = 8;  // at least, where a head has that many blocks of keys
+
+// A tile and the gradient of its scores.
+template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
+  using Base = Tile<T, SCORE>;
+  using Base::args, Base::s, Base::lanes, Base::value_depth, Base::scores;
+  using typename Base::A;
+  using typename Base::V;
+  const AttentionBackwardArgs<T>& all;
+  const A* delta;  // [batch, heads, queries]
+  A *grad, *value_turned, *change;
+  bool through_cap = true;  // dS of scores before their cap, or behind it
+
+  static int64_t size(const AttentionShape& s) {
+    return Base::size(s, kRows) + kRows * padded<A>(s.value_depth) + s.value_depth * kKeys + kRows * kKeys;
+  }
+  GradientTile(const AttentionBackwardArgs<T>& arguments, const A* deltas, A* memory)
+      : Base(arguments.forward, kRows, memory), all(arguments), delta(deltas) {
+    grad = memory + Base::size(s, kRows);
+    value_turned = grad + kRows * value_depth;
+    change = value_turned + s.value_depth * kKeys;
+  }
+  void load_keys(int64_t first, int64_t count) {
+    Base::load_keys(first, count);
+    transpose_rows(this->value, value_depth, count, s.value_depth, value_turned, kKeys);
+  }
+  void load_queries(int64_t first, int64_t rows) {
+    Base::load_queries(first, rows);
+    const Strided<const T>& g = all.grad_output;
+    load_rows(g.data + this->b * g.stride[0] + this->h * g.stride[1] + first * g.stride[2], g.stride[2], g.stride[3],
+              rows, s.value_depth, grad, value_depth);
+  }
+  // Leaves P, with dropout, in `scores` and dS in `change`. Where a tile has all keys that a query sees, delta is
+  // sum(P g V^T), which is the same number but cancels exactly where one key has all the weight.
+  void compute(int64_t rows, int64_t count, const Seen& seen) {
+    alignas(64) A factors[kKeys];  // of dropout
+    this->multiply(0, rows, count);
+    product(rows, padded<A>(count), s.value_depth, grad, value_depth, 1, value_turned, kKeys, change, kKeys, false,
+            this->k_step);
+    for (int64_t r = 0; r < rows; ++r) {
+      const A factor = this->finish_row(0, r, count, seen.begin[r], seen.end[r], true).factor;
+      const int64_t row = this->row_number(this->i0 + r);
+      const A largest = args.largest[row], inverse = args.inverse[row];
+      A *x = scores + r * kKeys, *d = change + r * kKeys;
+      const A* cap = this->slope_of_cap + r * kKeys;
+      V sums{};
+      for (int64_t j = 0; j < count; j += lanes)
+        store(x + j, exp_nonpositive(load(x + j) * factor - largest) * inverse);
+      if (s.p > 0)
+        this->each_dropped(0, r, count, [&](int64_t j, V factor) {
+          store(factors + j, factor);
+          store(d + j, load(d + j) * factor);
+        });
+      const bool whole = seen.begin[r] >= this->j0 && seen.end[r] <= this->j0 + count;
+      if (whole)
+        for (int64_t j = 0; j < count; j += lanes) sums += load(x + j) * load(d + j);
+      const A sum = whole ? reduce_add(sums) : delta[row];
+      for (int64_t j = 0; j < count; j += lanes) {
+        const V p = load(x + j);
+        V change_of_score = p * (load(d + j) - sum);
+        if (s.softcap != 0 && through_cap) change_of_score *= load(cap + j);
+        if (s.p > 0) store(x + j, p * load(factors + j));
+        store(d + j, change_of_score);
+      }
+    }
+  }
+};
+
+// What a pairwise score hands on: to queries, keys (turned: [depth, kKeys]) and weight ([depth, lanes]), all added to.
+// With t = tanh(q + k): dq = sum over keys of dS w (1 - t^2), dk = the same over queries, dw = sum of dS t.
+template <Pairwise KIND, class A>
+void pairwise_backward(int64_t rows, int64_t width, int64_t depth, const A* q, int64_t q_row, const A* k,
+                       const A* weight, const A* change, A* grad_query, A* grad_key, A* grad_weight) {
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  constexpr int kGroup = 4;
+  for (int64_t h = 0; h < depth; ++h) {
+    const A factor = KIND == kSquare ? A(1) : weight[h];
+    V of_weight{};
+    for (int64_t r0 = 0; r0 < rows; r0 += kGroup) {
+      const int64_t some = smaller(kGroup, rows - r0);
+      V of_query[kGroup] = {};
+      for (int64_t j = 0; j < width; j += lanes) {
+        const V key = load(k + h * kKeys + j);
+        V of_key{};
+        for (int64_t r = 0; r < some; ++r) {
+          const V d = load(change + (r0 + r) * kKeys + j);
+          const A x = q[(r0 + r) * q_row + h];
+          V t{}, u;
+          if constexpr (KIND != kSquare) {
+            t = KIND == kTanh ? (x * key - A(1)) / (x * key + A(1)) : tanh(x + key);
+            u = A(1) - t * t;
+          } else {
+            u = key - x;
+          }
+          of_query[r] += d * u;
+          if constexpr (KIND == kSquare) {
+            of_key -= d * u;
+          } else {
+            of_key += d * u;
+            of_weight += d * t;
+          }
+        }
+        store(grad_key + h * kKeys + j, load(grad_key + h * kKeys + j) + of_key * factor);
+      }
+      for (int64_t r = 0; r < some; ++r) grad_query[(r0 + r) * q_row + h] += reduce_add(of_query[r]) * factor;
+    }
+    if constexpr (KIND != kSquare) store(grad_weight + h * lanes, load(grad_weight + h * lanes) + of_weight);
+  }
+}
+
+// sum over d of g output, of each query.
+template <class T> void make_delta(const AttentionBackwardArgs<T>& args, acc_t<T>* delta) {
+  using A = acc_t<T>;
+  const AttentionShape& s = args.forward.shape;
+  const auto at = [](const auto& x, int64_t b, int64_t h, int64_t i) {
+    return x.data + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
+  };
+  parallel_for(s.batch * s.heads * s.queries, 1 + 16384 / (s.value_depth + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
+      const T* g = at(args.grad_output, b, h, i);
+      const T* o = at(args.forward.output, b, h, i);
+      const int64_t step = args.grad_output.stride[3];
+      // In double: it is subtracted from numbers that may be nearly the same.
+      vdouble sum{};
+      constexpr int64_t lanes = kLanes<double>;
+      for (int64_t d = 0; d < s.value_depth; d += lanes) {
+        const int count = static_cast<int>(smaller(lanes, s.value_depth - d));
+        vdouble x{};
+        if (step == 1)
+          x = count == lanes ? load_wide(g + d) : load_wide_partial(g + d, count);
+        else
+          for (int l = 0; l < count; ++l) x[l] = static_cast<double>(static_cast<A>(g[(d + l) * step]));
+        sum += x * (count == lanes ? load_wide(o + d) : load_wide_partial(o + d, count));
+      }
+      delta[row] = static_cast<A>(reduce_add(sum));
+    }
+  });
+}
+
+// delta as sum(P g V^T), another pass over the tiles: it cancels in dS as it does where the matrix of scores is in memory,
+// which is what torch does for scores other than dot products.
+template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardArgs<T>& args, acc_t<T>* delta) {
+  using A = acc_t<T>;
+  const AttentionShape& s = args.forward.shape;
+  const int64_t blocks = ceil_div(s.queries, kRows), tasks = s.batch * s.heads * blocks;
+  std::memset(static_cast<void*>(delta), 0, sizeof(A) * static_cast<size_t>(s.batch * s.heads * s.queries));
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+    GradientTile<T, SCORE> tile(args, delta, scratch<A>(Slot::family_0, GradientTile<T, SCORE>::size(s)));
+    tile.through_cap = false;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / blocks, i0 = task % blocks * kRows, rows = smaller(kRows, s.queries - i0);
+      tile.set_head(head / s.heads, head % s.heads);
+      tile.load_queries(i0, rows);
+      const Seen seen(args.forward, tile.b, i0, rows);
+      double sums[kRows] = {};
+      for (int64_t j0 = seen.first / kKeys * kKeys; j0 < seen.last; j0 += kKeys) {
+        const int64_t count = smaller(kKeys, seen.last - j0);
+        tile.load_keys(j0, count);
+        tile.compute(rows, count, seen);  // with delta 0: P g V^T
+        for (int64_t r = 0; r < rows; ++r) {
+          Wide<A> sum{};
+          for (int64_t j = 0; j < count; j += kLanes<A>)
+            sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
+          sums[r] += reduce_add(sum);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) delta[tile.row_number(i0 + r)] = static_cast<A>(sums[r]);
+    }
+  });
+}
+
+template <class A, class T> void narrow(const A* from, T* to, int64_t count, A factor) {
+  for (int64_t d = 0; d < count; ++d) to[d] = static_cast<T>(from[d] * factor);
+}
+
+template <class T, int SCORE>
+void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, int64_t b, int64_t key_head,
+                   int64_t split, int64_t splits, acc_t<T>* grad_query, acc_t<T>* grad_weight) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  constexpr bool additive = SCORE == kAdditiveScore, gaussian = SCORE == kGaussianScore,
+                 pairwise = additive || gaussian;
+  const AttentionShape& s = args.forward.shape;
+  const int64_t group = s.heads / s.key_heads, depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
+  const int64_t tile_size = GradientTile<T, SCORE>::size(s);
+  A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth) + s.depth * (kKeys + lanes));
+  GradientTile<T, SCORE> tile(args, delta, memory);
+  A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth,
+    *grad_turned = grad_value + kKeys * value_depth, *of_weight = grad_turned + s.depth * kKeys;
+  const auto clear = [](A* p, int64_t count) {
+    std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(A));
+  };
+  clear(grad_query, group * s.queries * depth);
+  if (additive) clear(of_weight, s.depth * lanes);
+
+  for (int64_t j0 = split * kKeys; j0 < s.keys; j0 += splits * kKeys) {
+    const int64_t n = smaller(kKeys, s.keys - j0);
+    tile.set_head(b, key_head * group);
+    tile.load_keys(j0, n);
+    clear(grad_key, kKeys * (depth + value_depth));
+    if (pairwise) clear(grad_turned, s.depth * kKeys);
+    for (int64_t g = 0; g < group; ++g) {
+      tile.set_head(b, key_head * group + g);
+      for (int64_t i0 = 0; i0 < s.queries; i0 += kRows) {
+        const int64_t rows = smaller(kRows, s.queries - i0);
+        const Seen seen(args.forward, b, i0, rows);
+        if (seen.last <= j0 || seen.first >= j0 + n) continue;
+        const int64_t count = smaller(n, seen.last - j0);
+        tile.load_queries(i0, rows);
+        tile.compute(rows, count, seen);
+        A* of_query = grad_query + (g * s.queries + i0) * depth;
+        product(count, value_depth, rows, tile.scores, 1, kKeys, tile.grad, value_depth, grad_value, value_depth, true,
+                tile.k_step);
+        if constexpr (additive) {
+          if (tile.exact(0))
+            pairwise_backward<kExactTanh>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
+                                          args.forward.weight, tile.change, of_query, grad_turned, of_weight);
+          else
+            pairwise_backward<kTanh>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
+                                     args.forward.weight, tile.change, of_query, grad_turned, of_weight);
+        } else if constexpr (gaussian) {
+          pairwise_backward<kSquare>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
+                                     static_cast<const A*>(nullptr), tile.change, of_query, grad_turned, of_weight);
+        } else {
+          product(count, depth, rows, tile.change, 1, kKeys, tile.query, depth, grad_key, depth, true, tile.k_step);
+          product(rows, depth, count, tile.change, kKeys, 1, tile.key, depth, of_query, depth, true, tile.k_step);
+        }
+      }
+    }
+    if constexpr (pairwise) transpose_rows(grad_turned, kKeys, s.depth, kKeys, grad_key, depth);
+    if constexpr (SCORE == kCosineScore)
+      for (int64_t j = 0; j < n; ++j)
+        normalize_backward(tile.key + j * depth, tile.of_key[j], grad_key + j * depth, depth);
+    const int64_t row = (b * s.key_heads + key_head) * s.keys + j0;
+    for (int64_t j = 0; j < n; ++j) {
+      narrow(grad_key + j * depth, args.grad_key + (row + j) * s.depth, s.depth, static_cast<A>(s.scale));
+      narrow(grad_value + j * value_depth, args.grad_value + (row + j) * s.value_depth, s.value_depth, A(1));
+    }
+  }
+  if (additive && grad_weight)
+    for (int64_t d = 0; d < s.depth; ++d)
+      grad_weight[d] = reduce_add(load(of_weight + d * lanes)) * static_cast<A>(s.scale);
+}
+
+// The mask's gradient: a task is a tile of the mask and adds up, in order, the dS of all that it was broadcast to.
+template <class T, int SCORE> void backward_mask(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta) {
+  using A = acc_t<T>;
+  const AttentionShape& s = args.forward.shape;
+  const int64_t* size = s.mask_size;
+  const bool every_row = size[2] == 1, every_key = size[3] == 1;
+  const int64_t row_blocks = ceil_div(size[2], kRows), key_blocks = ceil_div(size[3], kKeys);
+  const int64_t tasks = size[0] * size[1] * row_blocks * key_blocks;
+  const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
+  parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
+    const int64_t tile_size = GradientTile<T, SCORE>::size(s);
+    A* memory = scratch<A>(Slot::family_0, tile_size + kRows * kKeys);
+    GradientTile<T, SCORE> tile(args, delta, memory);
+    tile.through_cap = false;  // the mask is added behind it
+    A* total = memory + tile_size;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t key_block = task % key_blocks, row_block = task / key_blocks % row_blocks,
+                    mh = task / key_blocks / row_blocks % size[1], mb = task / key_blocks / row_blocks / size[1];
+      std::memset(static_cast<void*>(total), 0, sizeof(A) * static_cast<size_t>(kRows * kKeys));
+      for (int64_t b = size[0] == 1 ? 0 : mb; b < (size[0] == 1 ? s.batch : mb + 1); ++b)
+        for (int64_t h = size[1] == 1 ? 0 : mh; h < (size[1] == 1 ? s.heads : mh + 1); ++h) {
+          tile.set_head(b, h);
+          const int64_t j_end = every_key ? s.keys : smaller((key_block + 1) * kKeys, s.keys),
+                        i_end = every_row ? s.queries : smaller((row_block + 1) * kRows, s.queries);
+          for (int64_t j0 = every_key ? 0 : key_block * kKeys; j0 < j_end; j0 += kKeys) {
+            const int64_t n = smaller(kKeys, j_end - j0);
+            tile.load_keys(j0, n);
+            for (int64_t i0 = every_row ? 0 : row_block * kRows; i0 < i_end; i0 += kRows) {
+              const int64_t rows = smaller(kRows, i_end - i0);
+              const Seen seen(args.forward, b, i0, rows);
+              if (seen.last <= j0 || seen.first >= j0 + n) continue;
+              tile.load_queries(i0, rows);
+              tile.compute(rows, n, seen);
+              for (int64_t r = 0; r < rows; ++r)
+                for (int64_t j = 0; j < n; ++j)
+                  total[(every_row ? 0 : r) * kKeys + (every_key ? 0 : j)] += tile.change[r * kKeys + j];
+            }
+          }
+        }
+      const int64_t rows = smaller(kRows, size[2] - row_block * kRows), n = smaller(kKeys, size[3] - key_block * kKeys);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < n; ++j) {
+          const int64_t to = ((mb * size[1] + mh) * size[2] + row_block * kRows + r) * size[3] + key_block * kKeys + j;
+          if (s.mask == kOwnMask)
+            static_cast<T*>(args.grad_mask)[to] = static_cast<T>(total[r * kKeys + j]);
+          else
+            static_cast<float*>(args.grad_mask)[to] = static_cast<float>(total[r * kKeys + j]);
+        }
+    }
+  });
+}
+
+template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args) {
+  using A = acc_t<T>;
+  const AttentionShape& s = args.forward.shape;
+  const int64_t heads = s.batch * s.key_heads, group = s.heads / s.key_heads, depth = padded<A>(s.depth);
+  const int64_t splits = larger(1, smaller(ceil_div(kTasks, heads), ceil_div(s.keys, kKeys))), tasks = heads * splits;
+  const int64_t slice = group * s.queries * depth;
+  A* delta = scratch<A>(Slot::family_1, s.batch * s.heads * s.queries);
+  A* partial = scratch<A>(Slot::family_2, tasks * slice);
+  A* weights = args.grad_weight ? scratch<A>(Slot::family_3, tasks * s.depth) : nullptr;
+  if (SCORE != kDotScore && s.keys > kKeys)
+    make_delta_by_tiles<T, SCORE>(args, delta);
+  else
+    make_delta(args, delta);
+  const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
+  const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task = worker; task < tasks; task += workers) {
+        const int64_t head = task / splits;
+        backward_keys<T, SCORE>(args, delta, head / s.key_heads, head % s.key_heads, task % splits, splits,
+                                partial + task * slice, weights ? weights + task * s.depth : nullptr);
+      }
+  });
+  parallel_for(heads * group * s.queries, 1 + 16384 / (depth * splits + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      A* sum = partial + row / (group * s.queries) * splits * slice + row % (group * s.queries) * depth;
+      for (int64_t split = 1; split < splits; ++split)
+        for (int64_t d = 0; d < depth; d += kLanes<A>) store(sum + d, load(sum + d) + load(sum + split * slice + d));
+      if constexpr (SCORE == kCosineScore) {
+        const Strided<const T>& q = args.forward.query;
+        const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
+        A* query = scratch<A>(Slot::family_0, depth);
+        load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i * q.stride[2], 0, q.stride[3], 1, s.depth, query,
+                  depth);
+        const A inverse = normalize(query, depth);
+        normalize_backward(query, inverse, sum, depth);
+      }
+      narrow(sum, args.grad_query + row * s.depth, s.depth, static_cast<A>(s.scale));
+    }
+  });
+  for (int64_t d = 0; weights && d < s.depth; ++d) {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) sum += static_cast<double>(weights[task * s.depth + d]);
+    args.grad_weight[d] = static_cast<A>(sum);
+  }
+  if (args.grad_mask) backward_mask<T, SCORE>(args, delta);
+}
+
+}  // namespace
+
+#define DLKERN_DEFINE_ATTENTION(T)                                   \
+  void attention_backward(const AttentionBackwardArgs<T>& args) {    \
+    switch (args.forward.shape.score) {                              \
+      case kGaussianScore: return backward<T, kGaussianScore>(args); \
+      case kAdditiveScore: return backward<T, kAdditiveScore>(args); \
+      case kCosineScore: return backward<T, kCosineScore>(args);     \
+      default: return backward<T, kDotScore>(args);                  \
+    }                                                                \
+  }
+DLKERN_DEFINE_ATTENTION(float)
+DLKERN_DEFINE_ATTENTION(double)
+DLKERN_DEFINE_ATTENTION(bfloat16)
+
+}  // namespace dlkern::cpu::DLKERN_ISA

@@ -1,0 +1,460 @@
+// One tile of attention scores, kRows queries x kKeys keys: what forward and backward share.
+//
+// Operands are brought into dense rows of the type sums are carried in, padded with zeros to whole vectors; products run
+// on the micro-kernel of gemm.h. Which keys a query sees without a mask (causal, a window, lengths) is one interval a
+// row, so that tiles outside it are skipped and only those on its border look at single keys.
+#pragma once
+#include "attention.h"
+#include "gemm.h"
+#include "philox_vector.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace attention_detail {
+
+constexpr int64_t kRows = 48, kKeys = 128;
+template <class A> inline int64_t padded(int64_t n) { return ceil_div(n, kLanes<A>) * kLanes<A>; }
+
+// C (+)= A B for dense operands in rows padded to whole vectors: A[i, p] = a[i * a_row + p * a_column]; k_step products
+// in one sum at most.
+template <class A>
+inline void product(int64_t m, int64_t n, int64_t k, const A* a, int64_t a_row, int64_t a_column, const A* b,
+                    int64_t b_row, A* c, int64_t c_row, bool add, int64_t k_step) {
+  using namespace gemm_detail;
+  const Ahead none;
+  if (k > k_step) {
+    for (int64_t p = 0; p < k; p += k_step)
+      product(m, n, smaller(k_step, k - p), a + p * a_column, a_row, a_column, b + p * b_row, b_row, c, c_row,
+              add || p > 0, k_step);
+    return;
+  }
+  for (int64_t j = 0; j < n; j += kNR<A>) {
+    const int vectors = static_cast<int>(ceil_div(smaller(kNR<A>, n - j), kLanes<A>));
+    for (int64_t i = 0; i < m; i += kMR)
+      kernel_for<A>(static_cast<int>(smaller(kMR, m - i)), vectors)(
+          k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add ? Out::add : Out::set, none);
+  }
+}
+
+// Small problems are summed in short sums, as gemm.h does it: libraries take inner products there.
+inline int64_t sum_length(const AttentionShape& s) {
+  return s.queries * s.keys * (s.depth + s.value_depth) < 2 * gemm_detail::kSmallWork ? gemm_detail::kShortKC
+                                                                                      : gemm_detail::kKC;
+}
+
+// `count` strided rows into dense ones of `width` numbers, the last of them zeros.
+template <class T, class A>
+inline void load_rows(const T* from, int64_t row, int64_t column, int64_t count, int64_t depth, A* to, int64_t width) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t i = 0; i < count; ++i, from += row, to += width) {
+    int64_t d = 0;
+    if (column == 1) {
+      for (; d + lanes <= depth; d += lanes) store(to + d, load(from + d));
+      if (d < depth) {
+        store(to + d, load_partial<T>(from + d, static_cast<int>(depth - d)));
+        d += lanes;
+      }
+    } else {
+      for (; d < depth; ++d) to[d] = static_cast<A>(from[d * column]);
+    }
+    for (; d < width; ++d) to[d] = A(0);
+  }
+}
+
+// to[d * to_row + j] = from[j * from_row + d]; columns beyond `count`, up to a whole vector, zero.
+template <class A>
+inline void transpose_rows(const A* from, int64_t from_row, int64_t count, int64_t depth, A* to, int64_t to_row) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t j = 0; j < count; j += lanes)
+    for (int64_t d = 0; d < depth; d += lanes) {
+      Vec<A> square[lanes];
+      for (int64_t r = 0; r < lanes; ++r) square[r] = j + r < count ? load(from + (j + r) * from_row + d) : Vec<A>{};
+      transpose(square);
+      for (int64_t r = 0; r < smaller(lanes, depth - d); ++r) store(to + (d + r) * to_row + j, square[r]);
+    }
+}
+
+// The largest lane, in all lanes; of a NaN and a number, either.
+template <class V> [[gnu::always_inline]] inline V largest_lane(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  using I = decltype(v > v);
+#pragma GCC unroll 4
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    I other;
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) other[l] = l ^ width;
+    const V turned = __builtin_shuffle(v, other);
+    v = turned > v ? turned : v;
+  }
+  return v;
+}
+
+template <class A> inline auto lane_numbers() {
+  decltype(Vec<A>{} > Vec<A>{}) lane;
+  for (int l = 0; l < kLanes<A>; ++l) lane[l] = l;
+  return lane;
+}
+
+// `count` numbers of a mask from `from`, `step` apart, as what is added to scores.
+template <class A, class M> inline Vec<A> mask_vector(const M* from, int64_t step, int64_t count) {
+  if (step == 0) return broadcast<A>(static_cast<A>(from[0]));
+  if constexpr (sizeof(acc_t<M>) == sizeof(A)) {
+    if (step == 1) return count == kLanes<A> ? load(from) : load_partial<M>(from, static_cast<int>(count));
+  }
+  Vec<A> v{};
+  for (int64_t l = 0; l < count; ++l) v[l] = static_cast<A>(from[l * step]);
+  return v;
+}
+using vbytes [[gnu::vector_size(kVectorBytes / 4)]] = uint8_t;
+using vbytes_half [[gnu::vector_size(kVectorBytes / 8)]] = uint8_t;
+template <class A> struct bytes_of {
+  using type = vbytes;
+};
+template <> struct bytes_of<double> {
+  using type = vbytes_half;
+};
+template <class A> inline Vec<A> bool_mask_vector(const uint8_t* from, int64_t step, int64_t count) {
+  const A out = -__builtin_inf();
+  if (step == 0) return broadcast<A>(from[0] ? A(0) : out);
+  using I = decltype(Vec<A>{} > Vec<A>{});
+  typename bytes_of<A>::type some{};
+  if (step == 1 && count == kLanes<A>)
+    std::memcpy(&some, from, sizeof some);
+  else
+    for (int64_t l = 0; l < count; ++l) some[l] = from[l * step];
+  return __builtin_convertvector(some, I) != 0 ? Vec<A>{} : broadcast<A>(out);
+}
+
+// The keys begin .. end - 1 that each of some queries sees by position.
+struct Seen {
+  int64_t begin[kRows], end[kRows];
+  int64_t first, last;  // of all of them
+  template <class T> Seen(const AttentionArgs<T>& args, int64_t b, int64_t i0, int64_t rows) {
+    const AttentionShape& s = args.shape;
+    first = s.keys;
+    last = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = i0 + r;
+      int64_t from = s.left < 0 ? 0 : larger(0, i - s.left);
+      int64_t to = s.right < 0 ? s.keys : smaller(s.keys, i + s.right + 1);
+      if (args.lengths.data)
+        to = smaller(to, args.lengths.data[b * args.lengths.stride[0] + i * args.lengths.stride[2]]);
+      if (to <= from) from = to = 0;
+      begin[r] = from;
+      end[r] = to;
+      if (to > from) {
+        first = smaller(first, from);
+        last = larger(last, to);
+      }
+    }
+    if (last == 0) first = 0;
+  }
+};
+
+// Words of dropout for keys j0 .. j0 + n - 1 (j0 a multiple of 64) of row `row` of all [batch, heads, queries]: key j has
+// word j % 64 / 16 of the block of counter (row * ceil(keys / 64) + j / 64) * 16 + j % 16.
+inline void dropout_words(const Keys& keys, int64_t row, int64_t all_keys, int64_t j0, int64_t n, uint32_t* to) {
+  const int64_t groups = ceil_div(all_keys, 64);
+  for (int64_t j = 0; j < n; j += 64)
+    for (int64_t c = 0; c < 16; c += kWords) {
+      vuint32 word[4];
+      philox_words(keys, static_cast<uint64_t>((row * groups + (j0 + j) / 64) * 16 + c), word);
+      for (int w = 0; w < 4; ++w) std::memcpy(to + j + w * 16 + c, &word[w], sizeof word[w]);
+    }
+}
+
+// Scores that are no product of matrices: sums over h of a function of q[i, h] and k[j, h].
+// kTanh is weight[h] tanh(q + k) = weight[h] (e^2q e^2k - 1) / (e^2q e^2k + 1), whose operands are the exponentials; kExactTanh,
+// where those would leave their range, the same of plain operands; kSquare is -(q - k)^2 / 2.
+enum Pairwise { kTanh, kExactTanh, kSquare };
+// Up to which |q| and |k|. Not in double, which has no wider exponentials to round.
+template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : -1;
+
+// tile[R rows, a vector] of such sums, short ones: scores are exponents.
+template <Pairwise KIND, int R, class A>
+[[gnu::always_inline]] inline void pairwise_block(int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
+                                                  A* tile) {
+  constexpr int kChains = 4;
+  constexpr int64_t kBlock = 32;
+  Vec<A> total[R] = {};
+  for (int64_t h0 = 0; h0 < depth; h0 += kBlock) {
+    Vec<A> sum[R][kChains] = {};
+    const int64_t end = smaller(h0 + kBlock, depth);
+    const auto add = [&](int64_t h, int chain) {
+      const Vec<A> key = load(k + h * kKeys);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const A x = q[r * q_row + h];
+        if constexpr (KIND == kTanh)
+          sum[r][chain] += weight[h] * ((x * key - A(1)) / (x * key + A(1)));
+        else if constexpr (KIND == kExactTanh)
+          sum[r][chain] += weight[h] * tanh(x + key);
+        else
+          sum[r][chain] -= (x - key) * (x - key);
+      }
+    };
+    int64_t h = h0;
+    for (; h + kChains <= end; h += kChains)
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) add(h + chain, chain);
+    for (; h < end; ++h) add(h, 0);
+    for (int r = 0; r < R; ++r) total[r] += (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
+  }
+  constexpr A factor = KIND == kSquare ? 0.5 : 1;
+  for (int r = 0; r < R; ++r) store(tile + r * kKeys, total[r] * factor);
+}
+
+template <Pairwise KIND, class A>
+void pairwise_scores(int64_t rows, int64_t n, int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
+                     A* tile) {
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      pairwise_block<KIND, 4>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
+    for (; r < rows; ++r) pairwise_block<KIND, 1>(depth, q + r * q_row, q_row, k + j, weight, tile + r * kKeys + j);
+  }
+}
+
+// A row divided by its length, or by kShortest where that is more; returns the reciprocal.
+constexpr double kShortest = 1e-8;
+template <class A> inline A normalize(A* row, int64_t depth) {
+  Vec<A> sum{};
+  for (int64_t d = 0; d < depth; d += kLanes<A>) sum += load(row + d) * load(row + d);
+  const double length = std::sqrt(static_cast<double>(reduce_add(sum)));
+  const A inverse = static_cast<A>(1 / (length < kShortest ? kShortest : length));
+  for (int64_t d = 0; d < depth; d += kLanes<A>) store(row + d, load(row + d) * inverse);
+  return inverse;
+}
+// The gradient of a row from that of the row normalize() left.
+template <class A> inline void normalize_backward(const A* row, A inverse, A* grad, int64_t depth) {
+  Vec<A> sum{};
+  for (int64_t d = 0; d < depth; d += kLanes<A>) sum += load(row + d) * load(grad + d);
+  const A along = static_cast<double>(inverse) * kShortest < 1 ? reduce_add(sum) : A(0);
+  for (int64_t d = 0; d < depth; d += kLanes<A>) store(grad + d, (load(grad + d) - load(row + d) * along) * inverse);
+}
+
+// e^x rounded once: products of two of these stand for e^2(q + k).
+inline vdouble exp_rounded(vdouble x) { return exp(x); }
+inline vfloat exp_rounded(vfloat x) {
+  const vfloat_half half[2] = {__builtin_convertvector(exp(widen(low_half(x))), vfloat_half),
+                               __builtin_convertvector(exp(widen(high_half(x))), vfloat_half)};
+  vfloat result;
+  std::memcpy(&result, half, sizeof result);
+  return result;
+}
+
+// Some queries against some keys of one head.
+template <class T, int SCORE> struct Tile {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t lanes = kLanes<A>;
+  static constexpr bool kAdditive = SCORE == kAdditiveScore, kGaussian = SCORE == kGaussianScore,
+                        kCosine = SCORE == kCosineScore;
+  const AttentionArgs<T>& args;
+  const AttentionShape& s;
+  const int64_t depth, value_depth;  // padded
+  const int64_t query_rows;  // loaded at a time
+  const Keys words;
+  const int64_t k_step;
+  A *query, *query_exp, *key, *key_turned, *key_exp, *value, *of_key, *scores, *slope_of_cap;
+  // of_key: the reciprocal of a key's length (cosine)
+  A query_bound[64], key_bound = 0;  // of absolute values, a block of kRows queries each
+  int64_t b = 0, h = 0, i0 = 0, j0 = 0, n = 0;
+
+  static int64_t size(const AttentionShape& s, int64_t query_rows) {
+    const int64_t depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
+    return query_rows * depth * (kAdditive ? 2 : 1) + kKeys * depth + s.depth * kKeys * (kAdditive ? 2 : 1) +
+           kKeys * value_depth + kKeys + 2 * kRows * kKeys;
+  }
+  Tile(const AttentionArgs<T>& arguments, int64_t rows, A* memory)
+      : args(arguments),
+        s(arguments.shape),
+        depth(padded<A>(s.depth)),
+        value_depth(padded<A>(s.value_depth)),
+        query_rows(rows),
+        words(s.seed),
+        k_step(sum_length(s)) {
+    const auto take = [&memory](int64_t count) {
+      A* at = memory;
+      memory += count;
+      return at;
+    };
+    query = take(rows * depth);
+    query_exp = kAdditive ? take(rows * depth) : query;
+    key = take(kKeys * depth);
+    key_turned = take(s.depth * kKeys);
+    key_exp = kAdditive ? take(s.depth * kKeys) : key_turned;
+    value = take(kKeys * value_depth);
+    of_key = take(kKeys);
+    scores = take(kRows * kKeys);
+    slope_of_cap = take(kRows * kKeys);
+  }
+
+  int64_t key_head() const { return h / (s.heads / s.key_heads); }
+  int64_t row_number(int64_t i) const { return (b * s.heads + h) * s.queries + i; }
+
+  // e^2x of rows; returns the largest |x|.
+  static A double_exponentials(const A* from, int64_t count, A* to) {
+    V most{};
+    for (int64_t i = 0; i < count; i += lanes) {
+      const V x = load(from + i), size = x < A(0) ? -x : x;
+      most = size > most || size != size ? size : most;
+      store(to + i, exp_rounded(x + x));
+    }
+    A bound = 0;
+    for (int64_t l = 0; l < lanes; ++l)
+      if (!(most[l] <= bound)) bound = most[l];
+    return bound;
+  }
+
+  void set_head(int64_t batch, int64_t head) {
+    b = batch;
+    h = head;
+  }
+  void load_queries(int64_t first, int64_t rows) {
+    i0 = first;
+    const Strided<const T>& q = args.query;
+    load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], rows, s.depth,
+              query, depth);
+    if constexpr (kCosine)
+      for (int64_t i = 0; i < rows; ++i) normalize(query + i * depth, depth);
+    if constexpr (kAdditive)
+      for (int64_t r = 0; r < rows; r += kRows)
+        query_bound[r / kRows] =
+            double_exponentials(query + r * depth, smaller(kRows, rows - r) * depth, query_exp + r * depth);
+  }
+  void load_keys(int64_t first, int64_t count) {
+    j0 = first;
+    n = count;
+    const Strided<const T>& k = args.key;
+    const Strided<const T>& v = args.value;
+    load_rows(k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2], k.stride[2], k.stride[3], n,
+              s.depth, key, depth);
+    load_rows(v.data + b * v.stride[0] + key_head() * v.stride[1] + j0 * v.stride[2], v.stride[2], v.stride[3], n,
+              s.value_depth, value, value_depth);
+    if constexpr (kCosine)
+      for (int64_t j = 0; j < n; ++j) of_key[j] = normalize(key + j * depth, depth);
+    transpose_rows(key, depth, n, s.depth, key_turned, kKeys);
+    if constexpr (kAdditive) {
+      key_bound = 0;
+      for (int64_t d = 0; d < s.depth; ++d) {
+        const A bound = double_exponentials(key_turned + d * kKeys, padded<A>(n), key_exp + d * kKeys);
+        if (!(bound <= key_bound)) key_bound = bound;
+      }
+    }
+  }
+
+  bool exact(int64_t r0) const { return !(query_bound[r0 / kRows] <= kSafe<A> && key_bound <= kSafe<A>); }
+
+  // Scores of the loaded queries r0 .. r0 + rows - 1 and the first `count` loaded keys, without scale and masks.
+  void multiply(int64_t r0, int64_t rows, int64_t count) {
+    const int64_t width = padded<A>(count);
+    if constexpr (kAdditive) {
+      if (exact(r0))
+        pairwise_scores<kExactTanh>(rows, width, s.depth, query + r0 * depth, depth, key_turned, args.weight, scores);
+      else
+        pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
+    } else if constexpr (kGaussian) {
+      pairwise_scores<kSquare>(rows, width, s.depth, query + r0 * depth, depth, key_turned,
+                               static_cast<const A*>(nullptr), scores);
+    } else {
+      product(rows, width, s.depth, query + r0 * depth, depth, 1, key_turned, kKeys, scores, kKeys, false, k_step);
+    }
+  }
+
+  // v where a mask's bytes are set, else -infinity.
+  static V bool_selected(const uint8_t* from, V v) {
+    typename bytes_of<A>::type some;
+    std::memcpy(&some, from, sizeof some);
+    using I = decltype(V{} > V{});
+    return __builtin_convertvector(some, I) != 0 ? v : broadcast<A>(-__builtin_inf());
+  }
+
+  // Scale, cap, slopes and masks of one row of scores, of query i0 + r0 + r, which sees keys begin .. end - 1.
+  // Returns the largest in each lane, and what scores and it still have to be multiplied with: the scale, where nothing
+  // but the scale is to be done. With `cap_slopes`, the derivative of the cap is left there.
+  struct Row {
+    V top;
+    A factor;
+  };
+  Row finish_row(int64_t r0, int64_t r, int64_t count, int64_t begin, int64_t end, bool cap_slopes) {
+    A* x = scores + r * kKeys;
+    const A scale = static_cast<A>(s.scale), minus_infinity = -__builtin_inf();
+    V top = broadcast<A>(minus_infinity);
+    const bool all = begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
+    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale >= 0) {
+      for (int64_t j = 0; j < count; j += lanes) {
+        const V v = load(x + j);
+        top = v > top ? v : top;
+      }
+      return {top, scale};
+    }
+    if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0) {
+      const int64_t m = b * args.mask.stride[0] + h * args.mask.stride[1] + (i0 + r0 + r) * args.mask.stride[2] + j0;
+      if (s.mask == kBoolMask && scale >= 0) {
+        const uint8_t* from = static_cast<const uint8_t*>(args.mask.data) + m;
+        for (int64_t j = 0; j < count; j += lanes) {
+          const V v = bool_selected(from + j, load(x + j));
+          store(x + j, v);
+          top = v > top ? v : top;
+        }
+        return {top, scale};
+      }
+      if (s.mask == kOwnMask) {
+        const T* from = static_cast<const T*>(args.mask.data) + m;
+        for (int64_t j = 0; j < count; j += lanes) {
+          const V v = load(x + j) * scale + load(from + j);
+          store(x + j, v);
+          top = v > top ? v : top;
+        }
+        return {top, A(1)};
+      }
+    }
+    const int64_t i = i0 + r0 + r;
+    const int64_t at = b * args.mask.stride[0] + h * args.mask.stride[1] + i * args.mask.stride[2],
+                  step = args.mask.stride[3];
+    using I = decltype(V{} > V{});
+    using Int = decltype(+I{}[0]);
+    const I lane = lane_numbers<A>();
+    for (int64_t j = 0; j < count; j += lanes) {
+      const int64_t some = smaller(lanes, count - j), m = at + (j0 + j) * step;
+      V v = load(x + j);
+      v *= scale;
+      if (s.softcap != 0) {
+        const V t = tanh(v * static_cast<A>(1 / s.softcap));
+        v = t * static_cast<A>(s.softcap);
+        if (cap_slopes) store(slope_of_cap + r * kKeys + j, A(1) - t * t);
+      }
+      if (args.slopes) {
+        const V distance = __builtin_convertvector(lane, V) + static_cast<A>(j0 + j - i);
+        v -= args.slopes[h] * (distance < A(0) ? -distance : distance);
+      }
+      if (s.mask == kBoolMask) v += bool_mask_vector<A>(static_cast<const uint8_t*>(args.mask.data) + m, step, some);
+      if (s.mask == kOwnMask) v += mask_vector<A>(static_cast<const T*>(args.mask.data) + m, step, some);
+      if (s.mask == kFloatMask) v += mask_vector<A>(static_cast<const float*>(args.mask.data) + m, step, some);
+      if (!all) {
+        const Int from = static_cast<Int>(larger(begin - j0 - j, 0)),
+                  to = static_cast<Int>(larger(smaller(end - j0 - j, some), 0));
+        v = (lane >= from) & (lane < to) ? v : broadcast<A>(minus_infinity);
+      }
+      store(x + j, v);
+      top = v > top ? v : top;
+    }
+    return {top, A(1)};
+  }
+
+  // f(j, factor): what dropout multiplies vector j of row r's probabilities with.
+  template <class F> void each_dropped(int64_t r0, int64_t r, int64_t count, const F& f) const {
+    alignas(64) uint32_t word[kKeys + 64];
+    dropout_words(words, row_number(i0 + r0 + r), s.keys, j0, count, word);
+    const uint64_t threshold = philox::threshold(s.p);
+    const A kept = s.p < 1 ? static_cast<A>(1 / (1 - s.p)) : A(0);
+    for (int64_t j = 0; j < count; j += lanes) {
+      V factor;
+      for (int64_t l = 0; l < lanes; ++l) factor[l] = word[j + l] >= threshold ? kept : A(0);
+      f(j, factor);
+    }
+  }
+};
+
+}  // namespace attention_detail
+}  // namespace dlkern::cpu::DLKERN_ISA

@@ -1,0 +1,316 @@
+"""Attention: every score, mask and option against the reference by the numerics rule; torch's semantics and errors;
+dropout's contract; multi-head attention and Transformers."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as tF
+from torch import nn
+
+import dlkern
+import dlkern.nn.functional as F
+from dlkern import ops
+from dlkern.ops.attention import ADDITIVE, COSINE, GAUSSIAN, Settings
+from dlkern.reference import attention as reference
+from dlkern.testing import check
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SDPA = F.scaled_dot_product_attention
+
+
+def leaves(*shapes, dtype=torch.float64):
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+OPTIONS = {
+    "plain": (Settings(scale=0.2), {}), "causal": (Settings(scale=0.2, right=0), {}),
+    "window": (Settings(scale=0.2, left=20, right=5), {}), "gaussian": (Settings(scale=0.3, score=GAUSSIAN), {}),
+    "cosine": (Settings(scale=2.0, score=COSINE), {}), "additive": (Settings(score=ADDITIVE), {}),
+    "softcap": (Settings(scale=0.5, softcap=2.0), {}), "negative scale": (Settings(scale=-0.3), {}),
+    "alibi": (Settings(scale=0.2), dict(slopes=lambda: torch.rand(2, dtype=torch.float64))),
+    "bool mask": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 50, 150) > 0.3)),
+    "bool mask of keys": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 1, 150) > 0.3)),
+    "added mask": (Settings(scale=0.2), dict(mask=lambda: torch.randn(2, 2, 50, 150, dtype=torch.float64))),
+    "added mask, shared": (Settings(scale=0.2, softcap=3.0), dict(mask=lambda: torch.randn(1, 2, 1, 150, dtype=torch.float64))),
+    "lengths": (Settings(scale=0.2), dict(lengths=lambda: torch.tensor([[3], [150]]))),
+    "lengths of queries": (Settings(scale=0.2), dict(lengths=lambda: torch.randint(0, 151, (2, 50)))),
+    "dropout": (Settings(scale=0.2, p=0.3), dict(seed=lambda: torch.randint(0, 2**62, ()))),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("name", OPTIONS)
+def test_parity(name, dtype):
+    """Two heads of queries share one of keys; sizes are no multiples of a tile."""
+    settings, more = OPTIONS[name]
+    more = {key: make() for key, make in more.items()}
+    if dtype == torch.bfloat16 and "mask" in more and more["mask"].is_floating_point():
+        more["mask"] = more["mask"].bfloat16().double()
+    tensors = [more.get(key) for key in ("mask", "lengths", "slopes")]
+    seed = more.get("seed")
+
+    def on(function):
+        def call(q, k, v, *rest):
+            rest = list(rest)
+            mask = rest.pop(0) if tensors[0] is not None and tensors[0].is_floating_point() else tensors[0]
+            slopes = None if tensors[2] is None else tensors[2].to(q.dtype)
+            return function(q, k, v, mask, tensors[1], slopes, rest[0] if rest else None, seed, settings)
+
+        return call
+
+    def inputs():
+        drawn = leaves((2, 2, 50, 12), (2, 1, 150, 12), (2, 1, 150, 20))
+        if tensors[0] is not None and tensors[0].is_floating_point():
+            drawn.append(torch.randn(tensors[0].shape, dtype=torch.float64).requires_grad_())
+        return drawn + (leaves((12,)) if settings.score == ADDITIVE else [])
+
+    check(
+        on(lambda *a: ops.attention.attention("dot_attention", *a)), on(lambda *a: reference.attention(*a[:-1], *a[-1])),
+        inputs, dtype=dtype, draws=32 if name == "additive" else 8 if dtype == torch.float64 else 4, name=name,
+    ).raise_if_failed()  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 47, 48, 49, 127, 128, 129, 200])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tile_borders(length, causal):
+    torch.manual_seed(0)
+    q, k, v = leaves((1, 2, length, 16), (1, 2, length, 16), (1, 2, length, 16))
+    ours, theirs = SDPA(q, k, v, is_causal=causal), tF.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(ours, theirs)
+    g = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 64, 80, 129, 512])
+def test_depths(depth):
+    torch.manual_seed(0)
+    q, k, v = leaves((2, 3, 9, depth), (2, 3, 11, depth), (2, 3, 11, 7))
+    ours, theirs = SDPA(q, k, v), tF.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(theirs.sum(), (q, k, v))):
+        torch.testing.assert_close(a, b)
+
+
+def test_shapes_torch_takes():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    y = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    for q, k in ((x[0, 0], y[0, 0]), (x[0], y[0]), (x, y[0]), (x, y[:, :1]), (x, y[:1]), (x[0], y), (x[None], y[None]),
+                 (x[:, :, :0], y), (x, y[:, :, :0]), (x[..., :0], y[..., :0]), (x[:0], y[:0])):  # fmt: skip
+        for shape in (None, (5, 6), (1, 6), (5, 1), (1, 1)):
+            mask = None if shape is None or 0 in q.shape or 0 in k.shape else torch.randn(shape, dtype=torch.float64)
+            ours, theirs = SDPA(q, k, k, mask), tF.scaled_dot_product_attention(q, k, k, mask)
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours, theirs)
+    mask = torch.rand(1, 2, 1, 5, 6) > 0.5
+    arguments = (x[None], y[None], y[None], mask)
+    torch.testing.assert_close(SDPA(*arguments), tF.scaled_dot_product_attention(*arguments))
+
+
+def test_operands_are_read_where_they_lie():
+    """[B, S, H, D] seen as [B, H, S, D]: the same bits, and a result in that order."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 70, 3, 24).transpose(1, 2) for _ in range(3))
+    turned, dense = SDPA(q, k, v), SDPA(q.contiguous(), k.contiguous(), v.contiguous())
+    assert torch.equal(turned, dense) and turned.transpose(1, 2).is_contiguous() and dense.is_contiguous()
+    strided = torch.randn(2, 3, 70, 48)[..., ::2]
+    assert torch.equal(SDPA(strided, strided, strided), SDPA(*[strided.contiguous()] * 3))
+
+
+def test_a_query_that_sees_nothing():
+    q, k, v = leaves((1, 2, 60, 8), (1, 2, 200, 8), (1, 2, 200, 8), dtype=torch.float32)
+    mask = torch.ones(60, 200, dtype=torch.bool)
+    mask[3], mask[59] = False, False
+    added = torch.zeros(60, 200).masked_fill(~mask, -torch.inf)
+    for options in (dict(attn_mask=mask), dict(attn_mask=added), dict(lengths=torch.where(mask[:, :1], 200, 0).t())):
+        y = SDPA(q, k, v, **options)
+        assert y[0, :, 3].abs().max() == 0 and y[0, :, 59].abs().max() == 0 and y[0, :, 4].abs().max() > 0
+        found = torch.autograd.grad(y.sum(), (q, k, v))
+        assert all(g.isfinite().all() for g in found) and found[0][0, :, 3].abs().max() == 0
+
+
+@pytest.mark.parametrize("length", [64, 192, 320])
+def test_masked_tail_with_scores_far_below_zero(length):
+    """S % 128 == 64, a mask, and a log-sum-exp below -88.7, where one library's query gradients were NaN."""
+    torch.manual_seed(0)
+    q, k, v = leaves((1, 2, length, 64), (1, 2, length, 64), (1, 2, length, 64), dtype=torch.float32)
+    mask = (torch.full((length, length), -120.0) + torch.randn(length, length)).requires_grad_()
+    inputs = (q, k, v, mask)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    ours, theirs = SDPA(*inputs), tF.scaled_dot_product_attention(*exact)
+    for a, b in zip((ours, *torch.autograd.grad(ours.sum(), inputs)), (theirs, *torch.autograd.grad(theirs.sum(), exact))):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_infinite_and_nan_scores():
+    q = torch.randn(1, 1, 4, 8)
+    k = torch.randn(1, 1, 6, 8)
+    q[0, 0, 1, 0] = torch.nan
+    y = SDPA(q, k, k)
+    assert y[0, 0, 1].isnan().all() and y[0, 0, [0, 2, 3]].isfinite().all()
+
+
+def test_bits_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    q, k, v = leaves((1, 3, 300, 24), (1, 3, 300, 24), (1, 3, 300, 24), dtype=torch.float32)
+    mask = torch.randn(1, 3, 1, 300, requires_grad=True)
+    w = torch.randn(24, requires_grad=True)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = SDPA(q, k, v, mask)
+        z = F.additive_attention(q, k, v, w)
+        g = torch.ones_like(y)
+        found.append([y, z, *torch.autograd.grad(y, (q, k, v, mask), g), *torch.autograd.grad(z, (q, k, v, w), g)])
+    torch.set_num_threads(2)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_dropout():
+    q, k = torch.randn(2, 3, 50, 8), torch.randn(2, 3, 130, 8)
+    unit = torch.eye(130)
+    torch.manual_seed(3)
+    first = SDPA(q, k, unit, dropout_p=0.25)  # the probabilities themselves
+    torch.manual_seed(3)
+    assert torch.equal(first, SDPA(q, k, unit, dropout_p=0.25))
+    assert not torch.equal(first, SDPA(q, k, unit, dropout_p=0.25))
+    kept = first != 0
+    assert abs(kept.float().mean() - 0.75) < 0.01
+    torch.testing.assert_close(first[kept], (SDPA(q, k, unit) / 0.75)[kept])
+    assert SDPA(q, k, unit, dropout_p=1.0).abs().max() == 0
+    seed = torch.tensor(987654321)
+    settings = Settings(p=0.25, scale=0.01)
+    y = ops.attention.attention("dot_attention", q, k, unit.expand(2, 3, 130, 130), None, None, None, None, seed, settings)
+    assert torch.equal(reference.kept((2, 3, 50, 130), 0.25, seed), y != 0)
+
+
+@pytest.mark.parametrize("name", ["added mask, shared", "alibi", "window", "gaussian", "cosine", "dropout"])
+def test_gradcheck(name):
+    settings, more = OPTIONS[name]
+    torch.manual_seed(0)
+    q, k, v = leaves((1, 2, 5, 3), (1, 1, 7, 3), (1, 1, 7, 2))
+    mask = torch.randn(1, 2, 1, 7, dtype=torch.float64, requires_grad=True) if "mask" in more else None
+    slopes, seed = (more[key]() if key in more else None for key in ("slopes", "seed"))
+
+    def call(q, k, v, *mask):
+        return ops.attention.attention("dot_attention", q, k, v, mask[0] if mask else None, None, slopes, None, seed, settings)
+
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_gradcheck_additive_both_ways():
+    torch.manual_seed(0)
+    q, k, v, w = leaves((2, 3, 4), (2, 5, 4), (2, 5, 3), (4,))
+    assert torch.autograd.gradcheck(F.additive_attention, (q, k, v, w))
+    assert torch.autograd.gradgradcheck(F.additive_attention, (q, k, v, w))
+    far = torch.tensor([64.0, -64.0, 64.0, -64.0])  # by tanh in float32, too: exponentials would leave their range
+    near = [t.detach().float().requires_grad_() for t in (q, k, v, w)]
+    results = []
+    for shift in (0.0, far):
+        y = F.additive_attention(near[0] + shift, near[1] - shift, *near[2:])
+        results.append([y, *torch.autograd.grad(y.sin().sum(), near)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # adding 64 rounds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(attn_mask=torch.ones(4, 4, dtype=torch.int32)), dict(attn_mask=torch.ones(4, 4, dtype=torch.float64)),
+     dict(attn_mask=torch.ones(3, 4, dtype=torch.bool)), dict(attn_mask=torch.zeros(5, 2, 3, 4, 4)),
+     dict(query=torch.randn(8)), dict(key=torch.randn(2, 3, 4, 8).double()), dict(key=torch.randn(2, 3, 4, 4)),
+     dict(key=torch.randn(2, 2, 4, 8)), dict(dropout_p=1.5),
+     dict(key=torch.randn(2, 2, 4, 8), enable_gqa=True), dict(query=torch.randn(2, 3, 4, 8, device="meta"))],
+    ids=range(11),
+)  # fmt: skip
+def test_torchs_errors(change):
+    arguments = {name: torch.randn(2, 3, 4, 8) for name in ("query", "key", "value")} | change
+    with pytest.raises(Exception) as theirs:
+        tF.scaled_dot_product_attention(**arguments)
+    with pytest.raises(type(theirs.value)):
+        SDPA(**arguments)
+
+
+def test_keys_and_values_of_different_lengths_raise():
+    q = torch.randn(2, 3, 4, 8)
+    with pytest.raises(RuntimeError, match="4 keys, 5 values"):  # torch reads past the end
+        SDPA(q, q, torch.randn(2, 3, 5, 8))
+
+
+def test_float32_mask_beside_bfloat16():
+    q, mask = torch.randn(1, 2, 9, 8).bfloat16(), torch.randn(9, 9, requires_grad=True)
+    y = SDPA(q, q, q, mask)
+    exact = tF.scaled_dot_product_attention(*[q.double()] * 3, mask.double())
+    assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() < 2**-7 * exact.norm()
+    assert torch.autograd.grad(y.sum(), mask)[0].dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*mismatched key_padding_mask.*")
+@pytest.mark.parametrize(("batch_first", "width", "bias_kv"), list(itertools.product((False, True), (None, 20), (False, True))))
+def test_multihead_attention(batch_first, width, bias_kv):
+    torch.manual_seed(0)
+    options = dict(batch_first=batch_first, kdim=width, vdim=width, add_bias_kv=bias_kv, add_zero_attn=bias_kv)
+    theirs = nn.MultiheadAttention(16, 4, **options).double()
+    ours = dlkern.convert(nn.MultiheadAttention(16, 4, **options).double())
+    assert type(ours) is dlkern.nn.MultiheadAttention
+    ours.load_state_dict(theirs.state_dict())
+    q, k = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 7, width or 16, dtype=torch.float64)
+    q, k = (q, k) if batch_first else (q.transpose(0, 1), k.transpose(0, 1))
+    q.requires_grad_()
+    left_out = torch.rand(5, 7) > 0.7
+    left_out[:, 0] = False
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[1, 3:] = True
+    for mask, pad, weights, average in (
+        (None, None, True, True), (left_out, padding, True, False), (torch.randn(5, 7).double(), None, False, True),
+        (torch.randn(12, 5, 7).double(), padding, False, True), (left_out, None, False, True), (None, padding, False, True),
+    ):  # fmt: skip
+        results = []
+        for module in (theirs, ours):
+            y, w = module(q, k, k, key_padding_mask=pad, need_weights=weights, attn_mask=mask, average_attn_weights=average)
+            total = y.sin().sum() + (0 if w is None else w.sin().sum())
+            results.append([y, *([] if w is None else [w]), *torch.autograd.grad(total, [q, *module.parameters()])])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_transformers_run_on_dlkern():
+    torch.manual_seed(0)
+    theirs = nn.Transformer(32, 4, 2, 2, 64, batch_first=True)
+    ours = dlkern.convert(nn.Transformer(32, 4, 2, 2, 64, batch_first=True))
+    ours.load_state_dict(theirs.state_dict())
+    source, target = torch.randn(2, 9, 32), torch.randn(2, 6, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(6)
+    with torch.no_grad():
+        for model in (theirs.eval(), ours.eval()):
+            with dlkern.trace() as calls:
+                y = model(source, target, tgt_mask=mask, tgt_is_causal=True)
+            assert {call.backend for call in calls} == ({"cpu"} if model is ours else set())
+            torch.testing.assert_close(y, theirs(source, target, tgt_mask=mask, tgt_is_causal=True), rtol=1e-4, atol=1e-5)
+        with dlkern.enabled(), dlkern.trace() as calls:
+            theirs(source, target, tgt_mask=mask)
+    assert {call.op for call in calls} == {"linear", "layer_norm", "scaled_dot_product_attention"}
+    assert {call.backend for call in calls} == {"cpu"}
+
+
+def test_modules_of_other_scores():
+    torch.manual_seed(0)
+    q, k, v, lengths = torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 6), torch.tensor([1, 4])
+    additive = dlkern.nn.AdditiveAttention(5, 5, 11)
+    gaussian = dlkern.nn.GaussianAttention(2.0, learned=True)
+    for module in (additive, gaussian, dlkern.nn.CosineAttention(3.0), dlkern.nn.DotAttention()):
+        y = module(q, k, v, lengths)
+        torch.testing.assert_close(y[0], v[0, :1].expand(3, 6))  # one key alone has all the weight
+        assert y.shape == (2, 3, 6)
+    scores = torch.tanh(additive.W_q(q)[:, :, None] + additive.W_k(k)[:, None]) @ additive.w_v.weight[0]
+    torch.testing.assert_close(additive(q, k, v), torch.softmax(scores, -1) @ v)
+    width = torch.tensor(2.0, requires_grad=True)
+    expected = torch.softmax(-((q[:, :, None] - k[:, None]) / width).square().sum(-1) / 2, -1) @ v
+    y = gaussian(q, k, v)
+    torch.testing.assert_close(y, expected)
+    y.sin().sum().backward()
+    torch.testing.assert_close(gaussian.width.grad, torch.autograd.grad(expected.sin().sum(), width)[0])
