@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 MOST_SAMPLES = 48
 FAMILIES = re.compile(
     r"(max|avg)_pool[12]d|adaptive_(max|avg)_pool[12]d|lp_pool[12]d|batch_norm|dropout[123]?d?|linear|conv[12]d|"
-    r"conv_transpose[12]d|cross_entropy"
+    r"conv_transpose[12]d|cross_entropy|layer_norm|scaled_dot_product_attention"
 )
 
 
@@ -41,7 +41,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def samples(op, dtype, reference=False):
     draw = op.reference_inputs if reference else op.sample_inputs
-    found = list(draw("cpu", dtype, requires_grad=True))
+    found = [s for s in draw("cpu", dtype, requires_grad=True) if not s.kwargs.get("dropout_p")]
     step = max(1, len(found) // MOST_SAMPLES)
     return found[DTYPES.index(dtype) % step :: step]
 
@@ -108,12 +108,13 @@ def shaken(value, generator):
 
 def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
     """Results by the rule; of float64, where nothing is wider, nearer than float32 could be. Where one draw of a handful
-    of elements does not keep it, 64 draws tell chance from a fault."""
+    of elements does not keep it, 64 draws tell chance from a fault, or 256 where a few of them make up the error, as of
+    a softmax near saturation."""
     narrow = torch.float32 if dtype == torch.float64 else dtype
     draws, args, kwargs = [], cast(args, dtype), cast(kwargs, dtype)
     given = args, kwargs
     generator = torch.Generator().manual_seed(1)  # its own: run() seeds torch's
-    for draw in range(65):
+    for draw in range(257):
         ours = run(ours_function, args, kwargs, dtype)
         theirs = run(theirs_function, args, kwargs, dtype)
         measure = run(theirs_function, cast(args, narrow), cast(kwargs, narrow), narrow, narrow)
@@ -123,7 +124,7 @@ def assert_agree(ours_function, theirs_function, args, kwargs, dtype):
             assert a is None or (a.shape == e.shape and a.dtype == e.dtype)
             assert a is None or a.is_floating_point() or draw > 0 or torch.equal(a, e)
         draws.append([(a, m, r) for a, m, r in zip(ours, measure, exact) if a is not None and a.is_floating_point()])
-        if draw in (0, 64):
+        if draw in (0, 64, 256):
             rows = [row for triples in zip(*draws) for row in compare("result", *zip(*triples), narrow)]
             rows = [row for row in rows if row.region == "whole"]
             if all(row.ok for row in rows):

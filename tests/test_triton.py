@@ -21,7 +21,8 @@ import triton.language as tl  # noqa: E402
 from dlkern.kernels import configs  # noqa: E402
 from dlkern.testing.triton_interpreter import RaceError  # noqa: E402
 
-CASES = [case for case in ALL_CASES if hasattr(F, case.op)]
+# Families without this column stand in README's table.
+CASES = [c for c in ALL_CASES if hasattr(F, c.op) and c.family not in ("attention", "layer_norm", "rnn")]
 IDS = [f"{case.family}-{case.name}".replace(" ", "_") for case in CASES]
 FIRST = {case.op: case for case in reversed(CASES)}  # one case an op
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

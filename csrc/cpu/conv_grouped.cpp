@@ -374,6 +374,7 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
     const int64_t depth =
         sum_depth(z.n * z.p * z.q, static_cast<double>(z.n * z.p * z.q) * static_cast<double>(z.c * elements));
     const int64_t summed = larger(1, depth / z.q);  // rows between two additions to memory
+    const int64_t across = ceil_div(z.q, ceil_div(z.q, depth));  // columns of them
     const int64_t fitting = (kWindowBytes / (width * kVectorBytes) - span_h) / z.stride_h;
     const int64_t band_rows = smaller(z.p, larger(1, fitting / summed) * summed);
     const Images<T> x{args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
@@ -394,21 +395,22 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
                               1};
             copy_window(x, seen, c, channels, window, row, lanes);
             copy_window(y, Window{n, p, count, 1, 0, z.q, 1}, c, channels, packed, z.q * lanes, lanes);
-            for (int64_t i = 0; i < count; i += summed) {
-              Rows rows{};
-              rows.y = packed + i * z.q * lanes;
-              rows.x = window + i * z.stride_h * row;
-              rows.count = smaller(summed, count - i);
-              rows.columns = z.q;
-              rows.y_row = z.q * lanes;
-              rows.x_row = z.stride_h * row;
-              rows.pixel = z.stride_w * lanes;
-              rows.group = group;
-              rows.sums = sums;
-              rows.sum_w = lanes * (args.grad_weight_channels_last ? group : 1);
-              rows.sum_i = lanes * (args.grad_weight_channels_last ? 1 : taps);
-              add_taps(z, rows, z.s * rows.sum_w);
-            }
+            for (int64_t i = 0; i < count; i += summed)
+              for (int64_t q = 0; q < z.q; q += across) {
+                Rows rows{};
+                rows.y = packed + (i * z.q + q) * lanes;
+                rows.x = window + i * z.stride_h * row + q * z.stride_w * lanes;
+                rows.count = smaller(summed, count - i);
+                rows.columns = smaller(across, z.q - q);
+                rows.y_row = z.q * lanes;
+                rows.x_row = z.stride_h * row;
+                rows.pixel = z.stride_w * lanes;
+                rows.group = group;
+                rows.sums = sums;
+                rows.sum_w = lanes * (args.grad_weight_channels_last ? group : 1);
+                rows.sum_i = lanes * (args.grad_weight_channels_last ? 1 : taps);
+                add_taps(z, rows, z.s * rows.sum_w);
+              }
           }
           for (int64_t i = 0; i < elements * lanes; ++i) total[i] += sums[i];
         }

@@ -319,7 +319,7 @@ inline vfloat exp_nonpositive(vfloat x) {
   vfloat r = x - k * 0.693359375f;
   r = r - k * -2.12194440e-4f;
   vfloat y = exp_polynomial(r) * (r * r) + r + 1.0f;
-  vint32 n, bits;
+  vuint32 n, bits;  // unsigned: below kLow they wrap around
   std::memcpy(&n, &t, sizeof n);
   std::memcpy(&bits, &y, sizeof bits);
   bits += n << 23;
