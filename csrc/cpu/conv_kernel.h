@@ -88,14 +88,9 @@ void outer_tile(int64_t pixels, const A* left, const A* right, int64_t step, con
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
   constexpr int64_t half = kDepth / 2;
-  V sum[ROWS][NV] = {}, before[ROWS][NV];  // of the first half, in memory: shorter sums round less
-  for (int64_t start = 0; start < pixels; start += half) {
-    if (start == half) {
-      std::memcpy(before, sum, sizeof sum);
-      std::memset(sum, 0, sizeof sum);
-    }
-    const int64_t end = smaller(start + half, pixels);
-    for (int64_t p = start; p < end; ++p) {
+  V sum[ROWS][NV] = {};
+  const auto add_pixels = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    for (int64_t p = begin; p < end; ++p) {
       const A* l = TURNED ? left + offsets[p] : left;
       const A* r = TURNED ? right : right + offsets[p];
       V b[NV];
@@ -109,12 +104,20 @@ void outer_tile(int64_t pixels, const A* left, const A* right, int64_t step, con
       }
       (TURNED ? right : left) += step;
     }
-  }
-  if (pixels > half)
+  };
+  add_pixels(0, smaller(half, pixels));
+  if (pixels > half) {  // two sums of half the pixels round less
+    V before[ROWS][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) before[i][j] = sum[i][j], sum[i][j] = V{};
+    add_pixels(half, pixels);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) sum[i][j] += before[i][j];
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     A* out = tile + i * tile_row;

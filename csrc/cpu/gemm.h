@@ -103,37 +103,43 @@ template <int ROWS, int NV, class T>
                                                 int64_t b_row, T* tile, int64_t tile_row, Out out, const Ahead& ahead) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  V sum[ROWS][NV] = {}, before[ROWS][NV];  // of the first kSum steps, in memory
+  V sum[ROWS][NV] = {};
   if (out != Out::past)
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) __builtin_prefetch(tile + i * tile_row + j * lanes, 1);
-  for (int64_t start = 0; start < k; start += kAheadSteps) {
-    ahead.fetch(start);
-    if (start == kSum) {
-      std::memcpy(before, sum, sizeof sum);
-      std::memset(sum, 0, sizeof sum);
-    }
-    const int64_t end = smaller(start + kAheadSteps, k);
-    for (int64_t p = start; p < end; ++p) {
-      V bv[NV];
+  const auto add_steps = [&](int64_t begin, int64_t stop) __attribute__((always_inline)) {
+    for (int64_t start = begin; start < stop; start += kAheadSteps) {
+      ahead.fetch(start);
+      const int64_t end = smaller(start + kAheadSteps, stop);
+      for (int64_t p = start; p < end; ++p) {
+        V bv[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) bv[j] = load(b + j * lanes);
+        for (int j = 0; j < NV; ++j) bv[j] = load(b + j * lanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const V av = broadcast<T>(a[i * a_row]);
+        for (int i = 0; i < ROWS; ++i) {
+          const V av = broadcast<T>(a[i * a_row]);
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) sum[i][j] += av * bv[j];
+          for (int j = 0; j < NV; ++j) sum[i][j] += av * bv[j];
+        }
+        a += a_column;
+        b += b_row;
       }
-      a += a_column;
-      b += b_row;
     }
-  }
-  if (k > kSum)
+  };
+  add_steps(0, smaller(kSum, k));
+  if (k > kSum) {
+    V before[ROWS][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) before[i][j] = sum[i][j], sum[i][j] = V{};
+    add_steps(kSum, k);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) sum[i][j] += before[i][j];
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
