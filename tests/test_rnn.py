@@ -279,6 +279,28 @@ class LanguageModel(torch.nn.Module):
 
 
 @each_kind
+def test_gates_may_be_computed_again(kind):
+    torch.manual_seed(0)
+    module = dlkern.convert(make(kind, 5, 7, num_layers=2, bidirectional=True))
+    x, lengths = torch.randn(6, 3, 5, requires_grad=True), torch.tensor([2, 6, 4])
+    found, kept = [], []
+    for module.save in ("gates", "recompute"):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            y = module(x, lengths=lengths)[0]
+        found.append([y, *torch.autograd.grad(y.sin().sum(), (x, *module.parameters()))])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    gates = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 5}[kind] * 7
+    assert kept[0] - kept[1] == 4 * (6 * 3) * gates  # layers and directions, steps and sequences
+    again = copy.deepcopy(module)
+    assert again.save == "recompute"
+    with pytest.raises(ValueError, match="save"):
+        nn.LSTM(3, 4, save="nothing")
+    assert nn.GRU(3, 4, save="recompute").save == "recompute"
+
+
+@each_kind
 def test_convert_and_revert(kind):
     model = LanguageModel(kind)
     names, x = list(model.state_dict()), torch.randn(6, 3, 12)

@@ -132,27 +132,30 @@ class RnnBackward(_autograd.Function):
 
 
 class Rnn(_autograd.Function):
-    """(output, h_n, c_n, gates, cells) of one layer in one direction; the last two are for the backward alone."""
+    """(output, h_n, c_n, gates, cells) of one layer in one direction; the last two are for the backward alone, and empty
+    where it computes them anew."""
 
     @staticmethod
     def forward(*args):
-        *rest, column = args
-        return _forward[column](*rest, True)
+        *rest, recompute, column = args
+        return _forward[column](*rest, not recompute)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        *tensors, batch_sizes, lengths, mode, reverse, column = inputs
+        *tensors, batch_sizes, lengths, mode, reverse, recompute, column = inputs
         output, _, _, gates, cells = outputs
         ctx.mark_non_differentiable(gates, cells)
         ctx.save_for_backward(*tensors, output, gates, cells, batch_sizes, lengths)
         need = ctx.needs_input_grad
         weights, biases = any(need[1:6]), any(need[3:5])
-        ctx.constants = mode, reverse, (need[0], weights, biases), need, column
+        ctx.constants = mode, reverse, (need[0], weights, biases), need, recompute, column
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _, __):
         layer, (output, gates, cells, *sizes) = ctx.saved_tensors[:_LAYER], ctx.saved_tensors[_LAYER:]
-        mode, reverse, wanted, need, column = ctx.constants
+        mode, reverse, wanted, need, recompute, column = ctx.constants
+        if recompute:
+            *_, gates, cells = _forward[column](*layer, *sizes, mode, reverse, True)
         grads = (grad_output, grad_h_n, grad_c_n if mode == LSTM else None)
         if torch.is_grad_enabled():
             found = _autograd.apply(
@@ -160,13 +163,13 @@ class Rnn(_autograd.Function):
             )  # fmt: skip
         else:
             found = _backward[column](*grads, *_without_biases(layer), output, gates, cells, *sizes, mode, reverse, *wanted)
-        return *(g if n else None for g, n in zip(found, need)), None, None, None, None, None
+        return *(g if n else None for g, n in zip(found, need)), *([None] * 6)
 
 
 def rnn(
     input: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: torch.Tensor | None,
     bias_hh: torch.Tensor | None, weight_hr: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None,
-    batch_sizes: torch.Tensor | None, lengths: torch.Tensor | None, mode: int, reverse: bool,
+    batch_sizes: torch.Tensor | None, lengths: torch.Tensor | None, mode: int, reverse: bool, recompute: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """output, h_n and c_n (None but for LSTM) of one layer in one direction; arguments are valid.
 
@@ -177,6 +180,7 @@ def rnn(
         h0, c0: [B, S] and [B, H].
         lengths: of each sequence of [T, B, I], int64 on the CPU, or None: beyond them, output is zero.
         mode, reverse: as in dlkern.reference.rnn.
+        recompute: keep no gates for the backward, which then runs the sequence once more.
     """
     tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0)
     column = "reference"
@@ -192,7 +196,7 @@ def rnn(
         return results[0], results[1], results[2] if mode == LSTM else None
     args = (*tensors, batch_sizes, lengths, mode, reverse)
     if _autograd.needs_grad(*tensors):
-        output, h_n, c_n, _, _ = _autograd.apply(Rnn, *args, column)
+        output, h_n, c_n, _, _ = _autograd.apply(Rnn, *args, recompute, column)
     else:
         output, h_n, c_n, _, _ = _forward[column](*args, False)
     return output, h_n, c_n if mode == LSTM else None

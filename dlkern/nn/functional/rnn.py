@@ -60,9 +60,9 @@ def unusual(
 def stack(
     mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
     params: Sequence[torch.Tensor], biases: bool, layers: int, dropout: float, train: bool, directions: int,
-    lengths: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None, recompute: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """output and the last states; arguments as in `unusual`, which found nothing."""
+    """output and the last states; arguments as in `unusual`, which found nothing, and in ops.rnn.rnn."""
     if mode != GRU and autocasts(x):  # torch's GRU is no op of autocast's lists, and keeps float32
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         states, params = rest[: len(states)], rest[len(states) :]  # type: ignore[assignment]
@@ -75,7 +75,9 @@ def stack(
             i = layer * directions + direction
             weights: Any = weights_of(params, i, biases, projects)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
-            output, *last = ops.rnn.rnn(x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1)  # type: ignore[call-arg]
+            output, *last = ops.rnn.rnn(
+                x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute  # type: ignore[call-arg]
+            )
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)  # type: ignore[arg-type]

@@ -64,10 +64,17 @@ def _as_hidden(mode: int, states: list[torch.Tensor]) -> Any:
 class _Recurrent(torch.nn.RNNBase):
     """What RNN, LSTM and GRU share. Beside torch's arguments forward takes `lengths`: int64 [B] on the CPU, of a padded
     batch in any order; outputs beyond a sequence's length are zero, last states are those of its last step, what the
-    input holds there has no effect, and nothing is packed."""
+    input holds there has no effect, and nothing is packed. The attribute and argument `save` says what a forward pass
+    keeps for the backward: "gates", or "recompute", which keeps none (RNN's H numbers a step and sequence, GRU's 4 · H,
+    LSTM's 5 · H) and runs each layer once more instead; results have the same bits."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    save: str = "gates"
+
+    def __init__(self, *args: Any, save: str = "gates", **options: Any) -> None:
+        if save not in ("gates", "recompute"):
+            raise ValueError(f'save: expected "gates" or "recompute", got {save!r}')
         super().__init__(*args, **options)
+        self.save = save
         allow_in_dynamo()
 
     def __setstate__(self, state: Any) -> None:
@@ -89,7 +96,7 @@ class _Recurrent(torch.nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         output, *last = functional.stack(
             mode, x, batch_sizes, states, params, self.bias, self.num_layers, self.dropout, self.training, directions,
-            lengths,
+            lengths, self.save == "recompute",
         )  # fmt: skip
         if isinstance(input, PackedSequence):
             if input.unsorted_indices is not None:
@@ -146,15 +153,15 @@ class _Recurrent(torch.nn.RNNBase):
 
 
 class RNN(_Recurrent, torch.nn.RNN):
-    """torch.nn.RNN on dlkern's kernels; forward also takes `lengths`."""
+    """torch.nn.RNN on dlkern's kernels; the constructor also takes `save`, forward `lengths`."""
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):
-    """torch.nn.LSTM on dlkern's kernels; forward also takes `lengths`."""
+    """torch.nn.LSTM on dlkern's kernels; the constructor also takes `save`, forward `lengths`."""
 
 
 class GRU(_Recurrent, torch.nn.GRU):
-    """torch.nn.GRU on dlkern's kernels; forward also takes `lengths`."""
+    """torch.nn.GRU on dlkern's kernels; the constructor also takes `save`, forward `lengths`."""
 
 
 class _Cell(torch.nn.modules.rnn.RNNCellBase):
