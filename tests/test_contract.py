@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import dlkern
+from dlkern.nn.functional._autocast import lowered
 from dlkern.ops._registry import raw
 from dlkern.testing import CASES as ALL_CASES
 from dlkern.testing import Case, check
@@ -255,7 +256,9 @@ def test_forward_mode_says_which_op(case):
 def test_autocast_dtypes(case, dtype):
     inputs = draw(case)
     with torch.autocast("cpu", dtype):
-        theirs, ours = case.theirs(*inputs), case.ours(*inputs)
+        ours = case.ours(*inputs)
+        # torch's own LSTM of autocast raises in float16, which its oneDNN lacks (torch 2.13).
+        theirs = case.plain(*lowered(*inputs)) if (case.op, dtype) == ("lstm", torch.float16) else case.theirs(*inputs)
     assert ours.dtype == theirs.dtype
     for a, b in zip(gradients(ours, inputs), gradients(theirs, inputs), strict=True):
         assert a.dtype == b.dtype
@@ -301,7 +304,8 @@ def test_a_weight_changed_in_place_is_seen(case):
 
 NONSENSE = (
     lambda t: t.reshape(-1)[:0], lambda t: t.reshape(-1), lambda t: t[..., None, None], lambda t: t.to(torch.int32),
-    lambda t: t.to(torch.complex64), lambda t: t.to(torch.float16), lambda t: t.to(torch.float8_e4m3fn), lambda t: t[..., :1] if t.dim() else t,
+    lambda t: t.to(torch.complex64), lambda t: t.to(torch.float16), lambda t: t.to(torch.float8_e4m3fn),
+    lambda t: t[..., :1] if t.dim() else t,
     lambda t: t.new_zeros(()), lambda t: -t if t.dtype != torch.bool else t, lambda t: t.new_zeros(0, 0, 0, 0),
     lambda t: t.to("meta"), lambda t: t.expand(3, *t.shape),
     lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32),
