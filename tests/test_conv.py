@@ -265,7 +265,9 @@ def test_special_values():
     x[0, 0, 2, 2], x[0, 1, 4, 5], x[0, 2, 0, 0] = float("nan"), float("inf"), 1e38
     w = torch.randn(5, 3, 3, 3)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        ours, theirs = F.conv2d(x.to(dtype), w.to(dtype), None, 1, 1), TF.conv2d(x.to(dtype), w.to(dtype), None, 1, 1)
+        ours = F.conv2d(x.to(dtype), w.to(dtype), None, 1, 1)
+        # In float32: with AMX, torch's bfloat16 has NaN where a window does not see it.
+        theirs = TF.conv2d(x.to(dtype).float(), w.to(dtype).float(), None, 1, 1)
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.isinf(), theirs.isinf())
 

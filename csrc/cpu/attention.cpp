@@ -88,9 +88,7 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
     args.inverse[tile.row_number(i0 + r)] = inverse;
     T* out = to.data + b * to.stride[0] + h * to.stride[1] + (i0 + r) * to.stride[2];
     for (int64_t d = 0; d < s.value_depth; d += lanes) {
-      const V value = load(output + r * value_depth + d) * inverse;
-      const int64_t some = smaller(lanes, s.value_depth - d);
-      some == lanes ? store(out + d, value) : store_partial<T>(out + d, value, static_cast<int>(some));
+      store_some<T>(out + d, load(output + r * value_depth + d) * inverse, s.value_depth - d);
     }
   }
 }

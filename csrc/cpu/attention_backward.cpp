@@ -320,10 +320,8 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   A* delta = scratch<A>(Slot::family_1, s.batch * s.heads * s.queries);
   A* partial = scratch<A>(Slot::family_2, tasks * slice);
   A* weights = args.grad_weight ? scratch<A>(Slot::family_3, tasks * s.depth) : nullptr;
-  if (SCORE != kDotScore && s.keys > kKeys)
-    make_delta_by_tiles<T, SCORE>(args, delta);
-  else
-    make_delta(args, delta);
+  if (s.keys > kKeys)  // else every tile is whole and makes its own
+    SCORE == kDotScore ? make_delta(args, delta) : make_delta_by_tiles<T, SCORE>(args, delta);
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
   const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
   parallel_for(workers, 1, [&](int64_t begin, int64_t end) {

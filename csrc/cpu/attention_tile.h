@@ -88,40 +88,25 @@ template <class V> [[gnu::always_inline]] inline V largest_lane(V v) {
   return v;
 }
 
-template <class A> inline auto lane_numbers() {
-  decltype(Vec<A>{} > Vec<A>{}) lane;
-  for (int l = 0; l < kLanes<A>; ++l) lane[l] = l;
-  return lane;
-}
-
 // `count` numbers of a mask from `from`, `step` apart, as what is added to scores.
 template <class A, class M> inline Vec<A> mask_vector(const M* from, int64_t step, int64_t count) {
   if (step == 0) return broadcast<A>(static_cast<A>(from[0]));
   if constexpr (sizeof(acc_t<M>) == sizeof(A)) {
-    if (step == 1) return count == kLanes<A> ? load(from) : load_partial<M>(from, static_cast<int>(count));
+    if (step == 1) return load_some(from, count);
   }
   Vec<A> v{};
   for (int64_t l = 0; l < count; ++l) v[l] = static_cast<A>(from[l * step]);
   return v;
 }
-using vbytes [[gnu::vector_size(kVectorBytes / 4)]] = uint8_t;
-using vbytes_half [[gnu::vector_size(kVectorBytes / 8)]] = uint8_t;
-template <class A> struct bytes_of {
-  using type = vbytes;
-};
-template <> struct bytes_of<double> {
-  using type = vbytes_half;
-};
 template <class A> inline Vec<A> bool_mask_vector(const uint8_t* from, int64_t step, int64_t count) {
   const A out = -__builtin_inf();
   if (step == 0) return broadcast<A>(from[0] ? A(0) : out);
-  using I = decltype(Vec<A>{} > Vec<A>{});
-  typename bytes_of<A>::type some{};
+  Bytes<A> some{};
   if (step == 1 && count == kLanes<A>)
     std::memcpy(&some, from, sizeof some);
   else
     for (int64_t l = 0; l < count; ++l) some[l] = from[l * step];
-  return __builtin_convertvector(some, I) != 0 ? Vec<A>{} : broadcast<A>(out);
+  return __builtin_convertvector(some, Tag<A>) != 0 ? Vec<A>{} : broadcast<A>(out);
 }
 
 // The keys begin .. end - 1 that each of some queries sees by position.
@@ -363,10 +348,9 @@ template <class T, int SCORE> struct Tile {
 
   // v where a mask's bytes are set, else -infinity.
   static V bool_selected(const uint8_t* from, V v) {
-    typename bytes_of<A>::type some;
+    Bytes<A> some;
     std::memcpy(&some, from, sizeof some);
-    using I = decltype(V{} > V{});
-    return __builtin_convertvector(some, I) != 0 ? v : broadcast<A>(-__builtin_inf());
+    return __builtin_convertvector(some, Tag<A>) != 0 ? v : broadcast<A>(-__builtin_inf());
   }
 
   // Scale, cap, slopes and masks of one row of scores, of query i0 + r0 + r, which sees keys begin .. end - 1.
@@ -412,9 +396,7 @@ template <class T, int SCORE> struct Tile {
     const int64_t i = i0 + r0 + r;
     const int64_t at = b * args.mask.stride[0] + h * args.mask.stride[1] + i * args.mask.stride[2],
                   step = args.mask.stride[3];
-    using I = decltype(V{} > V{});
-    using Int = decltype(+I{}[0]);
-    const I lane = lane_numbers<A>();
+    const Tag<A> lane = iota<A>();
     for (int64_t j = 0; j < count; j += lanes) {
       const int64_t some = smaller(lanes, count - j), m = at + (j0 + j) * step;
       V v = load(x + j);
@@ -432,9 +414,8 @@ template <class T, int SCORE> struct Tile {
       if (s.mask == kOwnMask) v += mask_vector<A>(static_cast<const T*>(args.mask.data) + m, step, some);
       if (s.mask == kFloatMask) v += mask_vector<A>(static_cast<const float*>(args.mask.data) + m, step, some);
       if (!all) {
-        const Int from = static_cast<Int>(larger(begin - j0 - j, 0)),
-                  to = static_cast<Int>(larger(smaller(end - j0 - j, some), 0));
-        v = (lane >= from) & (lane < to) ? v : broadcast<A>(minus_infinity);
+        const int64_t from = larger(begin - j0 - j, 0), to = larger(smaller(end - j0 - j, some), 0);
+        v = (lane >= tags<A>(from)) & (lane < tags<A>(to)) ? v : broadcast<A>(minus_infinity);
       }
       store(x + j, v);
       top = v > top ? v : top;

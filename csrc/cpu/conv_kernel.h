@@ -3,8 +3,8 @@
 //
 // correlate_tile: ROWS output pixels x NV vectors of output channels. The pixels' windows are read where they lie: one
 //   pointer a pixel, and a list of pieces (offset, length) that a window consists of, the same for every pixel.
-// outer_tile: ROWS output channels x NV vectors of input channels (of one tap), summed over output pixels.
-// turned_tile: ROWS neighbouring elements of a window x NV vectors of output channels, summed over output pixels.
+// outer_tile: ROWS output channels x NV vectors of input channels (of one tap), summed over output pixels; turned, ROWS
+//   neighbouring elements of a window x NV vectors of output channels.
 #pragma once
 #include "simd.h"
 
@@ -76,60 +76,47 @@ void correlate_tile(const Piece* pieces, int64_t count, const A* const* rows, co
   }
 }
 
-// tile[i][0, NV vectors) (+)= sum over pixels p of left[p * kOuterPitch + i] * right[offsets[p] .. + NV vectors).
+// tile[i][0, NV vectors) (+)= sum over pixels p, at most kDepth of them, of left[p][i] * right[p][0, NV vectors). One
+// operand's pixels are `step` elements apart, the other's begin at offsets[p]: right's, or left's where TURNED.
 template <class A>
-using OuterTile = void (*)(int64_t pixels, const A* left, const A* right, const int32_t* offsets, A* tile,
+using OuterTile = void (*)(int64_t pixels, const A* left, const A* right, int64_t step, const int32_t* offsets, A* tile,
                            int64_t tile_row, bool add);
 
-template <int ROWS, int NV, class A>
-void outer_tile(int64_t pixels, const A* left, const A* right, const int32_t* offsets, A* tile, int64_t tile_row,
-                bool add) {
+template <bool TURNED, int ROWS, int NV, class A>
+void outer_tile(int64_t pixels, const A* left, const A* right, int64_t step, const int32_t* offsets, A* tile,
+                int64_t tile_row, bool add) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
+  constexpr int64_t half = kDepth / 2;
   V sum[ROWS][NV] = {};
-  for (int64_t p = 0; p < pixels; ++p) {
-    const A* from = right + offsets[p];
-    V b[NV];
+  const auto add_pixels = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    for (int64_t p = begin; p < end; ++p) {
+      const A* l = TURNED ? left + offsets[p] : left;
+      const A* r = TURNED ? right : right + offsets[p];
+      V b[NV];
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) b[j] = load(from + j * lanes);
+      for (int j = 0; j < NV; ++j) b[j] = load(r + j * lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const V value = broadcast<A>(left[i]);
+      for (int i = 0; i < ROWS; ++i) {
+        const V value = broadcast<A>(l[i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] += value * b[j];
+        for (int j = 0; j < NV; ++j) sum[i][j] += value * b[j];
+      }
+      (TURNED ? right : left) += step;
     }
-    left += kOuterPitch;
-  }
+  };
+  add_pixels(0, smaller(half, pixels));
+  if (pixels > half) {  // two sums of half the pixels round less
+    V before[ROWS][NV];
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-    A* out = tile + i * tile_row;
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(out + j * lanes, add ? load(out + j * lanes) + sum[i][j] : sum[i][j]);
-  }
-}
-
-// tile[i][0, NV vectors) (+)= sum over pixels p of left[offsets[p] + i] * right[p * right_row .. + NV vectors).
-template <class A>
-using TurnedTile = void (*)(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row,
-                            A* tile, int64_t tile_row, bool add);
-
-template <int ROWS, int NV, class A>
-void turned_tile(int64_t pixels, const A* left, const int32_t* offsets, const A* right, int64_t right_row, A* tile,
-                 int64_t tile_row, bool add) {
-  using V = Vec<A>;
-  constexpr int lanes = kLanes<A>;
-  V sum[ROWS][NV] = {};
-  for (int64_t p = 0; p < pixels; ++p, right += right_row) {
-    const A* from = left + offsets[p];
-    V b[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) b[j] = load(right + j * lanes);
+      for (int j = 0; j < NV; ++j) before[i][j] = sum[i][j], sum[i][j] = V{};
+    add_pixels(half, pixels);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const V value = broadcast<A>(from[i]);
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] += value * b[j];
-    }
+      for (int j = 0; j < NV; ++j) sum[i][j] += before[i][j];
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
@@ -152,23 +139,12 @@ template <class A> inline CorrelateTile<A> correlate_tile_for(int64_t rows, int6
   return table[rows - 1][vectors == kTileVectors ? 3 : vectors - 1];
 }
 
-template <int ROWS, class A> inline OuterTile<A> outer_tile_rows(int64_t rows, int64_t vectors) {
+template <bool TURNED, class A, int ROWS = kOuterRows> inline OuterTile<A> outer_tile_for(int64_t rows,
+                                                                                          int64_t vectors) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return outer_tile_rows<ROWS - 1, A>(rows, vectors);
+    if (rows < ROWS) return outer_tile_for<TURNED, A, ROWS - 1>(rows, vectors);
   }
-  return vectors == 1 ? outer_tile<ROWS, 1, A> : outer_tile<ROWS, kOuterVectors, A>;
-}
-template <class A> inline OuterTile<A> outer_tile_for(int64_t rows, int64_t vectors) {
-  return outer_tile_rows<kOuterRows, A>(rows, vectors);
-}
-template <int ROWS, class A> inline TurnedTile<A> turned_tile_rows(int64_t rows, int64_t vectors) {
-  if constexpr (ROWS > 1) {
-    if (rows < ROWS) return turned_tile_rows<ROWS - 1, A>(rows, vectors);
-  }
-  return vectors == 1 ? turned_tile<ROWS, 1, A> : turned_tile<ROWS, kOuterVectors, A>;
-}
-template <class A> inline TurnedTile<A> turned_tile_for(int64_t rows, int64_t vectors) {
-  return turned_tile_rows<kOuterRows, A>(rows, vectors);
+  return vectors == 1 ? outer_tile<TURNED, ROWS, 1, A> : outer_tile<TURNED, ROWS, kOuterVectors, A>;
 }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

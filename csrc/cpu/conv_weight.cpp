@@ -4,9 +4,9 @@
 // of output rows, the input's zero-padded window is copied as [block of channels][row][column][channel] and
 // grad_output as [panel of output channels][pixel][channel], so that the micro-kernel reads both consecutively, out of
 // the first-level cache, for every tap. Where a pixel has few channels (first layers), neighbouring taps of a row are
-// one run of columns; and where output channels fill vectors better, tiles are turned: vectors hold those. Threads share out the pixels, each summing into a gradient of its own which are then added in
-// order of the threads, or, where the gradient is large, the output channels. Floor: 2 N P Q K C R S / groups over
-// the FMA peak.
+// one run of columns; and where output channels fill vectors better, tiles are turned: vectors hold those. Threads
+// share out the pixels, each summing into a gradient of its own, which are then added in order of the threads, or, where
+// the gradient is large, the output channels. Floor: 2 N P Q K C R S / groups over the FMA peak.
 #include "conv.h"
 
 #include "conv_depthwise.h"
@@ -187,9 +187,10 @@ void sum_bands(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64
           for (int64_t p = 0; p < pixels; p += depth)
             for (int64_t t = 0; t < tiles_a_block; ++t) {
               const Tile& tile = plan.tiles[b * tiles_a_block + t];
-              outer_tile_for<A>(rows, tile.vectors)(smaller(depth, pixels - p), left + p * kOuterPitch,
-                                                    copy + b * plan.most_rows * plan.row + tile.offset, offsets + p,
-                                                    out + tile.column, plan.columns, i > band_begin || p > 0);
+              outer_tile_for<false, A>(rows, tile.vectors)(smaller(depth, pixels - p), left + p * kOuterPitch,
+                                                           copy + b * plan.most_rows * plan.row + tile.offset,
+                                                           kOuterPitch, offsets + p, out + tile.column, plan.columns,
+                                                           i > band_begin || p > 0);
             }
         }
     }
@@ -324,10 +325,9 @@ void sum_bands_turned(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan
         for (int64_t r = 0; r < z.r; ++r)
           for (int64_t e = 0; e < run; e += kOuterRows)
             for (int64_t j = 0; j < width; j += kOuterVectors * lanes)
-              turned_tile_for<A>(smaller(kOuterRows, run - e), (width - j) / lanes)(
-                  smaller(depth, pixels - p), copy + r * z.dilation_h * plan.row + e, offsets + p,
-                  packed + p * width + j, width, gradient + (r * run + e) * gradient_row + k + j, gradient_row,
-                  i > band_begin || p > 0);
+              outer_tile_for<true, A>(smaller(kOuterRows, run - e), (width - j) / lanes)(
+                  smaller(depth, pixels - p), copy + r * z.dilation_h * plan.row + e, packed + p * width + j, width,
+                  offsets + p, gradient + (r * run + e) * gradient_row + k + j, gradient_row, i > band_begin || p > 0);
     }
   }
 }

@@ -3,10 +3,11 @@
 //
 // BLIS's plan: blocks of KC along k and NC along n; B is packed into panels of NR columns, zero-padded, each just before
 // it is first used, and one micro-kernel holds an MR x NR tile of C in registers, one broadcast of A and NV vectors of B
-// a step. While a panel is multiplied, the memory of the next is fetched. Short
-// A, where packing B would not pay, has two ways of its own: dot products where rows of A and columns of B lie along k,
-// B in place where its rows lie along n. Which way is taken, and the cuts of k, depend on the whole problem, and threads
-// split C, never k: the bits do not depend on the number of threads. Floor: 2 M N K over the FMA peak.
+// a step. While a panel is multiplied, the memory of the next is fetched. Short A, where packing B would not pay, has
+// ways of its own: where rows of A and columns of B lie along k, dot products or, from some rows on, the product turned
+// round, so that A is what is packed; B in place where its rows lie along n. Which way is taken, and the cuts of k,
+// depend on the whole problem, and threads split C, never k: the bits do not depend on the number of threads. Floor:
+// 2 M N K over the FMA peak.
 //
 // gemm() uses all threads; gemm_block() only the calling one, for use inside a parallel region.
 #pragma once
@@ -55,6 +56,10 @@ constexpr int64_t kInPlaceM = 24, kInPlaceKC = 32;
 // Blocks of k where the product is small or narrow: libraries take inner products there, whose sums are short.
 constexpr int64_t kShortKC = 8, kSmallWork = 262144, kNarrowN = 12;
 
+// Most rows of A that are packed instead of a wider B, and sums of C kept while they are.
+constexpr int64_t kTurnedM = 128;
+template <class P> constexpr int64_t kTurnedSums = 393216 / static_cast<int64_t>(sizeof(P));
+
 // What the multiplications of one panel ask memory for meanwhile: the panel that is packed next, as it lies in B. Every
 // kAheadSteps steps a group of `lines` cache lines is due, 2^shift of them side by side in rows `row` bytes apart; the
 // tiles of the panel take shares, first .. last, of each group.
@@ -98,37 +103,43 @@ template <int ROWS, int NV, class T>
                                                 int64_t b_row, T* tile, int64_t tile_row, Out out, const Ahead& ahead) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  V sum[ROWS][NV] = {}, before[ROWS][NV];  // of the first kSum steps, in memory
+  V sum[ROWS][NV] = {};
   if (out != Out::past)
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) __builtin_prefetch(tile + i * tile_row + j * lanes, 1);
-  for (int64_t start = 0; start < k; start += kAheadSteps) {
-    ahead.fetch(start);
-    if (start == kSum) {
-      std::memcpy(before, sum, sizeof sum);
-      std::memset(sum, 0, sizeof sum);
-    }
-    const int64_t end = smaller(start + kAheadSteps, k);
-    for (int64_t p = start; p < end; ++p) {
-      V bv[NV];
+  const auto add_steps = [&](int64_t begin, int64_t stop) __attribute__((always_inline)) {
+    for (int64_t start = begin; start < stop; start += kAheadSteps) {
+      ahead.fetch(start);
+      const int64_t end = smaller(start + kAheadSteps, stop);
+      for (int64_t p = start; p < end; ++p) {
+        V bv[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) bv[j] = load(b + j * lanes);
+        for (int j = 0; j < NV; ++j) bv[j] = load(b + j * lanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const V av = broadcast<T>(a[i * a_row]);
+        for (int i = 0; i < ROWS; ++i) {
+          const V av = broadcast<T>(a[i * a_row]);
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) sum[i][j] += av * bv[j];
+          for (int j = 0; j < NV; ++j) sum[i][j] += av * bv[j];
+        }
+        a += a_column;
+        b += b_row;
       }
-      a += a_column;
-      b += b_row;
     }
-  }
-  if (k > kSum)
+  };
+  add_steps(0, smaller(kSum, k));
+  if (k > kSum) {
+    V before[ROWS][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) before[i][j] = sum[i][j], sum[i][j] = V{};
+    add_steps(kSum, k);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) sum[i][j] += before[i][j];
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
@@ -384,12 +395,81 @@ void run_dot(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int
   }
 }
 
+// Steps of a block of k, all blocks as even as can be.
+template <class T, class C> int64_t steps_of_k(const Gemm<T, C>& g, int64_t most) {
+  if (g.n <= kNarrowN || g.m * g.n * g.k < kSmallWork) most = kShortKC;
+  return g.k <= most ? most : ceil_div(ceil_div(g.k, ceil_div(g.k, most)), kAheadSteps) * kAheadSteps;
+}
+
+// Whether C^T = B^T A^T is computed: a short A, whose rows lie along k as B's columns do, is packed and B is read where
+// it is, once.
+template <class T, class C> bool is_turned(const Gemm<T, C>& g) {
+  return g.a_column == 1 && g.b_row == 1 && g.m <= kTurnedM && g.n > g.m && g.m * g.n * g.k >= kSmallWork;
+}
+
+// The sums of some columns of C stay in the cache, as C^T, and are transposed on their way out.
+template <class T, class C, class Epilogue>
+void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
+                int64_t j_end) {
+  using P = acc_t<T>;
+  constexpr int64_t width = kNR<P>, lanes = kLanes<P>;
+  const int64_t m = i_end - i_begin, panels = ceil_div(m, width), pitch = panels * width;
+  const int64_t kc_step = steps_of_k(g, kKC), nc_step = kTurnedSums<P> / pitch;
+  P* packed_a = scratch<P>(Slot::gemm_b, kc_step * pitch);
+  P* packed_b = same<T, P>::value ? nullptr : scratch<P>(Slot::gemm_a, kc_step * kMR);
+  P* sums = scratch<P>(Slot::gemm_c, nc_step * pitch);
+  for (int64_t jc = j_begin; jc < j_end; jc += nc_step) {
+    const int64_t nc = smaller(nc_step, j_end - jc);
+    for (int64_t pc = 0; pc == 0 || pc < g.k; pc += kc_step) {
+      const int64_t kc = smaller(kc_step, g.k - pc);
+      pack_b(kc, m, g.a + i_begin * g.a_row + pc, 1, g.a_row, packed_a);
+      for (int64_t j = 0; j < nc; j += kMR) {
+        const int rows = static_cast<int>(smaller(kMR, nc - j));
+        const T* b = g.b + (jc + j) * g.b_column + pc;
+        Block<P> block;
+        if constexpr (same<T, P>::value)
+          block = {b, g.b_column, 1};
+        else
+          block = pack_a(rows, kc, b, g.b_column, 1, packed_b);
+        Ahead ahead;
+        if (j + kMR < nc)
+          ahead = Ahead(b + kMR * g.b_column, 1, g.b_column, smaller(kMR, nc - j - kMR));
+        else if (pc + kc < g.k)
+          ahead = Ahead(b - j * g.b_column + kc, 1, g.b_column, smaller(kMR, nc));
+        for (int64_t i = 0; i < m; i += width) {
+          const int vectors = static_cast<int>(ceil_div(smaller(width, m - i), lanes));
+          ahead.share(i / width, panels);
+          kernel_for<P>(rows, vectors)(kc, block.a, block.row, block.column, packed_a + i * kc, width,
+                                       sums + j * pitch + i, pitch, pc == 0 ? Out::set : Out::add, ahead);
+        }
+      }
+    }
+    for (int64_t j = 0; j < nc; j += lanes)
+      for (int64_t i = 0; i < m; i += lanes) {
+        Vec<P> square[lanes];
+        for (int64_t c = 0; c < lanes; ++c) square[c] = j + c < nc ? load(sums + (j + c) * pitch + i) : Vec<P>{};
+        transpose(square);
+        for (int64_t r = 0; r < smaller(lanes, m - i); ++r) {
+          const int64_t row = i_begin + i + r, count = nc - j;
+          C* out = g.c + row * g.c_row + jc + j;
+          if (g.accumulate) square[r] += load_some(out, count);
+          const int some = static_cast<int>(smaller(lanes, count));
+          store_some(out, epilogue(square[r], row, jc + j, some), count);
+        }
+      }
+  }
+}
+
 // Rows [i_begin, i_end) and columns [j_begin, j_end) of C, on this thread.
 template <class T, class C, class Epilogue>
 void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
          int64_t j_end) {
   if (g.a_column == 1 && g.b_row == 1 && g.m <= kDotMaxM && (g.k >= kDotMinK || g.m == 1)) {
     run_dot(g, epilogue, i_begin, i_end, j_begin, j_end);
+    return;
+  }
+  if (is_turned(g)) {
+    run_turned(g, epilogue, i_begin, i_end, j_begin, j_end);
     return;
   }
   using P = acc_t<T>;  // what is packed, multiplied and summed
@@ -403,10 +483,7 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
                 nc_max = smaller(nc_step, ceil_div(j_end - j_begin, width) * width);
   // Copies pay where they are read often enough. B in place is walked a few rows at a time.
   const bool b_in_place = same_type && g.b_column == 1 && g.m <= kInPlaceM;
-  const bool short_sums = g.n <= kNarrowN || g.m * g.n * g.k < kSmallWork;
-  const int64_t kc_most = short_sums ? kShortKC : b_in_place ? kInPlaceKC : kKC;
-  const int64_t kc_step =
-      g.k <= kc_most ? kc_most : ceil_div(ceil_div(g.k, ceil_div(g.k, kc_most)), kAheadSteps) * kAheadSteps;
+  const int64_t kc_step = steps_of_k(g, b_in_place ? kInPlaceKC : kKC);
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
@@ -505,12 +582,16 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
     run(g, epilogue, 0, g.m, 0, g.n);
     return;
   }
-  // A grid of across x down threads. Each packs the B it needs, which costs about as much as two tiles of rows.
+  // A grid of across x down threads, at the least cost: each packs the B it needs, which costs about as much as two
+  // tiles of rows; or, turned, the A, which costs as much as two vectors of columns do where tiles are a vector of rows,
+  // and B is read once more for each part of the rows.
+  const bool turned = is_turned(g);
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t row_tiles = ceil_div(g.m, kMR), vectors = ceil_div(g.n, lanes);
+  const int64_t tile = turned ? lanes : kMR, row_tiles = ceil_div(g.m, tile), vectors = ceil_div(g.n, lanes);
   int64_t across = 1, least = -1;
   for (int64_t a = 1; a <= threads; ++a) {
-    const int64_t cost = ceil_div(vectors, a) * (ceil_div(row_tiles, threads / a) + 2);
+    const int64_t some = ceil_div(vectors, a), tiles = ceil_div(row_tiles, threads / a);
+    const int64_t cost = turned ? tiles * (6 * some + 4) + some : some * (tiles + 2);
     if (least < 0 || cost <= least) {
       least = cost;
       across = a;
@@ -520,7 +601,8 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
   parallel_for(across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t x = t % across, y = t / across;
-      const int64_t i0 = smaller(y * row_tiles / down * kMR, g.m), i1 = smaller((y + 1) * row_tiles / down * kMR, g.m);
+      const int64_t i0 = smaller(y * row_tiles / down * tile, g.m),
+                    i1 = smaller((y + 1) * row_tiles / down * tile, g.m);
       const int64_t j0 = smaller(x * vectors / across * lanes, g.n),
                     j1 = smaller((x + 1) * vectors / across * lanes, g.n);
       if (i0 < i1 && j0 < j1) run(g, epilogue, i0, i1, j0, j1);

@@ -16,22 +16,6 @@ namespace {
 constexpr int64_t kMostChunks = 64;  // of rows, for the sums down columns
 constexpr int kSums = 4;  // at a time, because each addition waits for the one before
 
-template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
-  return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
-}
-template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>)
-    store(p, v);
-  else
-    store_partial<T>(p, v, static_cast<int>(count));
-}
-// The first `count` lanes of v, the others zero.
-template <class T> inline Vec<T> first_lanes(Vec<T> v, int64_t count) {
-  auto lane = v > v;  // integers of the same width
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  return lane < static_cast<decltype(+lane[0])>(count) ? v : Vec<T>{};
-}
-
 // Sum of f(j, count) over the vectors of a row, in a fixed order; f gives zeros beyond `count`.
 template <class T, class F> [[gnu::always_inline]] inline acc_t<T> sum_row(int64_t columns, const F& f) {
   constexpr int64_t lanes = kLanes<T>;

@@ -31,22 +31,6 @@ struct Sums {
   double loss, weight;
 };
 
-template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
-  return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
-}
-template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>)
-    store(p, v);
-  else
-    store_partial<T>(p, v, static_cast<int>(count));
-}
-// The first `count` lanes of v, the others `fill`.
-template <class T> inline Vec<T> keep(Vec<T> v, int64_t count, A<T> fill) {
-  auto lane = v > v;  // integers of the same width
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  return lane < static_cast<decltype(+lane[0])>(count) ? v : broadcast<T>(fill);
-}
-
 // One place: its largest logit, sum(exp(x - largest)), and sum(w (largest - x)) where labels are smoothed.
 template <class T> struct Row {
   A<T> largest = -__builtin_inf();
@@ -61,7 +45,7 @@ template <class T> inline double sum_of_exponentials(const T* x, int64_t count, 
   for (; c + 4 * lanes <= count; c += 4 * lanes)
     for (int i = 0; i < 4; ++i) sum[i] += exp_nonpositive(load(x + c + i * lanes) - largest);
   for (; c + lanes <= count; c += lanes) sum[0] += exp_nonpositive(load(x + c) - largest);
-  if (c < count) sum[1] += keep<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c, 0);
+  if (c < count) sum[1] += first_lanes<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c);
   return static_cast<double>(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])));
 }
 
@@ -76,7 +60,8 @@ template <class T> inline A<T> largest_of(const T* x, int64_t count) {
   for (; c + 4 * lanes <= count; c += 4 * lanes)
     for (int i = 0; i < 4; ++i) top[i] = larger(load(x + c + i * lanes), top[i]);
   for (; c + lanes <= count; c += lanes) top[0] = larger(load(x + c), top[0]);
-  if (c < count) top[1] = larger(keep<T>(load_some(x + c, count - c), count - c, -infinity), top[1]);
+  if (c < count)
+    top[1] = larger(first_lanes<T>(load_some(x + c, count - c), count - c, broadcast<T>(-infinity)), top[1]);
   const Vec<T> all = larger(larger(top[0], top[1]), larger(top[2], top[3]));
   A<T> largest = all[0];
   for (int i = 1; i < lanes; ++i) largest = all[i] > largest ? all[i] : largest;
@@ -109,8 +94,8 @@ template <class T> inline Row<T> read_row(const T* x, int64_t classes, const T* 
       Vec<T> apart{}, weights{};
       for (int64_t c = c0; c < end; c += lanes) {
         const Vec<T> w = weight ? load_some(weight + c, end - c) : broadcast<T>(1);
-        apart += keep<T>(w * (largest - load_some(x + c, end - c)), end - c, 0);
-        weights += keep<T>(w, end - c, 0);
+        apart += first_lanes<T>(w * (largest - load_some(x + c, end - c)), end - c);
+        weights += first_lanes<T>(w, end - c);
       }
       row.smooth += static_cast<double>(reduce_add(apart));
       weight_sum += static_cast<double>(reduce_add(weights));

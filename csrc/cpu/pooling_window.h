@@ -35,29 +35,7 @@ struct Taps {
   bool empty() const { return begin >= end; }  // a dilated window in ceil_mode can miss a small input
 };
 
-// The integers beside Vec<T>: as many lanes, as wide.
-template <class T> struct tag_of {
-  using vector = vint32;
-  using element = int32_t;
-};
-template <> struct tag_of<double> {
-  using vector = vint64;
-  using element = int64_t;
-};
-template <class T> using Tag = typename tag_of<T>::vector;
-template <class T> using TagElement = typename tag_of<T>::element;
-template <class T> inline Tag<T> tags(int64_t value) { return Tag<T>{} + static_cast<TagElement<T>>(value); }
-template <class T> inline Tag<T> iota() {
-  Tag<T> lanes;
-  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
-  return lanes;
-}
-
-// A byte a lane (64 bits a lane), and tags: bytes the compiler would convert lane by lane.
-template <class T> struct bytes_of {
-  using type [[gnu::vector_size(kLanes<T>)]] = uint8_t;
-};
-template <class T> using Bytes = typename bytes_of<T>::type;
+// 64 bits a lane.
 template <class T> struct longs_of {
   using type [[gnu::vector_size(8 * kLanes<T>)]] = int64_t;
 };
@@ -123,10 +101,6 @@ inline void challenge(Vec<T> value, Tag<T> value_tag, Vec<T>& best, Tag<T>& tag)
   const auto won = (value > best) | (value != value);
   best = won ? value : best;
   if constexpr (tagged) tag = won ? value_tag : tag;
-}
-// Lanes from `count` on become `fill`.
-template <class T> inline Vec<T> first_lanes(Vec<T> v, int64_t count, Vec<T> fill) {
-  return iota<T>() < tags<T>(count) ? v : fill;
 }
 // The next kLanes<T> elements of a row that has `count` left, `fill` beyond its end.
 template <class T> inline Vec<T> load_row(const T* p, int64_t count, const T* limit, Vec<T> fill) {

@@ -120,17 +120,6 @@ template <class A> int64_t block_of(const Packed<A>& w, int64_t batch, int64_t c
   return sum_depth(w.depth, static_cast<double>(batch * columns) * static_cast<double>(w.depth));
 }
 
-// One vector, or its first `count` elements.
-template <class T> Vec<T> load_some(const T* p, int count) {
-  return count == kLanes<T> ? load(p) : load_partial<T>(p, count);
-}
-template <class T, class V> void store_some(T* p, V v, int count) {
-  if (count == kLanes<T>)
-    store(p, v);
-  else
-    store_partial<T>(p, v, count);
-}
-
 // from, or a copy in the type sums are carried in, at `room`.
 template <class T> const acc_t<T>* widened(const T* from, int64_t count, acc_t<T>* room) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {

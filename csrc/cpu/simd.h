@@ -278,6 +278,45 @@ template <> inline void store_partial<float16>(float16* p, vfloat v, int count) 
 }
 #endif
 
+// The same of any count: all lanes from kLanes<T> on.
+template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
+  return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
+}
+template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>)
+    store(p, v);
+  else
+    store_partial<T>(p, v, static_cast<int>(count));
+}
+
+// The integers beside Vec<T>: as many lanes, as wide.
+template <class T> struct tag_of {
+  using vector = vint32;
+  using element = int32_t;
+};
+template <> struct tag_of<double> {
+  using vector = vint64;
+  using element = int64_t;
+};
+template <class T> using Tag = typename tag_of<T>::vector;
+template <class T> using TagElement = typename tag_of<T>::element;
+template <class T> inline Tag<T> tags(int64_t value) { return Tag<T>{} + static_cast<TagElement<T>>(value); }
+template <class T> inline Tag<T> iota() {
+  Tag<T> lanes;
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// A byte a lane.
+template <class T> struct bytes_of {
+  using type [[gnu::vector_size(kLanes<T>)]] = uint8_t;
+};
+template <class T> using Bytes = typename bytes_of<T>::type;
+// Lanes from `count` on become `fill`.
+template <class T> inline Vec<T> first_lanes(Vec<T> v, int64_t count, Vec<T> fill = Vec<T>{}) {
+  return iota<T>() < tags<T>(count) ? v : fill;
+}
+
 // A square of lanes x lanes elements, rows and columns exchanged: log2(lanes) rounds of exchanging halves.
 template <int HALF, class V, int N> [[gnu::always_inline]] inline void transpose_round(V (&row)[N]) {
   using I = decltype(row[0] > row[0]);  // integer lanes of the same width

@@ -11,12 +11,6 @@ void check_tensor(const char* op, const char* name, const Tensor& x, const Tenso
   check_dim_and_dtype(op, name, x, like, dim);
 }
 
-std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input,
-                                   int64_t size) {
-  if (bias) check_tensor(op, "bias", *bias, input, 1);
-  return dense_bias(op, bias, size);
-}
-
 // The dtype packed weights are in: what sums are carried in.
 ScalarType packed_dtype(ScalarType dtype) { return is_reduced(dtype) ? ScalarType::Float : dtype; }
 
@@ -56,7 +50,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const Tensor* packed, 
   check_tensor(op, "input", input, input, 4);
   check_tensor(op, "weight", weight, input, 4);
   const cpu::ConvShape z = shape_of(op, input.sizes(), weight.sizes(), stride, padding, dilation, groups);
-  const std::optional<Tensor> b = checked_bias(op, bias, input, z.k);
+  const std::optional<Tensor> b = checked_bias<check_tensor>(op, bias, input, z.k);
   const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
   const Tensor x = dense(input), w = dense(weight);
   check_activation(op, activation);
@@ -111,7 +105,6 @@ Tensor conv2d_forward_packed_cpu(const Tensor& input, const Tensor& weight, cons
 // The gradient of a convolution's input; with a bias, a transposed convolution.
 Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& grad_output, const Tensor& weight,
                       const std::optional<Tensor>& bias, bool channels_last) {
-  check_grad_output(op, grad_output, z);
   const Tensor y = dense(grad_output), w = dense(weight);
   dispatch_floating(y.scalar_type(), op, [](auto*) {});
   Tensor grad_input = allocate({z.n, z.c, z.h, z.w}, y.scalar_type(), y, channels_last);
@@ -129,27 +122,6 @@ Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& gra
     DLKERN_CALL(conv2d_backward_input, args);
   });
   return grad_input;
-}
-
-Tensor conv2d_backward_input_cpu(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
-                                 Ints padding, Ints dilation, int64_t groups, bool channels_last) {
-  const char* op = "conv2d_backward_input";
-  check_tensor(op, "grad_output", grad_output, grad_output, 4);
-  check_tensor(op, "weight", weight, grad_output, 4);
-  const cpu::ConvShape z = shape_of(op, input_size, weight.sizes(), stride, padding, dilation, groups);
-  return backward_input(op, z, grad_output, weight, std::nullopt, channels_last);
-}
-
-Tensor conv_transpose2d_forward_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                    Ints stride, Ints padding, Ints output_padding, int64_t groups, Ints dilation) {
-  const char* op = "conv_transpose2d_forward";
-  check_tensor(op, "input", input, input, 4);
-  check_tensor(op, "weight", weight, input, 4);
-  const auto size =
-      transposed_size(op, input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
-  const cpu::ConvShape z = shape_of(op, size, weight.sizes(), stride, padding, dilation, groups);
-  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
-  return backward_input(op, z, input, weight, checked_bias(op, bias, input, z.c), channels_last);
 }
 
 Tensor conv2d_backward_bias_cpu(const Tensor& grad_output) {
@@ -204,9 +176,9 @@ STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
   m.impl("conv2d_forward_cpu", TORCH_BOX(&conv2d_forward_cpu));
   m.impl("conv2d_act_forward_cpu", TORCH_BOX(&conv2d_act_forward_cpu));
   m.impl("conv2d_forward_packed_cpu", TORCH_BOX(&conv2d_forward_packed_cpu));
-  m.impl("conv_transpose2d_forward_cpu", TORCH_BOX(&conv_transpose2d_forward_cpu));
+  m.impl("conv_transpose2d_forward_cpu", TORCH_BOX((&conv_transpose2d_forward<check_tensor, backward_input>)));
   m.impl("conv2d_backward_bias_cpu", TORCH_BOX(&conv2d_backward_bias_cpu));
-  m.impl("conv2d_backward_input_cpu", TORCH_BOX(&conv2d_backward_input_cpu));
+  m.impl("conv2d_backward_input_cpu", TORCH_BOX((&conv2d_backward_input<check_tensor, backward_input>)));
   m.impl("conv2d_backward_weight_cpu", TORCH_BOX(&conv2d_backward_weight_cpu));
 }
 

@@ -71,8 +71,14 @@ inline cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints str
 inline Tensor dense(const Tensor& x) { return layout_of(x) == Layout::other ? torch::stable::contiguous(x) : x; }
 inline bool is_channels_last(const Tensor& x) { return layout_of(x) == Layout::channels_last; }
 
-inline std::optional<Tensor> dense_bias(const char* op, const std::optional<Tensor>& bias, int64_t size) {
+// What a column checks of each tensor: its device, dtype and dimensions.
+using CheckTensor = void(const char* op, const char* name, const Tensor& x, const Tensor& like, int64_t dim);
+
+template <CheckTensor check_tensor>
+std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input,
+                                   int64_t size) {
   if (!bias) return bias;
+  check_tensor(op, "bias", *bias, input, 1);
   check<std::invalid_argument>(bias->size(0) == size, op, ": expected bias to have ", size, " elements, but got ",
                                bias->size(0));
   return as_contiguous(*bias);
@@ -116,6 +122,35 @@ inline std::array<int64_t, 4> transposed_size(const char* op, Ints input, Ints w
     check<std::invalid_argument>(size[2 + i] > 0, op, ": the output would have no pixels");
   }
   return size;
+}
+
+// The gradient of a convolution's input, of a column's kernels; with a bias, a transposed convolution.
+using BackwardInput = Tensor(const char* op, const cpu::ConvShape& z, const Tensor& grad_output, const Tensor& weight,
+                             const std::optional<Tensor>& bias, bool channels_last);
+
+template <CheckTensor check_tensor, BackwardInput backward_input>
+Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
+                             Ints padding, Ints dilation, int64_t groups, bool channels_last) {
+  const char* op = "conv2d_backward_input";
+  check_tensor(op, "grad_output", grad_output, grad_output, 4);
+  check_tensor(op, "weight", weight, grad_output, 4);
+  const cpu::ConvShape z = shape_of(op, input_size, weight.sizes(), stride, padding, dilation, groups);
+  check_grad_output(op, grad_output, z);
+  return backward_input(op, z, grad_output, weight, std::nullopt, channels_last);
+}
+
+template <CheckTensor check_tensor, BackwardInput backward_input>
+Tensor conv_transpose2d_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                Ints stride, Ints padding, Ints output_padding, int64_t groups, Ints dilation) {
+  const char* op = "conv_transpose2d_forward";
+  check_tensor(op, "input", input, input, 4);
+  check_tensor(op, "weight", weight, input, 4);
+  const auto size =
+      transposed_size(op, input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
+  const cpu::ConvShape z = shape_of(op, size, weight.sizes(), stride, padding, dilation, groups);
+  check_grad_output(op, input, z);
+  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
+  return backward_input(op, z, input, weight, checked_bias<check_tensor>(op, bias, input, z.c), channels_last);
 }
 
 }  // namespace dlkern::ops

@@ -48,11 +48,6 @@ inline Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
 }
 
-// Floats for `count` parts of a sum, where it is cut at all.
-inline std::optional<Tensor> room_for_parts(int count, int64_t size, const Tensor& like) {
-  return count > 1 ? std::optional<Tensor>(allocate({count, size}, ScalarType::Float, like)) : std::nullopt;
-}
-
 #ifdef DLKERN_CUDA_ON_HOST
 
 // One call of an op. On the host: announces to the checker what the kernels may touch, and makes results start as NaN.

@@ -1,9 +1,8 @@
 // conv2d and conv_transpose2d, op layer of the CUDA column: conv2d_{forward,act_forward,backward_*},
 // conv_transpose2d_forward. float32 and bfloat16.
-#include "../cuda/conv.h"
-
 #include "conv_checks.h"
 #include "cuda_common.h"
+#include "cuda_conv_parts.h"
 
 namespace dlkern::ops {
 namespace {
@@ -69,12 +68,6 @@ ConvResult write(Call& call, const Tensor& x, bool channels_last) {
   return view<ConvResult>(x, channels_last, call.writes(x));
 }
 
-std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input,
-                                   int64_t size) {
-  if (bias) check_tensor(op, "bias", *bias, input, 1);
-  return dense_bias(op, bias, size);
-}
-
 // ---- Forward ----
 
 // activation(conv(input) + residual), all of it but the convolution optional.
@@ -86,7 +79,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   check_tensor(op, "weight", weight, input, 4);
   const cpu::ConvShape z = shape_of(op, input.sizes(), weight.sizes(), stride, padding, dilation, groups);
   const ConvGeometry g = geometry_of(op, z);
-  const std::optional<Tensor> b = checked_bias(op, bias, input, z.k);
+  const std::optional<Tensor> b = checked_bias<check_tensor>(op, bias, input, z.k);
   const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
   check_activation(op, activation);
   if (residual) {
@@ -120,7 +113,6 @@ Tensor conv2d_act_forward_cuda(const Tensor& input, const Tensor& weight, const 
 // With a bias, a transposed convolution.
 Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& grad_output, const Tensor& weight,
                       const std::optional<Tensor>& bias, bool channels_last) {
-  check_grad_output(op, grad_output, z);
   const ConvGeometry g = geometry_of(op, z);
   const ConvElement element = element_of(grad_output);
   const bool vectors = conv2d_takes_vectors(element, g);
@@ -133,37 +125,14 @@ Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& gra
   return grad_input;
 }
 
-Tensor conv2d_backward_input_cuda(const Tensor& grad_output, const Tensor& weight, Ints input_size, Ints stride,
-                                  Ints padding, Ints dilation, int64_t groups, bool channels_last) {
-  const char* op = "conv2d_backward_input";
-  check_tensor(op, "grad_output", grad_output, grad_output, 4);
-  check_tensor(op, "weight", weight, grad_output, 4);
-  const cpu::ConvShape z = shape_of(op, input_size, weight.sizes(), stride, padding, dilation, groups);
-  return backward_input(op, z, grad_output, weight, std::nullopt, channels_last);
-}
-
-Tensor conv_transpose2d_forward_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                     Ints stride, Ints padding, Ints output_padding, int64_t groups, Ints dilation) {
-  const char* op = "conv_transpose2d_forward";
-  check_tensor(op, "input", input, input, 4);
-  check_tensor(op, "weight", weight, input, 4);
-  const auto size =
-      transposed_size(op, input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
-  const cpu::ConvShape z = shape_of(op, size, weight.sizes(), stride, padding, dilation, groups);
-  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
-  return backward_input(op, z, input, weight, checked_bias(op, bias, input, z.c), channels_last);
-}
-
 // ---- Gradients of weight and bias ----
 
 Tensor backward_bias(Call& call, const ConvGeometry& g, const Operand& y) {
   Tensor grad_bias = allocate({g.k}, y.x.scalar_type(), y.x);
-  const int count = conv2d_bias_parts(g);
-  const std::optional<Tensor> parts = room_for_parts(count, g.k, y.x);
-  float* sums = parts ? static_cast<float*>(call.writes(*parts)) : nullptr;
   void* result = call.writes(grad_bias);
-  cuda::conv2d_backward_bias(element_of(y.x), g, read(call, y), sums, result, call.stream());
-  if (parts) cuda::conv2d_sum_parts(element_of(y.x), sums, count, g.k, result, call.stream());
+  in_parts(call, element_of(y.x), conv2d_bias_parts(g), g.k, y.x, result, [&](float* sums) {
+    cuda::conv2d_backward_bias(element_of(y.x), g, read(call, y), sums, result, call.stream());
+  });
   return grad_bias;
 }
 
@@ -200,13 +169,11 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cuda(const Tensor& grad_output
   const ConvElement element = element_of(input);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand y(grad_output, vectors), x(input, vectors);
-  const int count = conv2d_weight_parts(element, g);
-  const std::optional<Tensor> parts = room_for_parts(count, grad_weight.numel(), input);
   Call call(input);
-  float* sums = parts ? static_cast<float*>(call.writes(*parts)) : nullptr;
   const ConvResult result = write(call, grad_weight, channels_last);
-  cuda::conv2d_backward_weight(element, g, read(call, y), read(call, x), sums, result, call.stream());
-  if (parts) cuda::conv2d_sum_parts(element, sums, count, grad_weight.numel(), result.data, call.stream());
+  in_parts(call, element, conv2d_weight_parts(element, g), grad_weight.numel(), input, result.data, [&](float* sums) {
+    cuda::conv2d_backward_weight(element, g, read(call, y), read(call, x), sums, result, call.stream());
+  });
   if (bias) grad_bias = backward_bias(call, g, y);
   return {grad_weight, grad_bias};
 }
@@ -216,9 +183,9 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cuda(const Tensor& grad_output
 DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
   m.impl("conv2d_forward_cuda", TORCH_BOX(&conv2d_forward_cuda));
   m.impl("conv2d_act_forward_cuda", TORCH_BOX(&conv2d_act_forward_cuda));
-  m.impl("conv_transpose2d_forward_cuda", TORCH_BOX(&conv_transpose2d_forward_cuda));
+  m.impl("conv_transpose2d_forward_cuda", TORCH_BOX((&conv_transpose2d_forward<check_tensor, backward_input>)));
   m.impl("conv2d_backward_bias_cuda", TORCH_BOX(&conv2d_backward_bias_cuda));
-  m.impl("conv2d_backward_input_cuda", TORCH_BOX(&conv2d_backward_input_cuda));
+  m.impl("conv2d_backward_input_cuda", TORCH_BOX((&conv2d_backward_input<check_tensor, backward_input>)));
   m.impl("conv2d_backward_weight_cuda", TORCH_BOX(&conv2d_backward_weight_cuda));
 }
 

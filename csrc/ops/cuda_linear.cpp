@@ -2,8 +2,8 @@
 // activation_backward. bfloat16 by linear.cu; float32 as the 1 x 1 convolution of images of one pixel (conv.cu).
 #include "../cuda/linear.h"
 
-#include "../cuda/conv.h"
 #include "cuda_common.h"
+#include "cuda_conv_parts.h"
 
 namespace dlkern::ops {
 namespace {
@@ -52,20 +52,18 @@ void backward_weight_float(const Tensor& grad_output, const Tensor& input, Tenso
   const cuda::ConvGeometry g = pixels(rows, in_features, out_features);
   Call call(input);
   if (in_features > 0) {
-    const int count = cuda::conv2d_weight_parts(kFloat, g);
-    const std::optional<Tensor> parts = room_for_parts(count, grad_weight.numel(), input);
-    float* sums = parts ? static_cast<float*>(call.writes(*parts)) : nullptr;
     const cuda::ConvResult result = write(call, grad_weight);
-    cuda::conv2d_backward_weight(kFloat, g, read(call, grad_output), read(call, input), sums, result, call.stream());
-    if (parts) cuda::conv2d_sum_parts(kFloat, sums, count, grad_weight.numel(), result.data, call.stream());
+    in_parts(call, kFloat, cuda::conv2d_weight_parts(kFloat, g), grad_weight.numel(), input, result.data,
+             [&](float* sums) {
+               cuda::conv2d_backward_weight(kFloat, g, read(call, grad_output), read(call, input), sums, result,
+                                            call.stream());
+             });
   }
   if (grad_bias.numel() == 0) return;
-  const int count = cuda::conv2d_bias_parts(g);
-  const std::optional<Tensor> parts = room_for_parts(count, out_features, input);
-  float* sums = parts ? static_cast<float*>(call.writes(*parts)) : nullptr;
   void* result = call.writes(grad_bias);
-  cuda::conv2d_backward_bias(kFloat, g, read(call, grad_output), sums, result, call.stream());
-  if (parts) cuda::conv2d_sum_parts(kFloat, sums, count, out_features, result, call.stream());
+  in_parts(call, kFloat, cuda::conv2d_bias_parts(g), out_features, input, result, [&](float* sums) {
+    cuda::conv2d_backward_bias(kFloat, g, read(call, grad_output), sums, result, call.stream());
+  });
 }
 
 // ---- The ops ----

@@ -92,18 +92,18 @@ class Attention(_autograd.Function):
         output, statistics = outputs
         ctx.mark_non_differentiable(statistics)
         ctx.save_for_backward(*tensors, output, statistics)
-        ctx.constants = settings, ctx.needs_input_grad[3], ctx.needs_input_grad, column
+        ctx.constants = settings, ctx.needs_input_grad, column
 
     @staticmethod
     def backward(ctx, grad_output, _):
         *tensors, output, statistics = ctx.saved_tensors
-        settings, of_mask, need, column = ctx.constants
+        settings, need, column = ctx.constants
         if torch.is_grad_enabled():
             found = _autograd.apply(
-                AttentionBackward, grad_output, *tensors, output, statistics, settings, of_mask, column
+                AttentionBackward, grad_output, *tensors, output, statistics, settings, need[3], column
             )
         else:
-            found = _backward[column](grad_output, *tensors, output, statistics, *settings, of_mask)
+            found = _backward[column](grad_output, *tensors, output, statistics, *settings, need[3])
         of_query, of_key, of_value, of_mask, of_weight = found
         return (
             of_query if need[0] else None, of_key if need[1] else None, of_value if need[2] else None,

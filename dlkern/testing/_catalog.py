@@ -269,7 +269,7 @@ def _attention() -> Iterator[Case]:
         additive = score == reference.attention.ADDITIVE
         yield Case("attention", op, "", lambda *t, op=op, o=options: getattr(F, op)(*t, **o), theirs,
                    lambda a=additive: [_randn(3, 19, 12, scale=0.7), _randn(3, 26, 12, scale=0.7), _randn(3, 26, 10),
-                                       *([_randn(12)] if a else [])], draws=64)
+                                       *([_randn(12)] if a else [])], draws=128)
 
 
 def _loss() -> Iterator[Case]:

@@ -16,7 +16,7 @@ MUTANTS = [
     {**_dropout("odd{low + 1, high,", "odd{low + 2, high,"), "file": "csrc/cpu/philox_vector.h"},
     _dropout("1.0 / (1.0 - args.p)", "1.0 - args.p"),
     # loss, forward: a row's tail, the change of the largest logit, the weighted mean
-    _loss("keep<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c, 0)",
+    _loss("first_lanes<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c)",
           "exp_nonpositive(load_some(x + c, count - c) - largest)", "test_parity"),
     _loss("row.sum *= row.sum == 0 ? 1.0 :", "row.sum *= row.sum >= 0 ? 1.0 :", "test_parity"),
     _loss("sums.weight += w;", "sums.weight += 1;", "test_parity"),
@@ -294,13 +294,13 @@ MUTANTS += [
           "exact_on_integers and float32"),
     _conv(_PLANAR, "static_cast<T>(from[q] + bias)", "static_cast<T>(from[q])", "exact_on_integers and float32 and (one or 5x5)"),
     # Weight gradient: a band's sums lost, a tail of channels, the last taps; turned: the same, and the dilated row.
-    _conv(_WEIGHT, "plan.columns, i > band_begin || p > 0);", "plan.columns, p > 0);", "exact_on_integers and float32"),
+    _conv(_WEIGHT, "    i > band_begin || p > 0);", "    p > 0);", "exact_on_integers and float32"),
     _conv(_WEIGHT, "const int64_t offset = r * z.dilation_h * plan.row + s", "const int64_t offset = r * plan.row + s"),
     _conv(_WEIGHT, "store(row + j, load(row + j) + load(other + j));", "store(row + j, load(other + j));", "exact_on_integers and float32"),
-    _conv(_WEIGHT, "                  i > band_begin || p > 0);", "                  p > 0);", "exact_on_integers and float32"),
-    _conv(_WEIGHT, "copy + r * z.dilation_h * plan.row + e, offsets + p,", "copy + r * plan.row, offsets + p,",
+    _conv(_WEIGHT, "gradient_row, i > band_begin || p > 0);", "gradient_row, p > 0);", "exact_on_integers and float32"),
+    _conv(_WEIGHT, "copy + r * z.dilation_h * plan.row + e, packed", "copy + r * plan.row, packed",
           "exact_on_integers and float32"),
-    _conv(_WEIGHT, "turned_tile_for<A>(smaller(kOuterRows, run - e)", "turned_tile_for<A>(smaller(kOuterRows - 1, run - e)",
+    _conv(_WEIGHT, "outer_tile_for<true, A>(smaller(kOuterRows, run - e)", "outer_tile_for<true, A>(smaller(kOuterRows - 1, run - e)",
           "exact_on_integers and float32"),
     # Products: blocks of k that do not add up (and an epilogue too soon), the last columns, packed rows and columns, a dot product's tail.
     _matmul(_GEMM, "if (add) value += count == lanes ? load(out) : load_partial<C>(out, count);", "", "test_parity"),
