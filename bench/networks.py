@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layout", choices=["contiguous", "channels_last"], default="contiguous")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seconds", type=float, default=6.0, help="for a network's training steps")
     parser.add_argument("--output", type=Path, help="a folder; bench/results/<device> by default")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # measure this network in this process

@@ -24,7 +24,7 @@ from dlkern.testing._training import check_training
 
 __all__ = ["main"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _COLUMN = click.Choice(["auto", *columns.COLUMNS])
 
 
@@ -152,7 +152,7 @@ def _certify(case: Any, column: str, dtype: torch.dtype, device: torch.device) -
 @main.command()
 @click.argument("op", required=False)
 @click.option("--column", "only_column", type=click.Choice(columns.COLUMNS), help="One column instead of all.")
-@click.option("--dtype", "only_dtype", type=click.Choice(list(_DTYPES)), help="One dtype instead of three.")
+@click.option("--dtype", "only_dtype", type=click.Choice(list(_DTYPES)), help="One dtype instead of all.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
 def check(op: str | None, only_column: str | None, only_dtype: str | None, verbose: bool) -> None:
     """Parity certificates: every op, or OP, in every column and dtype, against float64.

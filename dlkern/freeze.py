@@ -90,7 +90,7 @@ def freeze(model: Model) -> Model:
 
     For inference with weights that stay. A weight changed by assignment, load_state_dict(), an in-place operation or
     to() is packed again; one changed behind torch's back (`weight.data[:] = ...`) is not seen until unfreeze(). Packed
-    weights take the memory of the weights once more, twice in bfloat16. Which modules profit: Conv1d and Conv2d on a
+    weights take the memory of the weights once more, twice in 16-bit dtypes. Which modules profit: Conv1d and Conv2d on a
     CPU, and what convert(fuse=True) makes of them, then with batch norm folded in; others are left as they are, and so
     are calls that autocast, torch.compile or an open trace() send another way.
 

@@ -17,7 +17,7 @@ from dlkern.ops.attention import ADDITIVE, COSINE, GAUSSIAN, Settings
 from dlkern.reference import attention as reference
 from dlkern.testing import check, compare
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SDPA = F.scaled_dot_product_attention
 
@@ -48,8 +48,8 @@ def test_parity(name, dtype):
     """Two heads of queries share one of keys; sizes are no multiples of a tile."""
     settings, more = OPTIONS[name]
     more = {key: make() for key, make in more.items()}
-    if dtype == torch.bfloat16 and "mask" in more and more["mask"].is_floating_point():
-        more["mask"] = more["mask"].bfloat16().double()
+    if dtype.itemsize == 2 and "mask" in more and more["mask"].is_floating_point():
+        more["mask"] = more["mask"].to(dtype).double()
     tensors = [more.get(key) for key in ("mask", "lengths", "slopes")]
     seed = more.get("seed")
 
@@ -250,12 +250,14 @@ def test_keys_and_values_of_different_lengths_raise():
         SDPA(q, q, torch.randn(2, 3, 5, 8))
 
 
-def test_float32_mask_beside_bfloat16():
-    q, mask = torch.randn(1, 2, 9, 8).bfloat16(), torch.randn(9, 9, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_mask_beside_16_bits(dtype):
+    q, mask = torch.randn(1, 2, 9, 8).to(dtype), torch.randn(9, 9, requires_grad=True)
     y = SDPA(q, q, q, mask)
     exact = tF.scaled_dot_product_attention(*[q.double()] * 3, mask.double())
-    theirs = tF.scaled_dot_product_attention(*[q] * 3, mask.bfloat16())
-    assert all(row.ok for row in compare("output", [y], [theirs], [exact], torch.bfloat16))
+    assert y.dtype == dtype
+    theirs = tF.scaled_dot_product_attention(*[q] * 3, mask.to(dtype))
+    assert all(row.ok for row in compare("output", [y], [theirs], [exact], dtype))
     assert torch.autograd.grad(y.sum(), mask)[0].dtype == torch.float32
 
 

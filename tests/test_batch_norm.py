@@ -296,10 +296,11 @@ def test_gradient_not_contiguous():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_bfloat16_beside_float32_parameters(training, channels_last):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_beside_float32_parameters(training, channels_last, dtype):
     torch.manual_seed(0)
-    x = to_layout(torch.randn(5, 6, 7, 9).bfloat16(), channels_last)
-    weight, bias, grad = torch.randn(6), torch.randn(6), torch.randn(5, 6, 7, 9).bfloat16()
+    x = to_layout(torch.randn(5, 6, 7, 9).to(dtype), channels_last)
+    weight, bias, grad = torch.randn(6), torch.randn(6), torch.randn(5, 6, 7, 9).to(dtype)
     found = []
     for namespace, widen in ((F, False), (tF, False), (tF, True)):
         cast = (lambda t: t.double()) if widen else (lambda t: t)
@@ -309,7 +310,7 @@ def test_bfloat16_beside_float32_parameters(training, channels_last):
         found.append([y.detach(), *torch.autograd.grad(y, leaves, cast(grad)), mean, var])
     for i, (a, b, r) in enumerate(zip(*found)):
         assert a.dtype == b.dtype
-        assert all(row.ok for row in compare(str(i), [a], [b], [r], torch.bfloat16))
+        assert all(row.ok for row in compare(str(i), [a], [b], [r], dtype))
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -490,7 +491,7 @@ def test_wrong_raw_calls():
     x, w = torch.randn(4, 3, 5), torch.ones(3)
     for arguments in (
         (x, x[:2], w, w, w, w, 0.1, EPS, 0), (x, None, w[:2], w, w, w, 0.1, EPS, 0), (x, None, w, w, w, None, 0.1, EPS, 0),
-        (x, None, w, w, w, w, 0.1, 0.0, 0), (x, None, w, w, w, w, 0.1, EPS, 4), (x.half(), None, w, w, w, w, 0.1, EPS, 0),
+        (x, None, w, w, w, w, 0.1, 0.0, 0), (x, None, w, w, w, w, 0.1, EPS, 4), (x.long(), None, w, w, w, w, 0.1, EPS, 0),
         (x[:1, :, :1], None, w, w, w, w, 0.1, EPS, 0), (x, None, w.double(), w, w, w, 0.1, EPS, 0),
     ):
         with pytest.raises((RuntimeError, ValueError)):

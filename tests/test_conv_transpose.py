@@ -139,7 +139,7 @@ NONSENSE = {
     "empty kernel": (X, W[:, :, :0], None, *PLAIN),
     "bias": (X, W, B[:3], *PLAIN),
     "weight dtype": (X, W.double(), None, *PLAIN),
-    "half": (X.half(), W.half(), None, *PLAIN),
+    "complex": (X.cfloat(), W.cfloat(), None, *PLAIN),
     "one stride": (X, W, None, (1,), (0, 0), (0, 0), 1, (1, 1)),
     "no output_padding": (X, W, None, (1, 1), (0, 0), (), 1, (1, 1)),
     "output_padding of a stride": (X, W, None, (2, 2), (0, 0), (0, 2), 1, (1, 1)),
@@ -161,7 +161,7 @@ def test_nonsense_raises(name):
         raw["conv_transpose2d_forward"]["cpu"](*NONSENSE[name])
 
 
-@pytest.mark.parametrize("x", [X[0], X.half(), X.long()], ids=["3-D", "half", "ints"])
+@pytest.mark.parametrize("x", [X[0], X.cfloat(), X.long()], ids=["3-D", "complex", "ints"])
 def test_nonsense_for_the_bias_gradient_raises(x):
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         raw["conv2d_backward_bias"]["cpu"](x)

@@ -29,7 +29,7 @@ def packed(module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_same_bits(image, dtype, channels_last):
     plain, x = model().to(dtype), image.to(dtype)

@@ -110,7 +110,7 @@ def test_training_by_the_rule():
     check_training(make, batches, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3), name="fused").raise_if_failed()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folded_inference_by_the_rule(dtype, layout):
     theirs, made = small(torch.nn), small(torch.nn)

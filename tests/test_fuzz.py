@@ -23,7 +23,7 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64])
+dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
 # Mostly sensible, sometimes not: both sides must refuse the same calls.
 small = st.integers(-1, 4)
 pairs = st.one_of(small, st.tuples(small, small))

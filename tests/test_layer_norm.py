@@ -8,7 +8,7 @@ import dlkern
 import dlkern.nn.functional as F
 from dlkern.testing import check
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -31,9 +31,10 @@ def test_parity(shape, dims, dtype):
     check(call(F), call(tF), inputs, dtype=dtype, draws=draws).raise_if_failed()
 
 
-def test_float32_parameters_beside_bfloat16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters_beside_16_bits(dtype):
     torch.manual_seed(0)
-    x, w, b, g = torch.randn(9, 33).bfloat16(), torch.randn(33), torch.randn(33), torch.randn(9, 33).bfloat16()
+    x, w, b, g = torch.randn(9, 33).to(dtype), torch.randn(33), torch.randn(33), torch.randn(9, 33).to(dtype)
     results = []
     for namespace in (F, tF):
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
@@ -41,7 +42,7 @@ def test_float32_parameters_beside_bfloat16():
         results.append([y, *torch.autograd.grad(y, leaves, g)])
     for ours, theirs in zip(*results):
         assert ours.dtype == theirs.dtype
-        assert (ours.double() - theirs.double()).norm() <= 2**-7 * theirs.double().norm()
+        assert (ours.double() - theirs.double()).norm() <= torch.finfo(dtype).eps * theirs.double().norm()
 
 
 def test_large_mean_small_deviation():

@@ -193,7 +193,7 @@ def test_wrong_raw_calls():
     for arguments in (
         (x, t, None, 5, -100, 0.0), (x, t, torch.rand(2), 1, -100, 0.0), (x, t.int(), None, 1, -100, 0.0),
         (x, t, None, 1, -100, float("nan")), (x, t[:1], None, 1, -100, 0.0), (x[0], t[0], None, 1, -100, 0.0),
-        (x.half(), t, None, 1, -100, 0.0),
+        (x.to(torch.complex64), t, None, 1, -100, 0.0),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             op(*arguments)

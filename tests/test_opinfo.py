@@ -17,7 +17,7 @@ import dlkern
 import dlkern.nn.functional as F
 from dlkern.testing import compare
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MOST_SAMPLES = 48
 FAMILIES = re.compile(
     r"(max|avg)_pool[12]d|adaptive_(max|avg)_pool[12]d|lp_pool[12]d|batch_norm|dropout[123]?d?|linear|conv[12]d|"
@@ -194,7 +194,9 @@ MODULES = [info for info in MODULES if not issubclass(info.module_cls, nn.Transf
 def module_inputs(info, dtype, training):
     found = info.module_inputs_func(info, "cpu", dtype, True, training)
     if issubclass(info.module_cls, nn.RNNBase):  # many, and slow: all are met over the dtypes and modes
-        return found[2 * DTYPES.index(dtype) + training :: 6]
+        return found[2 * DTYPES.index(dtype) + training :: 2 * len(DTYPES)]
+    if dtype == torch.float16:  # but for the conversions its kernels are bfloat16's
+        return found[:: 1 + len(found) // 8]
     return found
 
 

@@ -15,7 +15,7 @@ import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAN, INF = float("nan"), float("inf")
 
 MAX_WINDOWS = {
@@ -459,7 +459,7 @@ def test_raw_ops_refuse():
         (lambda: forward(x, window(kernel=(9, 9)), False, 1), "Output size is too small"),
         (lambda: average(x, window()[:6], False, True, 0), "divisor must be not zero"),
         (lambda: forward(x[0], window(), False, 1), "expected a 4-D tensor"),
-        (lambda: forward(x.half(), window(), False, 1), "expected float32, float64 or bfloat16"),
+        (lambda: forward(x.long(), window(), False, 1), "expected float32, float64, bfloat16 or float16"),
         (lambda: forward(x, window()[:7], False, 1), "a window takes 8 ints, got 7"),
         (lambda: forward(x, window(), False, 3), "indices must be 0, 1 or 2"),
         (lambda: forward(torch.randn(1, 1, 40, 40), window(kernel=(17, 17)), False, 1), "needs int64 indices"),

@@ -95,9 +95,10 @@ def test_more_units_than_a_panel_and_more_rows_than_a_block(kind):
     assert_by_the_rule(lambda: (make(kind, 3, 300), torch.randn(3, 2, 3), None), draws=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_kind
-def test_bfloat16(kind):
-    assert_by_the_rule(lambda: (make(kind, 6, 20), torch.randn(5, 4, 6), None), torch.bfloat16, draws=8)
+def test_16_bits(kind, dtype):
+    assert_by_the_rule(lambda: (make(kind, 6, 20), torch.randn(5, 4, 6), None), dtype, draws=8)
 
 
 def states(kind, layers, batch, hidden):

@@ -126,5 +126,6 @@ template <class T, int SCORE> void forward(const AttentionArgs<T>& args) {
 DLKERN_DEFINE_ATTENTION(float)
 DLKERN_DEFINE_ATTENTION(double)
 DLKERN_DEFINE_ATTENTION(bfloat16)
+DLKERN_DEFINE_ATTENTION(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

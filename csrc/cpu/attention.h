@@ -52,5 +52,6 @@ template <class T> struct AttentionBackwardArgs {
 DLKERN_ATTENTION(float)
 DLKERN_ATTENTION(double)
 DLKERN_ATTENTION(bfloat16)
+DLKERN_ATTENTION(float16)
 #undef DLKERN_ATTENTION
 }  // namespace dlkern::cpu

@@ -371,5 +371,6 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
 DLKERN_DEFINE_ATTENTION(float)
 DLKERN_DEFINE_ATTENTION(double)
 DLKERN_DEFINE_ATTENTION(bfloat16)
+DLKERN_DEFINE_ATTENTION(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -3,8 +3,8 @@
 // over memory, so that it starts where the caches are warm.
 // Planes: each thread does both passes of a channel while it is in cache. Rows, and planes of few channels: all threads
 // sum their share of the positions, the shares are added in a fixed order, and all threads apply.
-// Sums are of x - s, s the mean of eight elements, in doubles; for bfloat16 in floats, and where those turn out not to do
-// (an overflow, a variance that is small beside s) again in doubles.
+// Sums are of x - s, s the mean of eight elements, in doubles; for 16-bit types in floats, and where those turn out not
+// to do (an overflow, a variance that is small beside s) again in doubles.
 // Floors (S = bytes of the input): train forward 3 S, 2 S where a channel stays in cache; eval 2 S; backward 5 S or 3 S.
 #include "batch_norm.h"
 
@@ -427,5 +427,6 @@ template <class F> inline void with_activation(int activation, F&& f) {
 DLKERN_DEFINE_BATCH_NORM(float)
 DLKERN_DEFINE_BATCH_NORM(double)
 DLKERN_DEFINE_BATCH_NORM(bfloat16)
+DLKERN_DEFINE_BATCH_NORM(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

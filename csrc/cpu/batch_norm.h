@@ -51,6 +51,7 @@ template <class T> struct BatchNormBackwardArgs {
 DLKERN_DECLARE_BATCH_NORM(float)
 DLKERN_DECLARE_BATCH_NORM(double)
 DLKERN_DECLARE_BATCH_NORM(bfloat16)
+DLKERN_DECLARE_BATCH_NORM(float16)
 #undef DLKERN_DECLARE_BATCH_NORM
 
 }  // namespace dlkern::cpu

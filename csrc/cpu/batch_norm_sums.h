@@ -1,6 +1,6 @@
 // The two sums of a channel that batch norm needs, over memory: of p and of p q, where forward p = q = x - s, s near the
 // channel's mean, and backward p = g, the gradient before the activation, and q = x - mean.
-// Three kinds: WideSums adds doubles; ShortSums, for bfloat16, adds at most kShort floats a lane before it widens them,
+// Three kinds: WideSums adds doubles; ShortSums, for 16-bit types, adds at most kShort floats a lane before it widens them,
 // which costs a third of that (float32 inputs need doubles from the first difference on: all elements of a binade lie
 // on one grid, so x - s rounds to the same side for all of them); ExactSums carries the rounding errors of doubles along
 // (CompensatedSum), for float64.

@@ -538,6 +538,7 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
 DLKERN_DEFINE_CONV(float)
 DLKERN_DEFINE_CONV(double)
 DLKERN_DEFINE_CONV(bfloat16)
+DLKERN_DEFINE_CONV(float16)
 #undef DLKERN_DEFINE_CONV
 
 }  // namespace dlkern::cpu::DLKERN_ISA

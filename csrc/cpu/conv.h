@@ -71,6 +71,7 @@ template <class T> struct ConvBackwardBiasArgs {
 DLKERN_DECLARE_CONV(float)
 DLKERN_DECLARE_CONV(double)
 DLKERN_DECLARE_CONV(bfloat16)
+DLKERN_DECLARE_CONV(float16)
 #undef DLKERN_DECLARE_CONV
 
 }  // namespace dlkern::cpu

@@ -20,6 +20,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 DLKERN_DEPTHWISE(float)
 DLKERN_DEPTHWISE(double)
 DLKERN_DEPTHWISE(bfloat16)
+DLKERN_DEPTHWISE(float16)
 #undef DLKERN_DEPTHWISE
 
 template <class T> inline bool depthwise_forward(const ConvForwardArgs<T>& args) {

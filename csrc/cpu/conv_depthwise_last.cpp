@@ -456,6 +456,7 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
 DLKERN_DEPTHWISE(float)
 DLKERN_DEPTHWISE(double)
 DLKERN_DEPTHWISE(bfloat16)
+DLKERN_DEPTHWISE(float16)
 #undef DLKERN_DEPTHWISE
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -430,6 +430,7 @@ template <class T> bool backward_weight(const ConvBackwardWeightArgs<T>& args) {
 DLKERN_GROUPED(float)
 DLKERN_GROUPED(double)
 DLKERN_GROUPED(bfloat16)
+DLKERN_GROUPED(float16)
 #undef DLKERN_GROUPED
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -12,6 +12,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 DLKERN_GROUPED(float)
 DLKERN_GROUPED(double)
 DLKERN_GROUPED(bfloat16)
+DLKERN_GROUPED(float16)
 #undef DLKERN_GROUPED
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -233,7 +233,7 @@ void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, 
   });
 }
 
-// Sums of lanes: of float and bfloat16 in double, of double, which has no wider type, with its rounding errors.
+// Sums of lanes, in double; of double, which has no wider type, with its rounding errors.
 template <class T> struct LaneSums {
   Wide<T> sum{};
   void add(Vec<T> x) { sum += __builtin_convertvector(x, Wide<T>); }
@@ -427,6 +427,7 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
 DLKERN_DEFINE_CONV(float)
 DLKERN_DEFINE_CONV(double)
 DLKERN_DEFINE_CONV(bfloat16)
+DLKERN_DEFINE_CONV(float16)
 #undef DLKERN_DEFINE_CONV
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -65,5 +65,6 @@ template <class T> void run(const DropoutArgs<T>& args) {
 void dropout(const DropoutArgs<float>& args) { run(args); }
 void dropout(const DropoutArgs<double>& args) { run(args); }
 void dropout(const DropoutArgs<bfloat16>& args) { run(args); }
+void dropout(const DropoutArgs<float16>& args) { run(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

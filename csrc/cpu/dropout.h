@@ -25,7 +25,9 @@ template <class T> struct FeatureDropoutArgs {
 DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<float>&)
 DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<double>&)
 DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<bfloat16>&)
+DLKERN_DECLARE(void, feature_dropout, const FeatureDropoutArgs<float16>&)
 DLKERN_DECLARE(void, dropout, const DropoutArgs<float>&)
 DLKERN_DECLARE(void, dropout, const DropoutArgs<double>&)
 DLKERN_DECLARE(void, dropout, const DropoutArgs<bfloat16>&)
+DLKERN_DECLARE(void, dropout, const DropoutArgs<float16>&)
 }  // namespace dlkern::cpu

@@ -52,5 +52,6 @@ template <class T> void run(const FeatureDropoutArgs<T>& args) {
 void feature_dropout(const FeatureDropoutArgs<float>& args) { run(args); }
 void feature_dropout(const FeatureDropoutArgs<double>& args) { run(args); }
 void feature_dropout(const FeatureDropoutArgs<bfloat16>& args) { run(args); }
+void feature_dropout(const FeatureDropoutArgs<float16>& args) { run(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

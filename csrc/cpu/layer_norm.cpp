@@ -121,5 +121,6 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
 DLKERN_DEFINE_LAYER_NORM(float)
 DLKERN_DEFINE_LAYER_NORM(double)
 DLKERN_DEFINE_LAYER_NORM(bfloat16)
+DLKERN_DEFINE_LAYER_NORM(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

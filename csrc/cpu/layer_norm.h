@@ -34,5 +34,6 @@ template <class T> struct LayerNormBackwardArgs {
 DLKERN_LAYER_NORM(float)
 DLKERN_LAYER_NORM(double)
 DLKERN_LAYER_NORM(bfloat16)
+DLKERN_LAYER_NORM(float16)
 #undef DLKERN_LAYER_NORM
 }  // namespace dlkern::cpu

@@ -67,5 +67,6 @@ template <class T> void backward_activation(const ActivationBackwardArgs<T>& x) 
 DLKERN_LINEAR(float)
 DLKERN_LINEAR(double)
 DLKERN_LINEAR(bfloat16)
+DLKERN_LINEAR(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

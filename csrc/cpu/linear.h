@@ -51,5 +51,6 @@ template <class T> struct ActivationBackwardArgs {
 DLKERN_LINEAR(float)
 DLKERN_LINEAR(double)
 DLKERN_LINEAR(bfloat16)
+DLKERN_LINEAR(float16)
 #undef DLKERN_LINEAR
 }  // namespace dlkern::cpu

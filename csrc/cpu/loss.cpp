@@ -311,5 +311,6 @@ template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
 DLKERN_LOSS(float)
 DLKERN_LOSS(double)
 DLKERN_LOSS(bfloat16)
+DLKERN_LOSS(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -44,5 +44,6 @@ template <class T> struct CrossEntropyBackwardArgs {
 DLKERN_LOSS(float)
 DLKERN_LOSS(double)
 DLKERN_LOSS(bfloat16)
+DLKERN_LOSS(float16)
 #undef DLKERN_LOSS
 }  // namespace dlkern::cpu

@@ -87,6 +87,7 @@ template <class T> struct LpPoolBackwardArgs {
 DLKERN_DECLARE_POOLING(float)
 DLKERN_DECLARE_POOLING(double)
 DLKERN_DECLARE_POOLING(bfloat16)
+DLKERN_DECLARE_POOLING(float16)
 #undef DLKERN_DECLARE_POOLING
 
 }  // namespace dlkern::cpu

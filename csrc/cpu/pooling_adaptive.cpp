@@ -26,7 +26,7 @@ inline vdouble fold(vfloat v) {
   std::memcpy(half, &v, sizeof v);
   return widen(half[0]) + widen(half[1]);
 }
-// Lanes of the sum of `count` consecutive elements of float or bfloat16: four vectors at a time in float (as many
+// Lanes of the sum of `count` consecutive elements of 32 or 16 bits: four vectors at a time in float (as many
 // elements a lane), from there on in double.
 template <class T> inline vdouble sum_run(const T* p, int64_t count, const T* limit) {
   constexpr int64_t kStep = kLanes<float>;
@@ -319,8 +319,10 @@ template <class T> void backward(const AdaptivePoolArgs<T>& args) {
 void adaptive_avg_pool2d_forward(const AdaptivePoolArgs<float>& args) { forward(args); }
 void adaptive_avg_pool2d_forward(const AdaptivePoolArgs<double>& args) { forward(args); }
 void adaptive_avg_pool2d_forward(const AdaptivePoolArgs<bfloat16>& args) { forward(args); }
+void adaptive_avg_pool2d_forward(const AdaptivePoolArgs<float16>& args) { forward(args); }
 void adaptive_avg_pool2d_backward(const AdaptivePoolArgs<float>& args) { backward(args); }
 void adaptive_avg_pool2d_backward(const AdaptivePoolArgs<double>& args) { backward(args); }
 void adaptive_avg_pool2d_backward(const AdaptivePoolArgs<bfloat16>& args) { backward(args); }
+void adaptive_avg_pool2d_backward(const AdaptivePoolArgs<float16>& args) { backward(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

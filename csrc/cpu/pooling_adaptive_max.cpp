@@ -111,8 +111,10 @@ template <class T> void backward(const AdaptiveMaxPoolBackwardArgs<T>& args) {
 void adaptive_max_pool2d_forward(const AdaptiveMaxPoolArgs<float>& args) { forward(args); }
 void adaptive_max_pool2d_forward(const AdaptiveMaxPoolArgs<double>& args) { forward(args); }
 void adaptive_max_pool2d_forward(const AdaptiveMaxPoolArgs<bfloat16>& args) { forward(args); }
+void adaptive_max_pool2d_forward(const AdaptiveMaxPoolArgs<float16>& args) { forward(args); }
 void adaptive_max_pool2d_backward(const AdaptiveMaxPoolBackwardArgs<float>& args) { backward(args); }
 void adaptive_max_pool2d_backward(const AdaptiveMaxPoolBackwardArgs<double>& args) { backward(args); }
 void adaptive_max_pool2d_backward(const AdaptiveMaxPoolBackwardArgs<bfloat16>& args) { backward(args); }
+void adaptive_max_pool2d_backward(const AdaptiveMaxPoolBackwardArgs<float16>& args) { backward(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

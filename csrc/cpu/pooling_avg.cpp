@@ -395,8 +395,10 @@ template <class T> void backward(const AvgPoolArgs<T>& args) {
 void avg_pool2d_forward(const AvgPoolArgs<float>& args) { forward(args); }
 void avg_pool2d_forward(const AvgPoolArgs<double>& args) { forward(args); }
 void avg_pool2d_forward(const AvgPoolArgs<bfloat16>& args) { forward(args); }
+void avg_pool2d_forward(const AvgPoolArgs<float16>& args) { forward(args); }
 void avg_pool2d_backward(const AvgPoolArgs<float>& args) { backward(args); }
 void avg_pool2d_backward(const AvgPoolArgs<double>& args) { backward(args); }
 void avg_pool2d_backward(const AvgPoolArgs<bfloat16>& args) { backward(args); }
+void avg_pool2d_backward(const AvgPoolArgs<float16>& args) { backward(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

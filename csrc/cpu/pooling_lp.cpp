@@ -184,8 +184,10 @@ template <class T> void backward(const LpPoolBackwardArgs<T>& args) {
 void lp_pool2d_forward(const LpPoolArgs<float>& args) { forward(args); }
 void lp_pool2d_forward(const LpPoolArgs<double>& args) { forward(args); }
 void lp_pool2d_forward(const LpPoolArgs<bfloat16>& args) { forward(args); }
+void lp_pool2d_forward(const LpPoolArgs<float16>& args) { forward(args); }
 void lp_pool2d_backward(const LpPoolBackwardArgs<float>& args) { backward(args); }
 void lp_pool2d_backward(const LpPoolBackwardArgs<double>& args) { backward(args); }
 void lp_pool2d_backward(const LpPoolBackwardArgs<bfloat16>& args) { backward(args); }
+void lp_pool2d_backward(const LpPoolBackwardArgs<float16>& args) { backward(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -258,5 +258,6 @@ template <class T> void forward(const MaxPoolArgs<T>& args) {
 void max_pool2d_forward(const MaxPoolArgs<float>& args) { forward(args); }
 void max_pool2d_forward(const MaxPoolArgs<double>& args) { forward(args); }
 void max_pool2d_forward(const MaxPoolArgs<bfloat16>& args) { forward(args); }
+void max_pool2d_forward(const MaxPoolArgs<float16>& args) { forward(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

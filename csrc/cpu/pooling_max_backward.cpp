@@ -237,7 +237,7 @@ template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>&
                });
 }
 
-// A group of channels of an image at a time. Sums are carried in grad_input itself, or, of bfloat16, in scratch.
+// A group of channels of an image at a time. Sums are carried in grad_input itself, or, of 16-bit types, in scratch.
 template <class T, class Index> void scatter(const MaxPoolBackwardArgs<T>& args) {
   using A = acc_t<T>;
   constexpr bool offsets = sizeof(Index) == 1, in_place = sizeof(T) == sizeof(A);
@@ -308,5 +308,6 @@ template <class T> void backward(const MaxPoolBackwardArgs<T>& args) {
 void max_pool2d_backward(const MaxPoolBackwardArgs<float>& args) { backward(args); }
 void max_pool2d_backward(const MaxPoolBackwardArgs<double>& args) { backward(args); }
 void max_pool2d_backward(const MaxPoolBackwardArgs<bfloat16>& args) { backward(args); }
+void max_pool2d_backward(const MaxPoolBackwardArgs<float16>& args) { backward(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -224,5 +224,6 @@ void rnn_forward(const RnnForwardArgs<float>& args) {
 }
 void rnn_forward(const RnnForwardArgs<double>& args) { dispatch(args); }
 void rnn_forward(const RnnForwardArgs<bfloat16>& args) { dispatch(args); }
+void rnn_forward(const RnnForwardArgs<float16>& args) { dispatch(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

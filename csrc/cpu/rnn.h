@@ -55,6 +55,7 @@ template <class T> struct RnnBackwardArgs {
 DLKERN_DECLARE_RNN(float)
 DLKERN_DECLARE_RNN(double)
 DLKERN_DECLARE_RNN(bfloat16)
+DLKERN_DECLARE_RNN(float16)
 #undef DLKERN_DECLARE_RNN
 
 }  // namespace dlkern::cpu

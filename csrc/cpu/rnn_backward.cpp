@@ -241,5 +241,6 @@ void rnn_backward(const RnnBackwardArgs<float>& args) {
 }
 void rnn_backward(const RnnBackwardArgs<double>& args) { dispatch(args); }
 void rnn_backward(const RnnBackwardArgs<bfloat16>& args) { dispatch(args); }
+void rnn_backward(const RnnBackwardArgs<float16>& args) { dispatch(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

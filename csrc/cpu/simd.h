@@ -1,6 +1,7 @@
 // Vectors as wide as the instruction set this file is compiled for, through the compiler's vector
 // types: one source serves AVX-512, AVX2 and portable code, and the compiler contracts a * b + c to FMA.
-// Vec<float> and Vec<double> hold kVectorBytes; bfloat16 is loaded into and stored from Vec<float>.
+// Vec<float> and Vec<double> hold kVectorBytes; bfloat16 and float16 are loaded into and stored
+// from Vec<float>.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -85,6 +86,36 @@ inline vfloat load(const bfloat16* p) {
   std::memcpy(&v, &u, sizeof v);
   return v;
 }
+// float16's bits, in 32-bit lanes, to float and back, lane by lane as float16 itself does it.
+template <class F, class U> inline F float_of_half(U bits) {
+  using I = decltype(bits == bits);
+  const U h = bits & 0x7fffu;
+  const F small = __builtin_convertvector((I)h, F) * 0x1p-24f;
+  U u = (h << 13) + (h < 0x7c00u ? U{} + 0x38000000u : U{} + 0x70000000u);
+  u |= h > 0x7c00u ? U{} + 0x400000u : U{};
+  u = h < 0x400u ? (U)small : u;
+  return (F)(u | (bits & 0x8000u) << 16);
+}
+inline vuint32 half_of_float(vfloat v) {
+  const vuint32 u = (vuint32)v & 0x7fffffffu, sign = ((vuint32)v >> 16) & 0x8000u;
+  const vuint32 small = (vuint32)((vfloat)u + 0.5f) - 0x3f000000u;
+  vuint32 h = (u + 0xfffu + ((u >> 13) & 1u) - 0x38000000u) >> 13;
+  h = u < 0x38800000u ? small : h;
+  h = u >= 0x47800000u ? vuint32{} + 0x7c00u : h;
+  h = u > 0x7f800000u ? 0x7e00u | ((u >> 13) & 0x3ffu) : h;
+  return sign | h;
+}
+inline vfloat load(const float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && !defined(DLKERN_VECTOR_BYTES)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vuint16_half h;
+  std::memcpy(&h, p, sizeof h);
+  return float_of_half<vfloat>(__builtin_convertvector(h, vuint32));
+#endif
+}
 // kLanes<double> elements of any type, widened to double.
 inline vdouble load_wide(const double* p) { return load(p); }
 // GCC converts halves of a vector one at a time; one instruction does it.
@@ -126,6 +157,17 @@ inline vdouble load_wide(const bfloat16* p) {
   std::memcpy(&v, &u, sizeof v);
   return widen(v);
 }
+inline vdouble load_wide(const float16* p) {
+#if defined(__AVX512F__)
+  return widen((vfloat_half)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__F16C__) && !defined(DLKERN_VECTOR_BYTES)
+  return widen((vfloat_half)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  vuint16_quarter h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(float_of_half<vfloat_half>(__builtin_convertvector(h, vuint32_half)));
+#endif
+}
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bfloat16* p, vfloat v) {
@@ -135,6 +177,16 @@ inline void store(bfloat16* p, vfloat v) {
   rounded = (v != v) ? ((u >> 16) | 0x40u) : rounded;
   vuint16_half h = __builtin_convertvector(rounded, vuint16_half);
   std::memcpy(p, &h, sizeof h);
+}
+inline void store(float16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && !defined(DLKERN_VECTOR_BYTES)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  vuint16_half h = __builtin_convertvector(half_of_float(v), vuint16_half);
+  std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 // Whether a store past the caches exists; stream() is that store, to a multiple of the stored bytes; order it by fence().
@@ -148,6 +200,9 @@ inline void stream(bfloat16* p, vfloat v) {
   __m256i bits;
   std::memcpy(&bits, some, sizeof bits);
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+inline void stream(float16* p, vfloat v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void fence() { _mm_sfence(); }
 #else
@@ -214,6 +269,12 @@ template <> inline void store_partial<bfloat16>(bfloat16* p, vfloat v, int count
   bfloat16 lanes[16];
   store(lanes, v);
   _mm256_mask_storeu_epi16(p, lane_mask(count), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+template <> inline vfloat load_partial<float16>(const float16* p, int count) {
+  return (vfloat)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(count), p));
+}
+template <> inline void store_partial<float16>(float16* p, vfloat v, int count) {
+  _mm256_mask_storeu_epi16(p, lane_mask(count), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
 

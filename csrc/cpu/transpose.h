@@ -18,10 +18,11 @@ inline __m256 load8(const bfloat16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
+inline __m256 load8(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline __m256 load8(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
-inline __m256 load8(const bfloat16* p, int64_t count) {
-  bfloat16 lanes[8] = {};
-  std::memcpy(static_cast<void*>(lanes), p, sizeof(bfloat16) * static_cast<size_t>(count));
+template <class T> inline __m256 load8(const T* p, int64_t count) {
+  T lanes[8] = {};
+  std::memcpy(static_cast<void*>(lanes), p, sizeof(T) * static_cast<size_t>(count));
   return load8(lanes);
 }
 inline void store8(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
@@ -30,11 +31,14 @@ inline void store8(bfloat16* p, __m256 v) {
   _mm256_storeu_ps(lanes, v);
   for (int i = 0; i < 8; ++i) p[i] = bfloat16(lanes[i]);
 }
+inline void store8(float16* p, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
 inline void store8(float* p, __m256 v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
-inline void store8(bfloat16* p, __m256 v, int64_t count) {
+template <class T> inline void store8(T* p, __m256 v, int64_t count) {
   float lanes[8];
   _mm256_storeu_ps(lanes, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = bfloat16(lanes[i]);
+  for (int64_t i = 0; i < count; ++i) p[i] = T(lanes[i]);
 }
 
 inline void transpose8(__m256 (&r)[8]) {

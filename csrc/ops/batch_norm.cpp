@@ -35,8 +35,8 @@ NormShape norm_shape(const char* op, const Tensor& input, bool channels_last) {
 
 void check_input(const char* op, const Tensor& input) {
   const ScalarType dtype = input.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op,
-        ": expected float32, float64 or bfloat16");
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || is_reduced(dtype), op,
+        ": expected float32, float64, bfloat16 or float16");
   check<std::out_of_range>(input.dim() >= 2, op, ": expected [N, C, ...], got ", input.dim(), " dimensions");
 }
 
@@ -68,7 +68,7 @@ template <class F> Tensor make_per_channel(int64_t count, ScalarType dtype, cons
     using P = std::remove_pointer_t<decltype(type)>;
     P* p = mutable_data<P>(result);
     for (int64_t i = 0; i < count; ++i) {
-      if constexpr (std::is_same_v<P, bfloat16>)
+      if constexpr (sizeof(P) == 2)
         p[i] = P(static_cast<float>(f(static_cast<size_t>(i))));
       else
         p[i] = static_cast<P>(f(static_cast<size_t>(i)));

@@ -159,8 +159,14 @@ template <class F> inline void dispatch_floating(ScalarType dtype, const char* o
     case ScalarType::Float: f(static_cast<float*>(nullptr)); break;
     case ScalarType::Double: f(static_cast<double*>(nullptr)); break;
     case ScalarType::BFloat16: f(static_cast<bfloat16*>(nullptr)); break;
-    default: check(false, op, ": expected float32, float64 or bfloat16");
+    case ScalarType::Half: f(static_cast<float16*>(nullptr)); break;
+    default: check(false, op, ": expected float32, float64, bfloat16 or float16");
   }
+}
+inline bool is_reduced(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+// The same for the 16-bit types alone.
+template <class F> inline void dispatch_reduced(ScalarType dtype, F&& f) {
+  dtype == ScalarType::Half ? f(static_cast<float16*>(nullptr)) : f(static_cast<bfloat16*>(nullptr));
 }
 template <class T> inline const T* data(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <class T> inline T* mutable_data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
@@ -175,18 +181,23 @@ inline std::optional<Tensor> widened(const std::optional<Tensor>& x, const Tenso
   if (!x || x->scalar_type() == sum_type(input)) return as_contiguous(x);
   const Tensor from = as_contiguous(*x);
   Tensor to = allocate(from.sizes(), ScalarType::Float, from);
-  const bfloat16* source = data<bfloat16>(from);
-  float* target = mutable_data<float>(to);
-  for (int64_t i = 0; i < from.numel(); ++i) target[i] = source[i];
+  dispatch_reduced(from.scalar_type(), [&](auto* type) {
+    const auto* source = data<std::remove_pointer_t<decltype(type)>>(from);
+    float* target = mutable_data<float>(to);
+    for (int64_t i = 0; i < from.numel(); ++i) target[i] = source[i];
+  });
   return to;
 }
 // A parameter's gradient, of the type of sums, in the parameter's dtype.
 inline Tensor narrowed(const Tensor& x, ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
   Tensor to = allocate(x.sizes(), dtype, x);
-  const float* source = data<float>(x);
-  bfloat16* target = mutable_data<bfloat16>(to);
-  for (int64_t i = 0; i < x.numel(); ++i) target[i] = bfloat16(source[i]);
+  dispatch_reduced(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const float* source = data<float>(x);
+    T* target = mutable_data<T>(to);
+    for (int64_t i = 0; i < x.numel(); ++i) target[i] = T(source[i]);
+  });
   return to;
 }
 

@@ -12,7 +12,7 @@ void check_tensor(const char* op, const char* name, const Tensor& x, const Tenso
 }
 
 // The dtype packed weights are in: what sums are carried in.
-ScalarType packed_dtype(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype; }
+ScalarType packed_dtype(ScalarType dtype) { return is_reduced(dtype) ? ScalarType::Float : dtype; }
 
 template <class T> int64_t pack(const cpu::ConvShape& z, const Tensor& weight, acc_t<T>* packed) {
   const cpu::ConvPackArgs<T> args{z, data<T>(weight), is_channels_last(weight), packed};

@@ -1,5 +1,5 @@
 // layer_norm, op layer: layer_norm_forward, layer_norm_backward. Weight and bias are in the input's dtype, or float32
-// beside bfloat16.
+// beside bfloat16 and float16.
 #include "../cpu/layer_norm.h"
 
 #include "common.h"
@@ -27,7 +27,7 @@ void check_parameter(const char* op, const char* name, const std::optional<Tenso
   bool fits = x->dim() == dims;
   for (int64_t d = 0; fits && d < dims; ++d) fits = x->size(d) == input.size(input.dim() - dims + d);
   check(fits, op, ": ", name, " is not of the normalized shape");
-  const bool wide = input.scalar_type() == ScalarType::BFloat16 && x->scalar_type() == ScalarType::Float;
+  const bool wide = is_reduced(input.scalar_type()) && x->scalar_type() == ScalarType::Float;
   check(wide || x->scalar_type() == input.scalar_type(), op, ": ", name, " differs in dtype");
 }
 

@@ -15,8 +15,8 @@ constexpr int64_t kLargest = int64_t{1} << 31;  // of a window's extents, so tha
 
 void check_floating(const Tensor& x, const char* op) {
   const ScalarType dtype = x.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op,
-        ": expected float32, float64 or bfloat16");
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || is_reduced(dtype), op,
+        ": expected float32, float64, bfloat16 or float16");
 }
 
 // Windows along one dimension: rounded up in ceil_mode, but none starts beyond the input and the left padding.

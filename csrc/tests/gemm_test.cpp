@@ -3,6 +3,7 @@
 // at most gamma_k = k u / (1 - k u) times the sum of their absolute values. Operands end at a guarded page.
 #include "cpu/gemm.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -10,11 +11,12 @@
 namespace simd = dlkern::cpu::DLKERN_ISA;
 using dlkern::acc_t;
 using dlkern::bfloat16;
+using dlkern::float16;
 using dlkern::cpu::DLKERN_ISA::Gemm;
 using namespace dlkern::test;
 
 template <class T> constexpr double kUnit = sizeof(acc_t<T>) == 4 ? 5.9604644775390625e-8 : 1.1102230246251565e-16;
-constexpr double kStorageUnit = 0.00390625;  // of bfloat16
+template <class T> constexpr double kStorageUnit = std::is_same_v<T, bfloat16> ? 0x1p-8 : 0x1p-11;
 
 // C + bias[j] - i: that it sees each element once, with its own row and column.
 template <class T> struct ShiftByPlace {
@@ -107,7 +109,7 @@ template <class T> static void one_product(Random& random) {
       const double roundings = static_cast<double>(k + 4) * kUnit<T>;
       double bound = roundings / (1 - roundings) * size;
       if (sizeof(T) == 8) bound *= 2;  // the loop it is compared with rounds as much
-      if (sizeof(T) == 2) bound += kStorageUnit * (std::fabs(exact) + bound);
+      if (sizeof(T) == 2) bound += kStorageUnit<T> * (std::fabs(exact) + bound);
       CHECK(std::fabs(got - exact) <= bound,
             "m %ld n %ld k %ld strides %ld %ld %ld %ld accumulate %d: (%ld, %ld) is %.9g, not %.9g", long(m), long(n),
             long(k), long(a.row), long(a.column), long(b.row), long(b.column), accumulate, long(i), long(j), got,
@@ -122,6 +124,7 @@ int main() {
     one_product<float>(random);
     one_product<double>(random);
     one_product<bfloat16>(random);
+    one_product<float16>(random);
   }
   return report("gemm");
 }

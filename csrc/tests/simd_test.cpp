@@ -11,6 +11,7 @@
 namespace simd = dlkern::cpu::DLKERN_ISA;
 using dlkern::acc_t;
 using dlkern::bfloat16;
+using dlkern::float16;
 using dlkern::cpu::DLKERN_ISA::kLanes;
 using dlkern::cpu::DLKERN_ISA::Vec;
 using namespace dlkern::test;
@@ -123,6 +124,86 @@ static void bfloat16_rounding() {
     }
 }
 
+// What a float16's bits stand for, by their definition.
+static double value_of_half(uint32_t bits) {
+  const int exponent = static_cast<int>(bits >> 10 & 31), fraction = static_cast<int>(bits & 0x3ff);
+  double value;
+  if (exponent == 31)
+    value = fraction ? std::nan("") : std::numeric_limits<double>::infinity();
+  else
+    value = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return bits & 0x8000 ? -value : value;
+}
+
+// The float16 that `value` rounds to: the nearest, of two as near the even one; the largest's next is infinity.
+static uint32_t half_nearest(double value) {
+  const double size = std::fabs(value);
+  uint32_t below = 0;  // the largest that is not larger
+  for (uint32_t step = 0x4000; step; step /= 2)
+    if (below + step < 0x7c00 && value_of_half(below + step) <= size) below += step;
+  const double above = below + 1 < 0x7c00 ? value_of_half(below + 1) : 65536, to_above = above - size,
+               to_below = size - value_of_half(below);
+  const uint32_t rounded = to_below < to_above || (to_below == to_above && !(below & 1)) ? below : below + 1;
+  return rounded | (std::signbit(value) ? 0x8000u : 0);
+}
+
+static void check_to_half(float value) {
+  constexpr int lanes = kLanes<float>;
+  uint32_t u;
+  std::memcpy(&u, &value, 4);
+  float16 whole[lanes], some[1];
+  simd::store(whole, simd::broadcast<float>(value));
+  simd::store_partial<float16>(some, simd::broadcast<float>(value), 1);
+  const float16 scalar(value);
+  if (std::isnan(value)) {
+    CHECK(std::isnan(value_of_half(scalar.bits)), "scalar NaN %08x", u);
+    CHECK(whole[0].bits == scalar.bits && whole[lanes - 1].bits == scalar.bits, "vector NaN %08x", u);
+    return;
+  }
+  const uint32_t expected = half_nearest(static_cast<double>(value));
+  CHECK(scalar.bits == expected, "scalar %08x: %04x, not %04x", u, scalar.bits, expected);
+  CHECK(whole[0].bits == expected && whole[lanes - 1].bits == expected, "vector %08x: %04x", u, whole[0].bits);
+  CHECK(some[0].bits == expected, "partial store of %08x: %04x", u, some[0].bits);
+}
+
+// All of them to float and back; what lies on and beside each of them and each middle of two, and around float's ends.
+static void float16_conversions() {
+  constexpr int lanes = kLanes<float16>, wide = kLanes<double>;
+  Guarded<float16> from(lanes), few(wide);
+  Guarded<float> to(lanes);
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const double exact = value_of_half(bits);
+    const auto same = [&](double got) {
+      return std::isnan(exact) ? std::isnan(got) : got == exact && std::signbit(got) == std::signbit(exact);
+    };
+    for (int i = 0; i < lanes; ++i) from[i].bits = static_cast<uint16_t>(i % 2 ? bits : bits ^ 0x5555u);
+    for (int i = 0; i < wide; ++i) few[i].bits = static_cast<uint16_t>(bits);
+    const float scalar = static_cast<float>(from[1]);
+    CHECK(same(static_cast<double>(scalar)), "scalar %04x: %g", bits, static_cast<double>(scalar));
+    const auto v = simd::load(from.data());
+    CHECK(same(static_cast<double>(v[1])) && same(static_cast<double>(v[lanes - 1])), "vector %04x", bits);
+    CHECK(same(static_cast<double>(simd::load_partial<float16>(from.data() + lanes - 1, 1)[0])), "partial %04x", bits);
+    const auto w = simd::load_wide(few.data());
+    CHECK(same(w[0]) && same(w[wide - 1]), "wide %04x", bits);
+    if (std::isnan(exact)) continue;
+    const float next = static_cast<float>(value_of_half(bits + 1)),
+                middle = std::isfinite(scalar) && std::isfinite(next) ? (scalar + next) / 2 : scalar;
+    for (const float value : {scalar, middle})
+      for (const float beside : {value, std::nextafter(value, -1e30f), std::nextafter(value, 1e30f)})
+        check_to_half(beside);
+  }
+  for (const float value : {65519.996f, 65520.0f, 65535.0f, 65536.0f, 1e9f, 3.4e38f, 1e-30f, 1e-45f, 2.98e-8f})
+    check_to_half(value), check_to_half(-value);
+  check_to_half(std::numeric_limits<float>::quiet_NaN());
+  for (uint32_t low : {1u, 0x1000u, 0x2000u, 0x400000u, 0x7fffffu})
+    for (uint32_t sign : {0u, 0x80000000u}) {
+      const uint32_t u = sign | 0x7f800000u | low;
+      float nan;
+      std::memcpy(&nan, &u, 4);
+      check_to_half(nan);
+    }
+}
+
 template <class T> static void square_transpose() {
   constexpr int lanes = kLanes<T>;
   Vec<T> rows[lanes];
@@ -169,7 +250,9 @@ int main() {
   partial_loads_and_stores<float>();
   partial_loads_and_stores<double>();
   partial_loads_and_stores<bfloat16>();
+  partial_loads_and_stores<float16>();
   bfloat16_rounding();
+  float16_conversions();
   square_transpose<float>();
   square_transpose<double>();
   matrix_transpose<float, float>();
@@ -177,6 +260,9 @@ int main() {
   matrix_transpose<bfloat16, float>();
   matrix_transpose<float, bfloat16>();
   matrix_transpose<bfloat16, bfloat16>();
+  matrix_transpose<float16, float>();
+  matrix_transpose<float, float16>();
+  matrix_transpose<float16, float16>();
   reductions();
   return report("simd");
 }

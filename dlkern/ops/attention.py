@@ -74,7 +74,7 @@ PUBLIC = (
     "scaled_dot_product_attention", "dot_attention", "cosine_attention", "gaussian_attention", "additive_attention",
 )
 for _op in PUBLIC:
-    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float64))
+    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _forward, _backward = raw["attention_forward"], raw["attention_backward"]
 

@@ -112,7 +112,7 @@ define(
     triton="dlkern.kernels.conv:conv2d_act_forward",
 )
 for _column, _dtypes in {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16),
 }.items():

@@ -36,7 +36,7 @@ _SCHEMA = "(Tensor input, float p, Tensor seed) -> Tensor"
 define("dropout", _SCHEMA, _fake, triton="dlkern.kernels.dropout:dropout")
 define("feature_dropout", _SCHEMA, _feature_fake, triton="dlkern.kernels.dropout:feature_dropout")
 for _column, _dtypes in {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16),
 }.items():

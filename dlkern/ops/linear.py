@@ -54,7 +54,7 @@ define(
     triton=_KERNELS + "activation_backward",
 )
 for _column, _dtypes in {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16),
 }.items():

@@ -48,7 +48,7 @@ define(
     _fake_backward, triton="dlkern.kernels.loss:cross_entropy_backward",
 )
 for _column, _dtypes in {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }.items():
     columns.declare("cross_entropy", _column, _dtypes)

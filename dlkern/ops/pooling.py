@@ -149,7 +149,7 @@ for _op, _schema, _fake in (
 ):
     define(_op, _schema, _fake, triton=f"dlkern.kernels.{'_lp_pooling' if _op.startswith('lp_') else 'pooling'}:{_op}")
 for _column, _dtypes in {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16),
 }.items():

@@ -70,7 +70,7 @@ define(
 )
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
 for _op in PUBLIC:
-    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float64))
+    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
 

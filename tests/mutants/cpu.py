@@ -325,3 +325,18 @@ MUTANTS += [
     dict(_PLAIN, old="at(args.input_channels_last, z.c, z.h, z.w, n, channel, y, x)",
          new="at(args.grad_output_channels_last, z.c, z.h, z.w, n, channel, y, x)"),
 ]
+
+
+def _sixteen_bits(file: str, old: str, new: str, tests: list[str]) -> dict:
+    return dict(file=f"csrc/ops/{file}", old=old, new=new, tests=tests, build="native")
+
+
+MUTANTS += [
+    # float16's parameters taken for bfloat16's, those in float32 refused, its images refused.
+    _sixteen_bits("common.h", "dtype == ScalarType::Half ? f(", "dtype == ScalarType::BFloat16 ? f(",
+                  ["tests/test_layer_norm.py", "-k", "parity"]),
+    _sixteen_bits("layer_norm.cpp", "is_reduced(input.scalar_type()) && x", "input.scalar_type() == ScalarType::BFloat16 && x",
+                  ["tests/test_layer_norm.py", "-k", "16_bits"]),
+    _sixteen_bits("pooling.cpp", "dtype == ScalarType::Double || is_reduced(dtype)", "dtype == ScalarType::Double",
+                  ["tests/test_pooling.py", "-k", "torch.float16"]),
+]

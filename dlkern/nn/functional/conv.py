@@ -140,7 +140,7 @@ def conv1d(
     """torch.nn.functional.conv1d, on conv2d's kernels: a sequence is an image of one row.
 
     Args:
-        input: [N, C, L] or [C, L]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        input: [N, C, L] or [C, L]; float32, bfloat16, float16 or float64; any strides.
         weight: [K, C / groups, S].
         bias: [K] or None.
         stride, padding, dilation, groups: as in conv2d, for one dimension.
@@ -175,7 +175,7 @@ def conv2d(
     """torch.nn.functional.conv2d.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        input: [N, C, H, W] or [C, H, W]; float32, bfloat16, float16 or float64; any strides.
         weight: [K, C / groups, R, S].
         bias: [K] or None.
         stride, dilation: an int, or one for each of height and width.
@@ -312,7 +312,7 @@ def conv_transpose1d(
     """torch.nn.functional.conv_transpose1d, on conv_transpose2d's kernels: a sequence is an image of one row.
 
     Args:
-        input: [N, C, L] or [C, L]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        input: [N, C, L] or [C, L]; float32, bfloat16, float16 or float64; any strides.
         weight: [C, K / groups, S].
         bias: [K] or None.
         stride, padding, output_padding, groups, dilation: as in conv_transpose2d, for one dimension.
@@ -340,7 +340,7 @@ def conv_transpose2d(
     """torch.nn.functional.conv_transpose2d: the gradient of a conv2d by its input, as a layer that enlarges images.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32, bfloat16 or float64 (float16 on GPUs); any strides.
+        input: [N, C, H, W] or [C, H, W]; float32, bfloat16, float16 or float64; any strides.
         weight: [C, K / groups, R, S].
         bias: [K] or None.
         stride: step in the output between neighbouring inputs, an int, or one for each of height and width.

@@ -33,7 +33,7 @@ def _unusual(
         dtypes.add(x.dtype)
     if len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}:
         return "weight and bias are in other dtypes"
-    if torch.float32 in dtypes and input.dtype not in (torch.float32, torch.bfloat16):
+    if torch.float32 in dtypes and input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "weight and bias are in other dtypes"
     return None
 
@@ -50,7 +50,7 @@ def layer_norm(
     Args:
         input: [*, *normalized_shape], floating point.
         normalized_shape: the last dimensions of input.
-        weight, bias: [*normalized_shape] in input's dtype (or float32 beside bfloat16), or None.
+        weight, bias: [*normalized_shape] in input's dtype (or float32 beside a 16-bit input), or None.
         eps: added to the variance.
 
     Returns:
