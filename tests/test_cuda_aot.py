@@ -39,6 +39,9 @@ REQUIRED = {
         r"pixel_sums_kernel<(float, 4|__nv_bfloat16, 8), (false|true)>": ["LDG.E.128"],
     },
     "dropout": {r"dropout_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
+    "layer_norm": {
+        r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|__nv_bfloat16, \(Rows\)\d, 8)>": ["LDG.E.128", "STG.E"],
+    },
     "linear": {
         r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
         r"linear_\w+_kernel<.*false>": ["HMMA.16816.F32.BF16", "LDSM.16"],
@@ -49,6 +52,15 @@ REQUIRED = {
         r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|__nv_bfloat16, 8).*": ["LDG.E.128", "STG.E.128"],
         r"max_pool2d_forward_kernel<__nv_bfloat16, 8, 1>": ["STG.E.64"],
         r"max_pool2d_backward_kernel<__nv_bfloat16, 8, unsigned char>": ["LDG.E.64"],
+    },
+    "rnn": {
+        r"rnn_forward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"],
+        r"rnn_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],
+        r"rnn_input_kernel<.*": ["HMMA.16816.F32.BF16", "LDSM.16"],
+    },
+    "rnn_backward": {
+        r"rnn_backward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16.MT88", "LDGSTS.E.BYPASS.128", "RED"],
+        r"rnn_backward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],
     },
 }
 FORBIDDEN = ("LDL", "STL")

@@ -1,4 +1,4 @@
-"""tests/test_cuda.py and test_cuda_conv.py again, in a process of their own: on the checked build, which reports races,
+"""tests/test_cuda*.py of the families again, in a process of their own: on the checked build, which reports races,
 uninitialised reads and accesses out of bounds, and under AddressSanitizer and UBSan."""
 
 import os
@@ -17,7 +17,7 @@ def cuda_tests(variant: str, selection: str, **environment: str) -> None:
         [sys.executable, "setup.py", "-q", "build_native", "--variant", f"cuda_on_host_{variant}"], cwd=ROOT, check=True,
         stdout=subprocess.DEVNULL,
     )
-    files = ["tests/test_cuda.py", "tests/test_cuda_conv.py"]
+    files = [f"tests/test_cuda{family}.py" for family in ("", "_conv", "_layer_norm", "_rnn")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-s", "-k", selection]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True,

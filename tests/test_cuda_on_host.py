@@ -17,10 +17,14 @@ ORDERS = [("forward", 1), ("reverse", 1), *[("random", seed) for seed in range(1
 FINDINGS = {
     "all_of_shared_written": ["read of shared memory nobody wrote"],
     "atomic_counting": ["race in a result"],
+    "barrier_after_acquire": ["race in a result", "read of a result nobody wrote"],
     "barrier_after_cp_async_wait": ["race in shared memory", "nobody wrote", "cp.async is still to fill"],
     "barrier_before_overwrite": ["race in shared memory: write after another thread's read", "race in shared memory"],
     "barrier_before_read": ["race in shared memory", "read of shared memory nobody wrote"],
+    "barrier_before_release": ["race in a result", "read of a result nobody wrote"],
+    "counter_waited_for": ["race in a result", "read of a result nobody wrote"],
     "cp_async_wait_for_all": ["read of shared memory that cp.async is still to fill"],
+    "everybody_arrives": ["deadlock"],
     "everybody_shuffles": ["deadlock"],
     "global_read_inside": ["read of global memory outside every tensor"],
     "global_write_inside": ["write of global memory outside every tensor"],
@@ -79,7 +83,7 @@ def test_planted_bug_is_reported_and_the_right_kernel_is_not(in_order, name):
     assert any(text in first for text in FINDINGS[name]), first
 
 
-@pytest.mark.parametrize("name", ["everybody_shuffles", "one_barrier_for_all", "shared_write_inside"])
+@pytest.mark.parametrize("name", ["everybody_arrives", "everybody_shuffles", "one_barrier_for_all", "shared_write_inside"])
 def test_the_plain_build_sees_some(in_order, name):
     in_order.run_case(name.encode(), 1)
     assert in_order.cuda_on_host_errors() > 0
@@ -115,6 +119,7 @@ def test_instruction_twins():
     assert found == conformance(ROOT / "build" / "cuda_on_host_checked")
     x = inputs(4096)
 
+    assert found["counters"] == found["grid_sync"]
     halves = [half for word in x[:128] for half in (word & 0xFFFF, word >> 16)]
     rows = [halves[8 * r : 8 * r + 8] for r in range(32)]
     expected, transposed = [], []

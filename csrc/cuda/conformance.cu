@@ -113,6 +113,23 @@ __global__ void grid_sync_case(const uint32_t* in, uint32_t* out) {
   }
 }
 
+// The same by a counter, which is the word behind the results.
+__global__ void counters_case(const uint32_t* in, uint32_t* out) {
+  const uint32_t self = blockIdx.x * blockDim.x + threadIdx.x, count = gridDim.x * blockDim.x;
+  uint32_t* const counter = out + 2 * count;
+  out[self] = in[self];
+  for (uint32_t step = 0; step < 7; step++) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      red_release_add(counter, 1);
+      while (ld_acquire(counter) < (step + 1) * gridDim.x) spin_wait();
+    }
+    __syncthreads();
+    const uint32_t* from = out + step % 2 * count;
+    out[(step + 1) % 2 * count + self] = from[(self + 33) % count] * 3 + from[(self + 1) % count];
+  }
+}
+
 // Words that a kernel sees, and their copy on the host.
 struct Memory {
   std::vector<uint4> blocks = std::vector<uint4>(kWords / 4);
@@ -159,5 +176,6 @@ int main() {
     run("divide", division_case, 2048, 1, false, FastDivide(divisor));
   run("bfloat16", bfloat16_case, 1024, 1, false);
   run("grid_sync", grid_sync_case, 512, 8, true);
+  run("counters", counters_case, 512, 8, true);
   return 0;
 }

@@ -81,6 +81,26 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #endif
 }
 
+// How many blocks of a kernel the current device runs at once; -1 where one has more shared memory than a block may.
+template <class... Parameters>
+int64_t blocks_at_once(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
+#ifdef __CUDACC__
+  int device = 0, most_shared = 0, multiprocessors = 0, blocks = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  throw_on_error(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "attribute");
+  if (shared_bytes > most_shared) return -1;
+  throw_on_error(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+      "attribute");
+  throw_on_error(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "attribute");
+  throw_on_error(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
+  return static_cast<int64_t>(multiprocessors) * blocks;
+#else
+  (void)kernel, (void)threads;
+  return ::cuda_on_host::blocks_at_once(shared_bytes);
+#endif
+}
+
 }  // namespace dlkern::cuda
 
 // DLKERN_LAUNCH((kernel<float, 4>), grid, block, shared_bytes, stream, arguments...); throws where the launch fails.

@@ -90,4 +90,31 @@ DLKERN_DEVICE void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint3
 #endif
 }
 
+// Adds to a counter in global memory. Whoever reads the new value by ld_acquire then sees what this thread wrote before,
+// and what the others of its block wrote before a barrier.
+DLKERN_DEVICE void red_release_add(unsigned* counter, unsigned value) {
+#ifdef __CUDACC__
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+#else
+  ::cuda_on_host::red_release_add(counter, value);
+#endif
+}
+
+DLKERN_DEVICE unsigned ld_acquire(const unsigned* counter) {
+#ifdef __CUDACC__
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+#else
+  return ::cuda_on_host::ld_acquire(counter);
+#endif
+}
+
+// In a loop that waits for a counter: lets others go on.
+DLKERN_DEVICE void spin_wait() {
+#ifndef __CUDACC__
+  ::cuda_on_host::spin("spin_wait");
+#endif
+}
+
 }  // namespace dlkern::cuda

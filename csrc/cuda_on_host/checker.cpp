@@ -27,7 +27,10 @@ bool in_block(uint32_t id, const Block& block) { return id - first_id(block) < b
 bool ordered(const Access& earlier, const Thread& thread) {
   if (earlier.time < machine.grid_synced_at || earlier.thread == thread.id) return true;
   const Block& block = *thread.block;
-  if (!in_block(earlier.thread, block)) return false;
+  if (!in_block(earlier.thread, block)) {
+    const size_t other = earlier.thread / (block.warps.size() * 64);
+    return earlier.thread != kSeveralBlocks && other < block.seen.size() && earlier.time < block.seen[other];
+  }
   if (earlier.time < block.synced_at) return true;
   return earlier.thread / 64 == thread.id / 64 && earlier.thread % 64 != kSeveralWarps &&
          earlier.time < thread.warp->synced_at;

@@ -2,8 +2,8 @@
 //
 // Only one thread runs at a time, so all accesses lie on one line of time, counted by machine.clock, which each
 // synchronisation advances. An access by one thread is ordered before a later one by another exactly when a
-// synchronisation of both lies between: a __syncthreads of their block, a __syncwarp of their warp, a grid sync or the
-// next launch. Whether it does can be read off the two times, whatever order the threads ran in.
+// synchronisation of both lies between: a __syncthreads of their block, a __syncwarp of their warp, a grid sync, a
+// counter that one block added to and the other read (counters.cpp), or the next launch. Whether it does can be read off the two times, whatever order the threads ran in.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,7 +31,7 @@ struct Access {
 // What is remembered of one byte.
 struct Shadow {
   Access write, read;
-  bool atomic = false;   // the write was an atomic one
+  bool atomic = false;  // the write was an atomic one
   bool arrived = false;  // false while an asynchronous copy is under way
 };
 

@@ -47,8 +47,12 @@ EXPORT void cuda_on_host_clear() {
 
 // order: 0 forward, 1 reverse, 2 random by `seed`.
 EXPORT void cuda_on_host_set_order(int order, unsigned seed) {
-  cuda_on_host::settings = {static_cast<cuda_on_host::Order>(order), seed};
+  cuda_on_host::settings.order = static_cast<cuda_on_host::Order>(order);
+  cuda_on_host::settings.seed = seed;
 }
+
+// How many multiprocessors the device has that the launchers ask about.
+EXPORT void cuda_on_host_set_multiprocessors(int count) { cuda_on_host::settings.multiprocessors = count; }
 
 EXPORT int cuda_on_host_is_checked() {
 #ifdef DLKERN_CHECKED

@@ -99,6 +99,12 @@ void cp_async(void* destination, const void* source, int bytes, int source_bytes
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 
+// counters.cpp. A thread that spins sleeps until some counter is added to.
+void red_release_add(unsigned* counter, unsigned value);
+unsigned ld_acquire(const unsigned* counter);
+void spin(const char* where);
+int64_t blocks_at_once(int64_t shared_bytes);  // of a kernel, on the device that this pretends to be
+
 template <class T>
 T shuffled(unsigned mask, T value, int source_lane, const char* where) {
   static_assert(sizeof(T) <= 16);

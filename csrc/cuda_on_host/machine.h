@@ -54,12 +54,16 @@ struct SharedArray {
 
 struct Block {
   uint3 index;
+  uint32_t linear_index;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   int alive;
   std::vector<Thread*> at_barrier;
   const char* barrier_where;
   uint32_t synced_at;               // the clock at the last __syncthreads
+  // By block: accesses of it before that time are ordered before this block's, through counters. `acquired` is what a
+  // thread read and a __syncthreads will make known to the others.
+  std::vector<uint32_t> seen, acquired;
   unsigned char* memory = nullptr;  // shared memory and its red zones
   size_t memory_used;
   std::vector<SharedArray> arrays;
@@ -71,26 +75,31 @@ enum class Order { forward, reverse, random };
 struct Settings {
   Order order = Order::forward;
   unsigned seed = 1;
+  int multiprocessors = 132;
 };
 
 struct Machine {
   const char* kernel = "";
-  Thread* current = nullptr;   // null outside a launch
+  Thread* current = nullptr;  // null outside a launch
   std::vector<Block*> blocks;  // those running now: one, or all of a cooperative launch
-  uint32_t clock = 1;          // counts synchronisations of any kind; see checker.h
+  uint32_t clock = 1;  // counts synchronisations of any kind; see checker.h
   uint32_t grid_synced_at = 1;
 };
 
 extern Settings settings;
 extern Machine machine;
 
-inline constexpr unsigned char kPoison = 0xff;      // NaN in float and bfloat16
+inline constexpr unsigned char kPoison = 0xff;  // NaN in float and bfloat16
 inline constexpr size_t kSharedLimit = 227 * 1024;  // of a block on sm_90
 
 // scheduler.cpp: puts the current thread to sleep at `where`; make_ready lets one run again.
 void sleep(const char* where);
 void make_ready(Thread* thread);
 bool continues_after_sync();  // whether the thread that completes a barrier runs on, or queues like the others
+
+// counters.cpp
+void forget_counters();  // a launch begins
+void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);  // the later of both, by block
 
 // shared_memory.cpp
 void shared_begin(Block& block, size_t dynamic_bytes);

@@ -54,6 +54,7 @@ void run_next(Fiber& from, bool last) {
 
 void release_barrier(Block& block) {
   block.synced_at = ++machine.clock;
+  join(block.seen, block.acquired);
   block.barrier_where = nullptr;
   for (Thread* thread : block.at_barrier) ready.push_back(thread);
   block.at_barrier.clear();
@@ -77,6 +78,9 @@ void start_block(Block& block, uint3 index, uint32_t linear_index, dim3 size, si
   const unsigned threads = size.x * size.y * size.z;
   const unsigned warps = (threads + 31) / 32;
   block.index = index;
+  block.linear_index = linear_index;
+  block.seen.clear();
+  block.acquired.clear();
   block.threads.resize(threads);
   block.warps.assign(warps, Warp{});
   block.alive = static_cast<int>(threads);
@@ -184,6 +188,7 @@ void run_grid(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes,
   for (uint32_t first = 0; first < count; first += together) {
     ready.clear();
     at_grid_barrier.clear();
+    forget_counters();
     machine.blocks.clear();
     alive = 0;
     for (uint32_t i = first; i < first + together; i++) {

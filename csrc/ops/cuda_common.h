@@ -62,6 +62,11 @@ class Call {
     track(x, true);
     return x.mutable_data_ptr();
   }
+  // Written in part: what is there stays.
+  void* updates(const Tensor& x) {
+    track(x, true);
+    return x.mutable_data_ptr();
+  }
   void* stream() const { return nullptr; }
 
  private:
@@ -82,6 +87,7 @@ class Call {
   const void* reads(const Tensor& x) { return x.const_data_ptr(); }
   const void* reads(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
   void* writes(const Tensor& x) { return x.mutable_data_ptr(); }
+  void* updates(const Tensor& x) { return x.mutable_data_ptr(); }
   void* stream() const { return stream_; }
 
  private:

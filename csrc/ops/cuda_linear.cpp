@@ -1,7 +1,8 @@
 // linear, op layer of the CUDA column: linear_forward, linear_backward_input, linear_backward_weight,
 // activation_backward. bfloat16 by linear.cu; float32 as the 1 x 1 convolution of images of one pixel (conv.cu).
-#include "../cuda/linear.h"
+#include "cuda_linear.h"
 
+#include "../cuda/linear.h"
 #include "cuda_common.h"
 #include "cuda_conv_parts.h"
 
@@ -65,6 +66,8 @@ void backward_weight_float(const Tensor& grad_output, const Tensor& input, Tenso
     cuda::conv2d_backward_bias(kFloat, g, read(call, grad_output), sums, result, call.stream());
   });
 }
+
+}  // namespace
 
 // ---- The ops ----
 
@@ -144,6 +147,8 @@ std::tuple<Tensor, Tensor> linear_backward_weight_cuda(const Tensor& grad_output
                                bias ? call.writes(grad_bias) : nullptr, rows, in_features, out_features, call.stream());
   return {grad_weight, grad_bias};
 }
+
+namespace {
 
 Tensor activation_backward_cuda(const Tensor& grad_output, const Tensor& output, int64_t activation) {
   const char* op = "activation_backward";

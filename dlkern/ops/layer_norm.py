@@ -44,6 +44,7 @@ define(
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)", _fake_backward,
 )
 columns.declare("layer_norm", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+columns.declare("layer_norm", "cuda", (torch.float32, torch.bfloat16))
 
 _forward, _backward = raw["layer_norm_forward"], raw["layer_norm_backward"]
 

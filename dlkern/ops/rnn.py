@@ -68,11 +68,32 @@ define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
+# How the cuda column would run a layer of these states: a key of _ROUTES.
+define("rnn_route", "(Tensor h0, int mode, int steps, bool backward) -> int", lambda h0, mode, steps, backward: 0)
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    columns.declare(
+        _op, "cuda", (torch.float32, torch.bfloat16),
+        lambda facts: "cuda column has no projections" if "projection" in facts else None,
+    )  # fmt: skip
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
+
+# One launch runs all steps with the weights in shared memory, or, for these reasons, there is one launch a step.
+_ROUTES = {
+    0: None, 1: None, 2: "the weights of 16 units do not fit a block's shared memory",
+    3: "the blocks of a launch do not all run at once",
+}  # fmt: skip
+
+
+def _slower(h0: torch.Tensor, mode: int, steps: int) -> str:
+    """Why the cuda column takes a launch a step, for trace(); "" where it does not."""
+    for pass_ in ("forward", "backward"):
+        reason = _ROUTES[raw["rnn_route"]["cuda"](h0, mode, steps, pass_ == "backward")]
+        if reason is not None:
+            return f"a launch a step in {pass_}: {reason}"
+    return ""
 
 
 # Tensors of a layer in the order of Rnn's arguments: input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0.
@@ -186,11 +207,15 @@ def rnn(
     column = "reference"
     if not _autograd.use_reference():
         choice = columns.choose(
-            PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated
-        )
+            PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
+            () if weight_hr is None else ("projection",),
+        )  # fmt: skip
         column = choice.column
         if tracing.active:
-            tracing.record(PUBLIC[mode], column, choice.reason, input, weight_ih, weight_hh)
+            reason = choice.reason
+            if column == "cuda" and not torch.compiler.is_compiling():
+                reason = reason or _slower(h0, mode, input.shape[0] if batch_sizes is None else batch_sizes.shape[0])
+            tracing.record(PUBLIC[mode], column, reason, input, weight_ih, weight_hh)
     if column == "reference":
         results = reference.rnn(*tensors, _numbers(batch_sizes), _numbers(lengths), mode, reverse)
         return results[0], results[1], results[2] if mode == LSTM else None

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ORDERS", "clear", "errors", "library_path", "load", "loaded", "messages", "raise_if_errors", "thread_order"]
+__all__ = [
+    "ORDERS", "clear", "errors", "library_path", "load", "loaded", "messages", "multiprocessors", "raise_if_errors",
+    "thread_order",
+]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
 
@@ -84,6 +87,16 @@ def raise_if_errors() -> None:
         count, text = errors(), messages()
         clear()
         raise RuntimeError(f"CUDA on the host found {count} errors:\n{text}")
+
+
+@contextlib.contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """Launches inside believe that the device has so many multiprocessors (132 by default): whether blocks fit at once."""
+    load().cuda_on_host_set_multiprocessors(count)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_multiprocessors(132)
 
 
 @contextlib.contextmanager

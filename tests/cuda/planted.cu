@@ -145,6 +145,33 @@ __global__ void grid_sync_before_read(const float* in, float* out) {  // two blo
   out[2 * kThreads + self] = out[(self + kThreads) % (2 * kThreads)];
 }
 
+// Two blocks, cooperative, that meet through a counter, as csrc/cuda/rnn_steps.cuh does.
+enum class Missing { nothing, wait, barrier_before_release, barrier_after_acquire, arrival };
+
+template <Missing MISSING>
+__global__ void meet(const float* in, float* out) {
+  const int self = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  auto* const counter = reinterpret_cast<unsigned*>(out + kSize - 1);
+  if (self == 0) *counter = 0;
+  grid_sync();
+  out[self] = in[self];
+  if (MISSING != Missing::barrier_before_release) __syncthreads();
+  if (threadIdx.x == 0) {
+    if (MISSING != Missing::arrival || blockIdx.x == 0) red_release_add(counter, 1);
+    while (MISSING != Missing::wait && ld_acquire(counter) < 2) spin_wait();
+  }
+  if (MISSING != Missing::barrier_after_acquire) __syncthreads();
+  if (threadIdx.x < kThreads / 2) out[2 * kThreads + self] = out[(self + kThreads) % (2 * kThreads)];
+}
+template <bool BUG>
+constexpr auto counter_waited_for = meet < BUG ? Missing::wait : Missing::nothing > ;
+template <bool BUG>
+constexpr auto barrier_before_release = meet < BUG ? Missing::barrier_before_release : Missing::nothing > ;
+template <bool BUG>
+constexpr auto barrier_after_acquire = meet < BUG ? Missing::barrier_after_acquire : Missing::nothing > ;
+template <bool BUG>
+constexpr auto everybody_arrives = meet < BUG ? Missing::arrival : Missing::nothing > ;
+
 template <bool BUG>
 __global__ void atomic_counting(const float* in, float* out) {
   if (threadIdx.x == 0) out[0] = 0.0f;
@@ -204,6 +231,10 @@ const std::map<std::string, std::array<Case, 2>>& cases() {
       CASE(vector_read_inside),
       CASE(one_writer_a_result, 2),
       CASE(grid_sync_before_read, 2, true),
+      CASE(counter_waited_for, 2, true),
+      CASE(barrier_before_release, 2, true),
+      CASE(barrier_after_acquire, 2, true),
+      CASE(everybody_arrives, 2, true),
       CASE(atomic_counting),
       CASE(everybody_shuffles),
       CASE(one_barrier_for_all),

@@ -4,10 +4,21 @@ POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
     f"csrc/cuda/{name}"
     for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "dropout.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
 )
+LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS = (
+    f"csrc/cuda/{name}" for name in ("layer_norm.cu", "rnn.cu", "rnn_backward.cu", "rnn_steps.cuh")
+)
 
 
-def _mutant(file: str, old: str, new: str, selection: str) -> dict:
-    return dict(file=file, old=old, new=new, tests=["tests/test_cuda.py", "-k", selection], build="cuda_on_host")
+def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> dict:
+    return dict(file=file, old=old, new=new, tests=[f"tests/test_cuda{family}.py", "-k", selection], build="cuda_on_host")
+
+
+def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float32") -> dict:
+    return _mutant(LAYER_NORM, old, new, selection, "_layer_norm")
+
+
+def _rnn_mutant(file: str, old: str, new: str, selection: str) -> dict:
+    return _mutant(file, old, new, selection, "_rnn")
 
 
 _MAX = "test_max_pool2d and not 2x8x9x11"
@@ -96,4 +107,27 @@ MUTANTS = [
     _mutant(ACTIVATION, "y <= 0.0f ? 0.0f : grad", "y < 0.0f ? 0.0f : grad", _LINEAR_ACTIVATION),
     _mutant(ACTIVATION, "grad * (1.0f - y * y)", "grad * (1.0f - y)", _LINEAR_ACTIVATION),
     _mutant(LINEAR, "for (int64_t i = start; i < count; i++)", "for (int64_t i = start; i + 1 < count; i++)", _LINEAR_ACTIVATION),
+    # layer_norm_forward_kernel, layer_norm_backward_kernel, layer_norm_sums_kernel
+    _norm_mutant("(value - mean) * (value - mean)", "value * value"),
+    _norm_mutant("value[v] *= of_weight[v];", "value[v] *= of_weight[0];"),
+    _norm_mutant("- normal[p * VEC + v] * mean_second", ""),
+    _norm_mutant("to[columns + j + v] = (fresh ? 0.0f : to[columns + j + v]) + gradient[i];",
+                 "to[columns + j + v] = gradient[i];"),
+    _norm_mutant("for (int warp = 0; warp < My::kRowsAtOnce; warp++)", "for (int warp = 1; warp < My::kRowsAtOnce; warp++)"),
+    _norm_mutant("part < count; part += kFinalRows", "part < count; part += count", "test_layer_norm_sums"),
+    # rnn_forward_kernel
+    _rnn_mutant(RNN_STEPS, "met * gridDim.x", "(met - 1) * gridDim.x", "test_rnn and packs"),
+    _rnn_mutant(RNN_STEPS, "for (int w = 1; w < kWarpsK; w++)", "for (int w = 2; w < kWarpsK; w++)", "test_rnn_long_sums"),
+    _rnn_mutant(RNN_STEPS, "kLast ? of_unit < hidden : k_at < k", "true", "test_rnn and odd"),
+    _rnn_mutant(RNN, "b < before.size ? *cell :", "n > 0 ? *cell :", "test_rnn_packed and lstm"),
+    _rnn_mutant(RNN, "given[i][2] + r * recurrent[2]", "given[i][2] + recurrent[2]", "test_rnn and gru and odd"),
+    _rnn_mutant(RNN, "if (b >= after.size) a.h_n", "if (n + 1 == s.steps) a.h_n", "test_rnn_packed and sorted"),
+    # rnn_padding_kernel
+    _rnn_mutant(RNN, "if (t < s.steps && b < s.sizes[t]) return;", "if (t < s.steps) return;", "test_rnn_lengths"),
+    # rnn_backward_kernel
+    _rnn_mutant(RNN_BACKWARD, "if (GATES == 3 && goes_on) dh += *carry;", "", "test_rnn and gru and odd"),
+    _rnn_mutant(RNN_BACKWARD, "dn * recurrent * r * (1.0f - r)", "dn * r * (1.0f - r)", "test_rnn and gru and odd"),
+    _rnn_mutant(RNN_BACKWARD, "b >= step.size || b >= after.size", "b >= step.size", "test_rnn_packed and sorted"),
+    _rnn_mutant(RNN_BACKWARD, "s.first_rows ? s.first_rows[b] : ", "", "test_rnn_packed and unsorted"),
+    _rnn_mutant(RNN_BACKWARD, "dc * c_before * forget", "dc * forget", "test_rnn and lstm and odd"),
 ]
