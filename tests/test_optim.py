@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import json
 
 import numpy as np
 import pytest
@@ -490,3 +491,51 @@ def test_step_inside_a_compiled_function():
         ends.append([p.detach() for p in net.parameters()])
     for ours, theirs in zip(*ends):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_benchmark(tmp_path):
+    from dlkern.bench import optim as bench
+
+    assert bench.main(["adam", "clip_grad_norm_", "--network", "lenet", "--seconds", "0.02", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "optim.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == ["adam", "clip_grad_norm_"]
+    assert set(rows[0]["ratio"]) == {"foreach", "fused", "single"} and rows[0]["floor ms"] > 0
+
+
+def test_plain_expressions_agree():
+    """The reference column, which serves LARS and clipping where no kernel does."""
+    tensors = [x.float() for x in drawn()]
+    settings = dict(lr=0.5, momentum=0.9, weight_decay=5e-3, trust_coefficient=0.02, maximize=True)
+
+    def results():
+        lars = trained(lambda p: dlkern.optim.LARS(p, **settings), *tensors)
+        params = with_grads(*tensors)
+        norm = dlkern.nn.utils.clip_grad_norm_(params, 0.5)
+        dlkern.nn.utils.clip_grad_value_(params, 1e-3)
+        return [*lars, norm, joined(p.grad for p in params)]
+
+    ours = results()
+    with dlkern.backend("reference"), dlkern.trace() as calls:
+        plain = results()
+        sgd = trained(lambda p: dlkern.optim.SGD(p, lr=0.1), *tensors)
+    assert {(call.op, call.backend) for call in calls} == {
+        ("lars", "reference"), ("clip_grad_norm_", "reference"), ("clip_grad_value_", "reference"), ("sgd", "torch"),
+    }  # fmt: skip
+    for a, b in zip([*ours, *trained(lambda p: dlkern.optim.SGD(p, lr=0.1), *tensors)], [*plain, *sgd], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_schemas_and_fake_kernels():
+    def some():
+        return [torch.randn(3, 2), torch.randn(5)]
+
+    zero, row = [torch.zeros(()), torch.zeros(())], [0.1, 0.9, 0.99, 1e-8, 0.01, 1.0, 0.0]
+    calls = {
+        "sgd": (some(), some(), some(), [0, 1], [0, 0], [0.1, 0.9, 0.0, 0.0, 0.0, 0.0]),
+        "adam": (some(), some(), [x.abs() for x in some()], [x.abs() for x in some()], [], zero, [0, 0], row),
+        "lars": (some(), some(), some(), [0, 1], [0.1, 0.9, 0.0, 0.01, 0.0, 0.0] * 2),
+        "clip_grad_norm": (some(), 0.5, 2.0, False),
+        "clip_grad_value": (some(), 0.5),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(raw(name).default, arguments, test_utils=["test_schema", "test_faketensor"])
