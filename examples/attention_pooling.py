@@ -67,7 +67,7 @@ def main(steps=150, report=None):
         axes.plot(places, estimate, label="estimate")
         axes.set(title=name, xlabel="x")
         axes.legend()
-        picture.imshow(weights(model, places, x), aspect="auto", cmap="Reds")
+        picture.imshow(weights(model, places, x).numpy(), aspect="auto", cmap="Reds")
         picture.set(title=f"weights, {name}", xlabel="keys", ylabel="queries")
         numbers[f"squared error, {name}"] = (estimate - truth(places)).square().mean().item()
     scores = {

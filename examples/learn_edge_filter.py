@@ -31,7 +31,7 @@ def main(steps=30, report=None):
         optimizer.step()
     drawing, ((a, b, c, d, e),) = figure(1, 5, (15, 3))
     for axes, picture, title in ((a, image, "input"), (b, edges, "edges"), (c, conv(image).detach(), "learned")):
-        axes.imshow(picture[0, 0], cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(picture[0, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
         axes.set_title(title)
     d.plot(weights, label=["left weight", "right weight"])
     d.set(title="weights", xlabel="step")
