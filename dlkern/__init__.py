@@ -1,6 +1,6 @@
 """dlkern: fast kernels for the classic deep-learning layers, as drop-in PyTorch ops that train."""
 
-from dlkern import _native, nn, testing
+from dlkern import _native, nn, optim, testing
 from dlkern.columns import backend
 from dlkern.convert import conversion_report, convert, revert
 from dlkern.freeze import freeze, unfreeze
@@ -10,7 +10,7 @@ from dlkern.trace import trace
 
 __version__ = "0.1.0"
 __all__ = [
-    "Activation", "backend", "conversion_report", "convert", "enabled", "freeze", "nn", "revert", "testing", "trace",
+    "Activation", "backend", "conversion_report", "convert", "enabled", "freeze", "nn", "optim", "revert", "testing", "trace",
     "unfreeze",
 ]  # fmt: skip
 

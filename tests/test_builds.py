@@ -27,6 +27,12 @@ def test_contract_on_other_instruction_sets(isa):
     run_tests("test_contract.py", "test_parity and (contiguous-float32 or contiguous-float16)", DLKERN_CPU_ISA=isa)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_optimisers_on_other_instruction_sets(isa):
+    run_tests("test_optim.py", "test_parity or test_clipping_by_norm", DLKERN_CPU_ISA=isa)
+
+
 def library(variant: str, isas: str) -> str:
     """Builds a library of its own under build/<variant>; a second time only what changed."""
     subprocess.run(
@@ -84,8 +90,9 @@ def test_under_address_and_undefined_behaviour_sanitizers(file, selection):
     [
         ("test_contract.py", "not compile and not (test_parity and float64)"),
         ("test_raw_ops.py", ""), ("test_conv.py", "not compile"), ("test_linear.py", "not compile"),
+        ("test_optim.py", "not compile and not benchmark"),
     ],
-    ids=["contract", "random_arguments", "conv", "linear"],
+    ids=["contract", "random_arguments", "conv", "linear", "optim"],
 )
 def test_more_under_sanitizers(isa, file, selection):
     run_tests(file, selection, DLKERN_RAW_EXAMPLES="2000", DLKERN_CPU_ISA=isa, **sanitized("portable;avx2;avx512"))

@@ -223,3 +223,44 @@ def test_modules_are_torchs():
     lazy = dlkern.nn.LazyLinear(4)
     lazy(torch.randn(2, 5))
     assert type(lazy) is dlkern.nn.Linear and lazy.weight.shape == (4, 5)
+
+
+REDUCTIONS = {
+    "two of three": ((5, 3, 4), (6, 3, 4), None, "bij,kij->bk"),
+    "not the last": ((3, 5, 4, 2), (6, 3, 4), (0, 2), "ibjc,kij->bck"),
+    "in another order": ((3, 5, 4), (6, 4, 3), (-1, 0), "jbi,kij->bk"),
+    "all": ((3, 4), (6, 3, 4), None, "ij,kij->k"),
+    "one": ((2, 5, 3), (6, 3), (2,), "abi,ki->abk"),
+    "three": ((5, 3, 2, 4), (7, 3, 2, 4), None, "bijl,kijl->bk"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_tensor_reduction(name, dtype):
+    x, weight, dims, equation = REDUCTIONS[name]
+    with dlkern.trace() as calls:
+        dlkern.testing.check(
+            lambda x, w, b: dlkern.nn.functional.tensor_reduction(x, w, b, dims),
+            lambda x, w, b: torch.einsum(equation, x, w) + b,
+            lambda: [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (x, weight, weight[:1])],
+            dtype=dtype, draws=64, name=name,  # sums of a few products: of a handful chance decides
+        ).raise_if_failed()
+    assert {(call.op, call.backend) for call in calls} == {("linear", "cpu")}
+
+
+def test_tensor_reduction_module():
+    layer = dlkern.nn.TensorReduction((3, 4), 6, dims=(1, 3))
+    x = torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(layer(x), torch.einsum("bicj,kij->bck", x, layer.weight) + layer.bias)
+    assert layer.weight.abs().max() <= 12**-0.5 and "dims=(1, 3)" in repr(layer)
+    assert [r.status for r in dlkern.conversion_report(layer)] == ["dlkern"]
+    assert dlkern.nn.TensorReduction((3,), 2, bias=False).bias is None
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    with pytest.raises(RuntimeError, match="reduced dimensions"):
+        layer(torch.randn(2, 3, 5, 7))
+    with pytest.raises(IndexError):
+        layer(torch.randn(3, 4))
+    with pytest.raises(ValueError):
+        dlkern.nn.TensorReduction((3, 4), 2, dims=(1,))

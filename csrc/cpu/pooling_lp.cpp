@@ -9,17 +9,6 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-inline vdouble square_root(vdouble v) {
-#if defined(__AVX512F__)
-  return (vdouble)_mm512_sqrt_pd((__m512d)v);
-#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
-  return (vdouble)_mm256_sqrt_pd((__m256d)v);
-#else
-  for (int i = 0; i < kWide; ++i) v[i] = __builtin_sqrt(v[i]);
-  return v;
-#endif
-}
-
 // v^exponent as pow() has it: small whole exponents and the square root without it.
 class Power {
  public:

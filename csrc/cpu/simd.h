@@ -351,6 +351,27 @@ template <class V> inline auto reduce_add(V v) {
 // Larger of two lanes; NaN in either gives NaN, as torch.max has it.
 template <class V> inline V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
 
+inline vfloat square_root(vfloat v) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  return (vfloat)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+inline vdouble square_root(vdouble v) {
+#if defined(__AVX512F__)
+  return (vdouble)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+  return (vdouble)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // A correction by what rounding lost; none to what is infinite, where it could be the opposite infinity.
 template <class V> inline V finite_part(V v) { return v - v == V{} ? v : V{}; }
 // A sum (of numbers or of lanes) and the rounding errors it lost, by Knuth's two-sum.

@@ -340,3 +340,24 @@ MUTANTS += [
     _sixteen_bits("pooling.cpp", "dtype == ScalarType::Double || is_reduced(dtype)", "dtype == ScalarType::Double",
                   ["tests/test_pooling.py", "-k", "torch.float16"]),
 ]
+
+
+def _optim(old: str, new: str, tests: str, file: str = "csrc/cpu/optim.cpp") -> dict:
+    return dict(file=file, old=old, new=new, tests=["tests/test_optim.py", "-k", tests], build="native")
+
+
+_OPTIM_LAYER = "csrc/ops/optim.cpp"
+MUTANTS += [
+    # Dampening, Nesterov, decoupled decay, the largest square; an element left out; norms of a tail; copies not brought back.
+    _optim("static_cast<A>(1 - t.dampening)", "static_cast<A>(1 + t.dampening)", "parity and momentum"),
+    _optim("t.nesterov ? grad + momentum * buffer : buffer", "t.nesterov ? grad + buffer : buffer", "parity and nesterov"),
+    _optim("square = maximum(", "square = 0.5f * maximum(", "parity and amsgrad"),
+    _optim("f(*tensor, (begin - tensor->first_block) * kOptimBlock,", "f(*tensor, (begin - tensor->first_block) * kOptimBlock + 1,",
+           "parity"),
+    _optim("rate *= t.trust_coefficient * param_norm / below;", "rate *= t.trust_coefficient / below;", "lars"),
+    _optim("for (; i < end; i += lanes)", "for (; i + lanes <= end; i += lanes)", "clipping_by_norm"),
+    _optim("v = v < low ? low : v;", "v = v < low ? high : v;", "clipping_by_value"),
+    _optim("if (written_) copy(used_, original_);", "", "any_strides", _OPTIM_LAYER),
+    _optim("1 - lr * row[4] : 1;", "1 - row[4] : 1;", "parity and adamw", _OPTIM_LAYER),
+    _optim("ranges[i].begin < ranges[i - 1].end", "false", "share_memory", _OPTIM_LAYER),
+]

@@ -11,7 +11,7 @@ from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
 from dlkern.nn.functional.conv import conv1d, conv2d, conv2d_act, conv_transpose1d, conv_transpose2d
 from dlkern.nn.functional.dropout import dropout, dropout1d, dropout2d, dropout3d
 from dlkern.nn.functional.layer_norm import layer_norm
-from dlkern.nn.functional.linear import linear
+from dlkern.nn.functional.linear import linear, tensor_reduction
 from dlkern.nn.functional.loss import cross_entropy
 from dlkern.nn.functional.multi_head_attention import multi_head_attention_forward
 from dlkern.nn.functional.pooling import (
@@ -71,4 +71,5 @@ __all__ = [
     "rnn_relu",
     "rnn_tanh",
     "scaled_dot_product_attention",
+    "tensor_reduction",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dlkern import ops
@@ -11,7 +13,7 @@ from dlkern.ops import _plain
 from dlkern.ops._activation import Activation
 from dlkern.reference.linear import activate
 
-__all__ = ["linear"]
+__all__ = ["linear", "tensor_reduction"]
 
 
 def _unusual(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -70,3 +72,37 @@ def linear(
     if tracing.active:
         tracing.record("linear", "torch", reason, input, weight, bias)
     return activate(output, code)
+
+
+def tensor_reduction(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dims: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Reduces several dimensions at once to one of features: y[b, k] = sum over i, j of weight[k, i, j] input[b, i, j].
+
+    Computed as `linear` of the reduced dimensions laid side by side. torch's twin is torch.tensordot.
+
+    Args:
+        input: any number of dimensions.
+        weight: [out_features, *sizes], sizes of the reduced dimensions.
+        bias: [out_features], or None.
+        dims: the reduced dimensions of input, in the order of weight's; None: the last weight.dim() - 1.
+
+    Returns:
+        [*the other dimensions, out_features], in the inputs' dtype.
+
+    Raises:
+        IndexError: a dimension that input has not.
+        RuntimeError: sizes, dtypes or devices do not fit together, or a dimension comes twice.
+    """
+    if dims is None:
+        dims = range(1 - weight.dim(), 0)
+    if len(dims) != weight.dim() - 1:
+        raise RuntimeError(f"tensor_reduction: weight has {weight.dim() - 1} reduced dimensions, dims has {len(dims)}")
+    moved = input.movedim(tuple(dims), tuple(range(-len(dims), 0))) if dims else input.unsqueeze(-1)
+    if dims and moved.shape[-len(dims) :] != weight.shape[1:]:
+        raise RuntimeError(
+            f"tensor_reduction: the reduced dimensions are {tuple(moved.shape[-len(dims):])}, weight expects "
+            f"{tuple(weight.shape[1:])}"
+        )
+    kept = moved.shape[: moved.dim() - max(len(dims), 1)]
+    return linear(moved.reshape(*kept, weight[0].numel()), weight.reshape(weight.shape[0], weight[0].numel()), bias)

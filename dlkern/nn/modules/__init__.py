@@ -28,7 +28,7 @@ from dlkern.nn.modules.conv import (
 )
 from dlkern.nn.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from dlkern.nn.modules.layer_norm import LayerNorm
-from dlkern.nn.modules.linear import LazyLinear, Linear
+from dlkern.nn.modules.linear import LazyLinear, Linear, TensorReduction
 from dlkern.nn.modules.loss import CrossEntropyLoss
 from dlkern.nn.modules.pooling import (
     AdaptiveAvgPool1d,
@@ -90,6 +90,7 @@ __all__ = [
     "MultiheadAttention",
     "RNNCell",
     "SyncBatchNorm",
+    "TensorReduction",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

@@ -1,0 +1,115 @@
+"""Optimisers and gradient clipping: a step over a network's parameters, beside torch's.
+
+    python -m dlkern.bench.optim [--network resnet18] [--seconds 2] [--output FOLDER]
+
+Interleaved: dlkern, torch's foreach, fused and single-tensor steps, each on parameters of its own. Floor: the bytes that
+have to cross the bus (parameters and state read and written, gradients read; clipping reads gradients twice and writes them
+once) over the bandwidth of a copy. Results go to bench/results/<device>/optim.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dlkern
+from dlkern import models
+from dlkern.bench import machine
+from dlkern.bench.timing import interleave, ratio
+from dlkern.report import Table, make_folder
+
+__all__ = ["main", "measure"]
+
+_MOMENTUM = dict(lr=1e-3, momentum=0.9)
+# name -> (class, settings, passes over the parameters' bytes)
+STEPS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "sgd": ("SGD", dict(lr=1e-3), 3),
+    "sgd, momentum": ("SGD", _MOMENTUM, 5),
+    "sgd, momentum, decay": ("SGD", dict(**_MOMENTUM, weight_decay=1e-4), 5),
+    "sgd, Nesterov, decay": ("SGD", dict(**_MOMENTUM, weight_decay=1e-4, nesterov=True), 5),
+    "adam": ("Adam", dict(lr=1e-3), 7),
+    "adamw": ("AdamW", dict(lr=1e-3), 7),
+    "adamw, amsgrad": ("AdamW", dict(lr=1e-3, amsgrad=True), 9),
+    "lars": ("LARS", dict(**_MOMENTUM, weight_decay=1e-4), 7),
+    "clip_grad_norm_": ("", {}, 3),
+}
+SIDES = ("dlkern", "foreach", "fused", "single")
+
+
+def _parameters(network: str) -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    parameters = list(getattr(models, network)(nn=torch.nn).parameters())
+    for p in parameters:
+        p.grad = torch.randn_like(p) * 1e-3
+    return parameters
+
+
+def _side(name: str, side: str, network: str) -> Callable[[], object] | None:
+    """A step of one side, or None where torch has none."""
+    kind, settings, _ = STEPS[name]
+    parameters = _parameters(network)
+    ways = {"foreach": dict(foreach=True), "fused": dict(fused=True), "single": dict(foreach=False)}
+    if not kind:  # so small a limit that gradients are scaled every time
+        if side == "fused":
+            return None
+        clip = (dlkern if side == "dlkern" else torch).nn.utils.clip_grad_norm_
+        return lambda: clip(parameters, 1e-30, **ways.get(side, {}))
+    if side == "dlkern":
+        return getattr(dlkern.optim, kind)(parameters, **settings).step
+    if kind == "LARS":
+        return None
+    return getattr(torch.optim, kind)(parameters, **settings, **ways[side]).step
+
+
+def measure(name: str, network: str, seconds: float, floors: machine.Floors) -> dict[str, Any]:
+    """One row: milliseconds of each side, torch's over ours, and the floor."""
+    functions = {side: step for side in SIDES if (step := _side(name, side, network)) is not None}
+    samples = interleave(functions, seconds=seconds)
+    size = sum(p.numel() * p.element_size() for p in _parameters(network))
+    floor, _ = floors.floor_ms(0, STEPS[name][2] * size, torch.float32)
+    return {
+        "step": name,
+        "ms": {side: round(s.median, 3) for side, s in samples.items()},
+        "ratio": {side: round(ratio(s, samples["dlkern"]).median, 2) for side, s in samples.items() if side != "dlkern"},
+        "floor ms": round(floor, 3),
+        "% of floor": round(100 * floor / samples["dlkern"].median, 1),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time of an optimiser's step, dlkern's and torch's.")
+    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help="which (default: all)")
+    parser.add_argument("--network", default="resnet18", help="a name in dlkern.models")
+    parser.add_argument("--seconds", type=float, default=2.0, help="about how long a row may take")
+    parser.add_argument("--output", type=Path, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if options.network not in models.__all__:
+        parser.error(f"no network {options.network!r}")
+    try:
+        directory = make_folder(options.output or Path(__file__).resolve().parent / "results" / machine.device_slug("cpu"))
+    except ValueError as error:
+        parser.error(str(error))
+    floors = machine.Floors("cpu", quick=True)
+    rows = [measure(name, options.network, options.seconds, floors) for name in options.steps or STEPS]
+    record = {
+        "machine": machine.describe("cpu"), "threads": torch.get_num_threads(), "network": options.network, "rows": rows,
+    }
+    (directory / "optim.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = [
+        (r["step"], *(r["ms"].get(s, "–") for s in SIDES), *(r["ratio"].get(s, "–") for s in SIDES[1:]), r["floor ms"],
+         r["% of floor"]) for r in rows
+    ]  # fmt: skip
+    heads = ("step", *(f"{s} ms" for s in SIDES), *(f"{s} / ours" for s in SIDES[1:]), "floor ms", "% of floor")
+    from rich.console import Console
+
+    Console(highlight=False, width=140).print(Table(heads, table).rich(f"a step over {options.network}'s parameters"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

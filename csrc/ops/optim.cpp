@@ -1,0 +1,418 @@
+// Optimisers and gradient clipping, op layer: sgd, adam, lars, clip_grad_norm_, clip_grad_value_ on lists of tensors.
+// Each checks all tensors before it writes to one. Kernels see memory: a tensor whose elements are not laid out as its
+// parameter's, or have gaps between them, is copied and, where it is written, copied back.
+#include "../cpu/optim.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+
+namespace dlkern::ops {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<double>;
+using Indices = std::vector<int64_t>;
+
+int64_t item_size(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+
+// Dimensions of more than one element, by stride from the smallest; their number.
+int order_by_stride(const Tensor& x, int64_t* order) {
+  int n = 0;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) order[n++] = d;
+  std::stable_sort(order, order + n, [&](int64_t a, int64_t b) { return x.stride(a) < x.stride(b); });
+  return n;
+}
+// Every element has its own place and there are no gaps.
+bool is_dense(const Tensor& x) {
+  if (x.is_contiguous()) return true;
+  int64_t order[kMostDims], expected = 1;
+  const int n = order_by_stride(x, order);
+  for (int i = 0; i < n; ++i) {
+    if (x.stride(order[i]) != expected) return false;
+    expected *= x.size(order[i]);
+  }
+  return true;
+}
+bool laid_out_as(const Tensor& x, const Tensor& model) {
+  for (int64_t d = 0; d < model.dim(); ++d)
+    if (model.size(d) != 1 && x.stride(d) != model.stride(d)) return false;
+  return true;
+}
+
+// to[...] = from[...] for tensors of one shape and dtype and any strides.
+void copy(const Tensor& from, const Tensor& to) {
+  if (from.numel() == 0) return;
+  const int64_t size = item_size(from.scalar_type()), dim = from.dim();
+  const auto* source = static_cast<const char*>(from.const_data_ptr());
+  auto* target = static_cast<char*>(to.mutable_data_ptr());
+  int64_t index[kMostDims] = {};
+  while (true) {
+    std::memcpy(target, source, static_cast<size_t>(size));
+    int64_t d = dim - 1;
+    for (; d >= 0; --d) {
+      source += from.stride(d) * size, target += to.stride(d) * size;
+      if (++index[d] < from.size(d)) break;
+      source -= from.stride(d) * size * from.size(d), target -= to.stride(d) * size * to.size(d);
+      index[d] = 0;
+    }
+    if (d < 0) return;
+  }
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& x) {
+  check(x.is_cpu(), op, ": expected CPU tensors in ", name);
+  check(static_cast<size_t>(x.dim()) <= kMostDims, op, ": more than ", kMostDims, " dimensions");
+  const ScalarType dtype = x.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op,
+        ": expected float32, float64 or bfloat16 in ", name);
+  x.const_data_ptr();  // refuses tensors without memory
+}
+void check_written(const char* op, const char* name, const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    check(x.stride(d) != 0 || x.size(d) < 2, op, ": a tensor of ", name,
+          " has several elements in one place of memory");
+}
+void check_like(const char* op, const char* name, const Tensor& x, const Tensor& param) {
+  check_tensor(op, name, x);
+  check(x.scalar_type() == param.scalar_type() && same_sizes(x.sizes(), param.sizes()), op, ": ", name,
+        " differs from its parameter in shape or dtype");
+}
+
+// A tensor of a list as the kernel sees it.
+class Operand {
+ public:
+  Operand(const Tensor& x, const Tensor& model, bool model_is_dense, bool written) : original_(x), used_(x) {
+    written_ = written && !(model_is_dense && laid_out_as(x, model));
+    if (model_is_dense && laid_out_as(x, model)) return;
+    if (!model_is_dense && x.is_contiguous()) {
+      written_ = false;
+      return;
+    }
+    int64_t strides[kMostDims];
+    if (model_is_dense)
+      for (int64_t d = 0; d < model.dim(); ++d) strides[d] = model.stride(d);
+    else
+      fill_strides(x.sizes(), false, strides);
+    used_ = allocate_strided(x.sizes(), strides, x.scalar_type(), x);
+    copy(x, used_);
+  }
+  template <class T> T* pointer() const { return mutable_data<T>(used_); }
+  void write_back() const {
+    if (written_) copy(used_, original_);
+  }
+
+ private:
+  Tensor original_, used_;
+  bool written_ = false;
+};
+
+// Whether memory that is written belongs to two tensors: then order matters, as in a loop over the parameters.
+bool overlapping(const std::vector<const Tensors*>& lists) {
+  struct Range {
+    const char *begin, *end;
+  };
+  std::vector<Range> ranges;
+  for (const Tensors* list : lists)
+    for (const Tensor& x : *list) {
+      if (x.numel() == 0) continue;
+      int64_t last = 0;
+      for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+      const auto* begin = static_cast<const char*>(x.const_data_ptr());
+      ranges.push_back({begin, begin + (last + 1) * item_size(x.scalar_type())});
+    }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i)
+    if (ranges[i].begin < ranges[i - 1].end) return true;
+  return false;
+}
+
+// The parameters' lists that every optimiser has. `state` are written beside the parameters; a list may be empty.
+struct Step {
+  const char* op;
+  const Tensors& params;
+  const Tensors& grads;
+  std::vector<const Tensors*> state;
+
+  void check_all(const Indices& groups, const Numbers& settings, int64_t row) const {
+    const size_t n = params.size();
+    check<std::invalid_argument>(grads.size() == n && groups.size() == n, op, ": expected ", n,
+                                 " gradients and indices of groups, got ", grads.size(), " and ", groups.size());
+    check<std::invalid_argument>(settings.size() % static_cast<size_t>(row) == 0, op, ": a group has ", row,
+                                 " settings");
+    for (int64_t group : groups)
+      check<std::out_of_range>(group >= 0 && group < static_cast<int64_t>(settings.size()) / row, op, ": no group ",
+                               group);
+    for (const Tensors* list : state)
+      check<std::invalid_argument>(list->empty() || list->size() == n, op, ": expected ", n, " tensors of state, got ",
+                                   list->size());
+    for (size_t i = 0; i < n; ++i) {
+      check_tensor(op, "params", params[i]);
+      check_written(op, "params", params[i]);
+      check_like(op, "grads", grads[i], params[i]);
+      for (const Tensors* list : state)
+        if (!list->empty()) {
+          check_like(op, "state", (*list)[i], params[i]);
+          check_written(op, "state", (*list)[i]);
+        }
+    }
+  }
+
+  // kernel(null pointer of the element type, tensors) for each dtype there is, on entries that
+  // make(entry, i, operands) fills; operands are parameter, gradient, state. Overlapping tensors go one at a time.
+  template <template <class> class Entry, class Make, class Kernel> void run(Make&& make, Kernel&& kernel) const {
+    std::vector<const Tensors*> lists = {&params, &grads};
+    lists.insert(lists.end(), state.begin(), state.end());
+    const size_t n = params.size();
+    if (n > 1 && overlapping(lists)) {
+      for (size_t i = 0; i < n; ++i) run_range<Entry>(i, i + 1, make, kernel);
+      return;
+    }
+    run_range<Entry>(0, n, make, kernel);
+  }
+
+ private:
+  template <template <class> class Entry, class Make, class Kernel>
+  void run_range(size_t begin, size_t end, Make&& make, Kernel&& kernel) const {
+    std::vector<std::vector<Operand>> operands;
+    for (size_t i = begin; i < end; ++i) {
+      const Tensor& param = params[i];
+      const bool dense = is_dense(param);
+      auto& row = operands.emplace_back();
+      row.reserve(2 + state.size());
+      row.emplace_back(param, param, dense, true);
+      row.emplace_back(grads[i], param, dense, false);
+      for (const Tensors* list : state)
+        if (!list->empty()) row.emplace_back((*list)[i], param, dense, true);
+    }
+    for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16})
+      dispatch_floating(dtype, op, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        std::vector<Entry<T>> entries;
+        int64_t blocks = 0;
+        for (size_t i = begin; i < end; ++i) {
+          if (params[i].scalar_type() != dtype || params[i].numel() == 0) continue;
+          auto& entry = entries.emplace_back();
+          entry.first_block = blocks;
+          entry.count = params[i].numel();
+          blocks += cpu::optim_blocks(entry.count);
+          make(entry, i, operands[i - begin]);
+        }
+        if (entries.empty()) return;
+        kernel(type, cpu::OptimTensors<Entry<T>>{entries.data(), static_cast<int64_t>(entries.size()), blocks});
+      });
+    for (const auto& row : operands)
+      for (const Operand& operand : row) operand.write_back();
+  }
+};
+
+template <class Entry> using ElementOf = std::remove_pointer_t<decltype(std::declval<Entry>().param)>;
+
+void sgd_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices fresh, Indices groups, Numbers settings) {
+  const Step step{"sgd", params, grads, {&momentum_buffers}};
+  step.check_all(groups, settings, 6);
+  check<std::invalid_argument>(fresh.size() == momentum_buffers.size(), "sgd: fresh has ", fresh.size(),
+                               " elements, expected ", momentum_buffers.size());
+  step.run<cpu::SgdTensor>(
+      [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
+        using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
+        const double* row = &settings[static_cast<size_t>(groups[i]) * 6];
+        const bool keeps = !momentum_buffers.empty();
+        entry.param = operands[0].pointer<T>();
+        entry.grad = operands[1].pointer<T>();
+        entry.momentum_buffer = keeps ? operands[2].pointer<T>() : nullptr;
+        entry.fresh = keeps && fresh[i];
+        entry.lr = row[0], entry.momentum = row[1], entry.dampening = row[2], entry.weight_decay = row[3];
+        entry.nesterov = row[4] != 0, entry.maximize = row[5] != 0;
+      },
+      [&](auto*, const auto& all) { DLKERN_CALL(sgd, all); });
+}
+
+double number_in(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? *data<double>(x) : static_cast<double>(*data<float>(x));
+}
+
+void adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+              Tensors steps, Indices groups, Numbers settings) {
+  const Step step{"adam", params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}};
+  step.check_all(groups, settings, 7);
+  const size_t n = params.size();
+  check<std::invalid_argument>(exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n, "adam: expected ",
+                               n, " averages and steps");
+  for (const Tensor& x : steps) {
+    check(x.is_cpu() && x.numel() == 1, "adam: a step is one number on the CPU");
+    check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+          "adam: expected steps in float32 or float64");
+  }
+  step.run<cpu::AdamTensor>(
+      [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
+        using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
+        const double* row = &settings[static_cast<size_t>(groups[i]) * 7];
+        const double lr = row[0], count = number_in(steps[i]) + 1;
+        entry.param = operands[0].pointer<T>();
+        entry.grad = operands[1].pointer<T>();
+        entry.exp_avg = operands[2].pointer<T>();
+        entry.exp_avg_sq = operands[3].pointer<T>();
+        entry.max_exp_avg_sq = max_exp_avg_sqs.empty() ? nullptr : operands[4].pointer<T>();
+        entry.beta1 = row[1], entry.beta2 = row[2], entry.eps = row[3];
+        const bool decoupled = row[5] != 0;
+        entry.param_factor = decoupled ? 1 - lr * row[4] : 1;
+        entry.weight_decay = decoupled ? 0 : row[4];
+        entry.maximize = row[6] != 0;
+        entry.step_size = lr / (1 - std::pow(entry.beta1, count));
+        entry.correction_root = std::sqrt(1 - std::pow(entry.beta2, count));
+        if (steps[i].scalar_type() == ScalarType::Double)
+          *mutable_data<double>(steps[i]) = count;
+        else
+          *mutable_data<float>(steps[i]) = static_cast<float>(count);
+      },
+      [&](auto*, const auto& all) { DLKERN_CALL(adam, all); });
+}
+
+void lars_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices groups, Numbers settings) {
+  const Step step{"lars", params, grads, {&momentum_buffers}};
+  step.check_all(groups, settings, 6);
+  step.run<cpu::LarsTensor>(
+      [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
+        using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
+        const double* row = &settings[static_cast<size_t>(groups[i]) * 6];
+        entry.param = operands[0].pointer<T>();
+        entry.grad = operands[1].pointer<T>();
+        entry.momentum_buffer = momentum_buffers.empty() ? nullptr : operands[2].pointer<T>();
+        entry.lr = row[0], entry.momentum = row[1], entry.weight_decay = row[2];
+        entry.trust_coefficient = row[3], entry.eps = row[4], entry.maximize = row[5] != 0;
+      },
+      [&](auto*, const auto& all) {
+        std::vector<double> sums(static_cast<size_t>(2 * all.blocks));
+        DLKERN_CALL(lars, all, sums.data());
+      });
+}
+
+// f(null pointer of the element type, tensors, indices of the list) for each dtype there is among gradients that were
+// checked; dense ones are used where they lie.
+template <class F> void for_grads(const char* op, const Tensors& grads, bool written, F&& f) {
+  std::vector<Operand> operands;
+  operands.reserve(grads.size());
+  for (const Tensor& x : grads) operands.emplace_back(x, x, is_dense(x), written);
+  for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16})
+    dispatch_floating(dtype, op, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      std::vector<cpu::GradTensor<T>> entries;
+      Indices indices;
+      int64_t blocks = 0;
+      for (size_t i = 0; i < grads.size(); ++i) {
+        if (grads[i].scalar_type() != dtype || grads[i].numel() == 0) continue;
+        entries.push_back({blocks, grads[i].numel(), operands[i].pointer<T>()});
+        indices.push_back(static_cast<int64_t>(i));
+        blocks += cpu::optim_blocks(grads[i].numel());
+      }
+      if (entries.empty()) return;
+      f(type, cpu::OptimTensors<cpu::GradTensor<T>>{entries.data(), static_cast<int64_t>(entries.size()), blocks},
+        indices);
+    });
+  for (const Operand& operand : operands) operand.write_back();
+}
+// Written gradients: one at a time where they share memory.
+template <class F> void change_grads(const char* op, const Tensors& grads, F&& f) {
+  if (grads.size() > 1 && overlapping({&grads})) {
+    for (const Tensor& x : grads) for_grads(op, Tensors{x}, true, f);
+    return;
+  }
+  for_grads(op, grads, true, f);
+}
+void check_grads(const char* op, const Tensors& grads) {
+  for (const Tensor& x : grads) {
+    check_tensor(op, "grads", x);
+    check_written(op, "grads", x);
+  }
+}
+
+// The norm of one tensor from its blocks, or of all from the tensors' norms.
+double norm_of(const double* parts, int64_t count, double norm_type, bool of_blocks) {
+  if (std::isinf(norm_type)) {
+    double result = norm_type > 0 ? 0 : std::numeric_limits<double>::infinity();
+    for (int64_t i = 0; i < count; ++i)
+      if (std::isnan(parts[i]) || (norm_type > 0 ? parts[i] > result : parts[i] < result)) {
+        result = parts[i];
+        if (std::isnan(result)) break;
+      }
+    return result;
+  }
+  double sum = 0, lost = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double part = of_blocks        ? parts[i]
+                        : norm_type == 0 ? (parts[i] != 0)
+                        : norm_type == 1 ? parts[i]
+                        : norm_type == 2 ? parts[i] * parts[i]
+                                         : std::pow(parts[i], norm_type);
+    const double next = sum + part, added = next - sum;
+    lost += (sum - (next - added)) + (part - added);
+    sum = next;
+  }
+  if (std::isfinite(lost)) sum += lost;
+  return norm_type == 0 || norm_type == 1 ? sum : norm_type == 2 ? std::sqrt(sum) : std::pow(sum, 1 / norm_type);
+}
+
+ScalarType common_type(const Tensors& grads) {
+  ScalarType result = grads[0].scalar_type();
+  for (const Tensor& x : grads)
+    if (item_size(x.scalar_type()) > item_size(result)) result = x.scalar_type();
+  return result;
+}
+
+Tensor clip_grad_norm_cpu(Tensors grads, double max_norm, double norm_type, bool error_if_nonfinite) {
+  const char* op = "clip_grad_norm_";
+  check<std::invalid_argument>(!grads.empty(), op, ": no gradients");
+  check_grads(op, grads);
+  for (const Tensor& x : grads)
+    check(x.numel() > 0 || (norm_type >= 0 && !std::isinf(norm_type)), op, ": no norm of order ", norm_type,
+          " of a gradient without elements");
+  const cpu::NormKind kind = std::isinf(norm_type) ? (norm_type > 0 ? cpu::NormKind::largest : cpu::NormKind::smallest)
+                             : norm_type == 0      ? cpu::NormKind::nonzeros
+                             : norm_type == 1      ? cpu::NormKind::magnitudes
+                             : norm_type == 2      ? cpu::NormKind::squares
+                                                   : cpu::NormKind::powers;
+  Numbers norms(grads.size(), 0.0);
+  for_grads(op, grads, false, [&](auto*, const auto& all, const Indices& indices) {
+    Numbers blocks(static_cast<size_t>(all.blocks));
+    DLKERN_CALL(grad_sums, all, kind, norm_type, blocks.data());
+    for (size_t i = 0; i < indices.size(); ++i)
+      norms[static_cast<size_t>(indices[i])] =
+          norm_of(blocks.data() + all.tensors[i].first_block, cpu::optim_blocks(all.tensors[i].count), norm_type, true);
+  });
+  const double norm = norm_of(norms.data(), static_cast<int64_t>(norms.size()), norm_type, false);
+  check(!error_if_nonfinite || std::isfinite(norm), "The total norm of order ", norm_type,
+        " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
+        "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
+  const ScalarType dtype = common_type(grads);
+  Tensor total = allocate({}, dtype, grads[0]);
+  dispatch_floating(dtype, op, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    *mutable_data<T>(total) = static_cast<T>(static_cast<acc_t<T>>(norm));
+  });
+  const double factor = max_norm / (norm + 1e-6);
+  if (factor >= 1) return total;  // (torch multiplies by 1)
+  change_grads(op, grads, [&](auto*, const auto& all, const Indices&) { DLKERN_CALL(grad_scale, all, factor); });
+  return total;
+}
+
+void clip_grad_value_cpu(Tensors grads, double clip_value) {
+  const char* op = "clip_grad_value_";
+  check_grads(op, grads);
+  change_grads(op, grads, [&](auto*, const auto& all, const Indices&) { DLKERN_CALL(grad_clamp, all, clip_value); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
+  m.impl("sgd_cpu", TORCH_BOX(&sgd_cpu));
+  m.impl("adam_cpu", TORCH_BOX(&adam_cpu));
+  m.impl("lars_cpu", TORCH_BOX(&lars_cpu));
+  m.impl("clip_grad_norm_cpu", TORCH_BOX(&clip_grad_norm_cpu));
+  m.impl("clip_grad_value_cpu", TORCH_BOX(&clip_grad_value_cpu));
+}
+
+}  // namespace dlkern::ops

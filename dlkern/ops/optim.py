@@ -1,0 +1,98 @@
+"""Optimisers and gradient clipping: schemas and the choice of column. One call serves all tensors of a step.
+
+Hyperparameters come as rows of `settings`, one for each parameter group; groups[i] is the row of parameter i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dlkern import columns
+from dlkern import trace as tracing
+from dlkern.ops._registry import define, raw
+
+__all__ = ["choose", "raw_op", "refusal"]
+
+
+def _fake(*arguments):
+    return None
+
+
+def _fake_norm(grads, max_norm, norm_type, error_if_nonfinite):
+    dtype = grads[0].dtype
+    for grad in grads:
+        dtype = torch.promote_types(dtype, grad.dtype)
+    return grads[0].new_empty((), dtype=dtype)
+
+
+define(
+    "sgd",
+    # A row: lr, momentum, dampening, weight_decay, nesterov, maximize. momentum_buffers is empty where momentum is 0;
+    # fresh[i] says that buffer i holds nothing yet.
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] fresh, int[] groups, float[] settings)"
+    " -> ()",
+    _fake,
+)
+define(
+    "adam",
+    # A row: lr, beta1, beta2, eps, weight_decay, decoupled, maximize. max_exp_avg_sqs is empty without amsgrad; steps
+    # are float32 or float64 scalars, counted up here.
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, int[] groups, float[] settings) -> ()",
+    _fake,
+)
+define(
+    "lars",
+    # A row: lr, momentum, weight_decay, trust_coefficient (negative: none), eps, maximize.
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] groups, float[] settings) -> ()",
+    _fake,
+)
+define(
+    "clip_grad_norm",
+    "(Tensor(a!)[] grads, float max_norm, float norm_type, bool error_if_nonfinite) -> Tensor",
+    _fake_norm,
+)
+define("clip_grad_value", "(Tensor(a!)[] grads, float clip_value) -> ()", _fake)
+for _op in ("sgd", "adam", "lars", "clip_grad_norm_", "clip_grad_value_"):
+    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float64))
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def refusal(*tensors: torch.Tensor) -> str:
+    """Why no kernel can serve a parameter, its gradient and its state; "" where one can, if its column has the dtype."""
+    first = tensors[0]
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return f"{type(x).__name__} is not a plain tensor"
+        if x.layout is not torch.strided:
+            return f"{str(x.layout).removeprefix('torch.')} tensors"
+        if x.dtype is not first.dtype or x.device != first.device:
+            return "a parameter and its gradient or state differ in dtype or device"
+    return ""
+
+
+def choose(op: str, tensors: Sequence[torch.Tensor], fallback: str = "reference", reason: str = "") -> str:
+    """The column of a call with these tensors, which may differ in dtype; recorded for trace(). Where one of them has no
+    kernel, or `reason` says why there can be none, it is `fallback`."""
+    column = ""
+    for device, dtype in dict.fromkeys((x.device.type, x.dtype) for x in tensors):
+        if reason:
+            break
+        choice = columns.choose(op, device, dtype, columns.state.forced, columns.state.emulated)
+        if choice.column == "reference":
+            reason = choice.reason
+        elif column and column != choice.column:
+            reason = "parameters on several devices"
+        column = choice.column
+    if reason:
+        column = fallback
+    if tracing.active:
+        tracing.record(op, column, reason, *tensors)
+    return column
+
+
+def raw_op(op: str, column: str):
+    return raw[op][column]

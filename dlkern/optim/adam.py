@@ -1,0 +1,83 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dlkern.ops import optim as ops
+from dlkern.optim._common import collect, evaluated, torch_step, written
+
+__all__ = ["Adam", "AdamW"]
+
+_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _on_the_host(step: Any) -> bool:
+    return isinstance(step, torch.Tensor) and step.device.type == "cpu" and step.dtype in (torch.float32, torch.float64)
+
+
+def _step(optimizer: torch.optim.Adam, theirs: type[torch.optim.Optimizer]) -> None:
+    batches, reason = collect(optimizer, lambda group: bool(group["amsgrad"]), _STATE)
+    every = [p for batch in batches.values() for p in batch.params]
+    if not reason and not every:
+        return
+    states = {p: optimizer.state[p] for p in every}
+    if any(state and not _on_the_host(state.get("step")) for state in states.values()):
+        reason = reason or "steps that are not counted on the host"
+    column = ops.choose("adam", every or optimizer.param_groups[0]["params"], "torch", reason)
+    if column == "torch":
+        torch_step(theirs, optimizer)
+        return
+    settings: list[float] = []
+    for group in optimizer.param_groups:
+        settings += [float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])]
+        settings += [float(group["decoupled_weight_decay"]), float(group["maximize"])]
+    counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    for amsgrad, batch in batches.items():
+        for param in batch.params:
+            state = states[param]
+            if not state:
+                state["step"] = torch.zeros((), dtype=counter)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+                if amsgrad:
+                    state["max_exp_avg_sq"] = torch.zeros_like(param)
+        averages, squares, steps = ([states[p][key] for p in batch.params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        largest = [states[p]["max_exp_avg_sq"] for p in batch.params] if amsgrad else []
+        ops.raw_op("adam", column)(
+            batch.params, batch.grads, averages, squares, largest, steps, batch.groups, settings
+        )
+        written(batch.params, averages, squares, largest, steps)
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam on dlkern's kernels: amsgrad, weight decay (decoupled too), maximize.
+
+    All parameters are updated in one pass, each element read and written once. float32, bfloat16 and float64 on the CPU;
+    what has no kernel (sparse gradients, other devices, capturable or differentiable) runs torch's own step, and
+    dlkern.trace() says so. `foreach` and `fused` change nothing. bfloat16 is computed in float32 and rounded once.
+
+    Formula: m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g²; p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
+    + eps). Kingma and Ba 2015, algorithm 1; amsgrad: Reddi, Kale and Kumar 2018, algorithm 2.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Returns what `closure`, which evaluates the model anew, returns."""
+        loss = evaluated(closure)
+        _step(self, torch.optim.Adam)
+        return loss
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW on dlkern's kernels: Adam whose weight decay multiplies the parameters by 1 - lr weight_decay
+    and stays out of the averages (Loshchilov and Hutter 2019, algorithm 2). Everything else as in `Adam`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Returns what `closure`, which evaluates the model anew, returns."""
+        loss = evaluated(closure)
+        _step(self, torch.optim.AdamW)
+        return loss

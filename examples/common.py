@@ -1,0 +1,42 @@
+"""What the examples share: arguments, the report folder, pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run(main: Callable[..., Any], steps: int) -> None:
+    """Calls main(steps, report) with what the command line says, and prints the numbers it returns."""
+    parser = argparse.ArgumentParser(description=main.__globals__["__doc__"], formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps, help=f"how long to train (default: {steps})")
+    parser.add_argument("--report", type=Path, default=Path("report"), help="folder of the picture (default: report)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    for name, value in main(arguments.steps, arguments.report).items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save(drawing: Any, report: Path, name: str) -> Path:
+    """Writes <report>/<name>.png and closes the figure."""
+    from matplotlib import pyplot
+
+    report.mkdir(parents=True, exist_ok=True)
+    path = report / f"{name}.png"
+    drawing.savefig(path, dpi=110)
+    pyplot.close(drawing)
+    return path

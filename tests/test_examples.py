@@ -1,0 +1,120 @@
+"""Every example runs, writes its picture, and shows what its text says one sees. Short runs; the scripts' own are longer."""
+
+import importlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def edge_filter(n):
+    assert n["left weight"] == pytest.approx(1, abs=0.05) and n["right weight"] == pytest.approx(-1, abs=0.05)
+    assert n["last error"] < n["first error"] / 1000
+
+
+def normalisation(n):
+    assert n["last loss at rate 0.5 with batch norm"] < n["last loss at rate 0.5 without"] - 0.2
+    for kind in ("plain", "dropout", "weight decay"):
+        assert 0 <= n[f"{kind}: training error"] <= 1 and 0 <= n[f"{kind}: held-out error"] <= 1
+
+
+def pooling(n):
+    assert n["learned width"] < 0.8 and n["squared error, learned width"] < n["squared error, width 1"]
+    for score in ("dot", "scaled dot", "additive", "cosine", "Gaussian"):
+        first, last = n[f"{score}: first and last error"]
+        assert last < 0.8 * first, score
+
+
+def shift(n):
+    assert n["covariate, weighted"] > n["covariate, plain"] + 0.03
+    assert n["label, weighted"] > n["label, plain"] + 0.03
+
+
+def stability(n):
+    assert n["sigmoid, small weights: gradient at layer 1 over layer 30"] < 1e-10
+    assert 0.05 < n["tanh, Xavier: gradient at layer 1 over layer 30"] < 20
+    assert 0.05 < n["ReLU, He: gradient at layer 1 over layer 30"] < 20
+    assert n["ReLU, twice He: gradient at layer 1 over layer 30"] > 1e6
+    assert n["bound over largest singular value"] > 1
+    first_over_last = "{}: gradient at the first step over the last"
+    assert n[first_over_last.format("RNN")] < 1e-3 * n[first_over_last.format("LSTM")]
+    assert n[first_over_last.format("RNN")] < 1e-3 * n[first_over_last.format("GRU")]
+    assert n["jump, norm at most 1"] < 0.11 < n["jump, no clipping"]
+
+
+def newton(n):
+    for name in ("Newton", "Newton-CG"):
+        assert n[f"{name}: above the optimum at the end"] < 1e-8
+    assert n["gradient descent: above the optimum at the end"] > 1e-6
+    first, last = n["network: first and last loss"]
+    assert last < first
+
+
+def svm(n):
+    assert n["duality gap"] < 1e-3 and n["KKT violation"] < 1e-3 and n["accuracy"] > 0.9
+    assert abs(n["sum of alpha y"]) < 1e-9 and n["margin of free support vectors off 1 by"] < 1e-3
+
+
+def pid(n):
+    assert math.log10(n["from 5: last rate"] / n["from 0.0001: last rate"]) < 1  # began 4.7 apart
+    assert n["from 0.0001: last rate"] > 1e-3 and n["from 0.0001: last loss"] < 2
+    assert n["updated: accuracy at the end"] > n["frozen: accuracy at the end"] + 0.2
+    assert sum(n["pulls"]) >= 5
+
+
+def markov(n):
+    assert n["worst deviation in standard deviations"] < 5 and n["distance to stationary"] < 0.01
+    assert n["rows sum to"] == pytest.approx(1, abs=1e-12)
+
+
+def sine(n):
+    for name in ("autoregressive", "latent state"):
+        assert n[f"{name}: error 1 step ahead"] < 0.5 < 1.3 * n[f"{name}: error 48 steps ahead"]
+        assert n[f"{name}: error 1 step ahead"] < n[f"{name}: error 48 steps ahead"]
+
+
+# script -> (steps of the short run, what must hold)
+EXAMPLES = {
+    "learn_edge_filter": (30, edge_filter),
+    "what_normalisation_does": (25, normalisation),
+    "attention_pooling": (60, pooling),
+    "distribution_shift": (60, shift),
+    "numerical_stability": (30, stability),
+    "newton": (12, newton),
+    "svm_dual": (800, svm),
+    "pid_learning_rate": (60, pid),
+    "markov_chain": (8, markov),
+    "noisy_sine": (60, sine),
+}
+
+
+def test_every_script_is_here():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} - {"common"} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, tmp_path):
+    steps, holds = EXAMPLES[name]
+    module = importlib.import_module(name)
+    assert "What to see:" in module.__doc__
+    torch.manual_seed(0)
+    numbers = module.main(steps, tmp_path)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    holds(numbers)
+
+
+def test_as_a_script(tmp_path):
+    """As a user starts it: from anywhere, with options."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "markov_chain.py"), "--steps", "3", "--report", str(tmp_path / "new")],
+        capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "stationary" in result.stdout and (tmp_path / "new" / "markov_chain.png").exists()
