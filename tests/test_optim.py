@@ -15,7 +15,7 @@ from dlkern.testing import check, compare
 
 SHAPES = [(5, 3, 3, 2), (7,), (4099,), (1,), (0, 3), (6, 50), ()]
 STEPS = 20
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 OPTIMIZERS = {
     "sgd": ("SGD", dict(lr=0.1)),

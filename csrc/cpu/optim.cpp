@@ -222,5 +222,6 @@ template <class T> void clamp_all(const OptimTensors<GradTensor<T>>& all, double
 DLKERN_OPTIM(float)
 DLKERN_OPTIM(double)
 DLKERN_OPTIM(bfloat16)
+DLKERN_OPTIM(float16)
 
 }  // namespace dlkern::cpu::DLKERN_ISA

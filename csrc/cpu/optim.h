@@ -67,5 +67,6 @@ enum class NormKind { squares, magnitudes, nonzeros, largest, smallest, powers }
 DLKERN_OPTIM(float)
 DLKERN_OPTIM(double)
 DLKERN_OPTIM(bfloat16)
+DLKERN_OPTIM(float16)
 #undef DLKERN_OPTIM
 }  // namespace dlkern::cpu

@@ -67,8 +67,8 @@ void check_tensor(const char* op, const char* name, const Tensor& x) {
   check(x.is_cpu(), op, ": expected CPU tensors in ", name);
   check(static_cast<size_t>(x.dim()) <= kMostDims, op, ": more than ", kMostDims, " dimensions");
   const ScalarType dtype = x.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op,
-        ": expected float32, float64 or bfloat16 in ", name);
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || is_reduced(dtype), op,
+        ": expected float32, float64, bfloat16 or float16 in ", name);
   x.const_data_ptr();  // refuses tensors without memory
 }
 void check_written(const char* op, const char* name, const Tensor& x) {
@@ -188,7 +188,7 @@ struct Step {
       for (const Tensors* list : state)
         if (!list->empty()) row.emplace_back((*list)[i], param, dense, true);
     }
-    for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16})
+    for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half})
       dispatch_floating(dtype, op, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         std::vector<Entry<T>> entries;
@@ -297,7 +297,7 @@ template <class F> void for_grads(const char* op, const Tensors& grads, bool wri
   std::vector<Operand> operands;
   operands.reserve(grads.size());
   for (const Tensor& x : grads) operands.emplace_back(x, x, is_dense(x), written);
-  for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16})
+  for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half})
     dispatch_floating(dtype, op, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       std::vector<cpu::GradTensor<T>> entries;

@@ -56,7 +56,7 @@ define(
 )
 define("clip_grad_value", "(Tensor(a!)[] grads, float clip_value) -> ()", _fake)
 for _op in ("sgd", "adam", "lars", "clip_grad_norm_", "clip_grad_value_"):
-    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float64))
+    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -55,9 +55,9 @@ def _step(optimizer: torch.optim.Adam, theirs: type[torch.optim.Optimizer]) -> N
 class Adam(torch.optim.Adam):
     """torch.optim.Adam on dlkern's kernels: amsgrad, weight decay (decoupled too), maximize.
 
-    All parameters are updated in one pass, each element read and written once. float32, bfloat16 and float64 on the CPU;
-    what has no kernel (sparse gradients, other devices, capturable or differentiable) runs torch's own step, and
-    dlkern.trace() says so. `foreach` and `fused` change nothing. bfloat16 is computed in float32 and rounded once.
+    All parameters are updated in one pass, each element read and written once. float32, float64, bfloat16 and float16
+    on the CPU; what has no kernel (sparse gradients, other devices, capturable or differentiable) runs torch's own step, and
+    dlkern.trace() says so. `foreach` and `fused` change nothing. 16-bit parameters are computed in float32 and rounded once.
 
     Formula: m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g²; p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
     + eps). Kingma and Ba 2015, algorithm 1; amsgrad: Reddi, Kale and Kumar 2018, algorithm 2.

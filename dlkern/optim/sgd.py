@@ -16,9 +16,9 @@ __all__ = ["SGD"]
 class SGD(torch.optim.SGD):
     """torch.optim.SGD on dlkern's kernels: momentum, dampening, Nesterov, weight decay, maximize.
 
-    All parameters are updated in one pass, each element read and written once. float32, bfloat16 and float64 on the CPU;
-    what has no kernel (sparse gradients, other devices, differentiable=True) runs torch's own step, and dlkern.trace()
-    says so. `foreach` and `fused` change nothing. Parameters in bfloat16 are computed in float32 and rounded once.
+    All parameters are updated in one pass, each element read and written once. float32, float64, bfloat16 and float16
+    on the CPU; what has no kernel (sparse gradients, other devices, differentiable=True) runs torch's own step, and
+    dlkern.trace() says so. `foreach` and `fused` change nothing. 16-bit parameters are computed in float32 and rounded once.
 
     Formula: g = grad + weight_decay p; b = momentum b + (1 - dampening) g, at first b = g; p -= lr b, with nesterov
     p -= lr (g + momentum b). Sutskever et al. 2013, "On the importance of initialization and momentum", as torch has it.
