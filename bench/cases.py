@@ -14,6 +14,7 @@ import torch.nn.functional as TF
 
 import dlkern
 from dlkern.bench.shapes import Shape
+from dlkern.bench.work import GATES
 
 __all__ = ["Case", "build", "missing"]
 
@@ -50,6 +51,10 @@ def missing(op: str) -> str | None:
         "batch_norm_relu": "batch_norm_act",
         "batch_norm_add_relu": "batch_norm_act",
         "linear_relu": "linear",
+        "attention": "scaled_dot_product_attention",
+        "attention_causal": "scaled_dot_product_attention",
+        "attention_masked": "scaled_dot_product_attention",
+        "attention_additive": "additive_attention",
     }.get(op, op)
     return None if hasattr(dlkern.nn.functional, name) else f"dlkern.nn.functional has no {name}"
 
@@ -122,6 +127,19 @@ def build(shape: Shape, dtype: torch.dtype, layout: str, device: str, training: 
         logits = tensor(shape.batch, shape.channels)
         target = torch.randint(shape.channels, (shape.batch,), generator=generator, device=device)
         return Case(F.cross_entropy, TF.cross_entropy, [logits, target], [])
+    if op == "layer_norm":
+        normalized = (shape.channels,)
+        parameters = [tensor(shape.channels), tensor(shape.channels)]
+        return Case(
+            lambda x, w, b: F.layer_norm(x, normalized, w, b),
+            lambda x, w, b: TF.layer_norm(x, normalized, w, b),
+            [tensor(shape.batch, shape.channels), *parameters],
+            parameters,
+        )
+    if shape.family == "rnn":
+        return _rnn(shape, tensor)
+    if shape.family == "attention":
+        return _attention(shape, tensor)
     raise ValueError(f"build: no op {op!r}")
 
 
@@ -160,6 +178,50 @@ def _batch_norm(shape: Shape, image: Callable[..., torch.Tensor], tensor: Callab
         [*inputs, image()],
         [weight, bias],
         lambda x, w, b, m, v, r: TF.batch_norm(x, m, v, w, b, True, MOMENTUM, EPS) + r,
+    )
+
+
+def _rnn(shape: Shape, tensor: Callable[..., torch.Tensor]) -> Case:
+    """One layer in one direction, from the sequence to the outputs of all steps."""
+    hidden, width = shape.out_channels, GATES[shape.op] * shape.out_channels
+    sizes = ((width, shape.channels), (width, hidden), (width,), (width,))
+    weights = [tensor(*size, scale=hidden**-0.5) for size in sizes]
+    states = [tensor(1, shape.batch, hidden, grad=False) for _ in range(2 if shape.op == "lstm" else 1)]
+
+    def on(namespace: Any) -> Callable[..., torch.Tensor]:
+        function = getattr(namespace, shape.op)
+
+        def call(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            given = list(rest[: len(states)])
+            hx = given if shape.op == "lstm" else given[0]
+            return function(x, hx, list(rest[len(states) :]), True, 1, 0.0, False, False, False)[0]
+
+        return call
+
+    x = tensor(shape.steps, shape.batch, shape.channels, grad=shape.input_grad)
+    return Case(on(dlkern.nn.functional), on(torch), [x, *states, *weights], weights)
+
+
+def _attention(shape: Shape, tensor: Callable[..., torch.Tensor]) -> Case:
+    F, steps = dlkern.nn.functional, shape.steps
+    operands = [tensor(shape.batch, shape.heads, steps, shape.channels) for _ in range(3)]
+    if shape.op == "attention_additive":
+        weight = tensor(shape.channels)
+
+        def expression(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ w, -1) @ v
+
+        return Case(F.additive_attention, expression, [*operands, weight], [weight])
+    causal = shape.op == "attention_causal"
+    mask = None
+    if shape.op == "attention_masked":  # as of padding: keys that no query of a row of the batch sees
+        ends = steps - torch.arange(shape.batch, device=operands[0].device) * steps // (2 * shape.batch)
+        mask = (torch.arange(steps, device=ends.device) < ends[:, None])[:, None, None]
+    return Case(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal),
+        lambda q, k, v: TF.scaled_dot_product_attention(q, k, v, mask, is_causal=causal),
+        operands,
+        [],
     )
 
 

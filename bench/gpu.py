@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # dlkern from the checkout; the folder of this file holds no top-level modules
 
 STAGES = ("build", "parity", "sanitize", "bench", "tune", "profile", "facts")
-FAMILIES = ("conv", "pooling", "batch_norm", "linear", "dropout", "loss")
+FAMILIES = ("conv", "pooling", "batch_norm", "linear", "dropout", "loss", "rnn", "attention", "layer_norm")
 NETWORKS = ("gpu", "resnet50", "vgg16", "googlenet", "densenet121", "alexnet")
 COLUMNS = ("triton", "cuda")
 BARE = (("build", 260.0), ("parity", 110.0), ("headline", 150.0))
@@ -476,7 +476,7 @@ def request_for(stage: Stage, families: list[str], tables: list[str], columns: l
 def bench(stage: Stage) -> bool:
     """One family over all its tables; without a family, each in turn as far as the time goes."""
     families = [stage.options.family] if stage.options.family else ["dropout"] if stage.dry else list(FAMILIES)
-    tables = [*NETWORKS, "deepbench_conv"] if "conv" in families else list(NETWORKS)
+    tables = [*NETWORKS, "sequences", *(f"deepbench_{family}" for family in ("conv", "rnn") if family in families)]
     request = request_for(stage, families, tables, ["auto"], compile=stage.options.compile)
     return rows(stage, request, stage.options.family or "").ok
 

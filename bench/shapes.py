@@ -1,7 +1,7 @@
 """Problems to measure: the shape tables of bench/shapes/*.csv as Shape objects.
 
-Every table has the same columns, but deepbench_conv.csv, which keeps DeepBench's own. Pairs are written `3` or
-`3x1`; an empty cell is the default. `repeat` is how often the layer occurs in its network.
+Every table has the same columns, but deepbench_conv.csv and deepbench_rnn.csv, which keep DeepBench's own. Pairs are
+written `3` or `3x1`; an empty cell is the default. `repeat` is how often the layer occurs in its network.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ FAMILIES = {
     "linear_relu": "linear",
     "dropout": "dropout",
     "cross_entropy": "loss",
+    "layer_norm": "layer_norm",
+    "rnn_tanh": "rnn",
+    "lstm": "rnn",
+    "gru": "rnn",
+    "attention": "attention",
+    "attention_causal": "attention",
+    "attention_masked": "attention",
+    "attention_additive": "attention",
 }
 """op -> family, the file name in every folder."""
 
@@ -36,7 +44,9 @@ class Shape:
     """One problem.
 
     A linear layer has `batch` rows, `channels` inputs and `out_channels` outputs; a loss `batch` rows of `channels`
-    classes; adaptive pooling's output size stands in `kernel`.
+    classes; adaptive pooling's output size stands in `kernel`; layer norm has `batch` rows of `channels`. A recurrent layer
+    reads `batch` sequences of `steps` times `channels` numbers with `out_channels` units; attention has `batch` times
+    `heads` times `steps` queries, and as many keys, of `channels` numbers.
     """
 
     op: str
@@ -52,6 +62,8 @@ class Shape:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    steps: int = 1
+    heads: int = 1
     input_grad: bool = True
     table: str = ""
 
@@ -82,13 +94,14 @@ class Shape:
 
     @property
     def input_numel(self) -> int:
-        return self.batch * self.channels * self.height * self.width
+        return self.batch * self.heads * self.steps * self.channels * self.height * self.width
 
     @property
     def output_numel(self) -> int:
         if self.op == "cross_entropy":
             return 1
-        return self.batch * (self.out_channels or self.channels) * self.out_height * self.out_width
+        positions = self.batch * self.heads * self.steps * self.out_height * self.out_width
+        return positions * (self.out_channels or self.channels)
 
     @property
     def weight_numel(self) -> int:
@@ -101,7 +114,8 @@ class Shape:
         """The class whose target it counts towards (bench/targets.py)."""
         if self.op != "conv2d":
             fused = self.op in ("batch_norm_relu", "batch_norm_add_relu")
-            return "batch_norm fused" if fused else self.family
+            by_op = self.family in ("rnn", "attention")
+            return "batch_norm fused" if fused else self.op.replace("_", " ") if by_op else self.family
         if self.groups > 1 and self.groups == self.channels:
             return "conv depthwise"
         if self.groups > 1 or self.dilation != (1, 1):
@@ -116,6 +130,10 @@ class Shape:
 
         if self.family == "linear":
             text = f"{self.batch}x{self.channels}->{self.out_channels}"
+        elif self.family == "rnn":
+            text = f"{self.steps}x{self.batch}x{self.channels}->{self.out_channels}"
+        elif self.family == "attention":
+            text = f"{self.batch}x{self.heads}x{self.steps}x{self.channels}"
         elif self.spatial:
             text = f"{self.batch}x{self.channels}x{self.height}x{self.width}"
         else:
@@ -157,7 +175,7 @@ def load(table: str, batch: int | None = None) -> list[Shape]:
         raise ValueError(f"shapes: no table {table!r}; there are {', '.join(TABLES)}")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    deepbench = bool(rows) and "kernel_w" in rows[0]
+    deepbench = bool(rows) and "set" in rows[0]
     shapes = []
     seen: set[Shape] = set()
     for line, row in enumerate(rows, start=2):
@@ -195,7 +213,13 @@ def _parse(row: dict[str, str]) -> Shape:
     return Shape(**values)  # type: ignore[arg-type]
 
 
+_CELLS = {"vanilla": "rnn_tanh", "lstm": "lstm", "gru": "gru"}
+
+
 def _deepbench(row: dict[str, str]) -> Shape:
+    if "cell" in row:
+        batch, hidden, steps = (int(row[key]) for key in ("batch", "hidden", "steps"))
+        return Shape(_CELLS[row["cell"]], "deepbench", batch=batch, channels=hidden, out_channels=hidden, steps=steps)
     cell = {key: int(value) for key, value in row.items() if key != "set"}
     return Shape(
         op="conv2d",

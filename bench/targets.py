@@ -32,6 +32,14 @@ CPU: dict[str, dict[str, dict[str, float]]] = {
     },
     "batch_norm fused": {"forward": {"": 4.0}, "training": {"": 3.0}},
     "linear": {"forward": {"": 1.6}, "training": {"": 1.6}},
+    "lstm": {"forward": {"": 1.4}, "training": {"": 1.5}},
+    "gru": {"forward": {"": 3.5}, "training": {"": 4.0}},
+    "rnn tanh": {"forward": {"": 1.8}, "training": {"": 2.5}},
+    "attention": {"forward": {"": 2.0}, "training": {"": 2.0}},
+    "attention causal": {"forward": {"": 3.0}, "training": {"": 3.0}},
+    "attention masked": {"forward": {"": 2.0}, "training": {"": 2.0}},
+    "attention additive": {"forward": {"": 15.0}, "training": {"": 10.0}},
+    "layer_norm": {"forward": {"": 1.5}, "training": {"": 1.5}},
 }
 GPU: dict[str, dict[str, dict[str, float]]] = {
     "conv dense": {"forward": {"": 1.0}, "training": {"": 1.0}},

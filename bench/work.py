@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from dlkern.bench.shapes import Shape
 
-__all__ = ["Work", "count", "covered"]
+__all__ = ["GATES", "Work", "count", "covered"]
+
+GATES = {"rnn_tanh": 1, "gru": 3, "lstm": 4}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,23 @@ def count(shape: Shape, itemsize: int, direction: str, cache: int = 0) -> Work:
         return Work(0, 4 * x if training else 2 * x)
     if op == "cross_entropy":
         return Work(0, 3 * x if training else x)
+    if op == "layer_norm":
+        return Work(0, 5 * x if training else 2 * x)
+    if shape.family == "rnn":
+        w = GATES[op] * shape.out_channels * (shape.channels + shape.out_channels)
+        products = _matrix_product(2 * shape.batch * shape.steps * w, x, y, w * itemsize, shape.input_grad, training)
+        return Work(products.flops, products.bytes, "weights read once")
+    if shape.family == "attention":
+        return _attention(shape, x, training)
     raise ValueError(f"count: no op {op!r}")
+
+
+def _attention(shape: Shape, x: int, training: bool) -> Work:
+    # Q K^T and P V; back, dP = dO V^T, dV, dQ and dK.
+    pairs = shape.steps * (shape.steps + 1) // 2 if shape.op == "attention_causal" else shape.steps**2
+    pairs *= shape.batch * shape.heads
+    note = "tanh not counted" if shape.op == "attention_additive" else ""
+    return Work(2 * pairs * shape.channels * (6 if training else 2), x * (11 if training else 4), note)
 
 
 def _matrix_product(flops: int, x: int, y: int, w: int, input_grad: bool, training: bool) -> Work:

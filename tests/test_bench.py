@@ -67,6 +67,10 @@ def test_bytes_and_training():
     pool = Shape("max_pool2d", channels=4, height=8, width=8, kernel=(2, 2), stride=(2, 2))
     assert work.count(pool, 4, "training").bytes == 2 * 4 * (256 + 64) + 2 * 64
     assert work.count(Shape("linear", batch=3, channels=5, out_channels=7), 4, "forward").flops == 2 * 3 * 5 * 7
+    gru = Shape("gru", batch=3, channels=5, out_channels=7, steps=11)
+    assert work.count(gru, 4, "forward").flops == 11 * 2 * 3 * 3 * 7 * (5 + 7)
+    attention = Shape("attention_causal", batch=3, heads=2, steps=5, channels=7)
+    assert work.count(attention, 4, "forward").flops == 3 * 2 * 15 * 2 * (2 * 7)
 
 
 def test_floor_is_the_larger_of_the_two():
@@ -230,6 +234,9 @@ def test_every_op_of_the_tables_keeps_parity(op, dtype):
         "adaptive_avg_pool2d": Shape(op, batch=8, channels=16, height=7, width=7),
         "dropout": Shape(op, batch=8, channels=64),
         "cross_entropy": Shape(op, batch=64, channels=10),
+        "layer_norm": Shape(op, batch=64, channels=48),
+        **{name: Shape(op, batch=8, channels=32, out_channels=24, steps=5) for name in work.GATES},
+        **{name: Shape(op, batch=4, heads=2, steps=40, channels=16) for name, f in shapes.FAMILIES.items() if f == "attention"},
     }.get(op, Shape(op, batch=32, channels=16, height=8, width=8, kernel=(2, 2), stride=(2, 2)))
     for layout in ("contiguous", "channels_last") if shape.spatial else ("contiguous",):
         draws = [cases.build(shape, dtype, layout, "cpu", training=True, seed=seed) for seed in range(4)]
@@ -253,12 +260,14 @@ def test_tables_cover_what_they_should():
         "alexnet",
         "cpu",
         "deepbench_conv",
+        "deepbench_rnn",
         "densenet121",
         "googlenet",
         "gpu",
         "lenet",
         "quick",
         "resnet50",
+        "sequences",
         "vgg16",
     } <= set(shapes.TABLES)
     conv = [shape for shape in shapes.load("resnet50") if shape.op == "conv2d"]
@@ -272,6 +281,7 @@ def test_tables_cover_what_they_should():
     assert set(targets.CPU) <= classes
     assert sum(2 for _ in shapes.load("gpu")) == 60
     assert len(shapes.load("deepbench_conv")) > 100
+    assert {shape.op for shape in shapes.load("deepbench_rnn")} == set(work.GATES)
 
 
 def test_a_bad_table_says_where(tmp_path):
