@@ -1,19 +1,15 @@
 """Hugging Face transformers with attn_implementation="dlkern" against "sdpa"."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
-from torchvision_stub import torchvision
+from torchvision_stub import transformers as import_transformers
 
 import dlkern
 from dlkern.testing import compare
 
-if importlib.util.find_spec("torchvision") is not None:
-    torchvision()  # transformers imports it where it is installed
-
-import transformers
+transformers = import_transformers()
 
 SMALL = dict(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
 BERT = dict(SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -42,6 +42,7 @@ from dlkern.nn.modules.pooling import (
     MaxPool1d,
     MaxPool2d,
 )
+from dlkern.nn.modules.positions import LearnedPositions, RelativePositionBias, RotaryPositions, SinusoidalPositions
 from dlkern.nn.modules.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from dlkern.nn.modules.transformer import TransformerEncoder, TransformerEncoderLayer
 
@@ -84,11 +85,15 @@ __all__ = [
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyLinear",
+    "LearnedPositions",
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
     "RNNCell",
+    "RelativePositionBias",
+    "RotaryPositions",
+    "SinusoidalPositions",
     "SyncBatchNorm",
     "TransformerEncoder",
     "TransformerEncoderLayer",
