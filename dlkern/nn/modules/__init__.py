@@ -44,7 +44,13 @@ from dlkern.nn.modules.pooling import (
 )
 from dlkern.nn.modules.positions import LearnedPositions, RelativePositionBias, RotaryPositions, SinusoidalPositions
 from dlkern.nn.modules.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from dlkern.nn.modules.transformer import TransformerEncoder, TransformerEncoderLayer
+from dlkern.nn.modules.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "GRU",
@@ -95,6 +101,9 @@ __all__ = [
     "RotaryPositions",
     "SinusoidalPositions",
     "SyncBatchNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
