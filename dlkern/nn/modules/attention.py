@@ -119,7 +119,8 @@ class AdditiveAttention(_Scored):
         num_hiddens: width both are projected to.
         dropout: probability of dropping a probability, in training mode.
 
-    forward as in DotAttention, but query [B, L, query_size] and key [B, S, key_size].
+    forward as in DotAttention, but query [B, L, query_size] and key [B, S, key_size]. Where the same keys are asked again and
+    again, attend() takes them as W_k(key).
     """
 
     def __init__(self, query_size: int, key_size: int, num_hiddens: int, dropout: float = 0.0, bias: bool = False) -> None:
@@ -132,6 +133,11 @@ class AdditiveAttention(_Scored):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return F.additive_attention(
-            self.W_q(query), self.W_k(key), value, self.w_v.weight[0], attn_mask, lengths, self._p
-        )
+        return self.attend(query, self.W_k(key), value, lengths, attn_mask)
+
+    def attend(
+        self, query: torch.Tensor, projected: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward() with keys that W_k has projected: [B, S, num_hiddens]."""
+        return F.additive_attention(self.W_q(query), projected, value, self.w_v.weight[0], attn_mask, lengths, self._p)

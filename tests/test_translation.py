@@ -1,0 +1,146 @@
+"""Networks that translate: against their torch twins, padding, decoding, attention maps, and training side by side."""
+
+import pytest
+import torch
+
+import dlkern
+from dlkern import models
+from dlkern.decoding import beam_search, greedy_search
+from dlkern.testing._training import check_training
+
+SOURCE, TARGET = 13, 11  # vocabularies; 0 is padding, 1 begins, 2 ends
+S, T = 6, 5
+NETWORKS = {
+    "seq2seq": ("seq2seq", dict(embedding=10, hidden=12)),
+    "deep seq2seq": ("seq2seq", dict(embedding=7, hidden=9, layers=2)),
+    "transformer": ("transformer", dict(width=12, heads=3, layers=2, feedforward=20)),
+    "transformer, norm first": ("transformer", dict(width=8, heads=2, layers=1, feedforward=9, norm_first=True)),
+}
+each_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def make(name):
+    def build(nn):
+        torch.manual_seed(0)
+        factory, settings = NETWORKS[name]
+        return getattr(models, factory)(SOURCE, TARGET, nn=nn, **settings)
+
+    return build
+
+
+def draw(batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randint(3, SOURCE, (batch, S), generator=generator)
+    lengths = torch.randint(1, S + 1, (batch,), generator=generator)
+    target = torch.randint(3, TARGET, (batch, T), generator=generator)
+    return source.masked_fill(torch.arange(S) >= lengths[:, None], 0), lengths, target
+
+
+class Packed(torch.nn.Module):
+    """Lengths, source and target as one tensor of integers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x[:, 1 : S + 1], x[:, 0], x[:, S + 1 :]).flatten(0, 1)
+
+
+def batches(count, batch=4):
+    for seed in range(count):
+        source, lengths, target = draw(batch, seed)
+        shifted = torch.cat([torch.ones(batch, 1, dtype=torch.int64), target[:, :-1]], 1)
+        yield torch.cat([lengths[:, None], source, shifted], 1), target.flatten()
+
+
+@each_network
+def test_twins_have_the_same_start_and_state(name):
+    ours, twin = make(name)(dlkern.nn), make(name)(torch.nn)
+    assert repr(ours) == repr(twin)
+    assert ours.state_dict().keys() == twin.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert not any(r.status == "convertible" for r in dlkern.conversion_report(ours))
+    assert not any(r.status == "dlkern" for r in dlkern.conversion_report(twin))
+
+
+@each_network
+def test_twenty_training_steps(name):
+    """Output, every gradient, the loss curve and the weights at the end."""
+    with dlkern.trace() as calls:
+        certificate = check_training(lambda nn: Packed(make(name)(nn)), list(batches(20)), name=name)
+    certificate.raise_if_failed()
+    assert {call.backend for call in calls} == {"cpu"}
+    seen = {call.op for call in calls}
+    attention = "additive_attention" if "seq2seq" in name else "scaled_dot_product_attention"
+    assert {attention, "linear", "cross_entropy"} < seen and ("gru" in seen) == ("seq2seq" in name)
+    assert {f"grad of model.{n}" for n, _ in make(name)(torch.nn).named_parameters()} < {r.tensor for r in certificate.rows}
+
+
+@each_network
+def test_padding_changes_nothing(name):
+    model = make(name)(dlkern.nn).eval()
+    source, lengths, target = draw(3, 1)
+    with torch.no_grad():
+        together = model(source, lengths, target)
+        for row, length in enumerate(lengths.tolist()):
+            alone = model(source[row : row + 1, :length], lengths[row : row + 1], target[row : row + 1])
+            torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
+        other = source.masked_fill(torch.arange(S) >= lengths[:, None], 7)
+        torch.testing.assert_close(model(other, lengths, target), together, rtol=1e-4, atol=1e-5)
+
+
+@each_network
+def test_later_tokens_change_nothing(name):
+    model = make(name)(dlkern.nn).eval()
+    source, lengths, target = draw(3, 2)
+    changed = target.clone()
+    changed[:, 3:] = 9
+    with torch.no_grad():
+        a, b = model(source, lengths, target), model(source, lengths, changed)
+    torch.testing.assert_close(a[:, :3], b[:, :3], rtol=1e-4, atol=1e-5)
+    assert (a[:, 3:] - b[:, 3:]).abs().max() > 1e-3
+
+
+@each_network
+def test_steps_are_teacher_forcing(name):
+    """step() after step() gives what forward() gives for the whole, and the searches decode with it."""
+    model = make(name)(dlkern.nn).eval()
+    source, lengths, target = draw(3, 3)
+    with torch.no_grad():
+        whole, state, logits = model(source, lengths, target), model.start(source, lengths), []
+        for token in target.unbind(1):
+            found, state = model.step(token, state)
+            logits.append(found)
+        torch.testing.assert_close(torch.stack(logits, 1), whole, rtol=1e-4, atol=1e-5)
+        start = torch.ones(3, dtype=torch.int64)
+        greedy = greedy_search(model.step, model.start(source, lengths), start, end=2, max_length=6)
+        beams = beam_search(model.step, model.start(source, lengths), start, end=2, max_length=6, beams=3)
+    assert greedy.tokens.shape[:2] == (3, 1) and beams.tokens.shape[:2] == (3, 3)
+    tokens = torch.cat([start[:, None], greedy.tokens[:, 0, :-1]], 1)
+    expected = torch.log_softmax(model(source, lengths, tokens), -1).gather(-1, greedy.tokens[:, 0, :, None])[..., 0]
+    expected = expected.masked_fill(torch.arange(tokens.shape[1]) >= greedy.lengths, 0.0).sum(1)
+    torch.testing.assert_close(greedy.scores[:, 0].float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@each_network
+def test_attention_map(name):
+    ours, twin = make(name)(dlkern.nn).eval(), make(name)(torch.nn).eval()
+    source, lengths, target = draw(3, 4)
+    weights = ours.attention_map(source, lengths, target)
+    assert weights.shape == (3, T, S)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, T))
+    assert (weights.masked_select((torch.arange(S) >= lengths[:, None])[:, None]) == 0).all()
+    torch.testing.assert_close(weights, twin.attention_map(source, lengths, target), rtol=1e-4, atol=1e-6)
+
+
+def test_encoder_without_positions_is_equivariant():
+    """Of the Transformer's encoder: a permutation of the source permutes what is read, but for the positions."""
+    model = make("transformer")(dlkern.nn).eval()
+    source, lengths, order = torch.arange(3, 3 + S)[None], torch.tensor([S]), torch.tensor([3, 1, 5, 0, 2, 4])
+    with torch.no_grad():
+        straight, turned = model._read(source, lengths)[0], model._read(source[:, order], lengths)[0]
+        assert (straight[:, order] - turned).abs().max() > 0.01
+        model.positions.table.zero_()
+        straight, turned = model._read(source, lengths)[0], model._read(source[:, order], lengths)[0]
+        torch.testing.assert_close(straight[:, order], turned, rtol=1e-4, atol=1e-5)
