@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dlkern.training import SideBySide
 
-__all__ = ["Section", "Table", "training_plot", "write"]
+__all__ = ["Section", "Table", "heat_map", "training_plot", "write"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
@@ -157,6 +157,24 @@ def training_plot(result: SideBySide) -> bytes | None:
         axes.grid(alpha=0.3)
     losses.legend()
     quality.legend(loc="upper right" if reads else "lower right")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def heat_map(weights: Any, rows: Sequence[str], columns: Sequence[str], title: str) -> bytes | None:
+    """Numbers in 0 to 1, [rows, columns], as shades of a PNG; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(2.5 + 0.45 * len(columns), 2 + 0.32 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title, loc="left")
+    figure.colorbar(image, ax=axes)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
