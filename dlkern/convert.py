@@ -95,7 +95,7 @@ def _target(module: torch.nn.Module) -> tuple[type | None, str]:
 
 def _report(name: str, module: torch.nn.Module) -> ModuleReport:
     kind = type(module).__name__
-    if _plain_class(module) in TO_TORCH:
+    if _plain_class(module) in TO_TORCH or isinstance(module, dlkern.nn.PrunedMultiheadAttention):
         return ModuleReport(name, kind, "dlkern")
     target, reason = _target(module)
     return ModuleReport(name, kind, "torch" if target is None else "convertible", reason)

@@ -124,8 +124,11 @@ def bilingual(
         ValueError: nothing is left to train on, or to hold out.
     """
     both = [(tokenize(a), tokenize(b)) for a, b in (django_messages() if messages is None else messages)]
-    distinct = {tuple(a): (a, b) for a, b in reversed(both) if a and b and max(len(a), len(b)) <= longest}
-    pairs = list(distinct.values())[::-1]  # one translation a sentence, so that none is trained on and held out
+    distinct: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for a, b in both:  # one translation a sentence, so that none is trained on and held out
+        if a and b and max(len(a), len(b)) <= longest:
+            distinct.setdefault(tuple(a), (a, b))
+    pairs = list(distinct.values())
     train, test = ([p for i, p in enumerate(pairs) if (i % every == every - 1) == held] for held in (False, True))
     if not train or not test:
         raise ValueError(f"bilingual: {len(pairs)} pairs of up to {longest} tokens are too few")

@@ -175,6 +175,8 @@ def test_train_writes_a_report(tmp_path):
 
 @pytest.mark.parametrize("model", ["bahdanau", "transformer"])
 def test_train_translation(tmp_path, model):
+    for package in ("django", "polib", "sacrebleu", "rouge_score"):
+        pytest.importorskip(package)
     settings = ("--model", model, "--width", 12, "--steps", 3, "--batch", 6, "--beams", 2)
     result = call("train", "translation", *settings, "--report", tmp_path / "report")
     assert result.exit_code == 0, result.output

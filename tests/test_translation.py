@@ -1,10 +1,12 @@
 """Networks that translate: against their torch twins, padding, decoding, attention maps, and training side by side."""
 
+import math
+
 import pytest
 import torch
 
 import dlkern
-from dlkern import models
+from dlkern import models, translation
 from dlkern.decoding import beam_search, greedy_search
 from dlkern.testing._training import check_training
 
@@ -144,3 +146,111 @@ def test_encoder_without_positions_is_equivariant():
         model.positions.table.zero_()
         straight, turned = model._read(source, lengths)[0], model._read(source[:, order], lengths)[0]
         torch.testing.assert_close(straight[:, order], turned, rtol=1e-4, atol=1e-5)
+
+
+# Data and training
+
+
+MESSAGES = [
+    ("Add another %(name)s?", "Ajouter un autre objet %(name)s ?"), ("The school’s list (all)", "La liste de l’école (tout)"),
+    ("Save", "Enregistrer"), ("Save {count} items", "Enregistrer {count} éléments"), ("", "vide"), ("Save", "Sauver"),
+    ("a " * 20, "long"), ("Close", "Fermer"), ("Delete", "Supprimer"),
+]  # fmt: skip
+
+
+def test_tokens():
+    assert translation.tokenize(MESSAGES[0][0]) == ["add", "another", "%(name)s", "?"]
+    french = translation.tokenize("Lis l’école (100 %, {count})…")
+    assert french == ["lis", "l'", "école", "(", "100", "%", ",", "{count}", ")", "…"]
+    assert translation.join(french) == "lis l'école (100 %, {count})…"
+
+
+def test_bilingual():
+    corpus = translation.bilingual(MESSAGES, every=3, longest=10)
+    assert [len(part) for part in (corpus.train, corpus.test)] == [4, 2]
+    assert corpus.test.source == [["save"], ["delete"]] and corpus.test.target[0] == ["enregistrer"]
+    words = corpus.target_words
+    assert words.tokens[:5] == ["<pad>", "<begin>", "<end>", "<unk>", "%(name)s"] and "supprimer" not in words.tokens
+    assert words.decode(words.encode(["fermer", "supprimer"])) == ["fermer", "<unk>"]
+    with pytest.raises(ValueError, match="too few"):
+        translation.bilingual(MESSAGES[:1])
+
+
+def test_batches_of_pairs():
+    corpus = translation.bilingual(MESSAGES, every=3, longest=10)
+    batch = translation.as_batch(corpus.train, [0, 3], corpus)
+    assert batch.lengths.tolist() == [4, 1] and batch.source.shape == (2, 4)
+    assert (batch.source[1, 1:] == 0).all() and (batch.given[:, 0] == 1).all()
+    wanted = [row[row != 0].tolist() for row in batch.wanted]
+    given = [row[row != 0].tolist() for row in batch.given]
+    for w, g, sentence in zip(wanted, given, (corpus.train.target[0], corpus.train.target[3]), strict=True):
+        assert w == [*corpus.target_words.encode(sentence), 2] and g == [1, *w[:-1]]
+    epochs = translation.pair_batches(corpus, 2, 0)
+    drawn = [next(epochs) for _ in range(2)]
+    assert sorted(length for batch in drawn for length in batch.lengths.tolist()) == sorted(map(len, corpus.train.source))
+
+
+def test_django_messages():
+    pytest.importorskip("django")
+    pytest.importorskip("polib")
+    messages = translation.django_messages()
+    assert len(messages) > 500 and ("January", "Janvier") in [(a, b.capitalize()) for a, b in messages]
+    assert len(set(messages)) == len(messages) and all(a and b for a, b in messages)
+    with pytest.raises(RuntimeError, match="'xx'"):
+        translation.django_messages("xx")
+
+
+def test_scores():
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    wanted = [["le", "chat", "est", "sur", "le", "tapis"], ["à", "bientôt"]]
+    assert translation.bleu(wanted, wanted) == pytest.approx(100) and translation.rouge_l(wanted, wanted) == pytest.approx(100)
+    other = [["le", "chat", "est", "sur", "le", "sol"], ["bientôt"]]
+    matches = [6 / 7, 4 / 5, 3 / 4, 2 / 3]  # of one to four words
+    assert translation.bleu(other, wanted) == pytest.approx(100 * math.exp(1 - 8 / 7) * math.prod(matches) ** 0.25)
+    assert translation.rouge_l(other, wanted) == pytest.approx(100 * (5 / 6 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("name", ["seq2seq", "transformer"])
+def test_first_fifty_steps(name):
+    """The loss curves of both sides, with the optimiser and the batches of the training."""
+    corpus = translation.bilingual(MESSAGES * 2, every=3, longest=10)
+    stream, drawn = translation.pair_batches(corpus, 3, 0), []
+    for _ in range(50):
+        batch = next(stream)
+        width = torch.full_like(batch.lengths, batch.source.shape[1])
+        x = torch.cat([batch.lengths[:, None], width[:, None], batch.source, batch.given], 1)
+        drawn.append((x, batch.wanted))
+
+    class Any(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            end = 2 + int(x[0, 1])
+            return self.model(x[:, 2:end], x[:, 0], x[:, end:])
+
+    def make(nn):
+        torch.manual_seed(0)
+        words = len(corpus.source_words), len(corpus.target_words)
+        return Any(getattr(models, name)(*words, nn=nn, **NETWORKS[name][1]))
+
+    certificate = check_training(make, drawn, optimizer=translation.adam, loss=translation.token_loss, runs=3)
+    assert not [row for row in certificate.rows if row.tensor == "loss curve" and not row.ok]
+    curve = certificate.losses["dlkern"]
+    assert len(curve) == 50 and sum(curve[-5:]) < 0.8 * sum(curve[:5])
+
+
+@pytest.mark.parametrize("name", ["seq2seq", "transformer"])
+def test_learns_its_sentences_by_heart(name):
+    corpus = translation.bilingual(MESSAGES, every=3, longest=10)
+    seen = []
+    result = translation.train_translation(
+        lambda s, t, nn: getattr(models, name)(s, t, nn=nn, **NETWORKS[name][1]), corpus, steps=60, batch=4,
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.02), evaluations=2, progress=lambda i, r: seen.append(i),
+    )  # fmt: skip
+    assert seen == list(range(1, 61)) and [step for step, _ in result.dlkern.perplexity] == [30, 60]
+    for model in result.models:
+        for beams in (1, 3):
+            assert translation.translate(model, corpus, corpus.train.source, beams=beams) == corpus.train.target

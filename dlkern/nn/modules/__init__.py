@@ -6,6 +6,7 @@ from dlkern.nn.modules.attention import (
     DotAttention,
     GaussianAttention,
     MultiheadAttention,
+    PrunedMultiheadAttention,
 )
 from dlkern.nn.modules.batch_norm import (
     BatchNorm1d,
@@ -96,6 +97,7 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
+    "PrunedMultiheadAttention",
     "RNNCell",
     "RelativePositionBias",
     "RotaryPositions",
