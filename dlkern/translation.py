@@ -132,10 +132,8 @@ def bilingual(
     train, test = ([p for i, p in enumerate(pairs) if (i % every == every - 1) == held] for held in (False, True))
     if not train or not test:
         raise ValueError(f"bilingual: {len(pairs)} pairs of up to {longest} tokens are too few")
-    return Bilingual(
-        *(Pairs([a for a, _ in part], [b for _, b in part]) for part in (train, test)),
-        Words((a for a, _ in train), min_count), Words((b for _, b in train), min_count),
-    )  # fmt: skip
+    known, held_out = (Pairs([a for a, _ in part], [b for _, b in part]) for part in (train, test))
+    return Bilingual(known, held_out, Words(known.source, min_count), Words(known.target, min_count))
 
 
 @dataclass(frozen=True)
