@@ -435,7 +435,7 @@ _TRANSLATORS = {
 @click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True),
               help="Above 0 the two sides drop different elements.")  # fmt: skip
 @click.option("--beams", default=4, show_default=True, type=_BATCHES, help="Of the beam search that translates.")
-@click.option("--steps", default=400, show_default=True, type=_BATCHES)
+@click.option("--steps", default=200, show_default=True, type=_BATCHES)
 @click.option("--batch", default=32, show_default=True, type=_BATCHES, help="Sentence pairs.")
 @_settings
 def train_translation(folder: str | None, **settings: Any) -> None:
