@@ -8,6 +8,7 @@ from torchvision_stub import transformers
 
 import dlkern
 from dlkern.nn import functional as F
+from dlkern.reference import positions as reference
 from dlkern.testing import check
 
 
@@ -147,6 +148,77 @@ def test_rotary_parity(dtype):
     certificate.raise_if_failed()
 
 
+LAYOUTS = {
+    "heads inside positions": (lambda: torch.randn(2, 5, 3, 14).transpose(1, 2), (5, 7)),
+    "every second element": (lambda: torch.randn(2, 3, 5, 30)[..., ::2], (5, 6)),
+    "slices": (lambda: torch.randn(4, 6, 9, 20)[1:3, ::2, 2:7, 3:18], (2, 1, 5, 6)),
+    "by head": (lambda: torch.randn(2, 3, 5, 15), (3, 5, 7)),
+    "five dimensions": (lambda: torch.randn(2, 3, 4, 5, 15), (2, 1, 1, 5, 6)),
+    "expanded": (lambda: torch.randn(1, 1, 5, 36).expand(2, 3, 5, 36), (5, 17)),
+    "one row": (lambda: torch.randn(1, 15), (1, 2)),
+    "nothing": (lambda: torch.randn(2, 0, 5, 4), (5, 2)),
+}
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotary_layouts(layout, interleaved):
+    """Whatever the strides, forward and backward; queries keep theirs, as attention reads them."""
+    draw, angles = LAYOUTS[layout]
+    x, cos, sin = draw(), torch.randn(angles), torch.randn(angles)
+    leaf = x.detach().requires_grad_()
+    with dlkern.trace() as calls:
+        y = F.rotary(leaf, cos, sin, interleaved=interleaved)
+    assert [call.backend for call in calls] == ["cpu"]
+    expected = reference.rotary(x.double(), cos.double(), sin.double(), interleaved)
+    torch.testing.assert_close(y, expected.float())
+    if layout == "heads inside positions":
+        assert y.stride() == x.stride()
+    cotangent = torch.randn_like(y)
+    turned_back = reference.rotary(cotangent.double(), cos.double(), sin.double(), interleaved, inverse=True)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, cotangent)[0], turned_back.float())
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_gradients(interleaved):
+    """To second order, and of angles, which have no kernel."""
+    x, cos, sin = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 7), (3, 2), (3, 2)))
+    call = lambda x: F.rotary(x, cos.detach(), sin.detach(), interleaved=interleaved)  # noqa: E731
+    assert torch.autograd.gradcheck(call, x) and torch.autograd.gradgradcheck(call, x)
+    with dlkern.trace() as calls:
+        assert torch.autograd.gradcheck(lambda *t: F.rotary(*t, interleaved=interleaved), (x, cos, sin))
+    assert {(call.backend, call.reason) for call in calls} == {("reference", "the angles require a gradient")}
+
+
+def test_rotary_compiles_whole():
+    torch._dynamo.reset()
+    module = dlkern.nn.RotaryPositions(6)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    for a, b in zip(compiled(q, k), module(q, k), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "cos", "sin"),
+    [
+        ((2, 3, 4), (1, 1, 3, 2), (1, 1, 3, 2)), ((2, 2, 3, 4), (1, 1, 3, 2), (1, 1, 3, 1)),
+        ((2, 2, 3, 4), (3, 1, 3, 2), (3, 1, 3, 2)), ((2, 2, 3, 4), (1, 1, 4, 2), (1, 1, 4, 2)),
+        ((2, 2, 3, 4), (1, 1, 3, 3), (1, 1, 3, 3)), ((2, 2, 3, 4), (3, 2), (3, 2)),
+    ],
+)  # fmt: skip
+def test_raw_op_refuses(x, cos, sin):
+    with pytest.raises(RuntimeError, match="rotary"):
+        torch.ops.dlkern.rotary_cpu(torch.randn(x), torch.randn(cos), torch.randn(sin), False, False)
+
+
+def test_raw_op_refuses_dtypes():
+    x, angles = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 2)
+    for t in ((x, angles.double(), angles.double()), (x, angles, angles.double()), (x.half(), angles, angles)):
+        with pytest.raises(RuntimeError, match="rotary"):
+            torch.ops.dlkern.rotary_cpu(*t, False, False)
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [
@@ -155,6 +227,9 @@ def test_rotary_parity(dtype):
         (lambda: dlkern.nn.RotaryPositions(3), ValueError),
         (lambda: F.rotary(torch.randn(3, 4), torch.randn(3, 3), torch.randn(3, 3)), RuntimeError),
         (lambda: F.rotary(torch.randn(2, 4), torch.randn(3, 2), torch.randn(3, 2)), RuntimeError),
+        (lambda: F.rotary(torch.randn(2, 3, 4), torch.randn(3, 3, 2), torch.randn(3, 3, 2)), RuntimeError),
+        (lambda: F.rotary(torch.randn(3, 4), torch.randn(1, 3, 2), torch.randn(1, 3, 2)), RuntimeError),
+        (lambda: F.rotary(torch.randn(3, 4), torch.randn(3, 2), torch.randn(3, 2).double()), RuntimeError),
         (lambda: F.rotary(torch.ones(3, 4, dtype=torch.int64), torch.randn(3, 2), torch.randn(3, 2)), RuntimeError),
         (lambda: F.relative_position_buckets(3, 3, 2, 128), ValueError),
         (lambda: F.relative_position_buckets(3, 3, 32, 8), ValueError),

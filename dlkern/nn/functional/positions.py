@@ -1,11 +1,13 @@
-"""Positions: tables, angles, buckets and slopes. Cheap beside what they feed, so these are plain torch expressions; the
-kernels of attention take what they make (attn_mask, alibi_slopes) without expanding it."""
+"""Positions: rotary, which has a kernel, and tables, angles, buckets and slopes, which are plain torch expressions: made once
+for all heads and rows, they are cheap beside what they feed. Attention takes them (attn_mask, alibi_slopes) unexpanded."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+
+from dlkern import ops
 
 __all__ = ["alibi_slopes", "relative_position_buckets", "rotary", "rotary_angles", "sinusoidal_positions"]
 
@@ -61,19 +63,26 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
         RuntimeError: sizes do not fit, or x is not floating point.
     """
     half = cos.shape[-1]
-    if cos.shape != sin.shape or cos.dim() < 2 or cos.shape[-2] != x.shape[-2] or not 0 < 2 * half <= x.shape[-1]:
+    lead = x.shape[:-2]
+    fits = cos.shape == sin.shape and cos.dim() >= 2 and x.dim() >= 2 and cos.shape[-2] == x.shape[-2]
+    fits = fits and 0 < 2 * half <= x.shape[-1] and cos.dim() <= x.dim()
+    if not fits or any(c not in (1, n) for c, n in zip(cos.shape[-3::-1], lead[::-1])):
         raise RuntimeError(f"rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise RuntimeError(f"rotary: x must be floating point, got {x.dtype}")
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    if interleaved:
-        a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
-    else:
-        a, b = turned.chunk(2, -1)
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    y = y.to(x.dtype)
-    return torch.cat([y, rest], -1) if rest.shape[-1] else y
+    if not x.is_floating_point() or not cos.is_floating_point() or cos.dtype != sin.dtype:
+        raise RuntimeError(f"rotary: {x.dtype}, {cos.dtype}, {sin.dtype} must be floating point, the last two alike")
+    if not x.device == cos.device == sin.device:
+        raise RuntimeError(f"rotary: x is on {x.device}, cos on {cos.device}, sin on {sin.device}")
+    if cos.dtype != x.dtype:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        cos, sin = cos.to(wide), sin.to(wide)
+    if x.dim() > 4 and cos.dim() > 3:
+        cos, sin = (t.expand(*lead, *t.shape[-2:]) for t in (cos, sin))
+    return ops.positions.rotary(_four(x), _four(cos), _four(sin), interleaved).reshape(x.shape)
+
+
+def _four(x: torch.Tensor) -> torch.Tensor:
+    """x [*, M, N] as 4-D."""
+    return x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4)
 
 
 def relative_position_buckets(
