@@ -6,7 +6,7 @@ import contextlib
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,42 +308,65 @@ def _parity_line(rows: Sequence[Row]) -> str:
 
 # train ---------------------------------------------------------------------------------------------------------------
 
-_NETWORKS = {"lenet": lambda nn: models.lenet(nn=nn)}
+_BATCHES = click.IntRange(min=1)
 
 
-@main.command()
-@click.argument("network", type=click.Choice(list(_NETWORKS)))
-@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--seed", default=0, show_default=True)
-@click.option("--column", type=_COLUMN, default="auto", show_default=True)
-@click.option("--report", "folder", type=click.Path(file_okay=False), help="Write DIR/index.html with the plots.")
-def train(network: str, steps: int, batch: int, seed: int, column: str, folder: str | None) -> None:
-    """Train NETWORK on scikit-learn's digits with torch and with dlkern side by side, from the same seed."""
-    console = _console()
+def _settings(command: Any) -> Any:
+    """The options that every training has."""
+    for option in (
+        click.option("--report", "folder", type=click.Path(file_okay=False), help="Write DIR/index.html with the plots."),
+        click.option("--column", type=_COLUMN, default="auto", show_default=True),
+        click.option("--seed", default=0, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@main.group()
+def train() -> None:
+    """Train a network with torch and with dlkern side by side, from the same seed."""
+
+
+def _report_training(console: Console, folder: str | None, name: str, run: Callable[[], Section]) -> None:
     with _errors_as_messages():
         if folder:
             reports.make_folder(folder)
-        section = _train(console, network, steps, batch, seed, column)[0]
+        section = run()
         if folder:
-            path = reports.write(folder, f"dlkern: training {network}", _stamp(), [section])
-            console.print(f"report: {path}")
+            console.print(f"report: {reports.write(folder, f'dlkern: training {name}', _stamp(), [section])}")
 
 
-def _train(console: Console, network: str, steps: int, batch: int, seed: int, column: str) -> tuple[Section, float]:
-    """Trains, prints, and returns the report's section and dlkern's accuracy."""
-    from dlkern.training import digits, train_side_by_side
+@train.command("lenet")
+@click.option("--steps", default=400, show_default=True, type=_BATCHES)
+@click.option("--batch", default=64, show_default=True, type=_BATCHES)
+@_settings
+def train_lenet(steps: int, batch: int, seed: int, column: str, folder: str | None) -> None:
+    """LeNet on scikit-learn's digits."""
+    console = _console()
+    _report_training(console, folder, "lenet", lambda: _train(console, steps, batch, seed, column)[0])
 
-    data = digits()
+
+@contextlib.contextmanager
+def _showing(console: Console, what: str, steps: int) -> Iterator[Any]:
+    """A progress bar with both sides' losses; gives what a training calls after each step."""
     with _progress(console) as progress:
-        task = progress.add_task(f"{network}, torch and dlkern", total=steps, note="")
+        task = progress.add_task(f"{what}, torch and dlkern", total=steps, note="")
 
         def show(step: int, so_far: Any) -> None:
             note = f"loss {so_far.torch.losses[-1]:.4f} | {so_far.dlkern.losses[-1]:.4f}"
             progress.update(task, completed=step, note=note)
 
+        yield show
+
+
+def _train(console: Console, steps: int, batch: int, seed: int, column: str) -> tuple[Section, float]:
+    """Trains LeNet, prints, and returns the report's section and dlkern's accuracy."""
+    from dlkern.training import digits, train_side_by_side
+
+    data = digits()
+    with _showing(console, "lenet", steps) as show:
         result = train_side_by_side(
-            _NETWORKS[network], data, steps=steps, batch=batch, seed=seed, column=column, device=_device(),
+            lambda nn: models.lenet(nn=nn), data, steps=steps, batch=batch, seed=seed, column=column, device=_device(),
             progress=show,
         )  # fmt: skip
     theirs, ours = result.torch, result.dlkern
@@ -355,31 +378,133 @@ def _train(console: Console, network: str, steps: int, batch: int, seed: int, co
             for (step, a), (_, b) in zip(theirs.accuracy, ours.accuracy)
         ],
     )  # fmt: skip
-    summary = Table(
-        ("", "torch", "dlkern"),
-        [
-            ["accuracy, held out", f"{100 * theirs.accuracy[-1][1]:.2f}%", f"{100 * ours.accuracy[-1][1]:.2f}%"],
-            ["median ms per step", f"{theirs.median_ms:.2f}", f"{ours.median_ms:.2f}"],
-            ["torch / dlkern", "", f"{result.speedup:.2f}×"],
-        ],
-    )
-    title = f"{network} on scikit-learn's digits"
+    summary = _summary(result, "accuracy, held out", *(f"{100 * run.accuracy[-1][1]:.2f}%" for run in (theirs, ours)))
+    title = "lenet on scikit-learn's digits"
     console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and accuracy"))
-    console.print(summary.rich())
-    plot = reports.training_plot(result)
-    if plot is None:
-        console.print("no plots: matplotlib is not installed")
+    plots = _print_summary(console, summary, result)
     note = (
         f"{steps} steps of {batch} images, both from seed {seed}, a step of each in turn; "
         f"{len(data.test_labels)} digits held out; column {column}."
     )
-    return Section(title, note, [summary, curve], [plot] if plot else []), ours.accuracy[-1][1]
+    return Section(title, note, [summary, curve], plots), ours.accuracy[-1][1]
+
+
+def _summary(result: Any, measure: str, theirs: str, ours: str) -> Table:
+    return Table(
+        ("", "torch", "dlkern"),
+        [
+            [measure, theirs, ours],
+            ["median ms per step", f"{result.torch.median_ms:.2f}", f"{result.dlkern.median_ms:.2f}"],
+            ["seconds of training", *(f"{sum(run.milliseconds) / 1e3:.1f}" for run in (result.torch, result.dlkern))],
+            ["torch / dlkern", "", f"{result.speedup:.2f}×"],
+        ],
+    )
+
+
+def _print_summary(console: Console, summary: Table, result: Any) -> list[bytes]:
+    """Prints it, and returns the plot where there can be one."""
+    console.print(summary.rich())
+    plot = reports.training_plot(result)
+    if plot is None:
+        console.print("no plots: matplotlib is not installed")
+        return []
+    return [plot]
 
 
 def _stamp() -> str:
     isa = _native.facts().get("cpu_isa", "no native")
     where = _gpu() if torch.cuda.is_available() else f"CPU with {isa} code, {torch.get_num_threads()} threads"
     return f"dlkern {dlkern.__version__}, torch {torch.__version__}, {where}"
+
+
+# train translation ---------------------------------------------------------------------------------------------------
+
+_TRANSLATORS = {
+    "bahdanau": lambda source, target, nn, width, dropout: models.seq2seq(
+        source, target, embedding=width, hidden=width, dropout=dropout, nn=nn
+    ),
+    "transformer": lambda source, target, nn, width, dropout: models.transformer(
+        source, target, width=width, feedforward=2 * width, dropout=dropout, norm_first=True, nn=nn
+    ),
+}
+
+
+@train.command("translation")
+@click.option("--model", type=click.Choice(list(_TRANSLATORS)), default="bahdanau", show_default=True)
+@click.option("--width", default=128, show_default=True, type=click.IntRange(min=4), help="Of embeddings and layers.")
+@click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True),
+              help="Above 0 the two sides drop different elements.")  # fmt: skip
+@click.option("--beams", default=4, show_default=True, type=_BATCHES, help="Of the beam search that translates.")
+@click.option("--steps", default=200, show_default=True, type=_BATCHES)
+@click.option("--batch", default=32, show_default=True, type=_BATCHES, help="Sentence pairs.")
+@_settings
+def train_translation(folder: str | None, **settings: Any) -> None:
+    """English to French on Django's messages: GRU with additive attention, or a Transformer."""
+    console = _console()
+    _report_training(console, folder, "a translator", lambda: _train_translation(console, **settings))
+
+
+def _train_translation(
+    console: Console, model: str, width: int, dropout: float, beams: int, steps: int, batch: int, seed: int, column: str
+) -> Section:
+    """Trains, prints, and returns the report's section."""
+    from dlkern import translation
+
+    if model == "transformer" and width % 4:
+        raise ValueError(f"--width {width}: the Transformer's four heads need a multiple of 4")
+    corpus, device = translation.bilingual(), _device()
+    with _showing(console, model, steps) as show:
+        result = translation.train_translation(
+            lambda source, target, nn: _TRANSLATORS[model](source, target, nn, width, dropout), corpus, steps=steps,
+            batch=batch, seed=seed, column=column, device=device, progress=show,
+        )  # fmt: skip
+    theirs, ours = result.torch, result.dlkern
+    curve = Table(
+        ("step", "loss, torch", "loss, dlkern", "perplexity, torch", "perplexity, dlkern"),
+        [
+            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
+             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{a:.3f}", f"{b:.3f}"]
+            for (step, a), (_, b) in zip(theirs.perplexity, ours.perplexity)
+        ],
+    )  # fmt: skip
+    summary = _summary(result, "perplexity, held out", *(f"{run.perplexity[-1][1]:.3f}" for run in (theirs, ours)))
+    known = translation.Pairs(corpus.train.source[: len(corpus.test)], corpus.train.target[: len(corpus.test)])
+    written = {
+        name: [translation.translate(network, corpus, part.source, beams=beams) for network in result.models]
+        for name, part in (("held out", corpus.test), ("trained on", known))
+    }
+    for name, part in (("held out", corpus.test), ("trained on", known)):
+        for measure, score in (("BLEU", translation.bleu), ("ROUGE-L", translation.rouge_l)):
+            summary.rows.append([f"{measure}, {name}", *(f"{score(side, part.target):.2f}" for side in written[name])])
+    examples = Table(
+        ("English", "Django's French", "torch", "dlkern"),
+        [
+            [translation.join(tokens) for tokens in row]
+            for row in zip(corpus.test.source, corpus.test.target, *written["held out"])
+        ][::5],
+    )
+    title = f"{model} on Django's messages, English to French"
+    console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and perplexity of held-out pairs"))
+    console.print(examples.rich("held-out sentences, translated by beam search"))
+    plots = _print_summary(console, summary, result)
+    heat = reports.heat_map(*_attended(result.models[1], corpus, written["held out"][1]), "what dlkern's model attends to")
+    note = (
+        f"Width {width}; {steps} steps of {batch} pairs, Adam, gradients clipped to 1, both from seed {seed}, a step of each "
+        f"in turn; {len(corpus.test)} of {len(corpus.train) + len(corpus.test)} pairs held out; {beams} beams; "
+        f"column {column}."
+    )
+    return Section(title, note, [summary, curve, examples], plots + ([heat] if heat else []))
+
+
+def _attended(network: Any, corpus: Any, written: list[list[str]]) -> tuple[Any, list[str], list[str]]:
+    """The attention of the longest translation: weights [T, S], the tokens written and those read."""
+    from dlkern import translation
+
+    index = max(range(len(written)), key=lambda i: len(written[i]))
+    pair = translation.Pairs([corpus.test.source[index]], [written[index]])
+    batch = translation.as_batch(pair, [0], corpus).to(_device())
+    weights = network.attention_map(batch.source, batch.lengths, batch.given)[0]
+    return weights.cpu(), [*pair.target[0], "<end>"], pair.source[0]
 
 
 # bench ---------------------------------------------------------------------------------------------------------------
@@ -410,7 +535,7 @@ def demo(steps: int, folder: str, with_bench: bool) -> None:
     console.print(versions.rich("dlkern on this machine"))
     console.print(available.rich("columns"))
     with _errors_as_messages():
-        lenet, accuracy = _train(console, "lenet", steps, 64, 0, "auto")
+        lenet, accuracy = _train(console, steps, 64, 0, "auto")
     sections = [lenet]
     ok = True
     for section, good in (_lenet_parity(console), _resnet_step(console)):

@@ -50,11 +50,13 @@ def digits() -> Data:
 
 @dataclass
 class Run:
-    """One side: a loss and a time for each step, and the accuracy on held-out images after some of them."""
+    """One side: a loss and a time for each step, and the accuracy on held-out images, or the perplexity of held-out text,
+    after some of them."""
 
     losses: list[float] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     accuracy: list[tuple[int, float]] = field(default_factory=list)  # (step, share of held-out images)
+    perplexity: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def median_ms(self) -> float:
@@ -67,6 +69,7 @@ class SideBySide:
 
     torch: Run = field(default_factory=Run)
     dlkern: Run = field(default_factory=Run)
+    models: tuple[Any, ...] = ()  # both, trained
 
     @property
     def speedup(self) -> float:
@@ -182,4 +185,5 @@ def train_side_by_side(
                 side.evaluate(*held_out, step)
         if progress is not None:
             progress(step, result)
+    result.models = twin, ours
     return result

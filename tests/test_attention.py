@@ -3,6 +3,7 @@ dropout's contract; multi-head attention and Transformers."""
 
 import copy
 import functools
+import inspect
 import itertools
 
 import pytest
@@ -309,6 +310,22 @@ def test_transformers_run_on_dlkern():
         with dlkern.enabled(), dlkern.trace() as calls:
             theirs(source, target, tgt_mask=mask)
     assert {call.op for call in calls} == {"linear", "layer_norm", "scaled_dot_product_attention"}
+    assert {call.backend for call in calls} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"])
+def test_transformer_modules_are_dlkerns_throughout(name):
+    theirs, ours = getattr(nn, name), getattr(dlkern.nn, name)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    model, settings = ours(8, 2, batch_first=True), dict(batch_first=True, dropout=0.0)
+    kinds = {r.kind for r in dlkern.conversion_report(model) if r.status != "dlkern"}
+    assert kinds == {"NonDynamicallyQuantizableLinear"} and isinstance(model, theirs)
+    layer, twin = (cls(8, 2, dim_feedforward=12, **settings) for cls in (ours, theirs))
+    layer.load_state_dict(twin.state_dict())
+    x = torch.randn(2, 2, 5, 8)
+    arguments = x[:1] if name == "TransformerEncoderLayer" else x
+    with dlkern.trace() as calls:
+        torch.testing.assert_close(layer(*arguments), twin(*arguments), rtol=1e-4, atol=1e-5)
     assert {call.backend for call in calls} == {"cpu"}
 
 

@@ -103,8 +103,10 @@ def test_check_tells_a_failure(monkeypatch):
         (("check", "conv7d"), "no op 'conv7d'; there are conv2d"),
         (("check", "--column", "gpu"), "'gpu' is not one of"),
         (("check", "linear", "--dtype", "int8"), "'int8' is not one of"),
-        (("train", "alexnet"), "'alexnet' is not"),
+        (("train", "alexnet"), "No such command 'alexnet'"),
         (("train", "lenet", "--steps", "0"), "0 is not in the range"),
+        (("train", "translation", "--model", "rnn"), "'rnn' is not one of"),
+        (("train", "translation", "--model", "transformer", "--width", "6"), "multiple of 4"),
         (("compare", "usersmodel"), "expected package.module:factory, got 'usersmodel'"),
         (("compare", "nowhere:make", "--input", "1,2"), "cannot import nowhere: ModuleNotFoundError"),
         (("compare", "usersmodel:large", "--input", "1,2"), "usersmodel has no 'large'"),
@@ -171,9 +173,25 @@ def test_train_writes_a_report(tmp_path):
     assert (tmp_path / "report" / "1-1.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("model", ["bahdanau", "transformer"])
+def test_train_translation(tmp_path, model):
+    for package in ("django", "polib", "sacrebleu", "rouge_score"):
+        pytest.importorskip(package)
+    settings = ("--model", model, "--width", 12, "--steps", 3, "--batch", 6, "--beams", 2)
+    result = call("train", "translation", *settings, "--report", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    for word in ("perplexity, held out", "torch / dlkern", "BLEU, held out", "ROUGE-L, trained on", "Django's French"):
+        assert word in result.output
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert f"{model} on Django" in page and "BLEU, held out" in page
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "report" / "1-2.png").read_bytes().startswith(b"\x89PNG")  # what it attends to
+
+
 def test_no_plots_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert report.training_plot(SideBySide(Run([1.0], [1.0], [(1, 0.5)]), Run([1.0], [1.0], [(1, 0.5)]))) is None
+    assert report.heat_map([[1.0]], ["a"], ["b"], "c") is None
 
 
 def test_report_escapes(tmp_path):

@@ -5,6 +5,9 @@ declared here first, as schemas without an implementation: none of the models ne
 torchvision; it skips the test where torchvision is not installed at all.
 """
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
@@ -33,8 +36,15 @@ def torchvision():
     return torchvision
 
 
+def transformers():
+    """The transformers module, which imports torchvision where that is installed."""
+    module = pytest.importorskip("transformers")
+    if importlib.util.find_spec("torchvision") is not None:
+        torchvision()
+    return module
+
+
 def _forget():
-    import sys
 
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]

@@ -214,8 +214,9 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     const int64_t n = smaller(kKeys, s.keys - j0);
     tile.set_head(b, key_head * group);
     tile.load_keys(j0, n);
-    clear(grad_key, kKeys * (depth + value_depth));
-    if (pairwise) clear(grad_turned, s.depth * kKeys);
+    clear(grad_key, n * depth);
+    clear(grad_value, n * value_depth);
+    for (int64_t d = 0; pairwise && d < s.depth; ++d) clear(grad_turned + d * kKeys, padded<A>(n));
     for (int64_t g = 0; g < group; ++g) {
       tile.set_head(b, key_head * group + g);
       for (int64_t i0 = 0; i0 < s.queries; i0 += kRows) {
@@ -244,7 +245,7 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
         }
       }
     }
-    if constexpr (pairwise) transpose_rows(grad_turned, kKeys, s.depth, kKeys, grad_key, depth);
+    if constexpr (pairwise) transpose_rows(grad_turned, kKeys, s.depth, n, grad_key, depth);
     if constexpr (SCORE == kCosineScore)
       for (int64_t j = 0; j < n; ++j)
         normalize_backward(tile.key + j * depth, tile.of_key[j], grad_key + j * depth, depth);

@@ -11,9 +11,12 @@ from dlkern.models.lenet import LeNet, lenet
 from dlkern.models.mlp import MLP, mlp
 from dlkern.models.nin import NiN, nin
 from dlkern.models.resnet import ResNet, preact_resnet18, preact_resnet50, resnet18, resnet50
+from dlkern.models.seq2seq import Seq2Seq, seq2seq
+from dlkern.models.transformer import Transformer, transformer
 from dlkern.models.vgg import VGG, vgg11, vgg16
 
 __all__ = [
-    "MLP", "VGG", "AlexNet", "DenseNet", "GoogLeNet", "LeNet", "NiN", "ResNet", "alexnet", "densenet121", "googlenet",
-    "lenet", "mlp", "nin", "preact_resnet18", "preact_resnet50", "resnet18", "resnet50", "vgg11", "vgg16",
+    "MLP", "VGG", "AlexNet", "DenseNet", "GoogLeNet", "LeNet", "NiN", "ResNet", "Seq2Seq", "Transformer", "alexnet",
+    "densenet121", "googlenet", "lenet", "mlp", "nin", "preact_resnet18", "preact_resnet50", "resnet18", "resnet50", "seq2seq",
+    "transformer", "vgg11", "vgg16",
 ]  # fmt: skip

@@ -236,6 +236,16 @@ def _layer_norm() -> Iterator[Case]:
                    lambda x=x, d=dims, n=count: [_randn(*x), *(_randn(*x[-d:]) for _ in range(n))])
 
 
+def _positions() -> Iterator[Case]:
+    for label, x, angles, interleaved in (
+        ("halves", (2, 3, 7, 16), (7, 8), False), ("neighbours", (2, 3, 7, 16), (7, 8), True),
+        ("part of the depth", (2, 2, 5, 45), (2, 1, 5, 19), False), ("part, neighbours", (3, 5, 11), (5, 4), True),
+    ):  # fmt: skip
+        yield Case("positions", "rotary", label, lambda *t, i=interleaved: F.rotary(*t, interleaved=i),
+                   lambda x, cos, sin, i=interleaved: reference.positions.rotary(x, cos, sin, i),
+                   lambda x=x, a=angles: [_randn(*x), _randn(*a, grad=False), _randn(*a, grad=False)])
+
+
 def _attention() -> Iterator[Case]:
     def inputs(q: tuple[int, ...], k: tuple[int, ...], depth: int, mask: tuple[int, ...] | None) -> list[torch.Tensor]:
         tensors = [_randn(*q), _randn(*k), _randn(*k[:-1], depth)]
@@ -358,7 +368,7 @@ def _rnn() -> Iterator[Case]:
 
 CASES: tuple[Case, ...] = (
     *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_attention(),
-    *_loss(), *_dropout(), *_rnn(),
+    *_loss(), *_dropout(), *_rnn(), *_positions(),
 )  # fmt: skip
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:

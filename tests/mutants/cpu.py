@@ -63,6 +63,19 @@ MUTANTS += [
     _layer_norm("for (int64_t c = 0; c < chunks; ++c) {\n        of_weight", "for (int64_t c = 0; c + 1 < chunks; ++c) {\n        of_weight"),
 ]
 
+
+
+def _positions(old: str, new: str) -> dict:
+    return dict(file="csrc/cpu/positions.cpp", old=old, new=new, tests=["tests/test_positions.py", "-k", "rotary"], build="native")
+
+
+MUTANTS += [
+    # The gradient turned the same way, the wrong partner, what is beyond the pairs left out.
+    _positions("args.inverse ? A(-1) : A(1)", "args.inverse ? A(1) : A(1)"),
+    _positions("q = load_some(x + half + d, count), c", "q = load_some(x + d, count), c"),
+    _positions("for (int64_t d = 2 * half; d < args.depth; ++d)", "for (int64_t d = 2 * half + 1; d < args.depth; ++d)"),
+]
+
 _MAX, _MAX_BACKWARD = "csrc/cpu/pooling_max.cpp", "csrc/cpu/pooling_max_backward.cpp"
 _AVG, _ADAPTIVE = "csrc/cpu/pooling_avg.cpp", "csrc/cpu/pooling_adaptive.cpp"
 _WINDOW = "csrc/cpu/pooling_window.h"

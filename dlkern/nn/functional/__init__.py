@@ -30,6 +30,13 @@ from dlkern.nn.functional.pooling import (
     max_pool2d,
     max_pool2d_with_indices,
 )
+from dlkern.nn.functional.positions import (
+    alibi_slopes,
+    relative_position_buckets,
+    rotary,
+    rotary_angles,
+    sinusoidal_positions,
+)
 from dlkern.nn.functional.rnn import gru, lstm, rnn_relu, rnn_tanh
 
 __all__ = [
@@ -40,6 +47,7 @@ __all__ = [
     "adaptive_max_pool2d",
     "adaptive_max_pool2d_with_indices",
     "additive_attention",
+    "alibi_slopes",
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
@@ -68,8 +76,12 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_with_indices",
     "multi_head_attention_forward",
+    "relative_position_buckets",
     "rnn_relu",
     "rnn_tanh",
+    "rotary",
+    "rotary_angles",
     "scaled_dot_product_attention",
+    "sinusoidal_positions",
     "tensor_reduction",
 ]

@@ -82,13 +82,13 @@ def attend(
 
 
 def _unusual(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed: int, heads: int, separate: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed: int, heads: int, width: int, separate: bool,
     padding: torch.Tensor | None, mask: torch.Tensor | None, causal: bool,
 ) -> str | None:
     """What of a batched call [L, B, E] torch is to answer, or None."""
     length, batch, size = query.shape
     keys = key.shape[0]
-    if size != embed or heads <= 0 or embed % heads or key.shape[:2] != value.shape[:2] or key.shape[1] != batch:
+    if size != embed or heads <= 0 or width % heads or key.shape[:2] != value.shape[:2] or key.shape[1] != batch:
         return "sizes do not fit"
     if not separate and (key.shape != value.shape or key.shape[2] != embed):
         return "sizes do not fit"
@@ -114,14 +114,16 @@ def multi_head_attention_forward(
     need_weights: bool = True, attn_mask: torch.Tensor | None = None, use_separate_proj_weight: bool = False,
     q_proj_weight: torch.Tensor | None = None, k_proj_weight: torch.Tensor | None = None,
     v_proj_weight: torch.Tensor | None = None, static_k: torch.Tensor | None = None, static_v: torch.Tensor | None = None,
-    average_attn_weights: bool = True, is_causal: bool = False,
+    average_attn_weights: bool = True, is_causal: bool = False, *, width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """torch.nn.functional.multi_head_attention_forward: its arguments, results [L, B, E] and attention weights, and errors.
 
+    width: of all heads together, where that is not embed_dim_to_check because some were pruned (torch has none of this).
     A query that sees no key gets zeros, also where weights are asked for (torch gives NaN there).
     Vaswani et al. 2017, "Attention is all you need", section 3.2.2.
     """
     everything: dict[str, Any] = dict(locals())
+    del everything["width"]
     reason: str | None = "static keys or values"
     unbatched = False
     try:
@@ -136,13 +138,16 @@ def multi_head_attention_forward(
             reason = "operands are not all batched or all not"
             if q.dim() == k.dim() == v.dim() == 3:
                 reason = _unusual(
-                    q, k, v, embed_dim_to_check, num_heads, use_separate_proj_weight, padding, mask, is_causal,
-                )
+                    q, k, v, embed_dim_to_check, num_heads, width or embed_dim_to_check, use_separate_proj_weight, padding,
+                    mask, is_causal,
+                )  # fmt: skip
     except AttributeError:
         reason = "not tensors"
     if reason is not None:
         if tracing.active and isinstance(query, torch.Tensor):
             tracing.record("multi_head_attention_forward", "torch", reason, query)
+        if width not in (None, embed_dim_to_check):
+            raise RuntimeError(f"multi_head_attention_forward with pruned heads: {reason}")
         return torch.nn.functional.multi_head_attention_forward(**everything)
     batch, keys = q.shape[1], k.shape[0]
     only_causal = is_causal and padding is None and not need_weights

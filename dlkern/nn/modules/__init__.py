@@ -6,6 +6,7 @@ from dlkern.nn.modules.attention import (
     DotAttention,
     GaussianAttention,
     MultiheadAttention,
+    PrunedMultiheadAttention,
 )
 from dlkern.nn.modules.batch_norm import (
     BatchNorm1d,
@@ -42,8 +43,15 @@ from dlkern.nn.modules.pooling import (
     MaxPool1d,
     MaxPool2d,
 )
+from dlkern.nn.modules.positions import LearnedPositions, RelativePositionBias, RotaryPositions, SinusoidalPositions
 from dlkern.nn.modules.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from dlkern.nn.modules.transformer import TransformerEncoder, TransformerEncoderLayer
+from dlkern.nn.modules.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "GRU",
@@ -84,13 +92,21 @@ __all__ = [
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyLinear",
+    "LearnedPositions",
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
+    "PrunedMultiheadAttention",
     "RNNCell",
+    "RelativePositionBias",
+    "RotaryPositions",
+    "SinusoidalPositions",
     "SyncBatchNorm",
     "TensorReduction",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

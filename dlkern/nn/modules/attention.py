@@ -9,7 +9,10 @@ import torch
 from dlkern.nn import functional as F
 from dlkern.nn.modules.linear import Linear
 
-__all__ = ["AdditiveAttention", "CosineAttention", "DotAttention", "GaussianAttention", "MultiheadAttention"]
+__all__ = [
+    "AdditiveAttention", "CosineAttention", "DotAttention", "GaussianAttention", "MultiheadAttention",
+    "PrunedMultiheadAttention",
+]  # fmt: skip
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -30,7 +33,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key = query if same else key.transpose(0, 1)
             value = key if same_key else value.transpose(0, 1)
         options: dict[str, Any] = {}
-        if not self._qkv_same_embed_dim:
+        if self.in_proj_weight is None:
             options = dict(
                 use_separate_proj_weight=True, q_proj_weight=self.q_proj_weight, k_proj_weight=self.k_proj_weight,
                 v_proj_weight=self.v_proj_weight,
@@ -39,9 +42,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
             self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
             training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
-            average_attn_weights=average_attn_weights, is_causal=is_causal, **options,
+            average_attn_weights=average_attn_weights, is_causal=is_causal, width=self.num_heads * self.head_dim, **options,
         )
         return output.transpose(0, 1) if turned else output, weights
+
+
+class PrunedMultiheadAttention(MultiheadAttention):
+    """What prune_heads() makes of a MultiheadAttention: fewer heads of the same width between the same inputs and outputs.
+
+    torch's class would take embed_dim for the width of all heads, so revert() leaves this one as it is.
+    """
 
 
 class _Scored(torch.nn.Module):
@@ -119,7 +129,8 @@ class AdditiveAttention(_Scored):
         num_hiddens: width both are projected to.
         dropout: probability of dropping a probability, in training mode.
 
-    forward as in DotAttention, but query [B, L, query_size] and key [B, S, key_size].
+    forward as in DotAttention, but query [B, L, query_size] and key [B, S, key_size]. Where the same keys are asked again and
+    again, attend() takes them as W_k(key).
     """
 
     def __init__(self, query_size: int, key_size: int, num_hiddens: int, dropout: float = 0.0, bias: bool = False) -> None:
@@ -132,6 +143,11 @@ class AdditiveAttention(_Scored):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return F.additive_attention(
-            self.W_q(query), self.W_k(key), value, self.w_v.weight[0], attn_mask, lengths, self._p
-        )
+        return self.attend(query, self.W_k(key), value, lengths, attn_mask)
+
+    def attend(
+        self, query: torch.Tensor, projected: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """forward() with keys that W_k has projected: [B, S, num_hiddens]."""
+        return F.additive_attention(self.W_q(query), projected, value, self.w_v.weight[0], attn_mask, lengths, self._p)

@@ -1,0 +1,59 @@
+// Rotary positions (Su et al. 2021): each pair of a row's elements turned by an angle of its position. One read and one
+// write of memory, which is the floor; sums of two products in the type sums are carried in, rounded once.
+#include "positions.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>)
+    store(p, v);
+  else
+    store_partial<T>(p, v, static_cast<int>(count));
+}
+template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
+  return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
+}
+
+template <class T> void turn(const RotaryArgs<T>& args) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t half = args.half;
+  const A sign = args.inverse ? A(-1) : A(1);
+  parallel_for(args.a * args.b * args.length, 1 + 32768 / (args.depth + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t l = row % args.length, j = row / args.length % args.b, i = row / args.length / args.b;
+      const auto at = [&](const int64_t* stride) { return i * stride[0] + j * stride[1] + l * stride[2]; };
+      const T* x = args.x + at(args.x_stride);
+      T* y = args.output + at(args.output_stride);
+      const A *cos = args.cos + at(args.angle_stride), *sin = args.sin + at(args.angle_stride);
+      if (args.interleaved) {
+        for (int64_t d = 0; d < half; ++d) {
+          const A p = static_cast<A>(x[2 * d]), q = static_cast<A>(x[2 * d + 1]), s = sin[d] * sign;
+          y[2 * d] = static_cast<T>(p * cos[d] - q * s);
+          y[2 * d + 1] = static_cast<T>(q * cos[d] + p * s);
+        }
+      } else {
+        for (int64_t d = 0; d < half; d += lanes) {
+          const int64_t count = smaller(lanes, half - d);
+          const Vec<T> p = load_some(x + d, count), q = load_some(x + half + d, count), c = load_some(cos + d, count),
+                       s = load_some(sin + d, count) * sign;
+          store_some(y + d, p * c - q * s, count);
+          store_some(y + half + d, q * c + p * s, count);
+        }
+      }
+      for (int64_t d = 2 * half; d < args.depth; ++d) y[d] = x[d];
+    }
+  });
+}
+
+}  // namespace
+
+void rotary(const RotaryArgs<float>& args) { turn(args); }
+void rotary(const RotaryArgs<double>& args) { turn(args); }
+void rotary(const RotaryArgs<bfloat16>& args) { turn(args); }
+
+}  // namespace dlkern::cpu::DLKERN_ISA
