@@ -126,7 +126,7 @@ def test_rotary_keeps_distances(interleaved):
     torch.testing.assert_close(pairs, before, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotary_parity(dtype):
     """The gradient too, which is a turn the other way."""
     cos, sin = F.rotary_angles(torch.arange(5), 6)

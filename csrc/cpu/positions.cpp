@@ -8,16 +8,6 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>)
-    store(p, v);
-  else
-    store_partial<T>(p, v, static_cast<int>(count));
-}
-template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
-  return count >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(count));
-}
-
 template <class T> void turn(const RotaryArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<T>;
@@ -55,5 +45,6 @@ template <class T> void turn(const RotaryArgs<T>& args) {
 void rotary(const RotaryArgs<float>& args) { turn(args); }
 void rotary(const RotaryArgs<double>& args) { turn(args); }
 void rotary(const RotaryArgs<bfloat16>& args) { turn(args); }
+void rotary(const RotaryArgs<float16>& args) { turn(args); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -23,5 +23,6 @@ template <class T> struct RotaryArgs {
 DLKERN_ROTARY(float)
 DLKERN_ROTARY(double)
 DLKERN_ROTARY(bfloat16)
+DLKERN_ROTARY(float16)
 #undef DLKERN_ROTARY
 }  // namespace dlkern::cpu

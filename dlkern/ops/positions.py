@@ -21,7 +21,7 @@ def _fake(x, cos, sin, interleaved, inverse):
 
 
 define("rotary", "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", _fake)
-columns.declare("rotary", "cpu", (torch.float32, torch.bfloat16, torch.float64))
+columns.declare("rotary", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _rotary = raw["rotary"]
 
