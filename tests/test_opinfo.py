@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 MOST_SAMPLES = 48
 FAMILIES = re.compile(
     r"(max|avg)_pool[12]d|adaptive_(max|avg)_pool[12]d|lp_pool[12]d|batch_norm|dropout[123]?d?|linear|conv[12]d|"
-    r"conv_transpose[12]d|cross_entropy|layer_norm|scaled_dot_product_attention"
+    r"conv_transpose[12]d|cross_entropy|embedding|layer_norm|scaled_dot_product_attention"
 )
 
 

@@ -1,9 +1,9 @@
 """A file a family: schemas, fake kernels, autograd and the dispatch function of its ops."""
 
-from dlkern.ops import attention, batch_norm, batch_norm_sync, conv, dropout, layer_norm, linear, loss, pooling, rnn
+from dlkern.ops import attention, batch_norm, batch_norm_sync, conv, dropout, embedding, layer_norm, linear, loss, pooling, rnn
 from dlkern.ops._activation import Activation
 
 __all__ = [
-    "Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout",
+    "Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout", "embedding",
     "layer_norm", "linear", "loss", "pooling", "rnn",
 ]  # fmt: skip

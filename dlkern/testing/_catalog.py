@@ -287,6 +287,16 @@ def _loss() -> Iterator[Case]:
                    lambda *t, o=options: tF.cross_entropy(*t, **o), lambda s=shape: inputs(*s), draws=8)
 
 
+def _embedding() -> Iterator[Case]:
+    for label, shape, table, options in (
+        ("2-D", (5, 7), (9, 33), {}), ("1-D", (40,), (6, 17), dict(padding_idx=2)),
+        ("by frequency", (3, 4, 5), (7, 8), dict(scale_grad_by_freq=True)), ("one index", (), (5, 70), {}),
+    ):  # fmt: skip
+        yield Case("embedding", "embedding", label, lambda w, i, o=options: F.embedding(i, w, **o),
+                   lambda w, i, o=options: tF.embedding(i, w, **o),
+                   lambda s=shape, t=table: [_randn(*t), torch.randint(0, t[0], s)])
+
+
 def _dropout() -> Iterator[Case]:
     for p in (0.2, 0.5):
         yield Case("dropout", "dropout", f"p={p}",
@@ -358,7 +368,7 @@ def _rnn() -> Iterator[Case]:
 
 CASES: tuple[Case, ...] = (
     *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_attention(),
-    *_loss(), *_dropout(), *_rnn(),
+    *_loss(), *_embedding(), *_dropout(), *_rnn(),
 )  # fmt: skip
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:

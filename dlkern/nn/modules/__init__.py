@@ -27,6 +27,7 @@ from dlkern.nn.modules.conv import (
     LazyConvTranspose2d,
 )
 from dlkern.nn.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from dlkern.nn.modules.embedding import Embedding
 from dlkern.nn.modules.layer_norm import LayerNorm
 from dlkern.nn.modules.linear import LazyLinear, Linear
 from dlkern.nn.modules.loss import CrossEntropyLoss
@@ -70,6 +71,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "Embedding",
     "GRUCell",
     "GaussianAttention",
     "LPPool1d",
