@@ -6,7 +6,7 @@ import contextlib
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,42 +308,65 @@ def _parity_line(rows: Sequence[Row]) -> str:
 
 # train ---------------------------------------------------------------------------------------------------------------
 
-_NETWORKS = {"lenet": lambda nn: models.lenet(nn=nn)}
+_BATCHES = click.IntRange(min=1)
 
 
-@main.command()
-@click.argument("network", type=click.Choice(list(_NETWORKS)))
-@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--seed", default=0, show_default=True)
-@click.option("--column", type=_COLUMN, default="auto", show_default=True)
-@click.option("--report", "folder", type=click.Path(file_okay=False), help="Write DIR/index.html with the plots.")
-def train(network: str, steps: int, batch: int, seed: int, column: str, folder: str | None) -> None:
-    """Train NETWORK on scikit-learn's digits with torch and with dlkern side by side, from the same seed."""
-    console = _console()
+def _settings(command: Any) -> Any:
+    """The options that every training has."""
+    for option in (
+        click.option("--report", "folder", type=click.Path(file_okay=False), help="Write DIR/index.html with the plots."),
+        click.option("--column", type=_COLUMN, default="auto", show_default=True),
+        click.option("--seed", default=0, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@main.group()
+def train() -> None:
+    """Train a network with torch and with dlkern side by side, from the same seed."""
+
+
+def _report_training(console: Console, folder: str | None, name: str, run: Callable[[], Section]) -> None:
     with _errors_as_messages():
         if folder:
             reports.make_folder(folder)
-        section = _train(console, network, steps, batch, seed, column)[0]
+        section = run()
         if folder:
-            path = reports.write(folder, f"dlkern: training {network}", _stamp(), [section])
-            console.print(f"report: {path}")
+            console.print(f"report: {reports.write(folder, f'dlkern: training {name}', _stamp(), [section])}")
 
 
-def _train(console: Console, network: str, steps: int, batch: int, seed: int, column: str) -> tuple[Section, float]:
-    """Trains, prints, and returns the report's section and dlkern's accuracy."""
-    from dlkern.training import digits, train_side_by_side
+@train.command("lenet")
+@click.option("--steps", default=400, show_default=True, type=_BATCHES)
+@click.option("--batch", default=64, show_default=True, type=_BATCHES)
+@_settings
+def train_lenet(steps: int, batch: int, seed: int, column: str, folder: str | None) -> None:
+    """LeNet on scikit-learn's digits."""
+    console = _console()
+    _report_training(console, folder, "lenet", lambda: _train(console, steps, batch, seed, column)[0])
 
-    data = digits()
+
+@contextlib.contextmanager
+def _showing(console: Console, what: str, steps: int) -> Iterator[Any]:
+    """A progress bar with both sides' losses; gives what a training calls after each step."""
     with _progress(console) as progress:
-        task = progress.add_task(f"{network}, torch and dlkern", total=steps, note="")
+        task = progress.add_task(f"{what}, torch and dlkern", total=steps, note="")
 
         def show(step: int, so_far: Any) -> None:
             note = f"loss {so_far.torch.losses[-1]:.4f} | {so_far.dlkern.losses[-1]:.4f}"
             progress.update(task, completed=step, note=note)
 
+        yield show
+
+
+def _train(console: Console, steps: int, batch: int, seed: int, column: str) -> tuple[Section, float]:
+    """Trains LeNet, prints, and returns the report's section and dlkern's accuracy."""
+    from dlkern.training import digits, train_side_by_side
+
+    data = digits()
+    with _showing(console, "lenet", steps) as show:
         result = train_side_by_side(
-            _NETWORKS[network], data, steps=steps, batch=batch, seed=seed, column=column, device=_device(),
+            lambda nn: models.lenet(nn=nn), data, steps=steps, batch=batch, seed=seed, column=column, device=_device(),
             progress=show,
         )  # fmt: skip
     theirs, ours = result.torch, result.dlkern
@@ -355,25 +378,113 @@ def _train(console: Console, network: str, steps: int, batch: int, seed: int, co
             for (step, a), (_, b) in zip(theirs.accuracy, ours.accuracy)
         ],
     )  # fmt: skip
-    summary = Table(
-        ("", "torch", "dlkern"),
-        [
-            ["accuracy, held out", f"{100 * theirs.accuracy[-1][1]:.2f}%", f"{100 * ours.accuracy[-1][1]:.2f}%"],
-            ["median ms per step", f"{theirs.median_ms:.2f}", f"{ours.median_ms:.2f}"],
-            ["torch / dlkern", "", f"{result.speedup:.2f}×"],
-        ],
-    )
-    title = f"{network} on scikit-learn's digits"
+    summary = _summary(result, "accuracy, held out", *(f"{100 * run.accuracy[-1][1]:.2f}%" for run in (theirs, ours)))
+    title = "lenet on scikit-learn's digits"
     console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and accuracy"))
-    console.print(summary.rich())
-    plot = reports.training_plot(result)
-    if plot is None:
-        console.print("no plots: matplotlib is not installed")
+    plots = _print_summary(console, summary, result)
     note = (
         f"{steps} steps of {batch} images, both from seed {seed}, a step of each in turn; "
         f"{len(data.test_labels)} digits held out; column {column}."
     )
-    return Section(title, note, [summary, curve], [plot] if plot else []), ours.accuracy[-1][1]
+    return Section(title, note, [summary, curve], plots), ours.accuracy[-1][1]
+
+
+def _summary(result: Any, measure: str, theirs: str, ours: str) -> Table:
+    return Table(
+        ("", "torch", "dlkern"),
+        [
+            [measure, theirs, ours],
+            ["median ms per step", f"{result.torch.median_ms:.2f}", f"{result.dlkern.median_ms:.2f}"],
+            ["seconds of training", *(f"{sum(run.milliseconds) / 1e3:.1f}" for run in (result.torch, result.dlkern))],
+            ["torch / dlkern", "", f"{result.speedup:.2f}×"],
+        ],
+    )
+
+
+def _print_summary(console: Console, summary: Table, result: Any) -> list[bytes]:
+    """Prints it, and returns the plot where there can be one."""
+    console.print(summary.rich())
+    plot = reports.training_plot(result)
+    if plot is None:
+        console.print("no plots: matplotlib is not installed")
+        return []
+    return [plot]
+
+
+@train.command("language-model")
+@click.option("--cell", type=click.Choice(["rnn", "gru", "lstm"]), default="gru", show_default=True)
+@click.option("--level", type=click.Choice(["char", "word"]), default="char", show_default=True)
+@click.option("--layers", default=1, show_default=True, type=_BATCHES)
+@click.option("--hidden", default=256, show_default=True, type=_BATCHES, help="Units of a layer.")
+@click.option("--embedding", default=0, show_default=True, type=click.IntRange(min=0),
+              help="Length of a token's vector; 0: one-hot for characters, as many as hidden for words.")  # fmt: skip
+@click.option("--tied", is_flag=True, help="The output's weight is the embedding's.")
+@click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option("--sampling", type=click.Choice(["sequential", "random-lengths", "random"]), default="sequential",
+              show_default=True, help="How the text is cut; the first two carry the state on.")  # fmt: skip
+@click.option("--steps", default=1000, show_default=True, type=_BATCHES)
+@click.option("--batch", default=32, show_default=True, type=_BATCHES, help="Sequences.")
+@click.option("--length", default=64, show_default=True, type=_BATCHES, help="Tokens of a sequence in a batch.")
+@click.option("--clip", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Gradients' norm.")
+@_settings
+def train_language_model(folder: str | None, **settings: Any) -> None:
+    """A recurrent language model on the help texts of Python's standard library."""
+    console = _console()
+    _report_training(console, folder, "a language model", lambda: _train_language_model(console, **settings))
+
+
+def _train_language_model(
+    console: Console, cell: str, level: str, layers: int, hidden: int, embedding: int, tied: bool, dropout: float,
+    sampling: str, steps: int, batch: int, length: int, clip: float, seed: int, column: str,
+) -> Section:
+    """Trains, prints, and returns the report's section."""
+    from dlkern import text, training
+
+    corpus = text.corpus(level, min_count=1 if level == "char" else 3)
+    size: int | None = embedding or (hidden if level == "word" or tied else None)
+
+    def make(nn: Any) -> models.LanguageModel:
+        return models.LanguageModel(
+            len(corpus.vocabulary), hidden, layers, cell=cell, embedding=size, dropout=dropout, tied=tied, nn=nn
+        )
+
+    with _showing(console, f"{cell} language model", steps) as show:
+        result = training.train_language_model(
+            make, corpus, steps=steps, batch=batch, length=length, sampling=sampling.replace("-", " "), clip=clip,
+            seed=seed, column=column, device=_device(), progress=show,
+        )  # fmt: skip
+    theirs, ours = result.torch, result.dlkern
+    curve = Table(
+        ("step", "loss, torch", "loss, dlkern", "perplexity, torch", "perplexity, dlkern"),
+        [
+            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
+             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{a:.3f}", f"{b:.3f}"]
+            for (step, a), (_, b) in zip(theirs.perplexity, ours.perplexity)
+        ],
+    )  # fmt: skip
+    summary = _summary(result, "perplexity, held out", *(f"{run.perplexity[-1][1]:.3f}" for run in (theirs, ours)))
+    title = f"{cell} language model of {'characters' if level == 'char' else 'words'}"
+    console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and perplexity of held-out text"))
+    plots = _print_summary(console, summary, result)
+    sample = _continuation(result.models[1], corpus, level, seed)
+    console.print("dlkern's model goes on (what it was given in brackets):", sample, markup=False)
+    note = (
+        f"{layers} × {hidden} units, {len(corpus.vocabulary)} tokens in the vocabulary; {steps} steps of {batch} sequences "
+        f"of {length} tokens, {sampling} sampling, Adam, gradients clipped to {clip:g}, both from seed {seed}, a step of each "
+        f"in turn; {len(corpus.test)} tokens of {len(corpus.train) + len(corpus.test)} held out; column {column}."
+    )
+    return Section(title, note, [summary, curve, Table(("dlkern's model goes on",), [[sample]])], plots)
+
+
+def _continuation(model: models.LanguageModel, corpus: Any, level: str, seed: int) -> str:
+    """A stretch of held-out text and what the model would write next."""
+    count, between = (40, "") if level == "char" else (8, " ")
+    prompt = corpus.test[:count].to(_device())
+    generator = torch.Generator(_device()).manual_seed(seed)
+    model.eval()
+    added = models.generate(model, prompt, 6 * count, temperature=0.7, generator=generator)
+    given, written = (between.join(corpus.vocabulary.decode(tokens)) for tokens in (prompt, added))
+    return f"[{given}]{between}{written}"
 
 
 def _stamp() -> str:
@@ -410,7 +521,7 @@ def demo(steps: int, folder: str, with_bench: bool) -> None:
     console.print(versions.rich("dlkern on this machine"))
     console.print(available.rich("columns"))
     with _errors_as_messages():
-        lenet, accuracy = _train(console, "lenet", steps, 64, 0, "auto")
+        lenet, accuracy = _train(console, steps, 64, 0, "auto")
     sections = [lenet]
     ok = True
     for section, good in (_lenet_parity(console), _resnet_step(console)):

@@ -122,13 +122,14 @@ def write(folder: str | Path, title: str, note: str, sections: Sequence[Section]
 
 
 def training_plot(result: SideBySide) -> bytes | None:
-    """Loss, accuracy and time per step of both sides as one PNG; None without matplotlib."""
+    """Loss, accuracy (or perplexity) and time per step of both sides as one PNG; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="constrained")
-    losses, accuracy, times = figure.subplots(1, 3)
+    losses, quality, times = figure.subplots(1, 3)
+    reads = bool(result.torch.perplexity)
     steps = range(1, len(result.torch.losses) + 1)
     # torch's curve is broad and lies beneath: where the two agree, both are seen.
     losses.plot(steps, result.torch.losses, color=TORCH_COLOUR, alpha=0.45, linewidth=4, label="torch")
@@ -137,12 +138,12 @@ def training_plot(result: SideBySide) -> bytes | None:
     for run, colour, width, marker, label in (
         (result.torch, TORCH_COLOUR, 5, "s", "torch"), (result.dlkern, DLKERN_COLOUR, 1.5, "o", "dlkern")
     ):  # fmt: skip
-        at, share = zip(*run.accuracy)
-        accuracy.plot(
-            at, [100 * s for s in share], color=colour, linewidth=width, alpha=0.45 if width > 2 else 1, marker=marker,
+        at, values = zip(*(run.perplexity if reads else [(step, 100 * share) for step, share in run.accuracy]))
+        quality.plot(
+            at, values, color=colour, linewidth=width, alpha=0.45 if width > 2 else 1, marker=marker,
             markersize=width + 3 if width > 2 else 4, label=label,
         )  # fmt: skip
-    accuracy.set(title="accuracy on held-out digits, %", xlabel="step")
+    quality.set(title="perplexity of held-out text" if reads else "accuracy on held-out digits, %", xlabel="step")
     boxes = times.boxplot(
         [result.torch.milliseconds, result.dlkern.milliseconds], showfliers=False, widths=0.5, patch_artist=True
     )
@@ -152,10 +153,10 @@ def training_plot(result: SideBySide) -> bytes | None:
         line.set_color("black")
     times.set_xticks([1, 2], ["torch", "dlkern"])
     times.set(title="time per step, ms", ylim=(0, None))
-    for axes in (losses, accuracy, times):
+    for axes in (losses, quality, times):
         axes.grid(alpha=0.3)
     losses.legend()
-    accuracy.legend(loc="lower right")
+    quality.legend(loc="upper right" if reads else "lower right")
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -34,14 +34,18 @@ void sum_row(const EmbeddingBackwardArgs<T>& args, int64_t v, int64_t first, int
   const double divisor = args.scale_grad_by_freq && count > 0 ? static_cast<double>(count) : 1.0;
   for (int64_t c = first; c < last; c += kVectors * lanes) {
     Wide<T> sum[kVectors] = {};
+    const int64_t whole = smaller(kVectors, (last - c) / lanes);
+    const int rest =
+        static_cast<int>(smaller(kVectors * lanes, last - c) - whole * lanes);  // lanes behind the whole vectors
     for (int64_t p = 0; p < count; ++p) {
       const T* from = args.grad_output + positions[p] * args.width + c;
-      for (int64_t j = 0; j < kVectors && c + j * lanes < last; ++j)
-        sum[j] += __builtin_convertvector(load_some(from + j * lanes, last - c - j * lanes), Wide<T>);
+      for (int64_t j = 0; j < whole; ++j) sum[j] += __builtin_convertvector(load(from + j * lanes), Wide<T>);
+      if (rest) sum[whole] += __builtin_convertvector(load_partial<T>(from + whole * lanes, rest), Wide<T>);
     }
     T* to = args.grad_weight + v * args.width + c;
-    for (int64_t j = 0; j < kVectors && c + j * lanes < last; ++j)
-      store_some(to + j * lanes, __builtin_convertvector(sum[j] / divisor, Vec<T>), last - c - j * lanes);
+    auto mean = [&](int64_t j) -> Vec<T> { return __builtin_convertvector(sum[j] / divisor, Vec<T>); };
+    for (int64_t j = 0; j < whole; ++j) store(to + j * lanes, mean(j));
+    if (rest) store_partial<T>(to + whole * lanes, mean(whole), rest);
   }
 }
 

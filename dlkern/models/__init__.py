@@ -1,7 +1,7 @@
 """Reference networks built from dlkern.nn, each with the torch twin it is checked against.
 
-Every factory, and every sequence model, takes `nn`, the namespace its layers come from: `lenet()` runs on dlkern, `lenet(nn=torch.nn)` is its
-torch twin, and a state_dict of one loads into the other.
+Every factory (and the language models' classes) takes `nn`, the namespace its layers come from: `lenet()` runs on
+dlkern, `lenet(nn=torch.nn)` is its torch twin, and a state_dict of one loads into the other.
 """
 
 from dlkern.models.alexnet import AlexNet, alexnet
