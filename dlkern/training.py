@@ -222,7 +222,7 @@ class _Reader(_Side):
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, tokens: torch.Tensor, *, batch: int = 16, steps: int = 128) -> float:
+def perplexity(model: torch.nn.Module, tokens: torch.Tensor, *, batch: int = 16, steps: int = 128) -> float:
     """Perplexity of a text under a language model, read in `batch` rows from beginning to end, the state carried on:
     exp(-mean log p(token | those before it in its row)). In eval mode; the model's own mode comes back.
 

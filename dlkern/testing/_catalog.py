@@ -289,8 +289,8 @@ def _loss() -> Iterator[Case]:
 
 def _embedding() -> Iterator[Case]:
     for label, shape, table, options in (
-        ("2-D", (5, 7), (9, 33), {}), ("1-D", (40,), (6, 17), dict(padding_idx=2)),
-        ("by frequency", (3, 4, 5), (7, 8), dict(scale_grad_by_freq=True)), ("one index", (), (5, 70), {}),
+        ("2-D", (3, 4), (7, 19), {}), ("1-D", (17,), (5, 9), dict(padding_idx=2)),
+        ("by frequency", (3, 2, 3), (4, 8), dict(scale_grad_by_freq=True)), ("one index", (), (5, 33), {}),
     ):  # fmt: skip
         yield Case("embedding", "embedding", label, lambda w, i, o=options: F.embedding(i, w, **o),
                    lambda w, i, o=options: tF.embedding(i, w, **o),
