@@ -26,6 +26,7 @@ FAMILIES = {
     "linear": "linear",
     "linear_relu": "linear",
     "dropout": "dropout",
+    "embedding": "embedding",
     "cross_entropy": "loss",
 }
 """op -> family, the file name in every folder."""
@@ -36,7 +37,8 @@ class Shape:
     """One problem.
 
     A linear layer has `batch` rows, `channels` inputs and `out_channels` outputs; a loss `batch` rows of `channels`
-    classes; adaptive pooling's output size stands in `kernel`.
+    classes; an embedding `batch` indices of `channels` rows of `out_channels` numbers; adaptive pooling's output size
+    stands in `kernel`.
     """
 
     op: str
@@ -114,7 +116,7 @@ class Shape:
         def pair(p: tuple[int, int]) -> str:
             return str(p[0]) if p[0] == p[1] else f"{p[0]}x{p[1]}"
 
-        if self.family == "linear":
+        if self.family in ("linear", "embedding"):
             text = f"{self.batch}x{self.channels}->{self.out_channels}"
         elif self.spatial:
             text = f"{self.batch}x{self.channels}x{self.height}x{self.width}"

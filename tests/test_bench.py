@@ -230,6 +230,7 @@ def test_every_op_of_the_tables_keeps_parity(op, dtype):
         "adaptive_avg_pool2d": Shape(op, batch=8, channels=16, height=7, width=7),
         "dropout": Shape(op, batch=8, channels=64),
         "cross_entropy": Shape(op, batch=64, channels=10),
+        "embedding": Shape(op, batch=64, channels=10, out_channels=24),
     }.get(op, Shape(op, batch=32, channels=16, height=8, width=8, kernel=(2, 2), stride=(2, 2)))
     for layout in ("contiguous", "channels_last") if shape.spatial else ("contiguous",):
         draws = [cases.build(shape, dtype, layout, "cpu", training=True, seed=seed) for seed in range(4)]
