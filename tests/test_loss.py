@@ -189,19 +189,20 @@ def test_wrong_calls_raise_as_torch(name):
 def test_wrong_raw_calls():
     op, x, t = torch.ops.dlkern.cross_entropy_forward_cpu, torch.randn(2, 3), torch.tensor([0, 1])
     with pytest.raises(IndexError, match=r"Target 3 is out of bounds"):
-        op(x, torch.tensor([0, 3]), None, 1, -100, 0.0)
+        op(x, torch.tensor([0, 3]), None, None, 1, -100, 0.0)
     for arguments in (
-        (x, t, None, 5, -100, 0.0), (x, t, torch.rand(2), 1, -100, 0.0), (x, t.int(), None, 1, -100, 0.0),
-        (x, t, None, 1, -100, float("nan")), (x, t[:1], None, 1, -100, 0.0), (x[0], t[0], None, 1, -100, 0.0),
-        (x.half(), t, None, 1, -100, 0.0),
+        (x, t, None, None, 5, -100, 0.0), (x, t, torch.rand(2), None, 1, -100, 0.0), (x, t.int(), None, None, 1, -100, 0.0),
+        (x, t, None, None, 1, -100, float("nan")), (x, t[:1], None, None, 1, -100, 0.0), (x[0], t[0], None, None, 1, -100, 0.0),
+        (x.half(), t, None, None, 1, -100, 0.0), (x, t, None, torch.rand(3), 1, -100, 0.0),
+        (x, t, None, torch.rand(2).double(), 1, -100, 0.0),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             op(*arguments)
-    loss, lse, total = op(x, t, None, 1, -100, 0.0)
+    loss, lse, total = op(x, t, None, None, 1, -100, 0.0)
     with pytest.raises(RuntimeError):
-        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t, None, lse[0], total, 1, -100, 0.0)
+        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t, None, None, lse[0], total, 1, -100, 0.0)
     with pytest.raises(IndexError):
-        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t + 2, None, lse, total, 1, -100, 0.0)
+        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t + 2, None, None, lse, total, 1, -100, 0.0)
 
 
 def test_class_probabilities_run_on_the_reference():
