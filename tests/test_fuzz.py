@@ -375,7 +375,7 @@ def test_cross_entropy(call):
 
 @st.composite
 def embedding_calls(draw):
-    dtype, rows, width = draw(dtypes), draw(st.integers(1, 5)), draw(st.integers(0, 20))
+    dtype, rows, width = draw(dtypes), draw(st.integers(1, 5)), draw(st.integers(1, 20))
     weight = tensor(draw, (rows, width), dtype)
     shape = draw(st.sampled_from([(), (0,), (7,), (2, 3), (3, 0, 2), (40,)]))
     index = torch.randint(draw(st.sampled_from([0, 0, 0, -1])), rows + draw(st.sampled_from([0, 0, 0, 1])), shape)
