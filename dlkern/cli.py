@@ -422,7 +422,7 @@ def _print_summary(console: Console, summary: Table, result: Any) -> list[bytes]
 @click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--sampling", type=click.Choice(["sequential", "random-lengths", "random"]), default="sequential",
               show_default=True, help="How the text is cut; the first two carry the state on.")  # fmt: skip
-@click.option("--steps", default=1000, show_default=True, type=_BATCHES)
+@click.option("--steps", default=1500, show_default=True, type=_BATCHES)
 @click.option("--batch", default=32, show_default=True, type=_BATCHES, help="Sequences.")
 @click.option("--length", default=64, show_default=True, type=_BATCHES, help="Tokens of a sequence in a batch.")
 @click.option("--clip", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Gradients' norm.")
@@ -477,12 +477,14 @@ def _train_language_model(
 
 
 def _continuation(model: models.LanguageModel, corpus: Any, level: str, seed: int) -> str:
-    """A stretch of held-out text and what the model would write next."""
-    count, between = (40, "") if level == "char" else (8, " ")
-    prompt = corpus.test[:count].to(_device())
+    """The beginning of a sentence and what the model would write next."""
+    from dlkern.text import tokenize
+
+    count, between = (240, "") if level == "char" else (48, " ")
+    prompt = corpus.vocabulary.encode(tokenize("The value of an expression is ", level)).to(_device())
     generator = torch.Generator(_device()).manual_seed(seed)
     model.eval()
-    added = models.generate(model, prompt, 6 * count, temperature=0.7, generator=generator)
+    added = models.generate(model, prompt, count, temperature=0.7, generator=generator)
     given, written = (between.join(corpus.vocabulary.decode(tokens)) for tokens in (prompt, added))
     return f"[{given}]{between}{written}"
 
