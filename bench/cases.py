@@ -123,6 +123,10 @@ def build(shape: Shape, dtype: torch.dtype, layout: str, device: str, training: 
         return _batch_norm(shape, image, tensor)
     if op == "dropout":
         return _dropout(tensor(shape.batch, shape.channels))
+    if op == "embedding":
+        weight = tensor(shape.channels, shape.out_channels)
+        index = torch.randint(shape.channels, (shape.batch,), generator=generator, device=device)
+        return Case(F.embedding, TF.embedding, [index, weight], [weight])
     if op == "cross_entropy":
         logits = tensor(shape.batch, shape.channels)
         target = torch.randint(shape.channels, (shape.batch,), generator=generator, device=device)

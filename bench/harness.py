@@ -299,6 +299,7 @@ TINY = (
     Shape("batch_norm", batch=2, channels=4, height=2, width=2),
     Shape("linear", batch=1, channels=4, out_channels=4),
     Shape("dropout", batch=1, channels=4),
+    Shape("embedding", batch=1, channels=4, out_channels=4),
     Shape("cross_entropy", batch=1, channels=4),
 )
 

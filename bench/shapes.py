@@ -26,6 +26,7 @@ FAMILIES = {
     "linear": "linear",
     "linear_relu": "linear",
     "dropout": "dropout",
+    "embedding": "embedding",
     "cross_entropy": "loss",
     "layer_norm": "layer_norm",
     "rnn_tanh": "rnn",
@@ -44,9 +45,10 @@ class Shape:
     """One problem.
 
     A linear layer has `batch` rows, `channels` inputs and `out_channels` outputs; a loss `batch` rows of `channels`
-    classes; adaptive pooling's output size stands in `kernel`; layer norm has `batch` rows of `channels`. A recurrent layer
-    reads `batch` sequences of `steps` times `channels` numbers with `out_channels` units; attention has `batch` times
-    `heads` times `steps` queries, and as many keys, of `channels` numbers.
+    classes; an embedding `batch` indices of `channels` rows of `out_channels` numbers; adaptive pooling's output size
+    stands in `kernel`; layer norm has `batch` rows of `channels`. A recurrent layer reads `batch` sequences of `steps`
+    times `channels` numbers with `out_channels` units; attention has `batch` times `heads` times `steps` queries, and as
+    many keys, of `channels` numbers.
     """
 
     op: str
@@ -128,7 +130,7 @@ class Shape:
         def pair(p: tuple[int, int]) -> str:
             return str(p[0]) if p[0] == p[1] else f"{p[0]}x{p[1]}"
 
-        if self.family == "linear":
+        if self.family in ("linear", "embedding"):
             text = f"{self.batch}x{self.channels}->{self.out_channels}"
         elif self.family == "rnn":
             text = f"{self.steps}x{self.batch}x{self.channels}->{self.out_channels}"

@@ -73,6 +73,9 @@ def count(shape: Shape, itemsize: int, direction: str, cache: int = 0) -> Work:
         return Work(0, forward + (backward if training else 0), f"forward {2 if on_chip else 3}S")
     if op == "dropout":
         return Work(0, 4 * x if training else 2 * x)
+    if op == "embedding":  # y in rows of the table and out; back, y and a table of gradients
+        table = shape.channels * shape.out_channels * itemsize
+        return Work(0, 8 * shape.batch + 2 * y + (8 * shape.batch + y + table if training else 0))
     if op == "cross_entropy":
         return Work(0, 3 * x if training else x)
     if op == "layer_norm":

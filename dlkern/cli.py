@@ -411,6 +411,84 @@ def _print_summary(console: Console, summary: Table, result: Any) -> list[bytes]
     return [plot]
 
 
+@train.command("language-model")
+@click.option("--cell", type=click.Choice(["rnn", "gru", "lstm"]), default="gru", show_default=True)
+@click.option("--level", type=click.Choice(["char", "word"]), default="char", show_default=True)
+@click.option("--layers", default=1, show_default=True, type=_BATCHES)
+@click.option("--hidden", default=256, show_default=True, type=_BATCHES, help="Units of a layer.")
+@click.option("--embedding", default=0, show_default=True, type=click.IntRange(min=0),
+              help="Length of a token's vector; 0: one-hot for characters, as many as hidden for words.")  # fmt: skip
+@click.option("--tied", is_flag=True, help="The output's weight is the embedding's.")
+@click.option("--dropout", default=0.0, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option("--sampling", type=click.Choice(["sequential", "random-lengths", "random"]), default="sequential",
+              show_default=True, help="How the text is cut; the first two carry the state on.")  # fmt: skip
+@click.option("--steps", default=1500, show_default=True, type=_BATCHES)
+@click.option("--batch", default=32, show_default=True, type=_BATCHES, help="Sequences.")
+@click.option("--length", default=64, show_default=True, type=_BATCHES, help="Tokens of a sequence in a batch.")
+@click.option("--clip", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Gradients' norm.")
+@_settings
+def train_language_model(folder: str | None, **settings: Any) -> None:
+    """A recurrent language model on the help texts of Python's standard library."""
+    console = _console()
+    _report_training(console, folder, "a language model", lambda: _train_language_model(console, **settings))
+
+
+def _train_language_model(
+    console: Console, cell: str, level: str, layers: int, hidden: int, embedding: int, tied: bool, dropout: float,
+    sampling: str, steps: int, batch: int, length: int, clip: float, seed: int, column: str,
+) -> Section:
+    """Trains, prints, and returns the report's section."""
+    from dlkern import text, training
+
+    corpus = text.corpus(level, min_count=1 if level == "char" else 3)
+    size: int | None = embedding or (hidden if level == "word" or tied else None)
+
+    def make(nn: Any) -> models.LanguageModel:
+        return models.LanguageModel(
+            len(corpus.vocabulary), hidden, layers, cell=cell, embedding=size, dropout=dropout, tied=tied, nn=nn
+        )
+
+    with _showing(console, f"{cell} language model", steps) as show:
+        result = training.train_language_model(
+            make, corpus, steps=steps, batch=batch, length=length, sampling=sampling.replace("-", " "), clip=clip,
+            seed=seed, column=column, device=_device(), progress=show,
+        )  # fmt: skip
+    theirs, ours = result.torch, result.dlkern
+    curve = Table(
+        ("step", "loss, torch", "loss, dlkern", "perplexity, torch", "perplexity, dlkern"),
+        [
+            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
+             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{a:.3f}", f"{b:.3f}"]
+            for (step, a), (_, b) in zip(theirs.perplexity, ours.perplexity)
+        ],
+    )  # fmt: skip
+    summary = _summary(result, "perplexity, held out", *(f"{run.perplexity[-1][1]:.3f}" for run in (theirs, ours)))
+    title = f"{cell} language model of {'characters' if level == 'char' else 'words'}"
+    console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and perplexity of held-out text"))
+    plots = _print_summary(console, summary, result)
+    sample = _continuation(result.models[1], corpus, level, seed)
+    console.print("dlkern's model goes on (what it was given in brackets):", sample, markup=False)
+    note = (
+        f"{layers} × {hidden} units, {len(corpus.vocabulary)} tokens in the vocabulary; {steps} steps of {batch} sequences "
+        f"of {length} tokens, {sampling} sampling, Adam, gradients clipped to {clip:g}, both from seed {seed}, a step of each "
+        f"in turn; {len(corpus.test)} tokens of {len(corpus.train) + len(corpus.test)} held out; column {column}."
+    )
+    return Section(title, note, [summary, curve, Table(("dlkern's model goes on",), [[sample]])], plots)
+
+
+def _continuation(model: models.LanguageModel, corpus: Any, level: str, seed: int) -> str:
+    """The beginning of a sentence and what the model would write next."""
+    from dlkern.text import tokenize
+
+    count, between = (240, "") if level == "char" else (48, " ")
+    prompt = corpus.vocabulary.encode(tokenize("The value of an expression is ", level)).to(_device())
+    generator = torch.Generator(_device()).manual_seed(seed)
+    model.eval()
+    added = models.generate(model, prompt, count, temperature=0.7, generator=generator)
+    given, written = (between.join(corpus.vocabulary.decode(tokens)) for tokens in (prompt, added))
+    return f"[{given}]{between}{written}"
+
+
 def _stamp() -> str:
     isa = _native.facts().get("cpu_isa", "no native")
     where = _gpu() if torch.cuda.is_available() else f"CPU with {isa} code, {torch.get_num_threads()} threads"

@@ -56,6 +56,10 @@ def _feature_dropout_(input, p, train):
     return input.copy_(feature_dropout(input, p, train))
 
 
+def _embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    return F.embedding(indices, weight, padding_idx if padding_idx >= 0 else None, None, 2.0, scale_grad_by_freq, sparse)
+
+
 _REDUCTIONS = ("none", "mean", "sum")  # by the numbers of at::Reduction
 
 
@@ -87,6 +91,7 @@ def _table() -> dict[_Function, _Function]:
         torch._C._nn.adaptive_max_pool2d: F.adaptive_max_pool2d_with_indices,
         torch.batch_norm: _batch_norm,
         torch.dropout: _dropout,
+        torch.embedding: _embedding,
         torch.lstm: F.lstm,
         torch.gru: F.gru,
         torch.rnn_tanh: F.rnn_tanh,

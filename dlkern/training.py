@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ import torch
 
 import dlkern.nn
 from dlkern.columns import backend
+from dlkern.models.language import LanguageModel, detached
+from dlkern.text import Corpus, random_batches, sequential_batches
 
-__all__ = ["Data", "Run", "SideBySide", "digits", "train_side_by_side"]
+__all__ = ["Data", "Run", "SideBySide", "digits", "perplexity", "train_language_model", "train_side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,141 @@ def train_side_by_side(
         if step in marks:
             for side in sides:
                 side.evaluate(*held_out, step)
+        if progress is not None:
+            progress(step, result)
+    result.models = twin, ours
+    return result
+
+
+# language models ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reader(_Side):
+    """A side that reads text; its state goes from batch to batch where batches follow each other."""
+
+    clip: float = 1.0
+    carries: bool = True
+    state: Any = None
+
+    def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        start = _now(tokens.device)
+        with self.inside():
+            logits, state = self.model(tokens, self.state)
+            loss = self.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            self.optimizer.step()
+        self.state = detached(state) if self.carries else None
+        self.run.milliseconds.append((_now(tokens.device) - start) * 1e3)
+        self.run.losses.append(loss.item())
+
+    def evaluate(self, tokens: torch.Tensor, _: torch.Tensor, step: int) -> None:
+        with self.inside():
+            self.run.perplexity.append((step, perplexity(self.model, tokens)))
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, tokens: torch.Tensor, *, batch: int = 16, steps: int = 128) -> float:
+    """Perplexity of a text under a language model, read in `batch` rows from beginning to end, the state carried on:
+    exp(-mean log p(token | those before it in its row)). In eval mode; the model's own mode comes back.
+
+    Raises:
+        ValueError: tokens int64 [n] are too few for one step.
+    """
+    training = model.training
+    model.eval()
+    total, count, state = 0.0, 0, None
+    generator = torch.Generator().manual_seed(0)
+    for inputs, targets in sequential_batches(tokens, min(batch, max(1, len(tokens) - 1)), steps, generator=generator):
+        logits, state = model(inputs, state)
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        count += targets.numel()
+    model.train(training)
+    return math.exp(total / count)
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=3e-3)
+
+
+def text_batches(
+    tokens: torch.Tensor, batch: int, steps: int, sampling: str, seed: int
+) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
+    """Batches without end, pass after pass: whether a pass begins, inputs and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        if sampling == "random":
+            stream = random_batches(tokens, batch, steps, generator=generator)
+        else:
+            stream = sequential_batches(
+                tokens, batch, steps, random_lengths=sampling == "random lengths", generator=generator
+            )
+        for i, (inputs, targets) in enumerate(stream):
+            yield i == 0, inputs, targets
+
+
+def train_language_model(
+    make: Callable[[Any], LanguageModel],
+    corpus: Corpus,
+    *,
+    steps: int = 1000,
+    batch: int = 32,
+    length: int = 64,
+    sampling: str = "sequential",
+    clip: float = 1.0,
+    seed: int = 0,
+    column: str = "auto",
+    device: str | torch.device = "cpu",
+    optimizer: Callable[..., torch.optim.Optimizer] = _adam,
+    evaluations: int = 10,
+    progress: Callable[[int, SideBySide], None] | None = None,
+) -> SideBySide:
+    """Trains dlkern's language model and its torch twin together on the next token of a text.
+
+    Args:
+        make: builds the model; called with dlkern.nn and with torch.nn.
+        corpus: what to read and to hold out.
+        steps, batch, length: how many steps of how many sequences of how many tokens.
+        sampling: "sequential" (truncated backpropagation through time: the state is carried from batch to batch,
+            detached), "random lengths" (the same, cut at random places) or "random" (pieces at random, from a state of
+            zeros).
+        clip: gradients are scaled down to this norm.
+        seed: of the weights and of the batches.
+        column, device, optimizer, progress: as for train_side_by_side.
+        evaluations: how often to measure the perplexity of the held-out text, the last time after the last step.
+
+    Returns:
+        Losses, times and perplexities of both, and the trained models (torch's first).
+
+    Raises:
+        ValueError: another sampling, or a text too short for a batch.
+    """
+    if sampling not in ("sequential", "random lengths", "random"):
+        raise ValueError(f"train_language_model: no sampling {sampling!r}")
+    result = SideBySide()
+    torch.manual_seed(seed)
+    twin = make(torch.nn).to(device)
+    ours = make(dlkern.nn).to(device)
+    ours.load_state_dict(twin.state_dict())
+    carries = sampling != "random"
+    sides = [
+        _Reader(twin, torch.nn, optimizer(twin.parameters()), result.torch, None, clip, carries),
+        _Reader(ours, dlkern.nn, optimizer(ours.parameters()), result.dlkern, column, clip, carries),
+    ]
+    held_out = corpus.test.to(device)
+    marks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    stream = text_batches(corpus.train, batch, length, sampling, seed)
+    for step in range(1, steps + 1):
+        begins, inputs, targets = next(stream)
+        for side in sides if step % 2 else reversed(sides):
+            if begins:
+                side.state = None
+            side.step(inputs.to(device), targets.to(device))
+        if step in marks:
+            for side in sides:
+                side.evaluate(held_out, held_out, step)
         if progress is not None:
             progress(step, result)
     result.models = twin, ours

@@ -147,3 +147,18 @@ def cross_entropy(x, positions, classes):
         return {"BLOCK_M": 16, "BLOCK_C": 16}
     block_c = _block(classes, 16, 2048)
     return {"BLOCK_M": max(1, min(64, 2048 // block_c)), "BLOCK_C": block_c, "num_warps": 4}
+
+
+def embedding(weight, width):
+    """Tile of positions x columns, long in the contiguous direction."""
+    if architecture(weight) == 0:
+        return {"BLOCK_M": 8, "BLOCK_D": 16}
+    block_d = _block(width, 16, 512)
+    return {"BLOCK_M": max(1, 2048 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+
+
+def embedding_backward(grad_output, width):
+    """Positions of a row that are read together x columns."""
+    if architecture(grad_output) == 0:
+        return {"BLOCK_P": 4, "BLOCK_D": 16}
+    return {"BLOCK_P": 16, "BLOCK_D": _block(width, 16, 128), "num_warps": 4}

@@ -2,8 +2,8 @@
 
 Forward: one program takes a few positions and runs over their classes once, keeping a running maximum and a sum of
 exponentials (online softmax), so that the probabilities are never stored; only the maximum and the logarithm of the
-sum are kept for the backward, which recomputes them (apart, because their sum would round). Class weights, label
-smoothing and ignored targets are part of the same pass.
+sum are kept for the backward, which recomputes them (apart, because their sum would round). Weights of classes and of
+positions, label smoothing and ignored targets are part of the same pass.
 The sum over positions is made of one partial a program, added by one last program in a fixed order. A target outside
 [0, C) that is not ignore_index gives NaN (the launcher raises where the targets are on the host: looking at them on a
 GPU would wait for it). Floor: the logits read once forward, read and written once backward.
@@ -41,10 +41,10 @@ def _target(target_ptr, weight_ptr, position, POSITIONS, C, ignore_index, HAS_WE
 
 @triton.jit
 def cross_entropy_forward_kernel(
-    x_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, loss_parts_ptr, weight_parts_ptr,
+    x_ptr, target_ptr, weight_ptr, sample_weight_ptr, loss_ptr, lse_ptr, loss_parts_ptr, weight_parts_ptr,
     POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, ignore_index, smoothing: tl.float64,
-    HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SAMPLE_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
+    ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # One program: BLOCK_M positions, all their classes. position = n * PIXELS + pixel.
     position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -78,6 +78,10 @@ def cross_entropy_forward_kernel(
     if SMOOTH:
         uniform = weights.to(tl.float64) * lse - weighted.to(tl.float64)
         loss = (1.0 - smoothing) * loss + (smoothing / C) * uniform
+    if HAS_SAMPLE_WEIGHT:
+        own = tl.load(sample_weight_ptr + position, mask=position < POSITIONS, other=0.0).to(ACC)
+        loss = loss * own.to(tl.float64)
+        share = tl.where(used, share * own, 0.0)
     loss = tl.where(used, loss, 0.0)
     tl.store(lse_ptr + position, most, mask=position < POSITIONS)
     tl.store(lse_ptr + POSITIONS + position, log_total, mask=position < POSITIONS)
@@ -112,11 +116,11 @@ def cross_entropy_reduce_kernel(
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    grad_ptr, x_ptr, target_ptr, weight_ptr, lse_ptr, total_weight_ptr, dx_ptr,
+    grad_ptr, x_ptr, target_ptr, weight_ptr, sample_weight_ptr, lse_ptr, total_weight_ptr, dx_ptr,
     POSITIONS, C, PIXELS, stride_n, stride_pixel, stride_c, dx_stride_n, dx_stride_pixel, dx_stride_c,
     ignore_index, smoothing: tl.float64,
-    HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr, MEAN: tl.constexpr,
-    ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SAMPLE_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
+    MEAN: tl.constexpr, ACC: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     # One program: BLOCK_M positions; dx = grad * share * (softmax - onehot), and the same towards the uniform target.
     position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -133,6 +137,8 @@ def cross_entropy_backward_kernel(
             grad = grad / tl.load(total_weight_ptr)
     else:
         grad = tl.load(grad_ptr + position, mask=position < POSITIONS, other=0.0).to(ACC)
+    if HAS_SAMPLE_WEIGHT:
+        grad = grad * tl.load(sample_weight_ptr + position, mask=position < POSITIONS, other=0.0).to(ACC)
     grad = tl.where(used, grad, 0.0)
     hard = grad * tl.where(used, share, 0.0)  # an ignored position gets 0, whatever the gradient
     soft = tl.zeros((BLOCK_M,), ACC)
@@ -167,7 +173,7 @@ def cross_entropy_backward_kernel(
 _NONE, _MEAN, _SUM = 0, 1, 2
 
 
-def _check(op, input, target, weight, reduction, ignore_index, label_smoothing):
+def _check(op, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing):
     check_tensors(op, input)
     check(input.dim() >= 2, f"{op}: expected input [N, C, ...], got {tuple(input.shape)}")
     check(target.dtype == torch.int64 and target.device == input.device, f"{op}: target must be int64 on the same device")
@@ -182,6 +188,15 @@ def _check(op, input, target, weight, reduction, ignore_index, label_smoothing):
     if weight is not None:
         check(weight.device == input.device and weight.is_floating_point(), f"{op}: weight of another device or kind")
         check(tuple(weight.shape) == (input.shape[1],), f"{op}: expected weight [{input.shape[1]}], got {tuple(weight.shape)}")
+    if sample_weight is not None:
+        check(
+            sample_weight.device == input.device and sample_weight.is_floating_point(),
+            f"{op}: sample_weight of another device or kind",
+        )
+        check(
+            tuple(sample_weight.shape) == expected,
+            f"{op}: expected sample_weight {expected}, got {tuple(sample_weight.shape)}",
+        )
 
 
 def _layout(x):
@@ -201,10 +216,10 @@ def _strides(x, pixels):
     return x.shape[1] * pixels, x.shape[1], 1
 
 
-def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing):
+def cross_entropy_forward(input, target, weight, sample_weight, reduction, ignore_index, label_smoothing):
     """torch.nn.functional.cross_entropy for class targets; also, a position, the largest logit and
     log(sum(exp(x - largest))) as [2, ...], and the sum of the weights."""
-    _check("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing)
+    _check("cross_entropy", input, target, weight, sample_weight, reduction, ignore_index, label_smoothing)
     dtype = accumulator_dtype(input.dtype)
     reduce = reduction != _NONE
     loss = torch.empty(() if reduce else target.shape, dtype=input.dtype, device=input.device)
@@ -215,13 +230,14 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
     config = configs.cross_entropy(x, positions, C)
     programs = triton.cdiv(positions, config["BLOCK_M"])
     loss_parts, weight_parts = (torch.empty(programs, dtype=torch.float64, device=x.device) for _ in range(2))
-    weight = weight.contiguous() if weight is not None else None
+    weight, sample_weight = (w.contiguous() if w is not None else None for w in (weight, sample_weight))
     if positions:
         launch(
             cross_entropy_forward_kernel, (programs,), x, target.contiguous(), weight if weight is not None else x,
-            loss, lse, loss_parts, weight_parts, positions, C, pixels, *_strides(x, pixels), ignore_index,
-            float(label_smoothing), HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0,
-            REDUCE=reduce, ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
+            sample_weight if sample_weight is not None else x, loss, lse, loss_parts, weight_parts, positions, C, pixels,
+            *_strides(x, pixels), ignore_index,
+            float(label_smoothing), HAS_WEIGHT=weight is not None, HAS_SAMPLE_WEIGHT=sample_weight is not None,
+            SMOOTH=label_smoothing > 0.0, REDUCE=reduce, ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
         )
     launch(
         cross_entropy_reduce_kernel, (1,), loss_parts, weight_parts, loss if reduce else total_weight, total_weight, programs,
@@ -231,11 +247,11 @@ def cross_entropy_forward(input, target, weight, reduction, ignore_index, label_
 
 
 def cross_entropy_backward(
-    grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+    grad_loss, input, target, weight, sample_weight, lse, total_weight, reduction, ignore_index, label_smoothing
 ):
     """Gradient of cross_entropy by its input."""
     op = "cross_entropy_backward"
-    _check(op, input, target, weight, reduction, ignore_index, label_smoothing)
+    _check(op, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing)
     dtype = accumulator_dtype(input.dtype)
     expected = () if reduction != _NONE else tuple(target.shape)
     check(tuple(grad_loss.shape) == expected, f"{op}: expected grad_loss {expected}, got {tuple(grad_loss.shape)}")
@@ -248,12 +264,13 @@ def cross_entropy_backward(
     if grad_input.numel() == 0:
         return grad_input
     config = configs.cross_entropy(x, positions, C)
-    weight = weight.contiguous() if weight is not None else None
+    weight, sample_weight = (w.contiguous() if w is not None else None for w in (weight, sample_weight))
     launch(
         cross_entropy_backward_kernel, (triton.cdiv(positions, config["BLOCK_M"]),), grad_loss.contiguous(), x,
-        target.contiguous(), weight if weight is not None else x, lse.contiguous(), total_weight, grad_input,
+        target.contiguous(), weight if weight is not None else x, sample_weight if sample_weight is not None else x,
+        lse.contiguous(), total_weight, grad_input,
         positions, C, pixels, *_strides(x, pixels), *_strides(grad_input, pixels), ignore_index, float(label_smoothing),
-        HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, REDUCE=reduction != _NONE, MEAN=reduction == _MEAN,
-        ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
+        HAS_WEIGHT=weight is not None, HAS_SAMPLE_WEIGHT=sample_weight is not None, SMOOTH=label_smoothing > 0.0,
+        REDUCE=reduction != _NONE, MEAN=reduction == _MEAN, ACC=accumulator(x.dtype), LARGE=is_large(x), **config,
     )
     return grad_input

@@ -234,6 +234,7 @@ def test_every_op_of_the_tables_keeps_parity(op, dtype):
         "adaptive_avg_pool2d": Shape(op, batch=8, channels=16, height=7, width=7),
         "dropout": Shape(op, batch=8, channels=64),
         "cross_entropy": Shape(op, batch=64, channels=10),
+        "embedding": Shape(op, batch=64, channels=10, out_channels=24),
         "layer_norm": Shape(op, batch=64, channels=48),
         **{name: Shape(op, batch=8, channels=32, out_channels=24, steps=5) for name in work.GATES},
         **{name: Shape(op, batch=4, heads=2, steps=40, channels=16) for name, f in shapes.FAMILIES.items() if f == "attention"},

@@ -157,7 +157,6 @@ def test_compare_without_parameters():
 def test_compare_with_integers_and_functions(user):
     result = call("compare", "usersmodel:Words", "--input", "2,5:int64:20", "--forward-only", *QUICKLY)
     assert result.exit_code == 0, result.output
-    assert "dlkern has no Embedding" in result.output
     assert "would take as well: linear ×1" in result.output
     assert "forward + backward" not in result.output
 
@@ -186,6 +185,16 @@ def test_train_translation(tmp_path, model):
     assert f"{model} on Django" in page and "BLEU, held out" in page
     pytest.importorskip("matplotlib")
     assert (tmp_path / "report" / "1-2.png").read_bytes().startswith(b"\x89PNG")  # what it attends to
+
+
+@pytest.mark.parametrize("level", ["char", "word"])
+def test_train_a_language_model(tmp_path, level):
+    settings = ("--level", level, "--hidden", 16, "--steps", 3, "--batch", 4, "--length", 8, "--sampling", "random-lengths")
+    result = call("train", "language-model", "--cell", "lstm", *settings, "--tied", "--report", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert "perplexity, held out" in result.output and "torch / dlkern" in result.output and "goes on" in result.output
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert f"lstm language model of {level}" in page and "goes on" in page
 
 
 def test_no_plots_without_matplotlib(monkeypatch):

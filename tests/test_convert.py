@@ -329,7 +329,8 @@ def test_transformers_bert():
 
     converted, calls = assert_parity(model, [tokens], lambda y: y.last_hidden_state, move_weights)
     names = [call.op for call in calls]
-    assert set(names) == {"linear", "layer_norm"}
+    assert set(names) == {"embedding", "linear", "layer_norm"}
+    assert names.count("embedding") == 3  # words, positions, kinds
     assert names.count("linear") == 6 * 2 + 1  # six a layer, and the pooler
     assert names.count("layer_norm") == 2 * 2 + 1  # two a layer, and that of the embeddings
     assert type(converted) is transformers.BertModel

@@ -373,6 +373,28 @@ def test_cross_entropy(call):
     agree(on(F), on(tF), [x], dtype)
 
 
+@st.composite
+def embedding_calls(draw):
+    dtype, rows, width = draw(dtypes), draw(st.integers(1, 5)), draw(st.integers(1, 20))
+    weight = tensor(draw, (rows, width), dtype)
+    shape = draw(st.sampled_from([(), (0,), (7,), (2, 3), (3, 0, 2), (40,)]))
+    index = torch.randint(draw(st.sampled_from([0, 0, 0, -1])), rows + draw(st.sampled_from([0, 0, 0, 1])), shape)
+    index = index.to(draw(st.sampled_from([torch.int64, torch.int32, torch.int16])))
+    padding = draw(st.one_of(st.none(), st.integers(-rows - 1, rows)))
+    return weight, index, padding, draw(st.booleans()), dtype
+
+
+@fuzz
+@given(embedding_calls())
+def test_embedding(call):
+    weight, index, padding, by_frequency, dtype = call
+
+    def on(namespace):
+        return lambda w: namespace.embedding(index, w, padding, scale_grad_by_freq=by_frequency)
+
+    agree(on(F), on(tF), [weight], dtype)
+
+
 @fuzz
 @given(st.lists(st.integers(0, 9), min_size=0, max_size=4), st.floats(-0.5, 1.5), dtypes)
 def test_dropout(shape, p, dtype):

@@ -189,19 +189,20 @@ def test_wrong_calls_raise_as_torch(name):
 def test_wrong_raw_calls():
     op, x, t = torch.ops.dlkern.cross_entropy_forward_cpu, torch.randn(2, 3), torch.tensor([0, 1])
     with pytest.raises(IndexError, match=r"Target 3 is out of bounds"):
-        op(x, torch.tensor([0, 3]), None, 1, -100, 0.0)
+        op(x, torch.tensor([0, 3]), None, None, 1, -100, 0.0)
     for arguments in (
-        (x, t, None, 5, -100, 0.0), (x, t, torch.rand(2), 1, -100, 0.0), (x, t.int(), None, 1, -100, 0.0),
-        (x, t, None, 1, -100, float("nan")), (x, t[:1], None, 1, -100, 0.0), (x[0], t[0], None, 1, -100, 0.0),
-        (x.to(torch.complex64), t, None, 1, -100, 0.0),
+        (x, t, None, None, 5, -100, 0.0), (x, t, torch.rand(2), None, 1, -100, 0.0), (x, t.int(), None, None, 1, -100, 0.0),
+        (x, t, None, None, 1, -100, float("nan")), (x, t[:1], None, None, 1, -100, 0.0), (x[0], t[0], None, None, 1, -100, 0.0),
+        (x.to(torch.complex64), t, None, None, 1, -100, 0.0), (x, t, None, torch.rand(3), 1, -100, 0.0),
+        (x, t, None, torch.rand(2).double(), 1, -100, 0.0),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             op(*arguments)
-    loss, lse, total = op(x, t, None, 1, -100, 0.0)
+    loss, lse, total = op(x, t, None, None, 1, -100, 0.0)
     with pytest.raises(RuntimeError):
-        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t, None, lse[0], total, 1, -100, 0.0)
+        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t, None, None, lse[0], total, 1, -100, 0.0)
     with pytest.raises(IndexError):
-        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t + 2, None, lse, total, 1, -100, 0.0)
+        torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t + 2, None, None, lse, total, 1, -100, 0.0)
 
 
 def test_class_probabilities_run_on_the_reference():
@@ -223,3 +224,70 @@ def test_module_is_torchs():
     x, t = torch.randn(8, 5), torch.randint(0, 5, (8,))
     theirs = tF.cross_entropy(x, t, module.weight, ignore_index=2, reduction="sum", label_smoothing=0.1)
     assert torch.allclose(module(x, t), theirs)
+
+
+@pytest.mark.parametrize("options", [{}, dict(reduction="sum"), dict(reduction="none", label_smoothing=0.2)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 9), (3, 5, 2, 7)], ids=str)
+def test_sample_weight(shape, options):
+    """Importance weights: each place's loss times its own, against float64 expressions and torch's op for each place."""
+
+    def theirs(x, t, w, s):
+        each = tF.cross_entropy(x, t, w, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)) * s
+        reduction = options.get("reduction", "mean")
+        if reduction == "none":
+            return each
+        return each.sum() if reduction == "sum" else each.sum() / (w[t.clamp(min=0)] * (t >= 0) * s).sum()
+
+    def inputs():
+        drawn = case(shape, True)
+        return [*drawn, torch.rand(drawn[1].shape, dtype=torch.float64) * 3]
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        certificate = dlkern.testing.check(
+            lambda x, t, w, s: F.cross_entropy(x, t, w, sample_weight=s, **options), theirs, inputs, dtype=dtype, draws=12
+        )
+        certificate.raise_if_failed()
+
+
+def test_sample_weight_of_one_of_two_and_of_none():
+    x, t = torch.randn(6, 4, requires_grad=True), torch.randint(0, 4, (6,))
+    with dlkern.trace() as calls:
+        one = F.cross_entropy(x, t, sample_weight=torch.tensor([1.0, 0, 1, 0, 1, 0]))
+    assert [call.backend for call in calls] == ["cpu"]
+    torch.testing.assert_close(one, F.cross_entropy(x[::2], t[::2]))
+    (g,) = torch.autograd.grad(one, x)
+    assert (g[1::2] == 0).all() and (g[::2] != 0).all()
+    same = [F.cross_entropy(x, t), F.cross_entropy(x, t, sample_weight=torch.ones(6))]
+    assert torch.equal(*same)
+
+
+def test_gradients_of_sample_weights():
+    x, t, w = case((5, 3), True)
+    t = t.clamp(min=0)
+    s = torch.rand(5, dtype=torch.float64) + 0.2
+    assert torch.autograd.gradgradcheck(lambda x: F.cross_entropy(x, t, w, sample_weight=s), x)
+    with dlkern.trace() as calls:
+        assert torch.autograd.gradcheck(lambda x, s: F.cross_entropy(x, t, w, sample_weight=s), (x, s.requires_grad_()))
+    assert {call.backend for call in calls} == {"reference"} and "sample_weight" in calls[0].reason
+    alone = F.cross_entropy(x[0], t[0], sample_weight=s[0], reduction="none")
+    torch.testing.assert_close(alone, tF.cross_entropy(x[0], t[0]) * s[0])
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(4, 1), torch.ones(4).double(), [1.0] * 4], ids=range(4))
+def test_wrong_sample_weights_raise(wrong):
+    with pytest.raises(ValueError, match="sample_weight"):
+        F.cross_entropy(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), sample_weight=wrong)
+    with pytest.raises(ValueError, match="sample_weight"):
+        F.cross_entropy(torch.randn(4, 5), torch.rand(4, 5), sample_weight=torch.ones(4))
+
+
+def test_perplexity():
+    x, t = torch.randn(7, 5, 3, requires_grad=True), torch.randint(0, 5, (7, 3))
+    t[2] = -100
+    logs = torch.log_softmax(x.double(), 1).gather(1, t.clamp(min=0)[:, None])[:, 0]
+    exact = torch.exp(-logs[t >= 0].mean())
+    assert abs(F.perplexity(x, t).item() / exact.item() - 1) < 2**-20
+    torch.testing.assert_close(F.perplexity(torch.zeros(4, 9), torch.zeros(4, dtype=torch.long)).item(), 9.0)
+    assert F.perplexity(x, torch.full((7, 3), 2), ignore_index=2).isnan()
+    (g,) = torch.autograd.grad(F.perplexity(x, t), x)
+    assert (g[2] == 0).all() and (g[0] != 0).all()

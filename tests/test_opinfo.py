@@ -21,12 +21,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MOST_SAMPLES = 48
 FAMILIES = re.compile(
     r"(max|avg)_pool[12]d|adaptive_(max|avg)_pool[12]d|lp_pool[12]d|batch_norm|dropout[123]?d?|linear|conv[12]d|"
-    r"conv_transpose[12]d|cross_entropy|layer_norm|scaled_dot_product_attention"
+    r"conv_transpose[12]d|cross_entropy|embedding|layer_norm|scaled_dot_product_attention"
 )
 
 
 def ours_of(name):
     name = name.removeprefix("nn.functional.")
+    if name == "embedding":  # whose samples begin with the weight
+        return lambda weight, index, **options: F.embedding(index, weight, **options)
     return getattr(F, name, None) if FAMILIES.fullmatch(name) else None
 
 
@@ -147,9 +149,9 @@ def test_samples(op, dtype):
         with dlkern.trace() as calls:
             function(*cast(args, dtype), **cast(kwargs, dtype))
         assert len(calls) == 1, calls
-        if column_of(calls) != {"cpu"}:  # class probabilities, and what has no elements
+        if column_of(calls) != {"cpu"}:  # class probabilities, max_norm and sparse, and what has no elements
             assert calls[0].reason
-            assert op.name.endswith("cross_entropy") or 0 in sample.input.shape, (calls, sample)
+            assert op.name.endswith(("cross_entropy", "embedding")) or 0 in sample.input.shape, (calls, sample)
         served += column_of(calls) == {"cpu"}
         assert_agree(function, theirs, args, kwargs, dtype)
     assert served

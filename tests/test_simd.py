@@ -29,8 +29,9 @@ def softmax_tail(x):
     """e^x of very negative x: the gradient of sum(cross_entropy) at logits [0, x], target 0, is [.., e^x / (1 + e^x)]."""
     logits = torch.stack([torch.zeros_like(x), x], 1)
     target = torch.zeros(len(x), dtype=torch.long)
-    loss, lse, total = raw["cross_entropy_forward"]["cpu"](logits, target, None, 2, -100, 0.0)
-    return raw["cross_entropy_backward"]["cpu"](torch.ones_like(loss), logits, target, None, lse, total, 2, -100, 0.0)[:, 1]
+    loss, lse, total = raw["cross_entropy_forward"]["cpu"](logits, target, None, None, 2, -100, 0.0)
+    saved = (logits, target, None, None, lse, total)
+    return raw["cross_entropy_backward"]["cpu"](torch.ones_like(loss), *saved, 2, -100, 0.0)[:, 1]
 
 
 @wide

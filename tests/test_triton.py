@@ -18,7 +18,7 @@ from dlkern.testing import check, unit_roundoff
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dlkern.kernels import configs  # noqa: E402
+from dlkern.kernels import configs, embedding  # noqa: E402
 from dlkern.testing.triton_interpreter import RaceError  # noqa: E402
 
 # Families without this column stand in README's table.
@@ -194,6 +194,47 @@ def test_cross_entropy_over_several_tiles():
         lambda: [(torch.randn(21, 37) * 3).requires_grad_()], draws=8,
     )
     certificate.raise_if_failed()
+
+
+def test_cross_entropy_with_weights_of_positions():
+    target = torch.randint(0, 5, (3, 7))
+    target[0, 2] = -100
+
+    def theirs(x, s, w):
+        each = torch.nn.functional.cross_entropy(x, target, w, reduction="none", label_smoothing=0.1) * s
+        return each.sum() / (s * w[target.clamp(min=0)] * (target >= 0)).sum()
+
+    certificate = check(
+        lambda x, s, w: F.cross_entropy(x, target, w, label_smoothing=0.1, sample_weight=s), theirs,
+        lambda: [torch.randn(3, 5, 7).requires_grad_(), torch.rand(3, 7), torch.rand(5) + 0.1], draws=8,
+    )
+    certificate.raise_if_failed()
+
+
+def test_embedding_of_strided_tables_and_many_positions_of_a_row():
+    index = torch.randint(0, 3, (5, 8), dtype=torch.int32)
+    certificate = check(
+        lambda w: F.embedding(index, w.t()[1:], 1), lambda w: torch.nn.functional.embedding(index, w.t()[1:], 1),
+        lambda: [torch.randn(19, 5).requires_grad_()], draws=4,
+    )
+    certificate.raise_if_failed()
+
+
+def test_embedding_of_indices_outside():
+    """Raised where the indices are on the host; the kernels themselves give NaN and no gradient."""
+    weight, index = torch.randn(4, 5), torch.tensor([3, 4, -1, 2])
+    for call in (lambda: F.embedding(index, weight), lambda: raw["embedding_backward"]["triton"](weight, index, 4, -1, False)):
+        with pytest.raises(IndexError):
+            call()
+    output = torch.empty(4, 5)
+    embedding.embedding_forward_kernel[(1, 1)](weight, index, output, 4, 4, 5, 5, 1, LARGE=False, BLOCK_M=4, BLOCK_D=8)
+    assert output.isnan().any(1).tolist() == [False, True, True, False]
+    assert torch.equal(output[::3], weight[[3, 2]])
+    grad, (ordered, order) = torch.zeros(4, 5), torch.sort(index, stable=True)
+    embedding.embedding_backward_kernel[(4, 1)](
+        weight, ordered, order, grad, 4, 4, 5, -1, SCALE=False, ACC=tl.float32, BLOCK_P=2, BLOCK_D=8
+    )
+    assert torch.equal(grad[2:], weight[[3, 0]]) and (grad[:2] == 0).all()
 
 
 def test_average_over_padding_in_ceil_mode():

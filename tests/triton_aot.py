@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, linear, loss, pooling
+from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, embedding, linear, loss, pooling
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "budgets" / f"triton-{triton.__version__}"
@@ -160,12 +160,19 @@ def _batch_norm(half):
 
 def _loss(half):
     x, target = _empty(4096, 32000, dtype=half), torch.zeros(4096, dtype=torch.int64)
-    value, lse, total = loss.cross_entropy_forward(x, target, None, 1, -100, 0.1)
-    loss.cross_entropy_backward(value, x, target, None, lse, total, 1, -100, 0.1)
+    value, lse, total = loss.cross_entropy_forward(x, target, None, None, 1, -100, 0.1)
+    loss.cross_entropy_backward(value, x, target, None, None, lse, total, 1, -100, 0.1)
+
+
+def _embedding(half):
+    weight, index = _empty(32000, 1024, dtype=half), torch.zeros(4096, dtype=torch.int64)
+    embedding.embedding_forward(weight, index)
+    embedding.embedding_backward(_empty(4096, 1024, dtype=half), index, 32000, 0, True)
 
 
 CALLS = {
-    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "linear": _linear, "loss": _loss, "pooling": _pooling,
+    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding, "linear": _linear, "loss": _loss,
+    "pooling": _pooling,
 }
 
 

@@ -1,4 +1,5 @@
-// Softmax cross-entropy: for each place -(1 - e) w[t] log p[t] - e / C sum_c w[c] log p[c], p = softmax(logits).
+// Softmax cross-entropy: for each place -(1 - e) w[t] log p[t] - e / C sum_c w[c] log p[c], p = softmax(logits), times the
+// place's own weight where there is one.
 //
 // The forward reads the logits once, a block at a time, keeping the largest so far and the sum of exponentials
 // relative to it (online softmax, Milakov and Gimelshein 2018), and stores just these two numbers a place; the
@@ -111,10 +112,11 @@ template <class T> double sum_of_weights(const T* weight, int64_t classes) {
   return sum;
 }
 
-// Loss of a place from what was read of it.
+// Loss of place i from what was read of it.
 template <class T>
 inline double loss_of(const CrossEntropyArgs<T>& args, A<T> largest, double log_sum, double smooth, double weights,
-                      const T* x, int64_t stride, int64_t target, Sums& sums) {
+                      const T* x, int64_t stride, int64_t i, Sums& sums) {
+  const int64_t target = args.target[i];
   if (target == args.ignore_index) return 0.0;
   const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[target])) : 1.0;
   const double logit = static_cast<double>(static_cast<A<T>>(x[target * stride]));
@@ -122,8 +124,10 @@ inline double loss_of(const CrossEntropyArgs<T>& args, A<T> largest, double log_
   if (args.label_smoothing > 0)
     loss = (1 - args.label_smoothing) * loss +
            args.label_smoothing / static_cast<double>(args.shape.classes) * (smooth + weights * log_sum);
+  const double own = args.sample_weight ? static_cast<double>(static_cast<A<T>>(args.sample_weight[i])) : 1.0;
+  loss *= own;
   sums.loss += loss;
-  sums.weight += w;
+  sums.weight += w * own;
   return loss;
 }
 
@@ -137,7 +141,7 @@ void read_rows(const CrossEntropyArgs<T>& args, double weights, int64_t begin, i
     const double log_sum = std::log(row.sum);
     args.largest[i] = row.largest;
     args.log_sum[i] = static_cast<A<T>>(log_sum);
-    const double loss = loss_of(args, row.largest, log_sum, row.smooth, weights, x, 1, args.target[i], sums);
+    const double loss = loss_of(args, row.largest, log_sum, row.smooth, weights, x, 1, i, sums);
     if (args.reduction == 0) args.loss[i] = static_cast<T>(static_cast<A<T>>(loss));
   }
 }
@@ -164,8 +168,8 @@ void read_columns(const CrossEntropyArgs<T>& args, double weights, int64_t begin
       const double log_sum = std::log(static_cast<double>(sum[l]));
       args.largest[i + l] = top[l];
       args.log_sum[i + l] = static_cast<A<T>>(log_sum);
-      const double loss = loss_of(args, top[l], log_sum, static_cast<double>(smooth[l]), weights, x + l, s.class_stride,
-                                  args.target[i + l], sums);
+      const double loss =
+          loss_of(args, top[l], log_sum, static_cast<double>(smooth[l]), weights, x + l, s.class_stride, i + l, sums);
       if (args.reduction == 0) args.loss[i + l] = static_cast<T>(static_cast<A<T>>(loss));
     }
     i += count;
@@ -211,6 +215,7 @@ template <class T>
 inline Factors<T> factors(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t i, int64_t target) {
   double g = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? i : 0]));
   if (args.reduction == 1) g /= static_cast<double>(*args.total_weight);
+  if (args.sample_weight) g *= static_cast<double>(static_cast<A<T>>(args.sample_weight[i]));
   const double w = args.weight ? static_cast<double>(static_cast<A<T>>(args.weight[target])) : 1.0;
   const double along = g * (1 - args.label_smoothing) * w,
                spread = g * args.label_smoothing / static_cast<double>(args.shape.classes);

@@ -15,7 +15,8 @@ template <class T> struct CrossEntropyArgs {
   CrossEntropyShape shape;
   const T* input;
   const int64_t* target;
-  const T* weight;  // or null
+  const T* weight;         // of each class, or null
+  const T* sample_weight;  // of each place, or null
   int reduction;    // 0 none, 1 mean, 2 sum
   int64_t ignore_index;
   double label_smoothing;
@@ -30,6 +31,7 @@ template <class T> struct CrossEntropyBackwardArgs {
   const T* input;
   const int64_t* target;
   const T* weight;
+  const T* sample_weight;
   const acc_t<T>* largest;
   const acc_t<T>* log_sum;
   const acc_t<T>* total_weight;

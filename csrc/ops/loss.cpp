@@ -9,13 +9,14 @@ namespace {
 struct Checked {
   cpu::CrossEntropyShape shape;
   Tensor input, target;
-  std::optional<Tensor> weight;
+  std::optional<Tensor> weight, sample_weight;
   bool channels_last;
 };
 
 // All that both directions check; input comes back contiguous or channels_last.
 Checked checked(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                const std::optional<Tensor>& sample_weight, int64_t reduction, int64_t ignore_index,
+                double label_smoothing) {
   check(input.is_cpu() && target.is_cpu(), op, ": expected CPU tensors");
   check(input.dim() >= 2, op, ": input has ", input.dim(), " dimensions, expected [N, C, ...]");
   check(target.scalar_type() == ScalarType::Long, op, ": target is not int64");
@@ -26,12 +27,18 @@ Checked checked(const char* op, const Tensor& input, const Tensor& target, const
   check(label_smoothing >= 0.0 && label_smoothing <= 1.0,
         "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
   const int64_t classes = input.size(1);
-  Checked result{{}, input, as_contiguous(target), std::nullopt, false};
+  Checked result{{}, input, as_contiguous(target), std::nullopt, std::nullopt, false};
   if (weight) {
     check(weight->is_cpu() && weight->scalar_type() == input.scalar_type(), op, ": weight differs in dtype or device");
     check(weight->dim() == 1 && weight->size(0) == classes, "weight tensor should be defined either for all ", classes,
           " classes or no classes");
     result.weight = as_contiguous(*weight);
+  }
+  if (sample_weight) {
+    check(sample_weight->is_cpu() && sample_weight->scalar_type() == input.scalar_type(), op,
+          ": sample_weight differs in dtype or device");
+    check(same_sizes(sample_weight->sizes(), target.sizes()), op, ": sample_weight is not of target's sizes");
+    result.sample_weight = as_contiguous(*sample_weight);
   }
   const int64_t* t = data<int64_t>(result.target);
   for (int64_t i = 0; i < result.target.numel(); ++i)
@@ -58,9 +65,12 @@ ScalarType accumulate_type(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor& target,
-                                                             const std::optional<Tensor>& weight, int64_t reduction,
-                                                             int64_t ignore_index, double label_smoothing) {
-  const Checked c = checked("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
+                                                             const std::optional<Tensor>& weight,
+                                                             const std::optional<Tensor>& sample_weight,
+                                                             int64_t reduction, int64_t ignore_index,
+                                                             double label_smoothing) {
+  const Checked c =
+      checked("cross_entropy", input, target, weight, sample_weight, reduction, ignore_index, label_smoothing);
   const Ints places = target.sizes();
   check(places.size() < kMostDims, "cross_entropy: more than ", kMostDims, " dimensions");
   Tensor loss = allocate(reduction == 0 ? places : Ints(), input.scalar_type(), input);
@@ -75,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& input
                                   data<T>(c.input),
                                   data<int64_t>(c.target),
                                   data<T>(c.weight),
+                                  data<T>(c.sample_weight),
                                   static_cast<int>(reduction),
                                   ignore_index,
                                   label_smoothing,
@@ -88,10 +99,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(const Tensor& input
 }
 
 Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                                  const std::optional<Tensor>& weight, const Tensor& lse, const Tensor& total_weight,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                                  const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
+                                  const Tensor& lse, const Tensor& total_weight, int64_t reduction,
+                                  int64_t ignore_index, double label_smoothing) {
   const char* op = "cross_entropy_backward";
-  const Checked c = checked(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  const Checked c = checked(op, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing);
   const ScalarType accumulate = accumulate_type(input);
   check(grad_loss.is_cpu() && grad_loss.scalar_type() == input.scalar_type(), op,
         ": grad_loss differs in dtype or device");
@@ -111,6 +123,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& input, 
                                           data<T>(c.input),
                                           data<int64_t>(c.target),
                                           data<T>(c.weight),
+                                          data<T>(c.sample_weight),
                                           halves,
                                           halves + target.numel(),
                                           data<acc_t<T>>(total_weight),

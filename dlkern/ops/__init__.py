@@ -6,6 +6,7 @@ from dlkern.ops import (
     batch_norm_sync,
     conv,
     dropout,
+    embedding,
     layer_norm,
     linear,
     loss,
@@ -17,6 +18,6 @@ from dlkern.ops import (
 from dlkern.ops._activation import Activation
 
 __all__ = [
-    "Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout",
+    "Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout", "embedding",
     "layer_norm", "linear", "loss", "optim", "pooling", "positions", "rnn",
 ]  # fmt: skip

@@ -18,14 +18,14 @@ from dlkern.reference import loss as reference
 __all__ = ["cross_entropy", "run"]
 
 
-def _fake_forward(input, target, weight, reduction, ignore_index, label_smoothing):
+def _fake_forward(input, target, weight, sample_weight, reduction, ignore_index, label_smoothing):
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(target.shape if reduction == 0 else ())
     return loss, input.new_empty((2, *target.shape), dtype=accumulate), input.new_empty((), dtype=accumulate)
 
 
 def _fake_backward(
-    grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+    grad_loss, input, target, weight, sample_weight, lse, total_weight, reduction, ignore_index, label_smoothing
 ):
     layout = torch.contiguous_format
     if input.dim() == 4:
@@ -37,14 +37,14 @@ define(
     "cross_entropy_forward",
     # lse is [2, *target.shape] in float32 (float64 for float64): the largest logit, log(sum(exp(x - largest))).
     # total_weight is a scalar in the same dtype: the weights of the targets that are not ignored, summed.
-    "(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing)"
-    " -> (Tensor loss, Tensor lse, Tensor total_weight)",
+    "(Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, int reduction, int ignore_index,"
+    " float label_smoothing) -> (Tensor loss, Tensor lse, Tensor total_weight)",
     _fake_forward, triton="dlkern.kernels.loss:cross_entropy_forward",
 )
 define(
     "cross_entropy_backward",
-    "(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor total_weight, int reduction,"
-    " int ignore_index, float label_smoothing) -> Tensor",
+    "(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor lse,"
+    " Tensor total_weight, int reduction, int ignore_index, float label_smoothing) -> Tensor",
     _fake_backward, triton="dlkern.kernels.loss:cross_entropy_backward",
 )
 for _column, _dtypes in {
@@ -61,28 +61,28 @@ class CrossEntropy(_autograd.Function):
     """(loss, lse, total_weight); only the loss is differentiable."""
 
     @staticmethod
-    def forward(input, target, weight, reduction, ignore_index, label_smoothing, column):
-        return _forward[column](input, target, weight, reduction, ignore_index, label_smoothing)
+    def forward(input, target, weight, sample_weight, reduction, ignore_index, label_smoothing, column):
+        return _forward[column](input, target, weight, sample_weight, reduction, ignore_index, label_smoothing)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, target, weight, *settings, column = inputs
+        input, target, weight, sample_weight, *settings, column = inputs
         ctx.constants = settings, column
         _, lse, total_weight = output
         ctx.mark_non_differentiable(lse, total_weight)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, weight, lse, total_weight)
+        ctx.save_for_backward(input, target, weight, sample_weight, lse, total_weight)
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse, grad_total_weight):
         if grad_loss is None:
-            return None, None, None, None, None, None, None
+            return (None,) * 8
         settings, column = ctx.constants
         if torch.is_grad_enabled():
             grad = _autograd.apply(CrossEntropyBackward, grad_loss, *ctx.saved_tensors, *settings, column)
         else:
             grad = _backward[column](grad_loss, *ctx.saved_tensors, *settings)
-        return grad, None, None, None, None, None, None
+        return grad, *(None,) * 7
 
 
 class CrossEntropyBackward(_autograd.Function):
@@ -90,51 +90,53 @@ class CrossEntropyBackward(_autograd.Function):
 
     @staticmethod
     def forward(
-        grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing, column
-    ):
+        grad_loss, input, target, weight, sample_weight, lse, total_weight, reduction, ignore_index, label_smoothing,
+        column,
+    ):  # fmt: skip
         return _backward[column](
-            grad_loss, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+            grad_loss, input, target, weight, sample_weight, lse, total_weight, reduction, ignore_index, label_smoothing
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_loss, input, target, weight, _, _, *settings = inputs
-        ctx.settings = settings[:3]
-        ctx.save_for_backward(grad_loss, input, target, weight)
+        grad_loss, input, target, weight, sample_weight, _, _, *settings, _ = inputs
+        ctx.settings = settings
+        ctx.save_for_backward(grad_loss, input, target, weight, sample_weight)
 
     @staticmethod
     def backward(ctx, cotangent):
-        grad_loss, input, target, weight = ctx.saved_tensors
+        grad_loss, input, target, weight, sample_weight = ctx.saved_tensors
         for_grad_loss, for_input = _autograd.vjp(
-            lambda g, x: reference.cross_entropy_backward(g, x, target, weight, *ctx.settings),
+            lambda g, x: reference.cross_entropy_backward(g, x, target, weight, sample_weight, *ctx.settings),
             (grad_loss, input), cotangent,
         )
-        return for_grad_loss, for_input, None, None, None, None, None, None, None, None
+        return for_grad_loss, for_input, *(None,) * 9
 
 
 def cross_entropy(
     input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, reduction: int = 1,
-    ignore_index: int = -100, label_smoothing: float = 0.0,
+    ignore_index: int = -100, label_smoothing: float = 0.0, sample_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax cross-entropy of logits [N, C, ...] and int64 targets [N, ...]; reduction 0 none, 1 mean, 2 sum."""
+    """Softmax cross-entropy of logits [N, C, ...] and int64 targets [N, ...]; reduction 0 none, 1 mean, 2 sum. The weights
+    have no gradient."""
+    settings = weight, sample_weight, reduction, ignore_index, label_smoothing
     if _autograd.use_reference():
-        return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        return reference.cross_entropy(input, target, *settings)
     choice = columns.choose(
         "cross_entropy", input.device.type, input.dtype, columns.state.forced, columns.state.emulated
     )
     if tracing.active:
         tracing.record("cross_entropy", choice.column, choice.reason, input, target, weight)
     if choice.column == "reference":
-        return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        return reference.cross_entropy(input, target, *settings)
     if _autograd.needs_grad(input):
-        return _autograd.apply(
-            CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, choice.column
-        )[0]
-    return _forward[choice.column](input, target, weight, reduction, ignore_index, label_smoothing)[0]
+        return _autograd.apply(CrossEntropy, input, target, *settings, choice.column)[0]
+    return _forward[choice.column](input, target, *settings)[0]
 
 
-def run(column, input, target, weight, reduction, ignore_index, label_smoothing):
+def run(column, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing):
     """cross_entropy on a given column, for a plain call (see _plain.py)."""
+    settings = weight, sample_weight, reduction, ignore_index, label_smoothing
     if input.requires_grad and _autograd.recording():
-        return CrossEntropy.fast_apply(input, target, weight, reduction, ignore_index, label_smoothing, column)[0]
-    return _forward[column](input, target, weight, reduction, ignore_index, label_smoothing)[0]
+        return CrossEntropy.fast_apply(input, target, *settings, column)[0]
+    return _forward[column](input, target, *settings)[0]

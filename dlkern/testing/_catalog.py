@@ -297,6 +297,16 @@ def _loss() -> Iterator[Case]:
                    lambda *t, o=options: tF.cross_entropy(*t, **o), lambda s=shape: inputs(*s), draws=8)
 
 
+def _embedding() -> Iterator[Case]:
+    for label, shape, table, options in (
+        ("2-D", (3, 4), (7, 19), {}), ("1-D", (17,), (5, 9), dict(padding_idx=2)),
+        ("by frequency", (3, 2, 3), (4, 8), dict(scale_grad_by_freq=True)), ("one index", (), (5, 33), {}),
+    ):  # fmt: skip
+        yield Case("embedding", "embedding", label, lambda w, i, o=options: F.embedding(i, w, **o),
+                   lambda w, i, o=options: tF.embedding(i, w, **o),
+                   lambda s=shape, t=table: [_randn(*t), torch.randint(0, t[0], s)])
+
+
 def _dropout() -> Iterator[Case]:
     for p in (0.2, 0.5):
         yield Case("dropout", "dropout", f"p={p}",
@@ -368,7 +378,7 @@ def _rnn() -> Iterator[Case]:
 
 CASES: tuple[Case, ...] = (
     *_conv(), *_conv_act(), *_conv_transpose(), *_pooling(), *_batch_norm(), *_linear(), *_layer_norm(), *_attention(),
-    *_loss(), *_dropout(), *_rnn(), *_positions(),
+    *_loss(), *_embedding(), *_dropout(), *_rnn(), *_positions(),
 )  # fmt: skip
 
 def cases(family: str | None = None, op: str | None = None) -> list[Case]:

@@ -19,7 +19,7 @@ MUTANTS = [
     _loss("first_lanes<T>(exp_nonpositive(load_some(x + c, count - c) - largest), count - c)",
           "exp_nonpositive(load_some(x + c, count - c) - largest)", "test_parity"),
     _loss("row.sum *= row.sum == 0 ? 1.0 :", "row.sum *= row.sum >= 0 ? 1.0 :", "test_parity"),
-    _loss("sums.weight += w;", "sums.weight += 1;", "test_parity"),
+    _loss("sums.weight += w * own;", "sums.weight += own;", "test_parity"),
     # loss, backward: the target's class, ignored places side by side, the mean
     _loss("out[target] = static_cast<T>(at_target(", "out[0] = static_cast<T>(at_target(", "test_parity"),
     _loss("value = ignored ? Vec<T>{} : value;", "value = ignored ? value : value;", "ignored_places"),
@@ -373,4 +373,20 @@ MUTANTS += [
     _optim("if (written_) copy(used_, original_);", "", "any_strides", _OPTIM_LAYER),
     _optim("1 - lr * row[4] : 1;", "1 - row[4] : 1;", "parity and adamw", _OPTIM_LAYER),
     _optim("ranges[i].begin < ranges[i - 1].end", "false", "share_memory", _OPTIM_LAYER),
+]
+
+
+def _embedding(old: str, new: str, tests: str) -> dict:
+    return dict(file="csrc/cpu/embedding.cpp", old=old, new=new, tests=["tests/test_embedding.py", "-k", tests], build="native")
+
+
+MUTANTS += [
+    # A position too few, lanes behind the whole vectors, the padding's row, rows that threads share.
+    _embedding("for (int64_t p = 0; p < count; ++p) {", "for (int64_t p = 1; p < count; ++p) {", "parity"),
+    _embedding("if (rest) sum[whole] +=", "if (rest < 0) sum[whole] +=", "parity"),
+    _embedding("v == args.padding_idx ? 0 :", "v == args.padding_idx - 1 ? 0 :", "parity"),
+    _embedding("part + 1 == parts ? rows : row_of(part + 1)", "part + 1 == parts ? rows : row_of(part + 1) - 1", "threads"),
+    # The weight of a single position, in what a mean is divided by and in the gradient.
+    _loss("sums.weight += w * own;", "sums.weight += w;", "sample_weight"),
+    _loss("if (args.sample_weight) g *=", "if (args.sample_weight && i < 0) g *=", "sample_weight"),
 ]

@@ -60,4 +60,8 @@ MUTANTS = [
     _mutant("loss", "total = total * tl.exp(most - shift) + ", "total = total + ", "several_tiles"),
     _mutant("loss", "(position < POSITIONS) & (target != ignore_index)", "position < POSITIONS", "test_float32 and cross_entropy"),
     _mutant("loss", "soft = grad * (smoothing / C).to(ACC)", "soft = grad * smoothing.to(ACC)", "test_float32 and smoothed"),
+    # embedding: a tile of columns, further positions of a row, the padding's row
+    _mutant("embedding", "mask=inside & exists[:, None], other", "mask=inside, other", "outside"),
+    _mutant("embedding", "start += BLOCK_P", "start += BLOCK_P + 1", "embedding"),
+    _mutant("embedding", "tl.where(row == padding_idx, 0.0, total)", "total", "embedding"),
 ]

@@ -10,9 +10,10 @@ from dlkern.nn.functional.attention import (
 from dlkern.nn.functional.batch_norm import batch_norm, batch_norm_act
 from dlkern.nn.functional.conv import conv1d, conv2d, conv2d_act, conv_transpose1d, conv_transpose2d
 from dlkern.nn.functional.dropout import dropout, dropout1d, dropout2d, dropout3d
+from dlkern.nn.functional.embedding import embedding
 from dlkern.nn.functional.layer_norm import layer_norm
 from dlkern.nn.functional.linear import linear, tensor_reduction
-from dlkern.nn.functional.loss import cross_entropy
+from dlkern.nn.functional.loss import cross_entropy, perplexity
 from dlkern.nn.functional.multi_head_attention import multi_head_attention_forward
 from dlkern.nn.functional.pooling import (
     adaptive_avg_pool1d,
@@ -64,6 +65,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "embedding",
     "gaussian_attention",
     "gru",
     "layer_norm",
@@ -76,6 +78,7 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_with_indices",
     "multi_head_attention_forward",
+    "perplexity",
     "relative_position_buckets",
     "rnn_relu",
     "rnn_tanh",

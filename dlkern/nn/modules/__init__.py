@@ -28,6 +28,7 @@ from dlkern.nn.modules.conv import (
     LazyConvTranspose2d,
 )
 from dlkern.nn.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+from dlkern.nn.modules.embedding import Embedding
 from dlkern.nn.modules.layer_norm import LayerNorm
 from dlkern.nn.modules.linear import LazyLinear, Linear, TensorReduction
 from dlkern.nn.modules.loss import CrossEntropyLoss
@@ -78,6 +79,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "Embedding",
     "GRUCell",
     "GaussianAttention",
     "LPPool1d",

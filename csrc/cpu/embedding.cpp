@@ -1,0 +1,105 @@
+// Embedding: output[i] = weight[indices[i]], and the gradient of the table, the sum of grad_output[i] over indices[i] = v.
+//
+// The forward copies rows. The backward sorts the positions by row, counting, so that positions of a row stay in their
+// order, and then sums each row's in double. A thread owns whole elements of the table, some rows by some columns: nothing
+// that threads share is summed, so the bits do not depend on their number. Rows are dealt out by how often they occur,
+// because words are not equally frequent. Floor: grad_output read once, the table's gradient written once.
+#include "embedding.h"
+
+#include "parallel.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // numbers for which another thread is worth waking
+constexpr int kVectors = 4;  // columns summed together, in vectors
+
+template <class T> void forward(const EmbeddingArgs<T>& args) {
+  const int64_t width = args.width;
+  if (width == 0) return;
+  parallel_for(args.count, 1 + kGrain / width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(args.output + i * width, args.weight + args.indices[i] * args.weight_stride,
+                  static_cast<size_t>(width) * sizeof(T));
+  });
+}
+
+// Columns [first, last) of row v: the sum over `count` positions.
+template <class T>
+void sum_row(const EmbeddingBackwardArgs<T>& args, int64_t v, int64_t first, int64_t last, const int64_t* positions,
+             int64_t count) {
+  constexpr int64_t lanes = kLanes<T>;
+  const double divisor = args.scale_grad_by_freq && count > 0 ? static_cast<double>(count) : 1.0;
+  for (int64_t c = first; c < last; c += kVectors * lanes) {
+    Wide<T> sum[kVectors] = {};
+    const int64_t whole = smaller(kVectors, (last - c) / lanes);
+    const int rest =
+        static_cast<int>(smaller(kVectors * lanes, last - c) - whole * lanes);  // lanes behind the whole vectors
+    for (int64_t p = 0; p < count; ++p) {
+      const T* from = args.grad_output + positions[p] * args.width + c;
+      for (int64_t j = 0; j < whole; ++j) sum[j] += __builtin_convertvector(load(from + j * lanes), Wide<T>);
+      if (rest) sum[whole] += __builtin_convertvector(load_partial<T>(from + whole * lanes, rest), Wide<T>);
+    }
+    T* to = args.grad_weight + v * args.width + c;
+    auto mean = [&](int64_t j) -> Vec<T> { return __builtin_convertvector(sum[j] / divisor, Vec<T>); };
+    for (int64_t j = 0; j < whole; ++j) store(to + j * lanes, mean(j));
+    if (rest) store_partial<T>(to + whole * lanes, mean(whole), rest);
+  }
+}
+
+template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
+  const int64_t rows = args.rows, width = args.width, count = args.count;
+  if (rows == 0 || width == 0) return;
+  int64_t* start = scratch<int64_t>(Slot::family_0, rows + 1);  // of each row's positions among the sorted
+  int64_t* sorted = scratch<int64_t>(Slot::family_1, count);
+  for (int64_t v = 0; v <= rows; ++v) start[v] = 0;
+  for (int64_t i = 0; i < count; ++i) ++start[args.indices[i]];
+  for (int64_t v = 0, before = 0; v <= rows; ++v) {
+    const int64_t here = start[v];
+    start[v] = before;
+    before += here;
+  }
+  for (int64_t i = 0; i < count; ++i) sorted[start[args.indices[i]]++] = i;
+  for (int64_t v = rows; v > 0; --v) start[v] = start[v - 1];  // each had become the next one's
+  start[0] = 0;
+
+  const int64_t block = kVectors * kLanes<T>, blocks = ceil_div(width, block);
+  const int64_t parts = smaller(ceil_div(num_threads(), blocks), rows), work = count + rows;
+  // A part's first row: the work before row v is start[v] + v.
+  auto row_of = [&](int64_t part) {
+    int64_t low = 0, high = rows;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (start[middle] + middle < work / parts * part + work % parts * part / parts)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  };
+  parallel_for(parts * blocks, 1 + kGrain * parts * blocks / (work * width), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end;) {
+      // Blocks of columns that one thread has of the same rows go together.
+      const int64_t part = unit / blocks, upto = smaller(end, (part + 1) * blocks);
+      const int64_t first = unit % blocks * block, last = smaller(width, first + (upto - unit) * block);
+      const int64_t first_row = part == 0 ? 0 : row_of(part), last_row = part + 1 == parts ? rows : row_of(part + 1);
+      for (int64_t v = first_row; v < last_row; ++v)
+        sum_row(args, v, first, last, sorted + start[v], v == args.padding_idx ? 0 : start[v + 1] - start[v]);
+      unit = upto;
+    }
+  });
+}
+
+}  // namespace
+
+#define DLKERN_EMBEDDING(T)                                       \
+  void embedding(const EmbeddingArgs<T>& args) { forward(args); } \
+  void embedding_backward(const EmbeddingBackwardArgs<T>& args) { backward(args); }
+DLKERN_EMBEDDING(float)
+DLKERN_EMBEDDING(double)
+DLKERN_EMBEDDING(bfloat16)
+DLKERN_EMBEDDING(float16)
+
+}  // namespace dlkern::cpu::DLKERN_ISA
