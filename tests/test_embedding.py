@@ -9,7 +9,7 @@ import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
 from dlkern.testing import check
 
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 
 def frequent(rows, count):
