@@ -22,6 +22,11 @@ def architecture(tensor):
     return _device_architecture(tensor.device.index) if tensor.is_cuda else 0
 
 
+def _processors(x):
+    """Multiprocessors of the tensor's device; an H100's where it is compiled for a GPU that is not here."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
 def elementwise(x):
     """One element (or one random counter) a lane, several a thread."""
     if architecture(x) == 0:
@@ -130,10 +135,25 @@ def row_blocks(x, rows, channels, tile):
     if architecture(x) == 0:
         wanted = 3
     else:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-        wanted = max(1, 8 * processors // triton.cdiv(channels, tile["BLOCK_C"]))
+        wanted = max(1, 8 * _processors(x) // triton.cdiv(channels, tile["BLOCK_C"]))
     rows_per_block = triton.cdiv(tiles, min(wanted, tiles, 1024)) * tile["BLOCK_M"]
     return triton.cdiv(rows, rows_per_block), rows_per_block
+
+
+def layer_norm(x, columns):
+    """Tile of rows x columns; a row longer than the largest block is taken in several."""
+    if architecture(x) == 0:
+        return {"BLOCK_M": 8, "BLOCK_N": _block(columns, 16, 64)}
+    block_n = _block(columns, 16, 2048 if x.dtype == torch.float64 else 4096)
+    return {"BLOCK_M": max(1, min(16, 1024 // block_n)), "BLOCK_N": block_n, "num_warps": 8 if block_n > 2048 else 4}
+
+
+def layer_norm_parts(x, rows, tile):
+    """How many programs share the rows whose sums they keep, and rows a program: a few programs a processor."""
+    tiles = triton.cdiv(rows, tile["BLOCK_M"])
+    wanted = 4 * _processors(x) if architecture(x) else 3
+    program_rows = triton.cdiv(tiles, min(wanted, tiles)) * tile["BLOCK_M"]
+    return triton.cdiv(rows, program_rows), program_rows
 
 
 def finalize(x):

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, linear, loss, pooling
+from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, layer_norm, linear, loss, pooling
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "budgets" / f"triton-{triton.__version__}"
@@ -158,6 +158,14 @@ def _batch_norm(half):
         batch_norm.batch_norm_backward(x, x, x, channel, channel, channel, True, 1, True)
 
 
+def _layer_norm(half):
+    parameter = torch.empty(16384)
+    for rows, columns, dtype in ((8192, 1024, half), (8192, 4096, torch.float32), (512, 16384, half)):
+        x, row, weight = _empty(rows, columns, dtype=dtype), torch.empty(rows), parameter[:columns]
+        layer_norm.layer_norm_forward(x, 1, weight, weight, 1e-5)
+        layer_norm.layer_norm_backward(x, x, 1, weight, row, row, True, True, True)
+
+
 def _loss(half):
     x, target = _empty(4096, 32000, dtype=half), torch.zeros(4096, dtype=torch.int64)
     value, lse, total = loss.cross_entropy_forward(x, target, None, 1, -100, 0.1)
@@ -165,7 +173,8 @@ def _loss(half):
 
 
 CALLS = {
-    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "linear": _linear, "loss": _loss, "pooling": _pooling,
+    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "layer_norm": _layer_norm, "linear": _linear, "loss": _loss,
+    "pooling": _pooling,
 }
 
 
