@@ -66,7 +66,8 @@ def empty(size, like, channels_last, dtype=None):
 
 def is_large(*tensors):
     """Whether element offsets need 64 bits."""
-    return any(t is not None and t.numel() >= 2**31 - 2**20 for t in tensors)
+    last = (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) for t in tensors if t is not None)
+    return any(offset >= 2**31 - 2**20 for offset in last)
 
 
 def _tf32(module, flag):
@@ -81,6 +82,6 @@ def allow_tf32_matmul():
     return _tf32(torch.backends.cuda.matmul, "allow_tf32")
 
 
-def allow_tf32_conv():
-    """torch.backends.cudnn.allow_tf32."""
+def allow_tf32_cudnn():
+    """torch.backends.cudnn.allow_tf32, which torch's convolutions and recurrent layers go by."""
     return _tf32(torch.backends.cudnn, "allow_tf32")

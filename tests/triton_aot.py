@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, layer_norm, linear, loss, pooling
+from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, layer_norm, linear, loss, pooling, rnn
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "budgets" / f"triton-{triton.__version__}"
@@ -172,9 +172,25 @@ def _loss(half):
     loss.cross_entropy_backward(value, x, target, None, lse, total, 1, -100, 0.1)
 
 
+def _rnn(half):
+    """Small and large layers: weights in registers, and programs that wait for each other."""
+    for mode, batch, size, dtype, reverse in (
+        (2, 16, 128, half, False), (3, 16, 64, half, True), (0, 16, 64, half, False), (2, 64, 1024, half, False),
+        (3, 32, 2816, half, False), (2, 16, 32, torch.float32, False), (3, 1024, 2048, torch.float32, False),
+    ):  # fmt: skip
+        empty = functools.partial(_empty, dtype=dtype)
+        gates, slots, lstm = (1, 1, 4, 3)[mode], (1, 1, 4, 4)[mode], mode == 2
+        x, w, bias = empty(20, batch, size), empty(gates * size, size), empty(gates * size)
+        h0 = empty(batch, size)
+        c0 = h0 if lstm else None
+        rnn.rnn_forward(x, w, w, bias, bias, None, h0, c0, None, None, mode, reverse, True)
+        saved = _empty(20 * batch, slots * size, dtype=torch.float32), _empty(20 * batch if lstm else 0, size, dtype=torch.float32)
+        rnn.rnn_backward(x, h0, c0, x, w, w, None, h0, c0, x, *saved, None, None, mode, reverse, True, True, True)
+
+
 CALLS = {
     "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "layer_norm": _layer_norm, "linear": _linear, "loss": _loss,
-    "pooling": _pooling,
+    "pooling": _pooling, "rnn": _rnn,
 }
 
 

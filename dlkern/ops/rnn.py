@@ -59,6 +59,7 @@ define(
     "Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, bool keep) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
+    triton="dlkern.kernels.rnn:rnn_forward",
 )
 define(
     "rnn_backward",
@@ -67,10 +68,21 @@ define(
     "Tensor? lengths, int mode, bool reverse, bool of_input, bool of_weight, bool of_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
+    triton="dlkern.kernels.rnn:rnn_backward",
 )
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
+_PROJECTED = ("projected",)
+
+
+def _no_projection(facts):
+    return "triton column has no projection (proj_size)" if facts == _PROJECTED else None
+
+
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float64))
+    columns.declare(
+        _op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64), refuses=_no_projection
+    )
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
 
@@ -182,7 +194,8 @@ def rnn(
     column = "reference"
     if not _autograd.use_reference():
         choice = columns.choose(
-            PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated
+            PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
+            () if weight_hr is None else _PROJECTED,
         )
         column = choice.column
         if tracing.active:
