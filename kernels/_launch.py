@@ -15,6 +15,11 @@ def accumulator(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def triton_type(dtype):
+    """A torch dtype as Triton's."""
+    return getattr(tl, {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}.get(dtype, "bfloat16"))
+
+
 def accumulator_dtype(dtype):
     """The same as a torch dtype, for tensors between kernels."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -65,12 +65,12 @@ def _kind(dtype):
     return {torch.float64: 2, torch.float32: 1}.get(dtype, 0)
 
 
-def matmul(a, M, N, K, sums=None):
+def matmul(a, M, N, K, operand=None):
     """Tile of an [M, K] x [K, N] product; shrinks to the matrix, never below what tensor cores take.
 
-    sums: float64 where float32 is summed in it.
+    operand: the dtype it is multiplied in, where that is not a's.
     """
-    block_m, block_n, block_k, warps, stages = _row(_MATMUL, architecture(a))[_kind(sums or a.dtype)]
+    block_m, block_n, block_k, warps, stages = _row(_MATMUL, architecture(a))[_kind(operand or a.dtype)]
     block_m, block_n, block_k = _block(M, 16, block_m), _block(N, 16, block_n), _block(K, 16, block_k)
     if block_m * block_n <= 64 * 64:
         warps = min(warps, 4)
@@ -163,11 +163,11 @@ def layer_norm_parts(x, rows, tile):
 _RNN_TILES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 
 
-def rnn(x, batch, hidden, gates, sums, tf32):
+def rnn(x, batch, hidden, gates, operand, tf32):
     """Tile of sequences x hidden units, and how a kernel goes through time: CARRY, SYNC, or neither (kernels/rnn.py).
 
     Args:
-        sums: float64 where float32 is summed in it, else x's dtype.
+        operand: the dtype the recurrent product is made in.
         tf32: whether float32 has tensor cores; without, only small tiles keep off the stack.
     """
     arch = architecture(x)
@@ -175,7 +175,7 @@ def rnn(x, batch, hidden, gates, sums, tf32):
         block = 16 if hidden <= 16 else 32
         blocks = {"BLOCK_B": 16, "BLOCK_J": block, "BLOCK_K": block}
         return {**blocks, "CARRY": hidden <= 16, "SYNC": 16 < hidden <= 32}
-    half = sums.itemsize == 2
+    half = operand.itemsize == 2
     if arch == 75 or not (half or tf32):
         blocks, warps, stages = (16, 16, 16), 4, 2
     elif hidden <= (128 if half else 64):
@@ -186,7 +186,7 @@ def rnn(x, batch, hidden, gates, sums, tf32):
             tile for tile in _RNN_TILES if triton.cdiv(batch, tile[0]) * triton.cdiv(hidden, tile[1]) <= _processors(x)
         ]
         tile = enough[0] if enough else _RNN_TILES[-1 if gates == 1 else -2]
-        blocks, warps, stages = (*tile, 64 if half else 32), 4, 3
+        blocks, warps, stages = (*tile, 64 if half else 32), 8 if tile[0] * tile[1] > 512 else 4, 3
     programs = triton.cdiv(batch, blocks[0]) * triton.cdiv(hidden, blocks[1])
     # A program waits for others, which must be resident: no more programs than processors, launched as one group.
     sync = not isinstance(arch, str) and programs <= _processors(x)

@@ -22,6 +22,7 @@ from dlkern.kernels._launch import (
     dot_precision,
     is_large,
     launch,
+    triton_type,
 )
 from dlkern.kernels._parts import sum_parts
 
@@ -31,7 +32,7 @@ def matmul_kernel(
     a_ptr, b_ptr, bias_ptr, out_ptr, sum_ptr, M, N, K, K_PART,
     a_stride_m, a_stride_k, b_stride_k, b_stride_n, out_stride_part, out_stride_m,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SUM_ROWS: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, LARGE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     # out[part] = act(a[M, K of part] @ b[K of part, N] + bias); one program computes one tile of one part.
@@ -63,9 +64,7 @@ def matmul_kernel(
         in_k = start + tl.arange(0, BLOCK_K) < k_end
         a = tl.load(a_ptrs, mask=(m < M)[:, None] & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         b = tl.load(b_ptrs, mask=in_k[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        if ACC == tl.float64:
-            a, b = a.to(ACC), b.to(ACC)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
         if SUM_ROWS:
             row_sum += tl.sum(a.to(ACC), axis=1)
         a_ptrs += BLOCK_K * a_stride_k
@@ -95,34 +94,34 @@ def activation_backward_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def matmul(a, b, out, bias=None, activation=0, parts=1, row_sums=None, row_stride=None, sums=None, allow_tf32=None):
+def matmul(a, b, out, bias=None, activation=0, parts=1, row_sums=None, row_stride=None, operand=None, allow_tf32=None):
     """out[part] = act(a @ b + bias) over the part's share of K.
 
     Args:
         a, b: [M, K] and [K, N], of any strides.
         out: [parts, M, N], contiguous, or its rows row_stride apart.
         row_sums: where the sums of a's rows go, [parts, M], or None.
-        sums: the dtype the products are summed for, float64 for float32's, or None for a's.
+        operand: the dtype to multiply in, None for a's.
         allow_tf32: for float32; torch.backends.cuda.matmul's where None.
     """
     (M, K), N = a.shape, b.shape[1]
-    sums = sums or a.dtype
-    precision = dot_precision(sums, allow_tf32_matmul() if allow_tf32 is None else allow_tf32)
-    config = configs.matmul(a, M, N, K, sums)
+    operand = operand or a.dtype
+    precision = dot_precision(operand, allow_tf32_matmul() if allow_tf32 is None else allow_tf32)
+    config = configs.matmul(a, M, N, K, operand)
     part_length = triton.cdiv(triton.cdiv(K, parts), config["BLOCK_K"]) * config["BLOCK_K"] if parts > 1 else max(K, 1)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * max(triton.cdiv(N, config["BLOCK_N"]), 1)  # no columns: only sums
     launch(
         matmul_kernel, (tiles, parts), a, b, bias if bias is not None else a, out, row_sums if row_sums is not None else out,
         M, N, K, part_length, a.stride(0), a.stride(1), b.stride(0), b.stride(1), M * N, row_stride or N,
-        HAS_BIAS=bias is not None, ACTIVATION=activation, SUM_ROWS=row_sums is not None, ACC=accumulator(sums),
-        PRECISION=precision, LARGE=is_large(a, b), **config,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, SUM_ROWS=row_sums is not None, ACC=accumulator(operand),
+        OPERAND=triton_type(operand), PRECISION=precision, LARGE=is_large(a, b), **config,
     )
 
 
 def weight_gradient(dy, x, grad_weight, grad_bias, **product):
     """grad_weight = dy^T @ x and, unless None, grad_bias = the sum of dy's rows; dy is [rows, N] and x [rows, K].
 
-    product: matmul's sums and allow_tf32.
+    product: matmul's operand and allow_tf32.
     """
     (rows, N), K = dy.shape, x.shape[1]
     parts = configs.split(x, N, K, rows)

@@ -27,6 +27,7 @@ from dlkern.kernels._launch import (
     check_tensors,
     dot_precision,
     launch,
+    triton_type,
 )
 from dlkern.kernels.linear import matmul, weight_gradient
 from dlkern.reference.rnn import GATES, GRU, LSTM
@@ -106,7 +107,7 @@ def rnn_forward_kernel(
     gates_ptr, weight_ptr, bias_ih_ptr, bias_hh_ptr, h0_ptr, c0_ptr, offsets_ptr, lengths_ptr, cell_ptr, arrived_ptr,
     output_ptr, h_n_ptr, c_n_ptr, cells_ptr, B, T, H, first, last,
     MODE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, BIASED: tl.constexpr,
-    KEEP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, CARRY: tl.constexpr, SYNC: tl.constexpr,
+    KEEP: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CARRY: tl.constexpr, SYNC: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # One program: steps [first, last) of BLOCK_B sequences and BLOCK_J units. A row of gates holds the input's part; with
@@ -114,7 +115,6 @@ def rnn_forward_kernel(
     COUNT: tl.constexpr = 4 if MODE == _LSTM else 3 if MODE == _GRU else 1
     SLOT: tl.constexpr = 1 if MODE == _GRU and KEEP else 0  # where the input's part begins
     DTYPE: tl.constexpr = output_ptr.dtype.element_ty
-    OPERAND: tl.constexpr = ACC if ACC == tl.float64 else DTYPE
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     k = tl.arange(0, BLOCK_K)
@@ -259,7 +259,7 @@ def rnn_backward_kernel(
     offsets_ptr, lengths_ptr, carried_ptr, arrived_ptr, grad_gates_ptr, previous_ptr, grad_h0_ptr, grad_c0_ptr,
     B, T, H, first, last,
     MODE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, PREVIOUS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, CARRY: tl.constexpr, SYNC: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CARRY: tl.constexpr, SYNC: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # One program: BLOCK_B sequences and BLOCK_J units; n = 0 is the recurrence's last step, n = T the initial states.
@@ -268,7 +268,6 @@ def rnn_backward_kernel(
     COUNT: tl.constexpr = 4 if MODE == _LSTM else 3 if MODE == _GRU else 1
     SLOTS: tl.constexpr = 1 if COUNT == 1 else 4
     DTYPE: tl.constexpr = output_ptr.dtype.element_ty
-    OPERAND: tl.constexpr = ACC if ACC == tl.float64 else DTYPE
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     k = tl.arange(0, BLOCK_K)
@@ -327,7 +326,7 @@ def rnn_backward_kernel(
                     d = tl.load(
                         grad_gates_ptr + row_after[:, None] * (SLOTS * H) + slot * H + unit[None, :],
                         mask=goes_on[:, None] & (unit < H)[None, :], other=0.0,
-                    ).to(OPERAND)  # [BLOCK_B, BLOCK_K]
+                    )  # [BLOCK_B, BLOCK_K]
                     w = _backward_weight(weight_ptr, part, unit, j, H).to(OPERAND)
                     sums = tl.dot(d, w, sums, input_precision=PRECISION, out_dtype=ACC)
         if MODE == _GRU:
@@ -348,7 +347,7 @@ def rnn_backward_kernel(
         to = grad_gates_ptr + row[:, None] * (SLOTS * H) + j[None, :]
         x0 = tl.load(gate, mask=here, other=0.0).to(ACC)
         if COUNT == 1:
-            grad0 = tl.where(here, dh * x0, 0.0).to(DTYPE)
+            grad0 = tl.where(here, dh * x0, 0.0).to(OPERAND)
             tl.store(to, grad0, mask=stored)
         else:
             x1 = tl.load(gate + H, mask=here, other=0.0).to(ACC)
@@ -367,18 +366,18 @@ def rnn_backward_kernel(
                 grad0, grad1 = dn * x1, dn * x0 * x1 * (1.0 - x1)
                 grad2, grad3 = dh * (h.to(ACC) - x3) * x2 * (1.0 - x2), dn
                 carried = tl.where(here, dh * x2, carried)
-            grad0 = tl.where(here, grad0, 0.0).to(DTYPE)
-            grad1 = tl.where(here, grad1, 0.0).to(DTYPE)
-            grad2 = tl.where(here, grad2, 0.0).to(DTYPE)
-            grad3 = tl.where(here, grad3, 0.0).to(DTYPE)
-            _keep(to, grad0, grad1, grad2, grad3, stored, H, DTYPE)
+            grad0 = tl.where(here, grad0, 0.0).to(OPERAND)
+            grad1 = tl.where(here, grad1, 0.0).to(OPERAND)
+            grad2 = tl.where(here, grad2, 0.0).to(OPERAND)
+            grad3 = tl.where(here, grad3, 0.0).to(OPERAND)
+            _keep(to, grad0, grad1, grad2, grad3, stored, H, OPERAND)
         if CARRY:
             if MODE == _GRU:
-                d0, d1, d2 = grad1.to(OPERAND), grad2.to(OPERAND), grad0.to(OPERAND)
+                d0, d1, d2 = grad1, grad2, grad0
             elif MODE == _LSTM:
-                d0, d1, d2, d3 = grad0.to(OPERAND), grad1.to(OPERAND), grad2.to(OPERAND), grad3.to(OPERAND)
+                d0, d1, d2, d3 = grad0, grad1, grad2, grad3
             else:
-                d0 = grad0.to(OPERAND)
+                d0 = grad0
         if SYNC:
             _arrive(arrived_ptr + tl.program_id(0))
     if COUNT > 1:
@@ -454,16 +453,17 @@ class _Sequence:
         if c0 is not None:
             self.size("c0", c0, self.batch, self.hidden)
         self.offsets, self.lengths = self._on_device(offsets), self._on_device(each)
-        # Among few roundings chance decides who errs more: then sums and gates are in float64.
-        products = self.rows * self.width * (self.inputs + self.hidden)
-        self.sums = torch.float64 if input.dtype == torch.float32 and products <= _FEW_PRODUCTS else input.dtype
-        precision = dot_precision(self.sums, allow_tf32_cudnn())
-        self.config = configs.rnn(input, self.batch, self.hidden, GATES[mode], self.sums, precision == "tf32")
+        # Among few roundings chance decides who errs more: then products and what is between kernels are in a wider type.
+        few = self.rows * self.width * (self.inputs + self.hidden) <= _FEW_PRODUCTS
+        wider = torch.float32 if input.element_size() == 2 else torch.float64
+        self.operand = wider if few else input.dtype
+        precision = dot_precision(self.operand, allow_tf32_cudnn())
+        self.config = configs.rnn(input, self.batch, self.hidden, GATES[mode], self.operand, precision == "tf32")
         self.constants = {
             "MODE": mode, "REVERSE": reverse, "PACKED": offsets is not None, "RAGGED": each is not None,
-            "ACC": accumulator(self.sums), "PRECISION": precision, **self.config,
+            "ACC": accumulator(self.operand), "OPERAND": triton_type(self.operand), "PRECISION": precision, **self.config,
         }
-        self.product = {"sums": self.sums, "allow_tf32": allow_tf32_cudnn()}  # how matrix products are to be made
+        self.product = {"operand": self.operand, "allow_tf32": allow_tf32_cudnn()}  # how matrix products are to be made
 
     def size(self, name, x, *expected):
         check(tuple(x.shape) == expected, f"{self.op}: {name} is {list(x.shape)}, not {list(expected)}")
@@ -509,7 +509,7 @@ def rnn_forward(
     row_size = s.slots * s.hidden if keep else s.width
     gates = new((s.rows, row_size), dtype=dtype)
     cells = new((s.rows if keep and lstm else 0, s.hidden), dtype=dtype)
-    cell = new((s.batch if lstm else 0, s.hidden), dtype=accumulator_dtype(s.sums))
+    cell = new((s.batch if lstm else 0, s.hidden), dtype=accumulator_dtype(s.operand))
     matmul(
         input.reshape(s.rows, s.inputs), weight_ih.t(), gates[:, row_size - s.width :], row_stride=row_size, **s.product
     )
@@ -554,10 +554,10 @@ def rnn_backward(
     s.size("cells", cells, s.rows if lstm else 0, s.hidden)
     check(of_weight or not of_bias, f"{op}: gradients of biases come with those of weights")
     new = input.new_empty
-    grad_gates = new((s.rows, s.slots * s.hidden))
+    grad_gates = new((s.rows, s.slots * s.hidden), dtype=s.operand)
     previous = new((s.rows if of_weight else 0, s.hidden))
     grad_h0, grad_c0 = new((s.batch, s.hidden)), new((s.batch if lstm else 0, s.hidden))
-    carried = new((s.batch if s.slots == 4 else 0, s.hidden), dtype=accumulator_dtype(s.sums))
+    carried = new((s.batch if s.slots == 4 else 0, s.hidden), dtype=accumulator_dtype(s.operand))
     h0 = h0.contiguous()
     s.launch(
         rnn_backward_kernel,

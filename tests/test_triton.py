@@ -42,7 +42,7 @@ def _emulated():
 
 def certify(case, dtype, layout=torch.contiguous_format, draws=None):
     if case.family == "rnn":
-        draws = 4  # borders of one number, whose errors chance decides, are then passed over
+        draws = 2  # borders of a few numbers, whose errors chance decides, are then passed over
     draws = draws or case.draws
 
     def inputs():
@@ -217,7 +217,7 @@ def test_gradients_of_layer_norms_parameters_alone(columns):
     assert nothing.shape == (0, 5) and (torch.autograd.grad(nothing.sum(), w)[0] == 0).all()
 
 
-LENGTHS = [3, 5, 1, 4]
+LENGTHS = [2, 1, 3]
 MODES = {"rnn_tanh": torch.nn.RNN, "rnn_relu": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
 
 
@@ -226,7 +226,7 @@ MODES = {"rnn_tanh": torch.nn.RNN, "rnn_relu": torch.nn.RNN, "lstm": torch.nn.LS
 @pytest.mark.parametrize("mode", range(4), ids=MODES)
 def test_rnn_of_mixed_lengths(mode, reverse, hidden):
     """Packed rows and padded ones in any order: outputs, last states and every gradient, of every way through time."""
-    gates, T, B, inputs = dlkern.ops.rnn.GATES[mode], 5, 4, 6
+    gates, T, B, inputs = dlkern.ops.rnn.GATES[mode], 3, 3, 5
     lengths = torch.tensor(LENGTHS)
     sizes = (lengths > torch.arange(T)[:, None]).sum(1)
 
