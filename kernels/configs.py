@@ -177,16 +177,17 @@ def rnn(x, batch, hidden, gates, operand, tf32):
         return {**blocks, "CARRY": hidden <= 16, "SYNC": 16 < hidden <= 32}
     half = operand.itemsize == 2
     if arch == 75 or not (half or tf32):
-        blocks, warps, stages = (16, 16, 16), 4, 2
-    elif hidden <= (128 if half else 64):
+        blocks, warps, stages = (16, 16, 16), 4, 1
+    elif hidden <= (128 if half and not isinstance(arch, str) else 64):  # weights fit the registers
         block = _block(hidden, 16, 128)
-        return {**_rnn_tile((16, block, block), 8 if block == 128 else 4, 1), "CARRY": True, "SYNC": False}
+        return {**_rnn_tile((16, block, block), max(1, block // 16), 1), "CARRY": True, "SYNC": False}
     else:
         enough = [
             tile for tile in _RNN_TILES if triton.cdiv(batch, tile[0]) * triton.cdiv(hidden, tile[1]) <= _processors(x)
         ]
         tile = enough[0] if enough else _RNN_TILES[-1 if gates == 1 else -2]
-        blocks, warps, stages = (*tile, 64 if half else 32), 8 if tile[0] * tile[1] > 512 else 4, 3
+        large = tile[0] * tile[1] > 512
+        blocks, warps, stages = (*tile, (64 if half else 32) // (1 + large)), 8 if large else 4, 3
     programs = triton.cdiv(batch, blocks[0]) * triton.cdiv(hidden, blocks[1])
     # A program waits for others, which must be resident: no more programs than processors, launched as one group.
     sync = not isinstance(arch, str) and programs <= _processors(x)

@@ -104,16 +104,16 @@ def _bias(bias_ih_ptr, bias_hh_ptr, at, inside, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def rnn_forward_kernel(
-    gates_ptr, weight_ptr, bias_ih_ptr, bias_hh_ptr, h0_ptr, c0_ptr, offsets_ptr, lengths_ptr, cell_ptr, arrived_ptr,
+    inputs_ptr, gates_ptr, weight_ptr, bias_ih_ptr, bias_hh_ptr, h0_ptr, c0_ptr, offsets_ptr, lengths_ptr, cell_ptr, arrived_ptr,
     output_ptr, h_n_ptr, c_n_ptr, cells_ptr, B, T, H, first, last,
     MODE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, BIASED: tl.constexpr,
-    KEEP: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CARRY: tl.constexpr, SYNC: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEEP: tl.constexpr, APART: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    CARRY: tl.constexpr, SYNC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    # One program: steps [first, last) of BLOCK_B sequences and BLOCK_J units. A row of gates holds the input's part; with
-    # KEEP it gets the gates after their activations, GRU's before them what the recurrent product gives to n.
+    # One program: steps [first, last) of BLOCK_B sequences and BLOCK_J units. inputs: the input's part of the gates. KEEP:
+    # gates gets them after their activations, GRU's behind what the recurrent product gives to n; unless APART, in place.
     COUNT: tl.constexpr = 4 if MODE == _LSTM else 3 if MODE == _GRU else 1
-    SLOT: tl.constexpr = 1 if MODE == _GRU and KEEP else 0  # where the input's part begins
+    SLOT: tl.constexpr = 1 if MODE == _GRU and KEEP and not APART else 0  # where the input's part begins
     DTYPE: tl.constexpr = output_ptr.dtype.element_ty
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -158,13 +158,14 @@ def rnn_forward_kernel(
         active = (b < B) & (t < length)
         here = active[:, None] & units
         row = _rows(t, b, B, T, offsets_ptr, PACKED)
-        gate = gates_ptr + row[:, None] * ((COUNT + SLOT) * H) + j[None, :]
-        x0 = tl.load(gate + SLOT * H, mask=here, other=0.0).to(ACC)
+        given = inputs_ptr + row[:, None] * ((COUNT + SLOT) * H) + SLOT * H + j[None, :]
+        gate = gates_ptr + row[:, None] * ((1 if COUNT == 1 else 4) * H) + j[None, :]
+        x0 = tl.load(given, mask=here, other=0.0).to(ACC)
         if COUNT > 1:
-            x1 = tl.load(gate + (SLOT + 1) * H, mask=here, other=0.0).to(ACC)
-            x2 = tl.load(gate + (SLOT + 2) * H, mask=here, other=0.0).to(ACC)
+            x1 = tl.load(given + H, mask=here, other=0.0).to(ACC)
+            x2 = tl.load(given + 2 * H, mask=here, other=0.0).to(ACC)
         if COUNT == 4:
-            x3 = tl.load(gate + 3 * H, mask=here, other=0.0).to(ACC)
+            x3 = tl.load(given + 3 * H, mask=here, other=0.0).to(ACC)
 
         sum0 = tl.zeros((BLOCK_B, BLOCK_J), ACC)
         sum1, sum2, sum3 = sum0, sum0, sum0
@@ -506,20 +507,22 @@ def rnn_forward(
     new = input.new_empty
     output, h_n = new((*input.shape[:-1], s.hidden)), new((s.batch, s.hidden))
     c_n = new((s.batch if lstm else 0, s.hidden))
-    row_size = s.slots * s.hidden if keep else s.width
-    gates = new((s.rows, row_size), dtype=dtype)
+    gates = new((s.rows if keep else 0, s.slots * s.hidden), dtype=dtype)
+    apart = not keep or s.operand != input.dtype  # what is kept is narrower then
+    inputs = new((s.rows, s.width), dtype=accumulator_dtype(s.operand)) if apart else gates
     cells = new((s.rows if keep and lstm else 0, s.hidden), dtype=dtype)
     cell = new((s.batch if lstm else 0, s.hidden), dtype=accumulator_dtype(s.operand))
     matmul(
-        input.reshape(s.rows, s.inputs), weight_ih.t(), gates[:, row_size - s.width :], row_stride=row_size, **s.product
+        input.reshape(s.rows, s.inputs), weight_ih.t(), inputs[:, -s.width :], row_stride=inputs.shape[1], **s.product
     )
     h0 = h0.contiguous()
     s.launch(
         rnn_forward_kernel,
-        (gates, weight_hh.contiguous(), _or(bias_ih, h0), _or(bias_hh, h0), h0, _or(c0, h0), _or(s.offsets, h0),
+        (inputs, gates, weight_hh.contiguous(), _or(bias_ih, h0), _or(bias_hh, h0), h0, _or(c0, h0), _or(s.offsets, h0),
          _or(s.lengths, h0), cell, s.counters(), output, h_n, c_n, cells), s.steps, BIASED=bias_ih is not None, KEEP=keep,
+        APART=apart,
     )  # fmt: skip
-    return output, h_n, c_n, gates if keep else new((0, s.slots * s.hidden), dtype=dtype), cells
+    return output, h_n, c_n, gates, cells
 
 
 def _clear_padding(s, input):
