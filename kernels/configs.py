@@ -177,7 +177,7 @@ def rnn(x, batch, hidden, gates, operand, tf32):
         return {**blocks, "CARRY": hidden <= 16, "SYNC": 16 < hidden <= 32}
     half = operand.itemsize == 2
     if arch == 75 or not (half or tf32):
-        blocks, warps, stages = (16, 16, 16), 4, 1
+        blocks, warps, stages = (16, 16, 16), 8, 1
     elif hidden <= (128 if half and not isinstance(arch, str) else 64):  # weights fit the registers
         block = _block(hidden, 16, 128)
         return {**_rnn_tile((16, block, block), max(1, block // 16), 1), "CARRY": True, "SYNC": False}

@@ -173,7 +173,7 @@ def linear_backward_weight(grad_output, input, bias):
     check(grad_output.dim() == input.dim() >= 1, "linear_backward_weight: expected [..., N] and [..., K]")
     check(grad_output.shape[:-1] == input.shape[:-1], "linear_backward_weight: grad_output and input differ in rows")
     dy, x = _rows(grad_output), _rows(input)
-    (rows, N), K = dy.shape, x.shape[1]
+    N, K = dy.shape[1], x.shape[1]
     grad_weight = torch.empty((N, K), dtype=x.dtype, device=x.device)
     grad_bias = torch.empty((N if bias else 0,), dtype=x.dtype, device=x.device)
     if N == 0 or (K == 0 and not bias):

@@ -104,8 +104,8 @@ def _bias(bias_ih_ptr, bias_hh_ptr, at, inside, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def rnn_forward_kernel(
-    inputs_ptr, gates_ptr, weight_ptr, bias_ih_ptr, bias_hh_ptr, h0_ptr, c0_ptr, offsets_ptr, lengths_ptr, cell_ptr, arrived_ptr,
-    output_ptr, h_n_ptr, c_n_ptr, cells_ptr, B, T, H, first, last,
+    inputs_ptr, gates_ptr, weight_ptr, bias_ih_ptr, bias_hh_ptr, h0_ptr, c0_ptr, offsets_ptr, lengths_ptr, cell_ptr,
+    arrived_ptr, output_ptr, h_n_ptr, c_n_ptr, cells_ptr, B, T, H, first, last,
     MODE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, BIASED: tl.constexpr,
     KEEP: tl.constexpr, APART: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     CARRY: tl.constexpr, SYNC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -173,19 +174,19 @@ def _loss(half):
 
 
 def _rnn(half):
-    """Small and large layers: weights in registers, and programs that wait for each other."""
-    for mode, batch, size, dtype, reverse in (
-        (2, 16, 128, half, False), (3, 16, 64, half, True), (0, 16, 64, half, False), (2, 64, 1024, half, False),
-        (3, 32, 2816, half, False), (2, 16, 32, torch.float32, False), (3, 1024, 2048, torch.float32, False),
-    ):  # fmt: skip
-        empty = functools.partial(_empty, dtype=dtype)
-        gates, slots, lstm = (1, 1, 4, 3)[mode], (1, 1, 4, 4)[mode], mode == 2
-        x, w, bias = empty(20, batch, size), empty(gates * size, size), empty(gates * size)
-        h0 = empty(batch, size)
-        c0 = h0 if lstm else None
-        rnn.rnn_forward(x, w, w, bias, bias, None, h0, c0, None, None, mode, reverse, True)
-        saved = _empty(20 * batch, slots * size, dtype=torch.float32), _empty(20 * batch if lstm else 0, size, dtype=torch.float32)
-        rnn.rnn_backward(x, h0, c0, x, w, w, None, h0, c0, x, *saved, None, None, mode, reverse, True, True, True)
+    """Weights in registers, programs that wait for each other, a launch a step; the products before are linear's."""
+    with mock.patch.multiple(rnn, matmul=mock.DEFAULT, weight_gradient=mock.DEFAULT):
+        for mode, batch, size, dtype, reverse in (
+            (2, 16, 128, half, False), (0, 16, 64, half, True), (2, 64, 1024, half, False), (3, 32, 2816, half, False),
+            (2, 16, 32, torch.float32, False), (3, 1024, 2048, torch.float32, False),
+        ):  # fmt: skip
+            empty = functools.partial(_empty, dtype=dtype)
+            gates, slots, lstm = (1, 1, 4, 3)[mode], (1, 1, 4, 4)[mode], mode == 2
+            x, h, w, bias = empty(1, batch, size), empty(batch, size), empty(gates * size, size), empty(gates * size)
+            c = h if lstm else None
+            rnn.rnn_forward(x, w, w, bias, bias, None, h, c, None, None, mode, reverse, True)
+            kept = [_empty(n, columns, dtype=torch.float32) for n, columns in ((batch, slots * size), (batch * lstm, size))]
+            rnn.rnn_backward(x, h, c, x, w, w, None, h, c, x, *kept, None, None, mode, reverse, True, True, True)
 
 
 CALLS = {
