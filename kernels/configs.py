@@ -160,38 +160,34 @@ def layer_norm_parts(x, rows, tile):
 
 
 # (BLOCK_B, BLOCK_J) of sequences x hidden units, the smallest first.
-_RNN_TILES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
+_RNN_TILES = ((16, 16), (32, 16), (32, 32), (64, 32))
 
 
-def rnn(x, batch, hidden, gates, operand, tf32):
+def rnn(x, batch, hidden, operand, tf32):
     """Tile of sequences x hidden units, and how a kernel goes through time: CARRY, SYNC, or neither (kernels/rnn.py).
 
     Args:
         operand: the dtype the recurrent product is made in.
         tf32: whether float32 has tensor cores; without, only small tiles keep off the stack.
     """
-    arch = architecture(x)
+    arch, processors = architecture(x), _processors(x)
+    half, amd = operand.itemsize == 2, isinstance(arch, str)
     if arch == 0:
         block = 16 if hidden <= 16 else 32
-        blocks = {"BLOCK_B": 16, "BLOCK_J": block, "BLOCK_K": block}
-        return {**blocks, "CARRY": hidden <= 16, "SYNC": 16 < hidden <= 32}
-    half = operand.itemsize == 2
-    if arch == 75 or not (half or tf32):
-        blocks, warps, stages = (16, 16, 16), 8, 1
-    elif hidden <= (128 if half and not isinstance(arch, str) else 64):  # weights fit the registers
+        return {**_rnn_tile((16, block, block), 4, 1), "CARRY": hidden <= 16, "SYNC": 16 < hidden <= 32}
+    tensor_cores = arch != 75 and (half or tf32)
+    if tensor_cores and hidden <= (128 if half and not amd else 64):  # weights fit the registers
         block = _block(hidden, 16, 128)
         return {**_rnn_tile((16, block, block), max(1, block // 16), 1), "CARRY": True, "SYNC": False}
-    else:
-        enough = [
-            tile for tile in _RNN_TILES if triton.cdiv(batch, tile[0]) * triton.cdiv(hidden, tile[1]) <= _processors(x)
-        ]
-        tile = enough[0] if enough else _RNN_TILES[-1 if gates == 1 else -2]
+    tile, block_k, warps, stages = _RNN_TILES[0], 16, 8, 1
+    if tensor_cores:
+        few = [t for t in _RNN_TILES if triton.cdiv(batch, t[0]) * triton.cdiv(hidden, t[1]) <= processors]
+        tile = few[0] if few else _RNN_TILES[-1]
         large = tile[0] * tile[1] > 512
-        blocks, warps, stages = (*tile, (64 if half else 32) // (1 + large)), 8 if large else 4, 3
-    programs = triton.cdiv(batch, blocks[0]) * triton.cdiv(hidden, blocks[1])
+        block_k, warps, stages = (64 if half else 32) // (1 + large), 8 if large else 4, 3
     # A program waits for others, which must be resident: no more programs than processors, launched as one group.
-    sync = not isinstance(arch, str) and programs <= _processors(x)
-    return {**_rnn_tile(blocks, warps, stages), "CARRY": False, "SYNC": sync}
+    programs = triton.cdiv(batch, tile[0]) * triton.cdiv(hidden, tile[1])
+    return {**_rnn_tile((*tile, block_k), warps, stages), "CARRY": False, "SYNC": not amd and programs <= processors}
 
 
 def _rnn_tile(blocks, warps, stages):

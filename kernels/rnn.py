@@ -459,7 +459,7 @@ class _Sequence:
         wider = torch.float32 if input.element_size() == 2 else torch.float64
         self.operand = wider if few else input.dtype
         precision = dot_precision(self.operand, allow_tf32_cudnn())
-        self.config = configs.rnn(input, self.batch, self.hidden, GATES[mode], self.operand, precision == "tf32")
+        self.config = configs.rnn(input, self.batch, self.hidden, self.operand, precision == "tf32")
         self.constants = {
             "MODE": mode, "REVERSE": reverse, "PACKED": offsets is not None, "RAGGED": each is not None,
             "ACC": accumulator(self.operand), "OPERAND": triton_type(self.operand), "PRECISION": precision, **self.config,
