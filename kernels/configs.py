@@ -179,7 +179,7 @@ def rnn(x, batch, hidden, operand, tf32):
     if tensor_cores and hidden <= (128 if half and not amd else 64):  # weights fit the registers
         block = _block(hidden, 16, 128)
         return {**_rnn_tile((16, block, block), max(1, block // 16), 1), "CARRY": True, "SYNC": False}
-    tile, block_k, warps, stages = _RNN_TILES[0], 16, 8, 1
+    tile, block_k, warps, stages = (16, 32), 16, 8, 1
     if tensor_cores:
         few = [t for t in _RNN_TILES if triton.cdiv(batch, t[0]) * triton.cdiv(hidden, t[1]) <= processors]
         tile = few[0] if few else _RNN_TILES[-1]
