@@ -154,7 +154,7 @@ def layer_norm(x, columns):
 def layer_norm_parts(x, rows, tile):
     """How many programs share the rows whose sums they keep, and rows a program: a few programs a processor."""
     tiles = triton.cdiv(rows, tile["BLOCK_M"])
-    wanted = 4 * _processors(x) if architecture(x) else 3
+    wanted = 4 * _processors(x) if architecture(x) else 2
     program_rows = triton.cdiv(tiles, min(wanted, tiles)) * tile["BLOCK_M"]
     return triton.cdiv(rows, program_rows), program_rows
 

@@ -236,7 +236,7 @@ def test_rnn_of_mixed_lengths(mode, reverse, hidden):
         tensors = [(torch.randn(*shape) * 0.5).requires_grad_() for shape in shapes + shapes[5:] * (mode == 2)]
         if not packed:
             with torch.no_grad():
-                tensors[0][torch.arange(T)[:, None] >= lengths] = 1e30  # padding may be anything
+                tensors[0][torch.arange(T)[:, None] >= lengths] = torch.inf  # padding may be anything
         return tensors
 
     for packed in (False, True):
