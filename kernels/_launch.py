@@ -15,6 +15,11 @@ def accumulator(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def triton_type(dtype):
+    """A torch dtype as Triton's."""
+    return getattr(tl, {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}.get(dtype, "bfloat16"))
+
+
 def accumulator_dtype(dtype):
     """The same as a torch dtype, for tensors between kernels."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,7 +71,8 @@ def empty(size, like, channels_last, dtype=None):
 
 def is_large(*tensors):
     """Whether element offsets need 64 bits."""
-    return any(t is not None and t.numel() >= 2**31 - 2**20 for t in tensors)
+    last = (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) for t in tensors if t is not None)
+    return any(offset >= 2**31 - 2**20 for offset in last)
 
 
 def _tf32(module, flag):
@@ -81,6 +87,6 @@ def allow_tf32_matmul():
     return _tf32(torch.backends.cuda.matmul, "allow_tf32")
 
 
-def allow_tf32_conv():
-    """torch.backends.cudnn.allow_tf32."""
+def allow_tf32_cudnn():
+    """torch.backends.cudnn.allow_tf32, which torch's convolutions and recurrent layers go by."""
     return _tf32(torch.backends.cudnn, "allow_tf32")

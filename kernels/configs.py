@@ -22,6 +22,11 @@ def architecture(tensor):
     return _device_architecture(tensor.device.index) if tensor.is_cuda else 0
 
 
+def _processors(x):
+    """Multiprocessors of the tensor's device; an H100's where it is compiled for a GPU that is not here."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
 def elementwise(x):
     """One element (or one random counter) a lane, several a thread."""
     if architecture(x) == 0:
@@ -60,9 +65,12 @@ def _kind(dtype):
     return {torch.float64: 2, torch.float32: 1}.get(dtype, 0)
 
 
-def matmul(a, M, N, K):
-    """Tile of an [M, K] x [K, N] product; shrinks to the matrix, never below what tensor cores take."""
-    block_m, block_n, block_k, warps, stages = _row(_MATMUL, architecture(a))[_kind(a.dtype)]
+def matmul(a, M, N, K, operand=None):
+    """Tile of an [M, K] x [K, N] product; shrinks to the matrix, never below what tensor cores take.
+
+    operand: the dtype it is multiplied in, where that is not a's.
+    """
+    block_m, block_n, block_k, warps, stages = _row(_MATMUL, architecture(a))[_kind(operand or a.dtype)]
     block_m, block_n, block_k = _block(M, 16, block_m), _block(N, 16, block_n), _block(K, 16, block_k)
     if block_m * block_n <= 64 * 64:
         warps = min(warps, 4)
@@ -130,10 +138,61 @@ def row_blocks(x, rows, channels, tile):
     if architecture(x) == 0:
         wanted = 3
     else:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-        wanted = max(1, 8 * processors // triton.cdiv(channels, tile["BLOCK_C"]))
+        wanted = max(1, 8 * _processors(x) // triton.cdiv(channels, tile["BLOCK_C"]))
     rows_per_block = triton.cdiv(tiles, min(wanted, tiles, 1024)) * tile["BLOCK_M"]
     return triton.cdiv(rows, rows_per_block), rows_per_block
+
+
+def layer_norm(x, columns):
+    """Tile of rows x columns; a row longer than the largest block is taken in several."""
+    if architecture(x) == 0:
+        return {"BLOCK_M": 8, "BLOCK_N": _block(columns, 16, 64)}
+    block_n = _block(columns, 16, 2048 if x.dtype == torch.float64 else 4096)
+    return {"BLOCK_M": max(1, min(16, 1024 // block_n)), "BLOCK_N": block_n, "num_warps": 8 if block_n > 2048 else 4}
+
+
+def layer_norm_parts(x, rows, tile):
+    """How many programs share the rows whose sums they keep, and rows a program: a few programs a processor."""
+    tiles = triton.cdiv(rows, tile["BLOCK_M"])
+    wanted = 4 * _processors(x) if architecture(x) else 2
+    program_rows = triton.cdiv(tiles, min(wanted, tiles)) * tile["BLOCK_M"]
+    return triton.cdiv(rows, program_rows), program_rows
+
+
+# (BLOCK_B, BLOCK_J) of sequences x hidden units, the smallest first.
+_RNN_TILES = ((16, 16), (32, 16), (32, 32), (64, 32))
+
+
+def rnn(x, batch, hidden, operand, tf32):
+    """Tile of sequences x hidden units, and how a kernel goes through time: CARRY, SYNC, or neither (kernels/rnn.py).
+
+    Args:
+        operand: the dtype the recurrent product is made in.
+        tf32: whether float32 has tensor cores; without, only small tiles keep off the stack.
+    """
+    arch, processors = architecture(x), _processors(x)
+    half, amd = operand.itemsize == 2, isinstance(arch, str)
+    if arch == 0:
+        block = 16 if hidden <= 16 else 32
+        return {**_rnn_tile((16, block, block), 4, 1), "CARRY": hidden <= 16, "SYNC": 16 < hidden <= 32}
+    tensor_cores = arch != 75 and (half or tf32)
+    if tensor_cores and hidden <= (128 if half and not amd else 64):  # weights fit the registers
+        block = _block(hidden, 16, 128)
+        return {**_rnn_tile((16, block, block), max(1, block // 16), 1), "CARRY": True, "SYNC": False}
+    tile, block_k, warps, stages = (16, 32), 16, 8, 1
+    if tensor_cores:
+        few = [t for t in _RNN_TILES if triton.cdiv(batch, t[0]) * triton.cdiv(hidden, t[1]) <= processors]
+        tile = few[0] if few else _RNN_TILES[-1]
+        large = tile[0] * tile[1] > 512
+        block_k, warps, stages = (64 if half else 32) // (1 + large), 8 if large else 4, 3
+    # A program waits for others, which must be resident: no more programs than processors, launched as one group.
+    programs = triton.cdiv(batch, tile[0]) * triton.cdiv(hidden, tile[1])
+    return {**_rnn_tile((*tile, block_k), warps, stages), "CARRY": False, "SYNC": not amd and programs <= processors}
+
+
+def _rnn_tile(blocks, warps, stages):
+    names = ("BLOCK_B", "BLOCK_J", "BLOCK_K", "num_warps", "num_stages")
+    return dict(zip(names, (*blocks, warps, stages)))
 
 
 def finalize(x):

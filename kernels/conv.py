@@ -22,7 +22,7 @@ from dlkern.kernels._activation import activate
 from dlkern.kernels._launch import (
     accumulator,
     accumulator_dtype,
-    allow_tf32_conv,
+    allow_tf32_cudnn,
     check,
     check_tensors,
     dense,
@@ -353,7 +353,7 @@ def conv2d_act_forward(input, weight, bias, residual, stride, padding, dilation,
     launch(
         conv2d_forward_kernel, (tiles, groups), x, w, *extra, output,
         M, C, K // groups, H, W, P, Q, *x.stride(), *w.stride(), *output.stride(), **constants,
-        ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_conv()), LARGE=is_large(x, w, output), **config,
+        ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_cudnn()), LARGE=is_large(x, w, output), **config,
     )
     return output
 
@@ -382,7 +382,7 @@ def _backward_input(op, grad_output, weight, bias, input_size, stride, padding, 
         conv2d_backward_input_kernel, (tiles, groups, classes), dy, w, bias if bias is not None else w, grad_input,
         N, C, K // groups, H, W, P, Q, *dy.stride(), *w.stride(), *grad_input.stride(),
         **constants, **steps, HAS_BIAS=bias is not None,
-        ACC=accumulator(dy.dtype), PRECISION=dot_precision(dy.dtype, allow_tf32_conv()),
+        ACC=accumulator(dy.dtype), PRECISION=dot_precision(dy.dtype, allow_tf32_cudnn()),
         LARGE=is_large(dy, w, grad_input), **config,
     )
     return grad_input
@@ -464,7 +464,7 @@ def conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dil
         conv2d_backward_weight_kernel, (tiles, groups, parts), dy, x, weight_parts, bias_parts if bias else weight_parts,
         M, part_length, C, K // groups, groups, H, W, P, Q, *dy.stride(), *x.stride(), grad_weight.numel(),
         *grad_weight.stride(), **constants, HAS_BIAS=bias,
-        ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_conv()), LARGE=is_large(dy, x), **config,
+        ACC=accumulator(x.dtype), PRECISION=dot_precision(x.dtype, allow_tf32_cudnn()), LARGE=is_large(dy, x), **config,
     )
     if parts > 1:
         sum_parts(weight_parts, grad_weight)

@@ -22,6 +22,7 @@ from dlkern.kernels._launch import (
     dot_precision,
     is_large,
     launch,
+    triton_type,
 )
 from dlkern.kernels._parts import sum_parts
 
@@ -31,7 +32,7 @@ def matmul_kernel(
     a_ptr, b_ptr, bias_ptr, out_ptr, sum_ptr, M, N, K, K_PART,
     a_stride_m, a_stride_k, b_stride_k, b_stride_n, out_stride_part, out_stride_m,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SUM_ROWS: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, LARGE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     # out[part] = act(a[M, K of part] @ b[K of part, N] + bias); one program computes one tile of one part.
@@ -63,7 +64,7 @@ def matmul_kernel(
         in_k = start + tl.arange(0, BLOCK_K) < k_end
         a = tl.load(a_ptrs, mask=(m < M)[:, None] & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         b = tl.load(b_ptrs, mask=in_k[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
         if SUM_ROWS:
             row_sum += tl.sum(a.to(ACC), axis=1)
         a_ptrs += BLOCK_K * a_stride_k
@@ -93,18 +94,47 @@ def activation_backward_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _matmul(a, b, out, bias=None, activation=0, parts=1, row_sums=None):
-    """out[part] = act(a @ b + bias) over the part's share of K; out is [parts, M, N], contiguous."""
+def matmul(a, b, out, bias=None, activation=0, parts=1, row_sums=None, row_stride=None, operand=None, allow_tf32=None):
+    """out[part] = act(a @ b + bias) over the part's share of K.
+
+    Args:
+        a, b: [M, K] and [K, N], of any strides.
+        out: [parts, M, N], contiguous, or its rows row_stride apart.
+        row_sums: where the sums of a's rows go, [parts, M], or None.
+        operand: the dtype to multiply in, None for a's.
+        allow_tf32: for float32; torch.backends.cuda.matmul's where None.
+    """
     (M, K), N = a.shape, b.shape[1]
-    config = configs.matmul(a, M, N, K)
+    operand = operand or a.dtype
+    precision = dot_precision(operand, allow_tf32_matmul() if allow_tf32 is None else allow_tf32)
+    config = configs.matmul(a, M, N, K, operand)
     part_length = triton.cdiv(triton.cdiv(K, parts), config["BLOCK_K"]) * config["BLOCK_K"] if parts > 1 else max(K, 1)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * max(triton.cdiv(N, config["BLOCK_N"]), 1)  # no columns: only sums
     launch(
         matmul_kernel, (tiles, parts), a, b, bias if bias is not None else a, out, row_sums if row_sums is not None else out,
-        M, N, K, part_length, a.stride(0), a.stride(1), b.stride(0), b.stride(1), M * N, N,
-        HAS_BIAS=bias is not None, ACTIVATION=activation, SUM_ROWS=row_sums is not None, ACC=accumulator(a.dtype),
-        PRECISION=dot_precision(a.dtype, allow_tf32_matmul()), LARGE=is_large(a, b), **config,
+        M, N, K, part_length, a.stride(0), a.stride(1), b.stride(0), b.stride(1), M * N, row_stride or N,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, SUM_ROWS=row_sums is not None, ACC=accumulator(operand),
+        OPERAND=triton_type(operand), PRECISION=precision, LARGE=is_large(a, b), **config,
     )
+
+
+def weight_gradient(dy, x, grad_weight, grad_bias, **product):
+    """grad_weight = dy^T @ x and, unless None, grad_bias = the sum of dy's rows; dy is [rows, N] and x [rows, K].
+
+    product: matmul's operand and allow_tf32.
+    """
+    (rows, N), K = dy.shape, x.shape[1]
+    parts = configs.split(x, N, K, rows)
+    if parts == 1:
+        matmul(dy.t(), x, grad_weight, row_sums=grad_bias, **product)
+        return
+    dtype = accumulator_dtype(x.dtype)
+    weight_parts = torch.empty((parts, N, K), dtype=dtype, device=x.device)
+    bias_parts = None if grad_bias is None else torch.empty((parts, N), dtype=dtype, device=x.device)
+    matmul(dy.t(), x, weight_parts, parts=parts, row_sums=bias_parts, **product)
+    sum_parts(weight_parts, grad_weight)
+    if grad_bias is not None:
+        sum_parts(bias_parts, grad_bias)
 
 
 def _rows(x):
@@ -122,7 +152,7 @@ def linear_forward(input, weight, bias, activation):
     output = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device=input.device)
     if output.numel():
         bias = bias.contiguous() if bias is not None else None
-        _matmul(_rows(input), weight.t(), output, bias, activation)
+        matmul(_rows(input), weight.t(), output, bias, activation)
     return output
 
 
@@ -133,7 +163,7 @@ def linear_backward_input(grad_output, weight):
     check(grad_output.shape[-1] == weight.shape[0], "linear_backward_input: grad_output and weight differ in N")
     grad_input = torch.empty((*grad_output.shape[:-1], weight.shape[1]), dtype=weight.dtype, device=weight.device)
     if grad_input.numel():
-        _matmul(_rows(grad_output), weight, grad_input)
+        matmul(_rows(grad_output), weight, grad_input)
     return grad_input
 
 
@@ -143,22 +173,12 @@ def linear_backward_weight(grad_output, input, bias):
     check(grad_output.dim() == input.dim() >= 1, "linear_backward_weight: expected [..., N] and [..., K]")
     check(grad_output.shape[:-1] == input.shape[:-1], "linear_backward_weight: grad_output and input differ in rows")
     dy, x = _rows(grad_output), _rows(input)
-    (rows, N), K = dy.shape, x.shape[1]
+    N, K = dy.shape[1], x.shape[1]
     grad_weight = torch.empty((N, K), dtype=x.dtype, device=x.device)
     grad_bias = torch.empty((N if bias else 0,), dtype=x.dtype, device=x.device)
     if N == 0 or (K == 0 and not bias):
         return grad_weight, grad_bias
-    parts = configs.split(x, N, K, rows)
-    if parts == 1:
-        _matmul(dy.t(), x, grad_weight, row_sums=grad_bias if bias else None)
-        return grad_weight, grad_bias
-    dtype = accumulator_dtype(x.dtype)
-    weight_parts = torch.empty((parts, N, K), dtype=dtype, device=x.device)
-    bias_parts = torch.empty((parts, N), dtype=dtype, device=x.device) if bias else None
-    _matmul(dy.t(), x, weight_parts, parts=parts, row_sums=bias_parts)
-    sum_parts(weight_parts, grad_weight)
-    if bias:
-        sum_parts(bias_parts, grad_bias)
+    weight_gradient(dy, x, grad_weight, grad_bias if bias else None)
     return grad_weight, grad_bias
 
 

@@ -162,7 +162,7 @@ def test_rnn_projections_are_recorded_as_a_gap():
     module = dlkern.convert(torch.nn.LSTM(3, 4, proj_size=2))
     with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
         module(torch.randn(2, 2, 3))
-    assert [(call.backend, call.reason) for call in calls] == [("reference", "cuda column has no projections")]
+    assert [(call.backend, call.reason) for call in calls] == [("reference", "cuda column has no projection (proj_size)")]
 
 
 def test_rnn_why_a_launch_a_step_is_recorded():

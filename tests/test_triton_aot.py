@@ -11,6 +11,7 @@ import triton_aot as aot  # noqa: E402
 
 EACH = [(family, target) for family in aot.CALLS for target in aot.TARGETS]
 PRODUCTS = ("matmul_kernel", "conv2d_")
+RECURRENT = ("rnn_forward", "rnn_backward")
 # Launches whose operands cannot be copied asynchronously: the stem's three channels are no aligned 4 bytes.
 SYNCHRONOUS = {"conv2d_forward_kernel 1"}
 # A launch in float32, where torch's default allows no TF32: no tensor cores on NVIDIA. (It does for convolutions.)
@@ -52,7 +53,9 @@ def test_budgets_hold_no_spill_and_keep_the_tensor_cores(family, target, budgets
     """The budgets themselves: writing them again must not make a spill or a lost instruction the norm."""
     for name, row in budgets[family][target].items():
         assert row["stack"] == row["local"] == row["spills"] == 0, (name, row)
-        assert row["registers"] <= 255
+        assert row["registers"] <= (512 if target == "gfx942" else 255)
+        if name.startswith(RECURRENT) and target != "sm_75":  # few rows: the instruction for the smallest tile will do
+            assert row["instructions"].keys() & set(aot.MATRIX.values()), (name, row)
         if not name.startswith(PRODUCTS):
             continue
         instruction = aot.MATRIX[target]

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -30,7 +31,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dlkern.kernels import _lp_pooling, batch_norm, configs, conv, dropout, embedding, linear, loss, pooling
+from dlkern.kernels import (
+    _lp_pooling,
+    batch_norm,
+    configs,
+    conv,
+    dropout,
+    embedding,
+    layer_norm,
+    linear,
+    loss,
+    pooling,
+    rnn,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "budgets" / f"triton-{triton.__version__}"
@@ -158,6 +171,14 @@ def _batch_norm(half):
         batch_norm.batch_norm_backward(x, x, x, channel, channel, channel, True, 1, True)
 
 
+def _layer_norm(half):
+    parameter = torch.empty(16384)
+    for rows, columns, dtype in ((8192, 1024, half), (8192, 4096, torch.float32), (512, 16384, half)):
+        x, row, weight = _empty(rows, columns, dtype=dtype), torch.empty(rows), parameter[:columns]
+        layer_norm.layer_norm_forward(x, 1, weight, weight, 1e-5)
+        layer_norm.layer_norm_backward(x, x, 1, weight, row, row, True, True, True)
+
+
 def _loss(half):
     x, target = _empty(4096, 32000, dtype=half), torch.zeros(4096, dtype=torch.int64)
     value, lse, total = loss.cross_entropy_forward(x, target, None, None, 1, -100, 0.1)
@@ -170,9 +191,25 @@ def _embedding(half):
     embedding.embedding_backward(_empty(4096, 1024, dtype=half), index, 32000, 0, True)
 
 
+def _rnn(half):
+    """Weights in registers, programs that wait for each other, a launch a step; the products before are linear's."""
+    with mock.patch.multiple(rnn, matmul=mock.DEFAULT, weight_gradient=mock.DEFAULT):
+        for mode, batch, size, dtype, reverse in (
+            (2, 16, 128, half, False), (0, 16, 64, half, True), (2, 64, 1024, half, False), (3, 32, 2816, half, False),
+            (2, 16, 32, torch.float32, False), (3, 1024, 2048, torch.float32, False),
+        ):  # fmt: skip
+            empty = functools.partial(_empty, dtype=dtype)
+            gates, slots, lstm = (1, 1, 4, 3)[mode], (1, 1, 4, 4)[mode], mode == 2
+            x, h, w, bias = empty(1, batch, size), empty(batch, size), empty(gates * size, size), empty(gates * size)
+            c = h if lstm else None
+            rnn.rnn_forward(x, w, w, bias, bias, None, h, c, None, None, mode, reverse, True)
+            kept = [_empty(n, columns, dtype=torch.float32) for n, columns in ((batch, slots * size), (batch * lstm, size))]
+            rnn.rnn_backward(x, h, c, x, w, w, None, h, c, x, *kept, None, None, mode, reverse, True, True, True)
+
+
 CALLS = {
-    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding, "linear": _linear, "loss": _loss,
-    "pooling": _pooling,
+    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding, "layer_norm": _layer_norm,
+    "linear": _linear, "loss": _loss, "pooling": _pooling, "rnn": _rnn,
 }
 
 

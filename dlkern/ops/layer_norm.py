@@ -37,14 +37,17 @@ def _fake_backward(grad_output, input, dims, weight, mean, rstd, of_input, of_we
 define(
     "layer_norm_forward",
     "(Tensor input, int dims, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", _fake_forward,
+    triton="dlkern.kernels.layer_norm:layer_norm_forward",
 )
 define(
     "layer_norm_backward",
     "(Tensor grad_output, Tensor input, int dims, Tensor? weight, Tensor mean, Tensor rstd, bool of_input, "
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)", _fake_backward,
+    triton="dlkern.kernels.layer_norm:layer_norm_backward",
 )
 columns.declare("layer_norm", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 columns.declare("layer_norm", "cuda", (torch.float32, torch.bfloat16))
+columns.declare("layer_norm", "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _forward, _backward = raw["layer_norm_forward"], raw["layer_norm_backward"]
 

@@ -59,6 +59,7 @@ define(
     "Tensor h0, Tensor? c0, Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, bool keep) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
+    triton="dlkern.kernels.rnn:rnn_forward",
 )
 define(
     "rnn_backward",
@@ -67,16 +68,24 @@ define(
     "Tensor? lengths, int mode, bool reverse, bool of_input, bool of_weight, bool of_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
+    triton="dlkern.kernels.rnn:rnn_backward",
 )
 # How the cuda column would run a layer of these states: a key of _ROUTES.
 define("rnn_route", "(Tensor h0, int mode, int steps, bool backward) -> int", lambda h0, mode, steps, backward: 0)
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
+_PROJECTED = ("projected",)
+
+
+def _refuses_projections(column):
+    return lambda facts: f"{column} column has no projection (proj_size)" if facts == _PROJECTED else None
+
+
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(
-        _op, "cuda", (torch.float32, torch.bfloat16),
-        lambda facts: "cuda column has no projections" if "projection" in facts else None,
-    )  # fmt: skip
+        _op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _refuses_projections("triton")
+    )
+    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16), _refuses_projections("cuda"))
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
 
@@ -208,8 +217,8 @@ def rnn(
     if not _autograd.use_reference():
         choice = columns.choose(
             PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
-            () if weight_hr is None else ("projection",),
-        )  # fmt: skip
+            () if weight_hr is None else _PROJECTED,
+        )
         column = choice.column
         if tracing.active:
             reason = choice.reason

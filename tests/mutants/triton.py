@@ -64,4 +64,22 @@ MUTANTS = [
     _mutant("embedding", "mask=inside & exists[:, None], other", "mask=inside, other", "outside"),
     _mutant("embedding", "start += BLOCK_P", "start += BLOCK_P + 1", "embedding"),
     _mutant("embedding", "tl.where(row == padding_idx, 0.0, total)", "total", "embedding"),
+    # layer norm: Chan's merge, a block's tail, the mean of g, the sums' rows
+    _mutant("layer_norm", "m2 += block_m2 + delta * (delta * (seen * here / total))", "m2 += block_m2", "long_rows"),
+    _mutant("layer_norm", "(start + column < COLUMNS)[None, :], here)", "(column < COLUMNS)[None, :], here)", "long_rows"),
+    _mutant("layer_norm", "((weighted - first[:, None]) - xhat", "(weighted - xhat", "test_float32 and layer_norm"),
+    _mutant("layer_norm", "dbias += tl.sum(g, axis=0)\n        else:", "dbias = tl.sum(g, axis=0)\n        else:",
+            "test_float32 and layer_norm"),
+    # rnn: lengths, the state before, a bias, r of the candidate, what passes the gates, the initial state, the padding
+    _mutant("rnn", "active = (b < B) & (t < length)\n", "active = b < B\n", "mixed_lengths and gru"),
+    _mutant("rnn", "            before = T - n\n", "            before = T - 2 - n\n", "mixed_lengths and gru-reverse"),
+    _mutant("rnn", "bias2, bias3 = _bias(bias_ih_ptr", "bias3, bias2 = _bias(bias_ih_ptr", "mixed_lengths and gru-forward"),
+    _mutant("rnn", "carried = tl.where(here, dc * x1, carried)", "carried = tl.where(here, dc, carried)",
+            "mixed_lengths and lstm-forward"),
+    _mutant("rnn", "slot = (part + 1) % 3 if MODE == _GRU else part", "slot = part", "mixed_lengths and gru-forward"),
+    _mutant("rnn", "begins = (goes_on & (active == 0))", "begins = (goes_on & (t < 0))", "mixed_lengths and gru-reverse"),
+    _mutant("rnn", "mask=(i < count) & (row // B < length), other=0.0)", "mask=i < count, other=0.0)",
+            "mixed_lengths and rnn_tanh-forward"),
+    _mutant("rnn", "tl.store(cell_ptr + place, c, mask=inside & (last < T))", "tl.store(cell_ptr + place, c, mask=inside & (last > T))",
+            "mixed_lengths and lstm-forward"),
 ]
