@@ -217,7 +217,7 @@ struct Product {
     DLKERN_DEVICE void add(const T* state, const T* weight_tile) {
       const int of_unit = lane() % kUnits;
       float chain[8][kGates] = {};  // a chunk for itself: one chain of additions over all would lose digits
-#pragma unroll 2
+#pragma unroll 1
       for (int k_at = 0; k_at < kChunk; k_at += 4) {
         float w[kGates][4];
 #pragma unroll

@@ -25,7 +25,8 @@ struct Layer {
   }
 };
 
-// Offsets and sizes of steps, places and first rows of sequences; equal steps need none.
+// Offsets and sizes of steps, places and first rows of sequences, copied to the device (which a CUDA graph cannot
+// capture); equal steps need none.
 std::optional<Tensor> plan_of(const cpu::RnnShape& s, const std::optional<Tensor>& numbers, const Tensor& input) {
   if (!numbers) return std::nullopt;
   const Tensor host = allocate({2 * (s.steps + s.batch)}, ScalarType::Long, *numbers);
