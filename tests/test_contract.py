@@ -91,18 +91,18 @@ def test_meta_tensors_tell_shapes(case):
 @each_op
 def test_jit_trace(case):
     """torch.jit.trace records raw ops: the graph is the same each time, can be saved, and gives the same bits."""
-    inputs = [x.detach() for x in draw(case)]
+    inputs = draw(case)
 
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
             for i, p in enumerate(inputs[1:]):
-                self.register_parameter(str(i), torch.nn.Parameter(p, requires_grad=p.is_floating_point()))
+                self.register_parameter(str(i), torch.nn.Parameter(p.detach(), requires_grad=p.requires_grad))
 
         def forward(self, x):
             return case.ours(x, *self.parameters())
 
-    model, x = Model(), inputs[0]
+    model, x = Model(), inputs[0].detach()
     torch.manual_seed(3)
     expected = model(x)
     traced = torch.jit.trace(model, x, check_trace="dropout" not in case.op)

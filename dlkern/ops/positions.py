@@ -54,7 +54,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
         return reference.rotary(x, cos, sin, interleaved)
     choice = columns.choose("rotary", x.device.type, x.dtype, columns.state.forced, columns.state.emulated)
     column, reason = choice.column, choice.reason
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+    if (cos.requires_grad or sin.requires_grad) and _autograd.recording():
         column, reason = "reference", "the angles require a gradient"
     if tracing.active:
         tracing.record("rotary", column, reason, x, cos, sin)

@@ -238,7 +238,7 @@ def _layer_norm() -> Iterator[Case]:
 
 def _positions() -> Iterator[Case]:
     for label, x, angles, interleaved in (
-        ("halves", (2, 3, 7, 16), (7, 8), False), ("neighbours", (2, 3, 7, 16), (7, 8), True),
+        ("halves", (2, 3, 7, 16), (1, 1, 7, 8), False), ("neighbours", (2, 3, 7, 16), (7, 8), True),
         ("part of the depth", (2, 2, 5, 45), (2, 1, 5, 19), False), ("part, neighbours", (3, 5, 11), (5, 4), True),
     ):  # fmt: skip
         yield Case("positions", "rotary", label, lambda *t, i=interleaved: F.rotary(*t, interleaved=i),

@@ -77,12 +77,15 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
         cos, sin = cos.to(wide), sin.to(wide)
     if x.dim() > 4 and cos.dim() > 3:
         cos, sin = (t.expand(*lead, *t.shape[-2:]) for t in (cos, sin))
-    return ops.positions.rotary(_four(x), _four(cos), _four(sin), interleaved).reshape(x.shape)
+    y = ops.positions.rotary(_four(x), _four(cos), _four(sin), interleaved)
+    return y if x.dim() == 4 else y.reshape(x.shape)
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
     """x [*, M, N] as 4-D."""
-    return x[(None,) * (4 - x.dim())] if x.dim() <= 4 else x.flatten(0, -4)
+    if x.dim() == 4:
+        return x
+    return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
 
 
 def relative_position_buckets(
