@@ -307,7 +307,7 @@ def attention_backward_mask_kernel(
                 shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))
                 inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
                 delta = tl.load(delta_ptr + head * L + i, mask=i < L, other=0.0)
-                begin, _, end = key_bounds(
+                begin, _full, end = key_bounds(
                     i0, L, S, left, right, length, i < L, HAS_LENGTHS, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
                 )
                 for j0 in range(tl.maximum(begin, j_first), tl.minimum(end, j_end), BLOCK_N):
@@ -321,7 +321,7 @@ def attention_backward_mask_kernel(
                         k_unit_ptr + head // GROUP * S, weight_ptr, D, 0, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M,
                         BLOCK_N,
                     )
-                    s, _ = finish_scores(
+                    s, _cap = finish_scores(
                         s, i[:, None], j[None, :], mask_at, mask_strides, length[:, None], slope, scale.to(ACC),
                         softcap.to(ACC), L, S, left, right, MASK, HAS_LENGTHS, HAS_SLOPES, HAS_CAP, HAS_LEFT, HAS_RIGHT,
                         FOLD, True,
