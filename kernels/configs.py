@@ -221,3 +221,47 @@ def embedding_backward(grad_output, width):
     if architecture(grad_output) == 0:
         return {"BLOCK_P": 4, "BLOCK_D": 16}
     return {"BLOCK_P": 16, "BLOCK_D": _block(width, 16, 128), "num_warps": 4}
+
+
+# (queries, keys, num_warps, num_stages) of a tile of attention, by kernel; for a depth of 64 at most, and for more.
+# 16-bit floats, TF32 or float32, float64.
+_ATTENTION = {
+    75: {
+        "forward": ((64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)), "query": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+        "key": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+    },
+    80: {
+        "forward": ((128, 64, 4, 3), (64, 32, 4, 2), (16, 16, 4, 1)), "query": ((64, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+        "key": ((64, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+    },
+    0: {
+        "forward": ((64, 64, 4, 1),) * 3, "query": ((64, 64, 4, 1),) * 3, "key": ((64, 64, 4, 1),) * 3,
+    },
+}  # fmt: skip
+
+
+def attention(query, kind, depth, value_depth, dropout, product):
+    """Tile of attention's kernels ("forward", "query", "key", "mask"), and how depths are cut into blocks.
+
+    `product`: scores are products of matrices; others hold no operands, but a sum for every element of the tile.
+    Dropout's words come 64 keys at a time.
+    """
+    arch = architecture(query)
+    rows = _row({**_ATTENTION, "gfx": _ATTENTION[80]}, arch)["query" if kind == "mask" else kind]
+    block_m, block_n, warps, stages = rows[_kind(query.dtype)]
+    if not product and arch:
+        block_m, block_n, stages = min(block_m, 32), min(block_n, 32), 1
+    if dropout:
+        block_n = max(block_n, 64)
+    largest = 128 if arch else 32
+    block_d, block_v = _block(depth, 16, largest), _block(value_depth, 16, largest)
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "D_BLOCKS": max(1, triton.cdiv(depth, block_d)),
+        "BLOCK_V": block_v, "V_BLOCKS": max(1, triton.cdiv(value_depth, block_v)), "num_warps": warps,
+        "num_stages": stages,
+    }  # fmt: skip
+
+
+def attention_rows(x):
+    """Tile of vectors x depth, for their lengths."""
+    return {"BLOCK": 16, "BLOCK_D": 32 if architecture(x) == 0 else 64, "num_warps": 4}

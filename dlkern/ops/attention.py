@@ -64,17 +64,21 @@ _SETTINGS = "float p, float scale, float softcap, int left, int right, int score
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? lengths, Tensor? slopes, Tensor? weight, Tensor? seed"
 )
-define("attention_forward", f"({_OPERANDS}, {_SETTINGS}) -> (Tensor, Tensor)", _fake_forward)
+define(
+    "attention_forward", f"({_OPERANDS}, {_SETTINGS}) -> (Tensor, Tensor)", _fake_forward,
+    triton="dlkern.kernels.attention:attention_forward",
+)
 define(
     "attention_backward",
     f"(Tensor grad_output, {_OPERANDS}, Tensor output, Tensor statistics, {_SETTINGS}, bool of_mask) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward, triton="dlkern.kernels.attention:attention_backward",
 )
 PUBLIC = (
     "scaled_dot_product_attention", "dot_attention", "cosine_attention", "gaussian_attention", "additive_attention",
 )
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    columns.declare(_op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _forward, _backward = raw["attention_forward"], raw["attention_backward"]
 

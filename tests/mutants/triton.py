@@ -5,6 +5,10 @@ def _mutant(file: str, old: str, new: str, selection: str) -> dict:
     return dict(file=f"kernels/{file}.py", old=old, new=new, tests=["tests/test_triton.py", "-k", selection], build="")
 
 
+def _attention(file: str, old: str, new: str, selection: str) -> dict:
+    return _mutant(file, old, new, selection) | {"tests": ["tests/test_triton_attention.py", "-k", selection]}
+
+
 MUTANTS = [
     # dropout: words swapped, a lost tail mask, a scale
     _mutant("dropout", "first + 1024, word1", "first + 1024, word2", "dropout_drops"),
@@ -82,4 +86,16 @@ MUTANTS = [
             "mixed_lengths and rnn_tanh-forward"),
     _mutant("rnn", "tl.store(cell_ptr + place, c, mask=inside & (last < T))", "tl.store(cell_ptr + place, c, mask=inside & (last > T))",
             "mixed_lengths and lstm-forward"),
+    # attention: sums not brought down to a new largest score, dropout's factor, a tile of keys skipped, a shared head's
+    # gradient, the cap, delta, the order of dropout's words, the mask's batches
+    _attention("attention", "total = total * shrink + ", "total = total + ", "test_parity and plain"),
+    _attention("attention", "inverse = inverse * kept.to(ACC)", "inverse = inverse", "test_parity and dropout"),
+    _attention("_attention_tile", "end = tl.minimum(end, tl.minimum(i0 + BLOCK_M, queries) + right)",
+               "end = tl.minimum(end, tl.minimum(i0 + BLOCK_M, queries) + right - 1)", "tile_borders"),
+    _attention("_attention_backward", "for member in range(0, GROUP):", "for member in range(0, 1):", "test_parity and plain"),
+    _attention("_attention_tile", "cap = 1.0 - t * t", "cap = 1.0 - t", "test_parity and softcap"),
+    _attention("_attention_backward", "for block in range(0, V_BLOCKS):", "for block in range(1, V_BLOCKS):", "delta"),
+    _attention("_attention_tile", "(0, 1, 4, 3, 2)", "(0, 1, 3, 4, 2)", "drops_the_same"),
+    _attention("_attention_backward", "b_end = tl.where(MASK_B == 1, B,", "b_end = tl.where(MASK_B == 1, 1,",
+               "test_parity and shared"),
 ]

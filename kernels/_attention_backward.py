@@ -1,0 +1,350 @@
+"""Attention, backward: probabilities are made again, tile by tile, from the two saved numbers of each query.
+
+With P the probabilities, g the output's gradient and delta = sum(g output) of a query, the gradient of its scores is
+dS = P (g Vᵀ - delta). One kernel goes through the keys of some queries (delta, the query's gradient, the additive
+weight's), one through the queries of some keys and all heads that share them (gradients of key and value), and where a
+mask wants its gradient, one takes a tile of the mask through all that it was broadcast to. Nothing is added by two
+programs: the same bits every run. Floor: 2.5 times the forward's operations; recomputing them twice makes it 3.5.
+"""
+
+import triton
+import triton.language as tl
+
+from dlkern.kernels._attention_tile import (
+    ADDITIVE,
+    COSINE,
+    GAUSSIAN,
+    add_product,
+    exponential,
+    finish_scores,
+    kept_by_dropout,
+    key_bounds,
+    load_rows,
+    pairwise_gradient,
+    raw_scores,
+    rows_product,
+)
+
+_GAUSSIAN, _ADDITIVE, _COSINE = tl.constexpr(GAUSSIAN), tl.constexpr(ADDITIVE), tl.constexpr(COSINE)
+
+
+@triton.jit
+def attention_backward_query_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
+    g_ptr, statistics_ptr, delta_ptr, out_ptr, dq_ptr, dweight_ptr, heads, H, GROUP, L, S, D, DV,
+    q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides, out_strides,
+    scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
+    BY_TILES: tl.constexpr, SPLIT: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
+):
+    # One program: BLOCK_M queries of one head x BLOCK_D columns of their gradient.
+    tiles = tl.cdiv(L, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # b H + h
+    i0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    if LARGE:
+        i = i.to(tl.int64)
+    b = head // H
+    h = head % H
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
+    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
+    g_ptr += b * g_strides[0] + h * g_strides[1]
+    mask_ptr += b * mask_strides[0] + h * mask_strides[1]
+    q_unit_ptr += head * L
+    k_unit_ptr += head // GROUP * S
+    length = i
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(slopes_ptr + h).to(ACC)
+    own = tl.program_id(1)
+    d = own * BLOCK_D + tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    q = load_rows(q_ptr, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
+    g = load_rows(g_ptr, i, L, g_strides[2], dv, DV, g_strides[3])  # [BLOCK_M, BLOCK_V]
+    shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))  # exponentials of no query are 0
+    inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
+    delta = tl.zeros((BLOCK_M,), ACC)
+    if not BY_TILES:
+        out_ptr += b * out_strides[0] + h * out_strides[1]
+        # In float64 for float32 operands: it is subtracted from numbers that may be nearly the same.
+        WIDE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float32 else ACC
+        sums = tl.zeros((BLOCK_M,), WIDE)
+        for block in range(0, V_BLOCKS):
+            column = block * BLOCK_V + dv
+            x = load_rows(g_ptr, i, L, g_strides[2], column, DV, g_strides[3]).to(WIDE)
+            y = load_rows(out_ptr, i, L, out_strides[2], column, DV, out_strides[3]).to(WIDE)
+            sums += tl.sum(x * y, axis=1)
+        delta = sums.to(ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    of_weight = tl.zeros((BLOCK_D,), ACC)
+    begin, full, end = key_bounds(
+        i0, L, S, left, right, length, i < L, HAS_LENGTHS, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    for STEP in tl.static_range(0 if BY_TILES else 1, 2):  # delta, then the gradient
+        for BORDER in tl.static_range(2):
+            for j0 in range(full if BORDER else begin, end if BORDER else full, BLOCK_N):
+                j = j0 + tl.arange(0, BLOCK_N)
+                if LARGE:
+                    j = j.to(tl.int64)
+                k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
+                v = load_rows(v_ptr, j, S, v_strides[2], dv, DV, v_strides[3])  # [BLOCK_N, BLOCK_V]
+                s = raw_scores(
+                    q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D, own,
+                    SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
+                )
+                s, cap = finish_scores(
+                    s, i[:, None], j[None, :], mask_ptr, mask_strides, length[:, None], slope, scale.to(ACC),
+                    softcap.to(ACC), L, S, left, right, MASK, HAS_LENGTHS, HAS_SLOPES, HAS_CAP, HAS_LEFT, HAS_RIGHT, FOLD,
+                    BORDER,
+                )
+                p = exponential(s, shift[:, None], log2_scale.to(ACC), FOLD) * inverse[:, None]
+                dp = rows_product(
+                    g, v, g_ptr, v_ptr, i, j, L, S, g_strides, v_strides, DV, 0, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                )
+                if HAS_DROPOUT:
+                    stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
+                    dp = tl.where(stays, dp * kept.to(ACC), 0.0)
+                if STEP == 0:
+                    delta += tl.sum(p * dp, axis=1)
+                else:
+                    ds = p * (dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
+                    if HAS_CAP:
+                        ds = ds * cap
+                    if SCORE == _COSINE:
+                        ds = ds * tl.load(k_unit_ptr + j, mask=j < S, other=0.0)[None, :]
+                    if SCORE == _GAUSSIAN or SCORE == _ADDITIVE:
+                        acc, of_weight = pairwise_gradient(
+                            acc, of_weight, ds, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, weight_ptr, D,
+                            own * BLOCK_D, SCORE, ACC, BLOCK_D, True,
+                        )
+                    else:
+                        acc = add_product(acc, ds, k, ACC, PRECISION, SPLIT)
+    if own == 0:
+        tl.store(delta_ptr + head * L + i, delta, mask=i < L)
+    tl.store(
+        dq_ptr + head * L * D + i[:, None] * D + d[None, :], (acc * scale.to(ACC)).to(dq_ptr.dtype.element_ty),
+        mask=(i < L)[:, None] & (d < D)[None, :],
+    )
+    if SCORE == _ADDITIVE:
+        tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * D + d, of_weight * scale.to(ACC), mask=d < D)
+
+
+@triton.jit
+def attention_backward_key_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
+    g_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr, heads, H, GROUP, L, S, D, DV,
+    q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides,
+    scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
+    SPLIT: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
+):
+    # One program: BLOCK_N keys of one head, down the rows of its tiles, through all queries of the heads that share it;
+    # BLOCK_D columns of the key's gradient and BLOCK_V of the value's.
+    tiles = tl.cdiv(S, BLOCK_N)
+    key_head = (tl.program_id(0) // tiles).to(tl.int64)
+    j0 = tl.program_id(0) % tiles * BLOCK_N
+    j = j0 + tl.arange(0, BLOCK_N)
+    if LARGE:
+        j = j.to(tl.int64)
+    b = key_head * GROUP // H
+    kh = key_head % (H // GROUP)
+    k_ptr += b * k_strides[0] + kh * k_strides[1]
+    v_ptr += b * v_strides[0] + kh * v_strides[1]
+    k_unit_ptr += key_head * S
+    own_d = 0 if D_BLOCKS == 1 else tl.program_id(1)
+    own_v = 0 if V_BLOCKS == 1 else tl.program_id(1)
+    d = own_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    dv = own_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, j, S, v_strides[2], dv, DV, v_strides[3])  # [BLOCK_N, BLOCK_V]
+    of_key = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    of_value = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    of_weight = tl.zeros((BLOCK_D,), ACC)
+
+    # Queries begin ... end - 1 see some of these keys; from `full` on, all of them (keys beyond S are not stored).
+    begin = j0 * 0
+    end = begin + L
+    full = begin
+    if HAS_RIGHT:
+        begin = tl.maximum(j0 - right, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(j0 + BLOCK_N - 1 - right, 0), BLOCK_M) * BLOCK_M
+    if HAS_LEFT:
+        end = tl.minimum(end, j0 + BLOCK_N + left)
+    if HAS_LENGTHS:
+        if lengths_strides[1] == 0:
+            end = tl.where(j0 < tl.load(lengths_ptr + b * lengths_strides[0]), end, begin)
+    if HAS_LEFT or HAS_LENGTHS:
+        full = end
+    full = tl.minimum(full, tl.maximum(end, begin))
+
+    for member in range(0, GROUP):
+        h = kh * GROUP + member
+        head = b * H + h
+        q_at = q_ptr + (b * q_strides[0] + h * q_strides[1])
+        g_at = g_ptr + (b * g_strides[0] + h * g_strides[1])
+        mask_at = mask_ptr + (b * mask_strides[0] + h * mask_strides[1])
+        slope = 0.0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + h).to(ACC)
+        for WHOLE in tl.static_range(2):
+            for i0 in range(full if WHOLE else begin, end if WHOLE else full, BLOCK_M):
+                i = i0 + tl.arange(0, BLOCK_M)
+                if LARGE:
+                    i = i.to(tl.int64)
+                length = i
+                if HAS_LENGTHS:
+                    length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
+                q = load_rows(q_at, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
+                g = load_rows(g_at, i, L, g_strides[2], dv, DV, g_strides[3])  # [BLOCK_M, BLOCK_V]
+                shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))
+                inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
+                delta = tl.load(delta_ptr + head * L + i, mask=i < L, other=0.0)
+                s = raw_scores(
+                    k, q, k_ptr, q_at, j, i, S, L, k_strides, q_strides, k_unit_ptr, q_unit_ptr + head * L, weight_ptr, D,
+                    own_d, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_N, BLOCK_M,
+                )
+                s, cap = finish_scores(
+                    s, i[None, :], j[:, None], mask_at, mask_strides, length[None, :], slope, scale.to(ACC),
+                    softcap.to(ACC), L, S, left, right, MASK, HAS_LENGTHS, HAS_SLOPES, HAS_CAP, HAS_LEFT, HAS_RIGHT, FOLD,
+                    not WHOLE,
+                )
+                p = exponential(s, shift[None, :], log2_scale.to(ACC), FOLD) * inverse[None, :]  # [BLOCK_N, BLOCK_M]
+                dp = rows_product(
+                    v, g, v_ptr, g_at, j, i, S, L, v_strides, g_strides, DV, own_v, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                )
+                ds = p
+                if HAS_DROPOUT:
+                    stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
+                    dp = tl.where(tl.trans(stays), dp * kept.to(ACC), 0.0)
+                    p = tl.where(tl.trans(stays), p, 0.0)
+                ds = ds * (dp - delta[None, :])
+                if HAS_CAP:
+                    ds = ds * cap
+                if SCORE == _COSINE:
+                    ds = ds * tl.load(q_unit_ptr + head * L + i, mask=i < L, other=0.0)[None, :]
+                of_value = add_product(of_value, p, g, ACC, PRECISION, SPLIT)
+                if SCORE == _GAUSSIAN or SCORE == _ADDITIVE:
+                    of_key, of_weight = pairwise_gradient(
+                        of_key, of_weight, ds, k_ptr, q_at, j, i, S, L, k_strides, q_strides, weight_ptr, D,
+                        own_d * BLOCK_D, SCORE, ACC, BLOCK_D, False,
+                    )
+                else:
+                    of_key = add_product(of_key, ds, q, ACC, PRECISION, SPLIT)
+    of_key = of_key * scale.to(ACC)
+    if HAS_DROPOUT:
+        of_value = of_value * kept.to(ACC)
+    block = tl.program_id(1)
+    tl.store(
+        dk_ptr + key_head * S * D + j[:, None] * D + d[None, :], of_key.to(dk_ptr.dtype.element_ty),
+        mask=(j < S)[:, None] & (d < D)[None, :] & (block < D_BLOCKS),
+    )
+    tl.store(
+        dv_ptr + key_head * S * DV + j[:, None] * DV + dv[None, :], of_value.to(dv_ptr.dtype.element_ty),
+        mask=(j < S)[:, None] & (dv < DV)[None, :] & (block < V_BLOCKS),
+    )
+
+
+@triton.jit
+def attention_backward_mask_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
+    g_ptr, statistics_ptr, delta_ptr, dmask_ptr, heads, H, GROUP, L, S, D, DV,
+    q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides, B, MASK_B, MASK_H, MASK_L, MASK_S,
+    scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
+    SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
+):
+    # One program: a tile of the mask; adds, in order, the dS of all batches, heads, queries and keys that it is for.
+    tiles_l = tl.cdiv(MASK_L, BLOCK_M)
+    tiles_s = tl.cdiv(MASK_S, BLOCK_N)
+    tile_s = tl.program_id(0) % tiles_s
+    tile_l = tl.program_id(0) // tiles_s % tiles_l
+    mask_head = (tl.program_id(0) // tiles_s // tiles_l).to(tl.int64)  # b MASK_H + h
+    # A size of 1 is for all (and where the attention's is 1 too, all are one).
+    every_query = MASK_L == 1
+    every_key = MASK_S == 1
+    b_first = tl.where(MASK_B == 1, 0, mask_head // MASK_H)
+    b_end = tl.where(MASK_B == 1, B, mask_head // MASK_H + 1)
+    h_first = tl.where(MASK_H == 1, 0, mask_head % MASK_H)
+    h_end = tl.where(MASK_H == 1, H, mask_head % MASK_H + 1)
+    i_first = tl.where(every_query, 0, tile_l * BLOCK_M)
+    i_end = tl.where(every_query, L, tl.minimum(tile_l * BLOCK_M + BLOCK_M, L))
+    j_first = tl.where(every_key, 0, tile_s * BLOCK_N)
+    j_end = tl.where(every_key, S, tl.minimum(tile_s * BLOCK_N + BLOCK_N, S))
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for b in range(b_first, b_end):
+        for h in range(h_first, h_end):
+            head = b * H + h
+            q_at = q_ptr + (b * q_strides[0] + h * q_strides[1])
+            k_at = k_ptr + (b * k_strides[0] + h // GROUP * k_strides[1])
+            v_at = v_ptr + (b * v_strides[0] + h // GROUP * v_strides[1])
+            g_at = g_ptr + (b * g_strides[0] + h * g_strides[1])
+            mask_at = mask_ptr + (b * mask_strides[0] + h * mask_strides[1])
+            slope = 0.0
+            if HAS_SLOPES:
+                slope = tl.load(slopes_ptr + h).to(ACC)
+            for i0 in range(i_first, i_end, BLOCK_M):
+                i = i0 + tl.arange(0, BLOCK_M)
+                if LARGE:
+                    i = i.to(tl.int64)
+                length = i
+                if HAS_LENGTHS:
+                    length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
+                q = load_rows(q_at, i, L, q_strides[2], d, D, q_strides[3])
+                g = load_rows(g_at, i, L, g_strides[2], dv, DV, g_strides[3])
+                shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))
+                inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
+                delta = tl.load(delta_ptr + head * L + i, mask=i < L, other=0.0)
+                begin, _full, end = key_bounds(
+                    i0, L, S, left, right, length, i < L, HAS_LENGTHS, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+                )
+                for j0 in range(tl.maximum(begin, j_first), tl.minimum(end, j_end), BLOCK_N):
+                    j = j0 + tl.arange(0, BLOCK_N)
+                    if LARGE:
+                        j = j.to(tl.int64)
+                    k = load_rows(k_at, j, S, k_strides[2], d, D, k_strides[3])
+                    v = load_rows(v_at, j, S, v_strides[2], dv, DV, v_strides[3])
+                    s = raw_scores(
+                        q, k, q_at, k_at, i, j, L, S, q_strides, k_strides, q_unit_ptr + head * L,
+                        k_unit_ptr + head // GROUP * S, weight_ptr, D, 0, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M,
+                        BLOCK_N,
+                    )
+                    s, _cap = finish_scores(
+                        s, i[:, None], j[None, :], mask_at, mask_strides, length[:, None], slope, scale.to(ACC),
+                        softcap.to(ACC), L, S, left, right, MASK, HAS_LENGTHS, HAS_SLOPES, HAS_CAP, HAS_LEFT, HAS_RIGHT,
+                        FOLD, True,
+                    )
+                    p = exponential(s, shift[:, None], log2_scale.to(ACC), FOLD) * inverse[:, None]
+                    dp = rows_product(
+                        g, v, g_at, v_at, i, j, L, S, g_strides, v_strides, DV, 0, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                    )
+                    if HAS_DROPOUT:
+                        stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
+                        dp = tl.where(stays, dp * kept.to(ACC), 0.0)
+                    acc += p * (dp - delta[:, None])  # the mask is added behind the cap
+    # Where all queries or keys share one number, its place is that of the first row or column.
+    row = tl.where(every_query, 0, tile_l * BLOCK_M + tl.arange(0, BLOCK_M))
+    column = tl.where(every_key, 0, tile_s * BLOCK_N + tl.arange(0, BLOCK_N))
+    if every_query:
+        acc = tl.where((tl.arange(0, BLOCK_M) == 0)[:, None], tl.sum(acc, axis=0)[None, :], 0.0)
+    if every_key:
+        acc = tl.where((tl.arange(0, BLOCK_N) == 0)[None, :], tl.sum(acc, axis=1)[:, None], 0.0)
+    first_row = (tl.arange(0, BLOCK_M) == 0) | (every_query == 0)
+    first_column = (tl.arange(0, BLOCK_N) == 0) | (every_key == 0)
+    tl.store(
+        dmask_ptr + (mask_head * MASK_L + row[:, None].to(tl.int64)) * MASK_S + column[None, :],
+        acc.to(dmask_ptr.dtype.element_ty),
+        mask=(first_row & (row < MASK_L))[:, None] & (first_column & (column < MASK_S))[None, :],
+    )
