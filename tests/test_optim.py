@@ -208,7 +208,7 @@ def test_one_launch_for_all_groups_and_dtypes():
     optimizer = dlkern.optim.AdamW([{"params": [p], "lr": 0.1 * i} for i, p in enumerate(params)])
     with dlkern.trace() as calls:
         optimizer.step()
-    assert [(call.op, call.backend, len(call.shapes)) for call in calls] == [("adam", "cpu", 3)]
+    assert [(call.op, call.backend, len(call.shapes)) for call in calls] == [("adam", "cpu", len(DTYPES))]
     assert [p.dtype for p in params] == DTYPES and params[0][0] == 1 and params[1][0] < 1
 
 
@@ -280,14 +280,14 @@ def test_what_no_kernel_takes_is_torchs_step(kind):
     ends = []
     for library in (torch, dlkern):
         torch.manual_seed(0)
-        half = nn.Parameter(torch.randn(4).half())
-        optimizer = getattr(library.optim, kind)([half], lr=0.1)
+        param = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        optimizer = getattr(library.optim, kind)([param], lr=0.1)
         optimizer.register_step_post_hook(lambda *_: ends.append("hook"))
-        half.grad = torch.ones_like(half)
+        param.grad = torch.ones_like(param)
         with dlkern.trace() as calls:
             optimizer.step()
-        ends.append(half)
-    assert [call.backend for call in calls] == ["torch"] and "float16" in calls[0].reason
+        ends.append(param)
+    assert [call.backend for call in calls] == ["torch"] and "complex64" in calls[0].reason
     assert ends.count("hook") == 2 and torch.equal(ends[1], ends[3])
     embedding = nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()
