@@ -433,7 +433,7 @@ def test_clipping_takes_what_torchs_does():
     assert clipped(dlkern.nn.utils, 1.0, "inf", torch.tensor([3.0, -4.0]))[0] == 4.0
     mixed = clipped(dlkern.nn.utils, 1.0, 2.0, torch.ones(3).bfloat16(), torch.ones(3))
     assert mixed[0].dtype == torch.float32 and mixed[1].dtype == torch.bfloat16
-    half = clipped(dlkern.nn.utils, 1.0, 2.0, torch.ones(4).half())  # no kernel: plain expressions
+    half = clipped(dlkern.nn.utils, 1.0, 2.0, torch.ones(4).half())
     assert half[0].dtype == torch.float16 and half[1][0] == 0.5
     for norm_type in (float("inf"), float("-inf"), -1.0):
         with pytest.raises(RuntimeError):
