@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 import dlkern.nn
 from dlkern.decoding import beam_search
+from dlkern.text import Vocabulary
 from dlkern.training import SideBySide, _now, _Side
 
 __all__ = [
-    "Bilingual", "Pairs", "Words", "bilingual", "bleu", "django_messages", "pair_batches", "rouge_l", "tokenize",
+    "Bilingual", "Pairs", "bilingual", "bleu", "django_messages", "pair_batches", "rouge_l", "tokenize",
     "train_translation", "translate",
 ]  # fmt: skip
 
-PAD, BEGIN, END, UNKNOWN = range(4)
-_RESERVED = ("<pad>", "<begin>", "<end>", "<unk>")
+_RESERVED = ("<pad>", "<begin>", "<end>")
+UNKNOWN, PAD, BEGIN, END = range(4)  # their numbers in a Vocabulary
 
 # Placeholders of format strings stay whole; an elided article keeps its apostrophe (l' école).
 _TOKEN = re.compile(r"%\(\w+\)\w|%%|%[a-z]|\{[^{}]*\}|\w+(?:'(?=\w))?|[^\w\s]")
@@ -69,25 +70,6 @@ def join(tokens: Iterable[str]) -> str:
     return re.sub(r" ([.,)\]…])", r"\1", text)
 
 
-class Words:
-    """A vocabulary: numbers for words; 0 to 3 are padding, begin, end and any unknown word."""
-
-    def __init__(self, sentences: Iterable[Sequence[str]], min_count: int = 1) -> None:
-        counts = Counter(token for sentence in sentences for token in sentence)
-        frequent = sorted((t for t, n in counts.items() if n >= min_count), key=lambda t: (-counts[t], t))
-        self.tokens = [*_RESERVED, *frequent]
-        self._numbers = {token: number for number, token in enumerate(self.tokens)}
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def encode(self, tokens: Iterable[str]) -> list[int]:
-        return [self._numbers.get(token, UNKNOWN) for token in tokens]
-
-    def decode(self, numbers: Iterable[int]) -> list[str]:
-        return [self.tokens[number] for number in numbers]
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Sentences and their translations as tokens."""
@@ -105,8 +87,8 @@ class Bilingual:
 
     train: Pairs
     test: Pairs
-    source_words: Words
-    target_words: Words
+    source_words: Vocabulary
+    target_words: Vocabulary
 
 
 def bilingual(
@@ -133,7 +115,11 @@ def bilingual(
     if not train or not test:
         raise ValueError(f"bilingual: {len(pairs)} pairs of up to {longest} tokens are too few")
     known, held_out = (Pairs([a for a, _ in part], [b for _, b in part]) for part in (train, test))
-    return Bilingual(known, held_out, Words(known.source, min_count), Words(known.target, min_count))
+    source, target = (
+        Vocabulary(chain.from_iterable(sentences), min_count=min_count, reserved=_RESERVED)
+        for sentences in (known.source, known.target)
+    )
+    return Bilingual(known, held_out, source, target)
 
 
 @dataclass(frozen=True)
@@ -152,8 +138,8 @@ class Batch:
 def as_batch(pairs: Pairs, index: Iterable[int], corpus: Bilingual) -> Batch:
     """Some of the pairs, padded to the longest of them."""
     index = list(index)
-    source = [torch.tensor(corpus.source_words.encode(pairs.source[i])) for i in index]
-    target = [torch.tensor([BEGIN, *corpus.target_words.encode(pairs.target[i]), END]) for i in index]
+    source = [corpus.source_words.encode(pairs.source[i]) for i in index]
+    target = [torch.tensor([BEGIN, *corpus.target_words.encode(pairs.target[i]).tolist(), END]) for i in index]
     lengths = torch.tensor([len(s) for s in source])
     padded = pad_sequence(target, batch_first=True, padding_value=PAD)
     given = padded[:, :-1].masked_fill(padded[:, :-1] == END, PAD)
@@ -271,7 +257,7 @@ def translate(
         beams, length_penalty, max_length: as for decoding.beam_search.
     """
     device = next(model.parameters()).device
-    source = [torch.tensor(corpus.source_words.encode(tokens)) for tokens in sentences]
+    source = [corpus.source_words.encode(tokens) for tokens in sentences]
     lengths = torch.tensor([len(s) for s in source], device=device)
     padded = pad_sequence(source, batch_first=True, padding_value=PAD).to(device)
     found = beam_search(

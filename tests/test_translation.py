@@ -170,7 +170,7 @@ def test_bilingual():
     assert [len(part) for part in (corpus.train, corpus.test)] == [4, 2]
     assert corpus.test.source == [["save"], ["delete"]] and corpus.test.target[0] == ["enregistrer"]
     words = corpus.target_words
-    assert words.tokens[:5] == ["<pad>", "<begin>", "<end>", "<unk>", "%(name)s"] and "supprimer" not in words.tokens
+    assert words.tokens[:5] == ["<unk>", "<pad>", "<begin>", "<end>", "%(name)s"] and "supprimer" not in words.tokens
     assert words.decode(words.encode(["fermer", "supprimer"])) == ["fermer", "<unk>"]
     with pytest.raises(ValueError, match="too few"):
         translation.bilingual(MESSAGES[:1])
@@ -180,11 +180,12 @@ def test_batches_of_pairs():
     corpus = translation.bilingual(MESSAGES, every=3, longest=10)
     batch = translation.as_batch(corpus.train, [0, 3], corpus)
     assert batch.lengths.tolist() == [4, 1] and batch.source.shape == (2, 4)
-    assert (batch.source[1, 1:] == 0).all() and (batch.given[:, 0] == 1).all()
-    wanted = [row[row != 0].tolist() for row in batch.wanted]
-    given = [row[row != 0].tolist() for row in batch.given]
+    pad, begin, end = translation.PAD, translation.BEGIN, translation.END
+    assert (batch.source[1, 1:] == pad).all() and (batch.given[:, 0] == begin).all()
+    wanted = [row[row != pad].tolist() for row in batch.wanted]
+    given = [row[row != pad].tolist() for row in batch.given]
     for w, g, sentence in zip(wanted, given, (corpus.train.target[0], corpus.train.target[3]), strict=True):
-        assert w == [*corpus.target_words.encode(sentence), 2] and g == [1, *w[:-1]]
+        assert w == [*corpus.target_words.encode(sentence).tolist(), end] and g == [begin, *w[:-1]]
     epochs = translation.pair_batches(corpus, 2, 0)
     drawn = [next(epochs) for _ in range(2)]
     assert sorted(length for batch in drawn for length in batch.lengths.tolist()) == sorted(map(len, corpus.train.source))

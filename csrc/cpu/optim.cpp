@@ -13,17 +13,6 @@ namespace {
 
 constexpr int64_t kGrain = 8;  // blocks worth another thread
 
-// The first `left` elements of a vector, all of them from kLanes<T> on.
-template <class T> inline Vec<T> take(const T* p, int64_t left) {
-  return left >= kLanes<T> ? load(p) : load_partial<T>(p, static_cast<int>(left));
-}
-template <class T> inline void put(T* p, Vec<T> v, int64_t left) {
-  if (left >= kLanes<T>)
-    store(p, v);
-  else
-    store_partial<T>(p, v, static_cast<int>(left));
-}
-
 // f(tensor, begin, end) on ranges of elements that together cover all tensors, one thread a range.
 template <class T, class F> void over_elements(const OptimTensors<T>& all, F&& f) {
   parallel_for(all.blocks, kGrain, [&](int64_t begin, int64_t end) {
@@ -55,15 +44,15 @@ template <class T> void sgd_range(const SgdTensor<T>& t, int64_t begin, int64_t 
           decay = static_cast<A>(t.weight_decay), sign = t.maximize ? A(-1) : A(1);
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = end - i;
-    const Vec<T> param = take(t.param + i, left);
-    Vec<T> grad = take(t.grad + i, left) * sign;
+    const Vec<T> param = load_some(t.param + i, left);
+    Vec<T> grad = load_some(t.grad + i, left) * sign;
     if (decay != 0) grad += decay * param;
     if (t.momentum_buffer) {
-      const Vec<T> buffer = t.fresh ? grad : momentum * take(t.momentum_buffer + i, left) + kept * grad;
-      put(t.momentum_buffer + i, buffer, left);
+      const Vec<T> buffer = t.fresh ? grad : momentum * load_some(t.momentum_buffer + i, left) + kept * grad;
+      store_some(t.momentum_buffer + i, buffer, left);
       grad = t.nesterov ? grad + momentum * buffer : buffer;
     }
-    put(t.param + i, param - lr * grad, left);
+    store_some(t.param + i, param - lr * grad, left);
   }
 }
 
@@ -75,18 +64,18 @@ template <class T> void adam_range(const AdamTensor<T>& t, int64_t begin, int64_
           root = static_cast<A>(t.correction_root);
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = end - i;
-    const Vec<T> param = take(t.param + i, left) * factor;
-    Vec<T> grad = take(t.grad + i, left) * sign;
+    const Vec<T> param = load_some(t.param + i, left) * factor;
+    Vec<T> grad = load_some(t.grad + i, left) * sign;
     if (decay != 0) grad += decay * param;
-    const Vec<T> old = take(t.exp_avg + i, left), mean = old + new1 * (grad - old);
-    Vec<T> square = beta2 * take(t.exp_avg_sq + i, left) + new2 * grad * grad;
-    put(t.exp_avg + i, mean, left);
-    put(t.exp_avg_sq + i, square, left);
+    const Vec<T> old = load_some(t.exp_avg + i, left), mean = old + new1 * (grad - old);
+    Vec<T> square = beta2 * load_some(t.exp_avg_sq + i, left) + new2 * grad * grad;
+    store_some(t.exp_avg + i, mean, left);
+    store_some(t.exp_avg_sq + i, square, left);
     if (t.max_exp_avg_sq) {
-      square = maximum(take(t.max_exp_avg_sq + i, left), square);
-      put(t.max_exp_avg_sq + i, square, left);
+      square = maximum(load_some(t.max_exp_avg_sq + i, left), square);
+      store_some(t.max_exp_avg_sq + i, square, left);
     }
-    put(t.param + i, param - step_size * mean / (square_root(square) / root + eps), left);
+    store_some(t.param + i, param - step_size * mean / (square_root(square) / root + eps), left);
   }
 }
 
@@ -96,7 +85,7 @@ template <class T, class F> double sum_of(const T* x, int64_t begin, int64_t end
   constexpr int lanes = kLanes<double>;
   if constexpr (sizeof(T) == 8) {
     CompensatedSum<vdouble> sum;
-    for (int64_t i = begin; i < end; i += lanes) sum += term(take(x + i, end - i));
+    for (int64_t i = begin; i < end; i += lanes) sum += term(load_some(x + i, end - i));
     const vdouble parts = sum.total();
     CompensatedSum<double> total;
     for (int l = 0; l < lanes; ++l) total += parts[l];
@@ -176,15 +165,15 @@ template <class T> void lars_all(const OptimTensors<LarsTensor<T>>& all, double*
             sign = t.maximize ? A(-1) : A(1);
     for (int64_t i = begin; i < end; i += kLanes<T>) {
       const int64_t left = end - i;
-      const Vec<T> param = take(t.param + i, left);
-      Vec<T> change = take(t.grad + i, left) * sign;
+      const Vec<T> param = load_some(t.param + i, left);
+      Vec<T> change = load_some(t.grad + i, left) * sign;
       if (decay != 0) change += decay * param;
       change *= lr;
       if (t.momentum_buffer) {
-        change += momentum * take(t.momentum_buffer + i, left);
-        put(t.momentum_buffer + i, change, left);
+        change += momentum * load_some(t.momentum_buffer + i, left);
+        store_some(t.momentum_buffer + i, change, left);
       }
-      put(t.param + i, param - change, left);
+      store_some(t.param + i, param - change, left);
     }
   });
 }
@@ -192,7 +181,8 @@ template <class T> void lars_all(const OptimTensors<LarsTensor<T>>& all, double*
 template <class T> void scale_all(const OptimTensors<GradTensor<T>>& all, double factor) {
   over_elements(all, [&](const GradTensor<T>& t, int64_t begin, int64_t end) {
     const acc_t<T> by = static_cast<acc_t<T>>(factor);
-    for (int64_t i = begin; i < end; i += kLanes<T>) put(t.grad + i, take(t.grad + i, end - i) * by, end - i);
+    for (int64_t i = begin; i < end; i += kLanes<T>)
+      store_some(t.grad + i, load_some(t.grad + i, end - i) * by, end - i);
   });
 }
 
@@ -200,10 +190,10 @@ template <class T> void clamp_all(const OptimTensors<GradTensor<T>>& all, double
   over_elements(all, [&](const GradTensor<T>& t, int64_t begin, int64_t end) {
     const Vec<T> high = broadcast<T>(static_cast<acc_t<T>>(limit)), low = -high;
     for (int64_t i = begin; i < end; i += kLanes<T>) {
-      Vec<T> v = take(t.grad + i, end - i);
+      Vec<T> v = load_some(t.grad + i, end - i);
       v = v < low ? low : v;
       v = v > high ? high : v;
-      put(t.grad + i, v, end - i);
+      store_some(t.grad + i, v, end - i);
     }
   });
 }

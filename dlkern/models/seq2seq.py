@@ -58,9 +58,8 @@ class Seq2Seq(torch.nn.Module):
     ) -> None:
         super().__init__()
         between = dropout if layers > 1 else 0.0  # torch warns where there is no between
-        lookup = getattr(nn, "Embedding", torch.nn.Embedding)
-        self.source_embedding = lookup(source_words, embedding)
-        self.target_embedding = lookup(target_words, embedding)
+        self.source_embedding = nn.Embedding(source_words, embedding)
+        self.target_embedding = nn.Embedding(target_words, embedding)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.GRU(embedding, hidden, layers, batch_first=True, dropout=between, bidirectional=True)
         self.bridge = nn.Linear(2 * hidden, hidden)

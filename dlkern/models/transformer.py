@@ -37,9 +37,8 @@ class Transformer(torch.nn.Module):
         feedforward: int = 256, dropout: float = 0.0, norm_first: bool = False, max_len: int = 512, *, nn: Any = dlkern.nn,
     ) -> None:
         super().__init__()
-        lookup = getattr(nn, "Embedding", torch.nn.Embedding)
-        self.source_embedding = lookup(source_words, width)
-        self.target_embedding = lookup(target_words, width)
+        self.source_embedding = nn.Embedding(source_words, width)
+        self.target_embedding = nn.Embedding(target_words, width)
         self.positions = dlkern.nn.SinusoidalPositions(width, max_len)
         self.dropout = nn.Dropout(dropout)
         settings: Any = dict(dropout=dropout, batch_first=True, norm_first=norm_first)
