@@ -17,6 +17,7 @@ using namespace dlkern::test;
 
 template <class T> constexpr double kUnit = sizeof(acc_t<T>) == 4 ? 5.9604644775390625e-8 : 1.1102230246251565e-16;
 template <class T> constexpr double kStorageUnit = std::is_same_v<T, bfloat16> ? 0x1p-8 : 0x1p-11;
+constexpr double kSubnormal = 0x1p-25;  // half of float16's smallest number, which its subnormals are off by
 
 // C + bias[j] - i: that it sees each element once, with its own row and column.
 template <class T> struct ShiftByPlace {
@@ -109,7 +110,7 @@ template <class T> static void one_product(Random& random) {
       const double roundings = static_cast<double>(k + 4) * kUnit<T>;
       double bound = roundings / (1 - roundings) * size;
       if (sizeof(T) == 8) bound *= 2;  // the loop it is compared with rounds as much
-      if (sizeof(T) == 2) bound += kStorageUnit<T> * (std::fabs(exact) + bound);
+      if (sizeof(T) == 2) bound += kStorageUnit<T> * (std::fabs(exact) + bound) + kSubnormal;
       CHECK(std::fabs(got - exact) <= bound,
             "m %ld n %ld k %ld strides %ld %ld %ld %ld accumulate %d: (%ld, %ld) is %.9g, not %.9g", long(m), long(n),
             long(k), long(a.row), long(a.column), long(b.row), long(b.column), accumulate, long(i), long(j), got,
