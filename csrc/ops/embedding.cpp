@@ -49,13 +49,16 @@ Tensor embedding_backward_cpu(const Tensor& grad_output, const Tensor& indices, 
                               int64_t padding_idx, bool scale_grad_by_freq) {
   const char* op = "embedding_backward";
   check(grad_output.is_cpu(), op, ": expected CPU tensors");
-  check(num_embeddings >= 0, op, ": num_embeddings is ", num_embeddings);
+  constexpr int64_t kLargest = int64_t{1} << 48;  // rows, and elements: no product below can overflow
+  check(num_embeddings >= 0 && num_embeddings < kLargest, op, ": num_embeddings is ", num_embeddings);
   const int64_t dims = indices.dim();
   check(grad_output.dim() == dims + 1, op, ": grad_output has ", grad_output.dim(), " dimensions, expected ", dims + 1);
   for (int64_t d = 0; d < dims; ++d)
     check(grad_output.size(d) == indices.size(d), op, ": size ", d, " of grad_output does not fit indices");
   const Tensor rows = checked_indices(op, indices, num_embeddings), grad = as_contiguous(grad_output);
   const int64_t width = grad_output.size(dims);
+  check(width == 0 || num_embeddings < kLargest / width, op, ": a gradient of ", num_embeddings, " x ", width,
+        " elements is too large");
   Tensor grad_weight = allocate({num_embeddings, width}, grad.scalar_type(), grad);
   dispatch_floating(grad.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
