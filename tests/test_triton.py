@@ -45,7 +45,7 @@ def _emulated():
 def certify(case, dtype, layout=torch.contiguous_format, draws=None):
     if case.family == "rnn":
         draws = 2  # borders of a few numbers, whose errors chance decides, are then passed over
-    draws = draws or min(case.draws, MOST_DRAWS.get(case.op, 64))
+    draws = draws or min(case.draws, MOST_DRAWS.get(case.op, case.draws))
 
     def inputs():
         drawn = case.inputs()
