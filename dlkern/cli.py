@@ -370,14 +370,7 @@ def _train(console: Console, steps: int, batch: int, seed: int, column: str) -> 
             progress=show,
         )  # fmt: skip
     theirs, ours = result.torch, result.dlkern
-    curve = Table(
-        ("step", "loss, torch", "loss, dlkern", "accuracy, torch", "accuracy, dlkern"),
-        [
-            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
-             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{100 * a:.2f}%", f"{100 * b:.2f}%"]
-            for (step, a), (_, b) in zip(theirs.accuracy, ours.accuracy)
-        ],
-    )  # fmt: skip
+    curve = _curve(result, "accuracy", lambda a: f"{100 * a:.2f}%")
     summary = _summary(result, "accuracy, held out", *(f"{100 * run.accuracy[-1][1]:.2f}%" for run in (theirs, ours)))
     title = "lenet on scikit-learn's digits"
     console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and accuracy"))
@@ -387,6 +380,18 @@ def _train(console: Console, steps: int, batch: int, seed: int, column: str) -> 
         f"{len(data.test_labels)} digits held out; column {column}."
     )
     return Section(title, note, [summary, curve], plots), ours.accuracy[-1][1]
+
+
+def _curve(result: Any, measure: str, form: Callable[[float], str]) -> Table:
+    """Losses (mean of the last ten steps) and a measure ("accuracy", "perplexity") of both sides where it was taken."""
+    theirs, ours = result.torch, result.dlkern
+    return Table(
+        ("step", "loss, torch", "loss, dlkern", f"{measure}, torch", f"{measure}, dlkern"),
+        [
+            [step, *(f"{statistics.mean(run.losses[max(0, step - 10):step]):.4f}" for run in (theirs, ours)), form(a), form(b)]
+            for (step, a), (_, b) in zip(getattr(theirs, measure), getattr(ours, measure))
+        ],
+    )  # fmt: skip
 
 
 def _summary(result: Any, measure: str, theirs: str, ours: str) -> Table:
@@ -454,14 +459,7 @@ def _train_language_model(
             seed=seed, column=column, device=_device(), progress=show,
         )  # fmt: skip
     theirs, ours = result.torch, result.dlkern
-    curve = Table(
-        ("step", "loss, torch", "loss, dlkern", "perplexity, torch", "perplexity, dlkern"),
-        [
-            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
-             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{a:.3f}", f"{b:.3f}"]
-            for (step, a), (_, b) in zip(theirs.perplexity, ours.perplexity)
-        ],
-    )  # fmt: skip
+    curve = _curve(result, "perplexity", lambda p: f"{p:.3f}")
     summary = _summary(result, "perplexity, held out", *(f"{run.perplexity[-1][1]:.3f}" for run in (theirs, ours)))
     title = f"{cell} language model of {'characters' if level == 'char' else 'words'}"
     console.print(curve.rich(f"{title}: losses (mean of the last ten steps) and perplexity of held-out text"))
@@ -537,14 +535,7 @@ def _train_translation(
             batch=batch, seed=seed, column=column, device=device, progress=show,
         )  # fmt: skip
     theirs, ours = result.torch, result.dlkern
-    curve = Table(
-        ("step", "loss, torch", "loss, dlkern", "perplexity, torch", "perplexity, dlkern"),
-        [
-            [step, f"{statistics.mean(theirs.losses[max(0, step - 10):step]):.4f}",
-             f"{statistics.mean(ours.losses[max(0, step - 10):step]):.4f}", f"{a:.3f}", f"{b:.3f}"]
-            for (step, a), (_, b) in zip(theirs.perplexity, ours.perplexity)
-        ],
-    )  # fmt: skip
+    curve = _curve(result, "perplexity", lambda p: f"{p:.3f}")
     summary = _summary(result, "perplexity, held out", *(f"{run.perplexity[-1][1]:.3f}" for run in (theirs, ours)))
     known = translation.Pairs(corpus.train.source[: len(corpus.test)], corpus.train.target[: len(corpus.test)])
     written = {
