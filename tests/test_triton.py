@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from triton_column import emulated  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
@@ -29,17 +30,6 @@ FIRST = {case.op: case for case in reversed(CASES)}  # one case an op
 # Of slow ops; test_triton_attention.py has larger shapes.
 MOST_DRAWS = {"scaled_dot_product_attention": 8, "additive_attention": 16, "cosine_attention": 16, "gaussian_attention": 16}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
-    try:
-        with dlkern.testing.emulated(), dlkern.backend("triton"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def certify(case, dtype, layout=torch.contiguous_format, draws=None):

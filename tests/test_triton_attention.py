@@ -4,8 +4,8 @@
 import pytest
 import torch
 import torch.nn.functional as tF
+from triton_column import emulated  # noqa: F401
 
-import dlkern
 import dlkern.nn.functional as F
 from dlkern import ops
 from dlkern.ops.attention import ADDITIVE, COSINE, GAUSSIAN, Settings
@@ -15,17 +15,6 @@ from dlkern.testing import check
 pytest.importorskip("triton")
 
 SDPA = F.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
-    try:
-        with dlkern.testing.emulated(), dlkern.backend("triton"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def leaves(*shapes, dtype=torch.float64):
