@@ -31,16 +31,16 @@ def test_state_dict_round_trips(name, first, second):
     """From a file of one library into a model of the other, and the same answer."""
     make, channels, size, _ = NETWORKS[name]
     libraries = {"torch": nn, "dlkern": dlkern.nn}
-    saved = disturbed(make(libraries[first])).eval()
+    saved = disturbed(make(libraries[first])).double().eval()
     stream = io.BytesIO()
     torch.save(saved.state_dict(), stream)
     stream.seek(0)
-    loaded = make(libraries[second]).eval()
+    loaded = make(libraries[second]).double().eval()
     assert loaded.load_state_dict(torch.load(stream)).missing_keys == []
     same(loaded.state_dict(), saved.state_dict())
     with torch.no_grad():
-        x = torch.randn(1, channels, size, size)
-        torch.testing.assert_close(loaded(x), saved(x), rtol=1e-3, atol=1e-3)
+        x = torch.randn(1, channels, size, size).double()
+        torch.testing.assert_close(loaded(x), saved(x))
 
 
 @pytest.mark.parametrize("convert", [False, True])

@@ -81,40 +81,40 @@ def test_twenty_training_steps(name):
 
 @each_network
 def test_padding_changes_nothing(name):
-    model = make(name)(dlkern.nn).eval()
+    model = make(name)(dlkern.nn).double().eval()
     source, lengths, target = draw(3, 1)
     with torch.no_grad():
         together = model(source, lengths, target)
         for row, length in enumerate(lengths.tolist()):
             alone = model(source[row : row + 1, :length], lengths[row : row + 1], target[row : row + 1])
-            torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together[row], alone[0])
         other = source.masked_fill(torch.arange(S) >= lengths[:, None], 7)
-        torch.testing.assert_close(model(other, lengths, target), together, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(other, lengths, target), together)
 
 
 @each_network
 def test_later_tokens_change_nothing(name):
-    model = make(name)(dlkern.nn).eval()
+    model = make(name)(dlkern.nn).double().eval()
     source, lengths, target = draw(3, 2)
     changed = target.clone()
     changed[:, 3:] = 9
     with torch.no_grad():
         a, b = model(source, lengths, target), model(source, lengths, changed)
-    torch.testing.assert_close(a[:, :3], b[:, :3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a[:, :3], b[:, :3])
     assert (a[:, 3:] - b[:, 3:]).abs().max() > 1e-3
 
 
 @each_network
 def test_steps_are_teacher_forcing(name):
     """step() after step() gives what forward() gives for the whole, and the searches decode with it."""
-    model = make(name)(dlkern.nn).eval()
+    model = make(name)(dlkern.nn).double().eval()
     source, lengths, target = draw(3, 3)
     with torch.no_grad():
         whole, state, logits = model(source, lengths, target), model.start(source, lengths), []
         for token in target.unbind(1):
             found, state = model.step(token, state)
             logits.append(found)
-        torch.testing.assert_close(torch.stack(logits, 1), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.stack(logits, 1), whole)
         start = torch.ones(3, dtype=torch.int64)
         greedy = greedy_search(model.step, model.start(source, lengths), start, end=2, max_length=6)
         beams = beam_search(model.step, model.start(source, lengths), start, end=2, max_length=6, beams=3)
@@ -122,30 +122,30 @@ def test_steps_are_teacher_forcing(name):
     tokens = torch.cat([start[:, None], greedy.tokens[:, 0, :-1]], 1)
     expected = torch.log_softmax(model(source, lengths, tokens), -1).gather(-1, greedy.tokens[:, 0, :, None])[..., 0]
     expected = expected.masked_fill(torch.arange(tokens.shape[1]) >= greedy.lengths, 0.0).sum(1)
-    torch.testing.assert_close(greedy.scores[:, 0].float(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(greedy.scores[:, 0], expected)
 
 
 @each_network
 def test_attention_map(name):
-    ours, twin = make(name)(dlkern.nn).eval(), make(name)(torch.nn).eval()
+    ours, twin = make(name)(dlkern.nn).double().eval(), make(name)(torch.nn).double().eval()
     source, lengths, target = draw(3, 4)
     weights = ours.attention_map(source, lengths, target)
     assert weights.shape == (3, T, S)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(3, T))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, T).double())
     assert (weights.masked_select((torch.arange(S) >= lengths[:, None])[:, None]) == 0).all()
-    torch.testing.assert_close(weights, twin.attention_map(source, lengths, target), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights, twin.attention_map(source, lengths, target))
 
 
 def test_encoder_without_positions_is_equivariant():
     """Of the Transformer's encoder: a permutation of the source permutes what is read, but for the positions."""
-    model = make("transformer")(dlkern.nn).eval()
+    model = make("transformer")(dlkern.nn).double().eval()
     source, lengths, order = torch.arange(3, 3 + S)[None], torch.tensor([S]), torch.tensor([3, 1, 5, 0, 2, 4])
     with torch.no_grad():
         straight, turned = model._read(source, lengths)[0], model._read(source[:, order], lengths)[0]
         assert (straight[:, order] - turned).abs().max() > 0.01
         model.positions.table.zero_()
         straight, turned = model._read(source, lengths)[0], model._read(source[:, order], lengths)[0]
-        torch.testing.assert_close(straight[:, order], turned, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(straight[:, order], turned)
 
 
 # Data and training
