@@ -24,7 +24,7 @@ help:
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja pybind11 numpy $(TORCH) $(TRITON)
-	.venv/bin/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis expecttest click rich \
+	.venv/bin/python -m pip install -q -c constraints.txt pytest pytest-timeout pytest-xdist hypothesis expecttest click rich \
 	  matplotlib scikit-learn safetensors transformers django polib sacrebleu rouge-score ruff mypy clang-format cmake
 	.venv/bin/python -m pip install -q --no-deps -c constraints.txt torchvision
 	touch $@

@@ -9,6 +9,8 @@ A build.ninja is written and run, so a second build compiles only what changed. 
 Test libraries (sanitizers, CUDA kernels on the host): python setup.py build_native --variant NAME.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -126,10 +128,6 @@ class Ninja:
 
     def run(self, directory, targets=()):
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "build.ninja"
-        text = "\n".join(self.lines) + "\n"
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
         try:
             import ninja
 
@@ -137,7 +135,19 @@ class Ninja:
         except ImportError:
             executable = shutil.which("ninja") or sys.exit("dlkern: ninja not found (pip install ninja)")
         jobs = os.environ.get("DLKERN_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([executable, "-C", str(directory), "-j", jobs, *map(str, targets)], check=True)
+        path = directory / "build.ninja"
+        text = "\n".join(self.lines) + "\n"
+        with locked(directory / "lock"):  # tests run in two processes, and both may want the same library
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+            subprocess.run([executable, "-C", str(directory), "-j", jobs, *map(str, targets)], check=True)
+
+
+@contextlib.contextmanager
+def locked(path):
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def native_objects(ninja, build, variant, compiler):

@@ -6,6 +6,8 @@ namespace dlkern::cpu {
 
 // Threads torch would use here; 1 inside a parallel region.
 int num_threads();
+// Lets another thread or process have the core.
+void give_way();
 // Multiply-adds for which another thread is worth waking.
 constexpr double kWorthWaking = 262144;
 // Runs body(context, begin, end) over a partition of [0, n) into pieces of at least `grain`.

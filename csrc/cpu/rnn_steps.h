@@ -21,13 +21,16 @@ inline bool few_products(const RnnShape& s) {
   return static_cast<double>(s.rows) * static_cast<double>(s.gates() * s.hidden * (s.inputs + s.state)) <= kFewProducts;
 }
 
-// All threads, once each a phase. They spin: a step can be a few microseconds.
+// All threads, once each a phase. They spin: a step can be a few microseconds. After some tenths of a millisecond the
+// thread waited for has probably lost its core to another process, and gets one back.
 struct Barrier {
   int64_t threads, arrived = 0;
   void wait(int64_t some, int64_t phase) {
     __atomic_add_fetch(&arrived, some, __ATOMIC_ACQ_REL);
-    for (int64_t spins = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < threads * (phase + 1); ++spins)
+    for (int64_t spins = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < threads * (phase + 1); ++spins) {
       if (spins > 4096) __builtin_ia32_pause();
+      if (spins > 16384) give_way();
+    }
   }
 };
 
