@@ -20,7 +20,7 @@ inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t cou
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
   const A minus_infinity = -__builtin_inf();
-  const A highest = largest_lane(row.top)[0] * row.factor, next = highest > largest ? highest : largest;
+  const A highest = largest_lane(row.top) * row.factor, next = highest > largest ? highest : largest;
   const A base = next == minus_infinity ? A(0) : next;
   V total = load(sum);
   if (next != largest) {
@@ -76,8 +76,8 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
         const auto row = tile.finish_row(r0, r, count, seen.begin[r], seen.end[r], false);
         softmax_row(tile, r0, r, count, row, largest[r0 + r], sums + (r0 + r) * lanes, output + (r0 + r) * value_depth);
       }
-      product(some, value_depth, count, tile.scores, kKeys, 1, tile.value, value_depth, output + r0 * value_depth,
-              value_depth, true, tile.k_step);
+      product(some, value_depth, count, tile.scores, kKeys, 1, tile.value.data, tile.value.row,
+              output + r0 * value_depth, value_depth, true, tile.k_step);
     }
   }
 

@@ -23,7 +23,8 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   using typename Base::V;
   const AttentionBackwardArgs<T>& all;
   const A* delta;  // [batch, heads, queries]
-  A *grad, *value_turned, *change;
+  Rows<A> grad;
+  A *grad_copy, *value_turned, *change;
   bool through_cap = true;  // dS of scores before their cap, or behind it
 
   static int64_t size(const AttentionShape& s) {
@@ -31,26 +32,26 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   }
   GradientTile(const AttentionBackwardArgs<T>& arguments, const A* deltas, A* memory)
       : Base(arguments.forward, kRows, memory), all(arguments), delta(deltas) {
-    grad = memory + Base::size(s, kRows);
-    value_turned = grad + kRows * value_depth;
+    grad_copy = memory + Base::size(s, kRows);
+    value_turned = grad_copy + kRows * value_depth;
     change = value_turned + s.value_depth * kKeys;
   }
   void load_keys(int64_t first, int64_t count) {
     Base::load_keys(first, count);
-    transpose_rows(this->value, value_depth, count, s.value_depth, value_turned, kKeys);
+    transpose_rows(this->value.data, this->value.row, count, s.value_depth, value_turned, kKeys);
   }
   void load_queries(int64_t first, int64_t rows) {
     Base::load_queries(first, rows);
     const Strided<const T>& g = all.grad_output;
-    load_rows(g.data + this->b * g.stride[0] + this->h * g.stride[1] + first * g.stride[2], g.stride[2], g.stride[3],
-              rows, s.value_depth, grad, value_depth);
+    grad = rows_of<true>(g.data + this->b * g.stride[0] + this->h * g.stride[1] + first * g.stride[2], g.stride[2],
+                         g.stride[3], rows, s.value_depth, grad_copy);
   }
   // Leaves P, with dropout, in `scores` and dS in `change`. Where a tile has all keys that a query sees, delta is
   // sum(P g V^T), which is the same number but cancels exactly where one key has all the weight.
   void compute(int64_t rows, int64_t count, const Seen& seen) {
     alignas(64) A factors[kKeys];  // of dropout
     this->multiply(0, rows, count);
-    product(rows, padded<A>(count), s.value_depth, grad, value_depth, 1, value_turned, kKeys, change, kKeys, false,
+    product(rows, padded<A>(count), s.value_depth, grad.data, grad.row, 1, value_turned, kKeys, change, kKeys, false,
             this->k_step);
     for (int64_t r = 0; r < rows; ++r) {
       const A factor = this->finish_row(0, r, count, seen.begin[r], seen.end[r], true).factor;
@@ -227,28 +228,30 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
         tile.load_queries(i0, rows);
         tile.compute(rows, count, seen);
         A* of_query = grad_query + (g * s.queries + i0) * depth;
-        product(count, value_depth, rows, tile.scores, 1, kKeys, tile.grad, value_depth, grad_value, value_depth, true,
-                tile.k_step);
+        product(count, value_depth, rows, tile.scores, 1, kKeys, tile.grad.data, tile.grad.row, grad_value, value_depth,
+                true, tile.k_step);
         if constexpr (additive) {
           if (tile.exact(0))
-            pairwise_backward<kExactTanh>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
+            pairwise_backward<kExactTanh>(rows, padded<A>(count), s.depth, tile.query_copy, depth, tile.key_turned,
                                           args.forward.weight, tile.change, of_query, grad_turned, of_weight);
           else
             pairwise_backward<kTanh>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
                                      args.forward.weight, tile.change, of_query, grad_turned, of_weight);
         } else if constexpr (gaussian) {
-          pairwise_backward<kSquare>(rows, padded<A>(count), s.depth, tile.query, depth, tile.key_turned,
+          pairwise_backward<kSquare>(rows, padded<A>(count), s.depth, tile.query_copy, depth, tile.key_turned,
                                      static_cast<const A*>(nullptr), tile.change, of_query, grad_turned, of_weight);
         } else {
-          product(count, depth, rows, tile.change, 1, kKeys, tile.query, depth, grad_key, depth, true, tile.k_step);
-          product(rows, depth, count, tile.change, kKeys, 1, tile.key, depth, of_query, depth, true, tile.k_step);
+          product(count, depth, rows, tile.change, 1, kKeys, tile.query.data, tile.query.row, grad_key, depth, true,
+                  tile.k_step);
+          product(rows, depth, count, tile.change, kKeys, 1, tile.key.data, tile.key.row, of_query, depth, true,
+                  tile.k_step);
         }
       }
     }
     if constexpr (pairwise) transpose_rows(grad_turned, kKeys, s.depth, n, grad_key, depth);
     if constexpr (SCORE == kCosineScore)
       for (int64_t j = 0; j < n; ++j)
-        normalize_backward(tile.key + j * depth, tile.of_key[j], grad_key + j * depth, depth);
+        normalize_backward(tile.key_copy + j * depth, tile.of_key[j], grad_key + j * depth, depth);
     const int64_t row = (b * s.key_heads + key_head) * s.keys + j0;
     for (int64_t j = 0; j < n; ++j) {
       narrow(grad_key + j * depth, args.grad_key + (row + j) * s.depth, s.depth, static_cast<A>(s.scale));

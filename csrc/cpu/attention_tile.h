@@ -60,6 +60,20 @@ inline void load_rows(const T* from, int64_t row, int64_t column, int64_t count,
   }
 }
 
+// Such rows where they lie, if products can read them there as well as a copy: else a copy, in `memory`.
+template <class A> struct Rows {
+  const A* data;
+  int64_t row;
+};
+template <bool IN_PLACE, class T, class A>
+inline Rows<A> rows_of(const T* from, int64_t row, int64_t column, int64_t count, int64_t depth, A* memory) {
+  const int64_t width = padded<A>(depth);
+  if constexpr (IN_PLACE && std::is_same_v<T, A>)
+    if (column == 1 && depth == width && row <= 2 * depth) return {from, row};
+  load_rows(from, row, column, count, depth, memory, width);
+  return {memory, width};
+}
+
 // to[d * to_row + j] = from[j * from_row + d]; columns beyond `count`, up to a whole vector, zero.
 template <class A>
 inline void transpose_rows(const A* from, int64_t from_row, int64_t count, int64_t depth, A* to, int64_t to_row) {
@@ -73,19 +87,21 @@ inline void transpose_rows(const A* from, int64_t from_row, int64_t count, int64
     }
 }
 
-// The largest lane, in all lanes; of a NaN and a number, either.
-template <class V> [[gnu::always_inline]] inline V largest_lane(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  using I = decltype(v > v);
-#pragma GCC unroll 4
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    I other;
+// The largest lane; of a NaN and a number, either. (Widths as constants: else the compiler builds the orders of lanes
+// lane by lane in every call.)
+template <int WIDTH, class V> [[gnu::always_inline]] inline auto largest_lane(V v) {
+  if constexpr (WIDTH == 0) {
+    return v[0];
+  } else {
+    decltype(v > v) other;
 #pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) other[l] = l ^ width;
+    for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(v[0])); ++l) other[l] = l ^ WIDTH;
     const V turned = __builtin_shuffle(v, other);
-    v = turned > v ? turned : v;
+    return largest_lane<WIDTH / 2>(turned > v ? turned : v);
   }
-  return v;
+}
+template <class V> [[gnu::always_inline]] inline auto largest_lane(V v) {
+  return largest_lane<static_cast<int>(sizeof(V) / sizeof(v[0])) / 2>(v);
 }
 
 // `count` numbers of a mask from `from`, `step` apart, as what is added to scores.
@@ -98,15 +114,28 @@ template <class A, class M> inline Vec<A> mask_vector(const M* from, int64_t ste
   for (int64_t l = 0; l < count; ++l) v[l] = static_cast<A>(from[l * step]);
   return v;
 }
+// A byte a lane.
+template <class A> inline Tag<A> bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  if constexpr (sizeof(A) == 4) return (Tag<A>)_mm512_cvtepu8_epi32(some);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return (Tag<A>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#endif
+  Bytes<A> lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return __builtin_convertvector(lanes, Tag<A>);
+}
 template <class A> inline Vec<A> bool_mask_vector(const uint8_t* from, int64_t step, int64_t count) {
   const A out = -__builtin_inf();
   if (step == 0) return broadcast<A>(from[0] ? A(0) : out);
-  Bytes<A> some{};
-  if (step == 1 && count == kLanes<A>)
-    std::memcpy(&some, from, sizeof some);
-  else
+  uint8_t some[kLanes<A>] = {};
+  if (step != 1 || count < kLanes<A>) {
     for (int64_t l = 0; l < count; ++l) some[l] = from[l * step];
-  return __builtin_convertvector(some, Tag<A>) != 0 ? Vec<A>{} : broadcast<A>(out);
+    from = some;
+  }
+  return bytes<A>(from) != 0 ? Vec<A>{} : broadcast<A>(out);
 }
 
 // The keys begin .. end - 1 that each of some queries sees by position.
@@ -233,14 +262,15 @@ template <class T, int SCORE> struct Tile {
   using V = Vec<A>;
   static constexpr int64_t lanes = kLanes<A>;
   static constexpr bool kAdditive = SCORE == kAdditiveScore, kGaussian = SCORE == kGaussianScore,
-                        kCosine = SCORE == kCosineScore;
+                        kCosine = SCORE == kCosineScore, kDot = SCORE == kDotScore;
   const AttentionArgs<T>& args;
   const AttentionShape& s;
   const int64_t depth, value_depth;  // padded
   const int64_t query_rows;  // loaded at a time
   const Keys words;
   const int64_t k_step;
-  A *query, *query_exp, *key, *key_turned, *key_exp, *value, *of_key, *scores, *slope_of_cap;
+  Rows<A> query, key, value;  // in place where they are products' operands as they are
+  A *query_copy, *key_copy, *value_copy, *query_exp, *key_turned, *key_exp, *of_key, *scores, *slope_of_cap;
   // of_key: the reciprocal of a key's length (cosine)
   A query_bound[64], key_bound = 0;  // of absolute values, a block of kRows queries each
   int64_t b = 0, h = 0, i0 = 0, j0 = 0, n = 0;
@@ -263,12 +293,12 @@ template <class T, int SCORE> struct Tile {
       memory += count;
       return at;
     };
-    query = take(rows * depth);
-    query_exp = kAdditive ? take(rows * depth) : query;
-    key = take(kKeys * depth);
+    query_copy = take(rows * depth);
+    query_exp = kAdditive ? take(rows * depth) : query_copy;
+    key_copy = take(kKeys * depth);
     key_turned = take(s.depth * kKeys);
     key_exp = kAdditive ? take(s.depth * kKeys) : key_turned;
-    value = take(kKeys * value_depth);
+    value_copy = take(kKeys * value_depth);
     of_key = take(kKeys);
     scores = take(kRows * kKeys);
     slope_of_cap = take(kRows * kKeys);
@@ -298,27 +328,27 @@ template <class T, int SCORE> struct Tile {
   void load_queries(int64_t first, int64_t rows) {
     i0 = first;
     const Strided<const T>& q = args.query;
-    load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], rows, s.depth,
-              query, depth);
+    query = rows_of<kDot>(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], rows,
+                          s.depth, query_copy);
     if constexpr (kCosine)
-      for (int64_t i = 0; i < rows; ++i) normalize(query + i * depth, depth);
+      for (int64_t i = 0; i < rows; ++i) normalize(query_copy + i * depth, depth);
     if constexpr (kAdditive)
       for (int64_t r = 0; r < rows; r += kRows)
         query_bound[r / kRows] =
-            double_exponentials(query + r * depth, smaller(kRows, rows - r) * depth, query_exp + r * depth);
+            double_exponentials(query_copy + r * depth, smaller(kRows, rows - r) * depth, query_exp + r * depth);
   }
   void load_keys(int64_t first, int64_t count) {
     j0 = first;
     n = count;
     const Strided<const T>& k = args.key;
     const Strided<const T>& v = args.value;
-    load_rows(k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2], k.stride[2], k.stride[3], n,
-              s.depth, key, depth);
-    load_rows(v.data + b * v.stride[0] + key_head() * v.stride[1] + j0 * v.stride[2], v.stride[2], v.stride[3], n,
-              s.value_depth, value, value_depth);
+    key = rows_of<kDot>(k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2], k.stride[2],
+                        k.stride[3], n, s.depth, key_copy);
+    value = rows_of<true>(v.data + b * v.stride[0] + key_head() * v.stride[1] + j0 * v.stride[2], v.stride[2],
+                          v.stride[3], n, s.value_depth, value_copy);
     if constexpr (kCosine)
-      for (int64_t j = 0; j < n; ++j) of_key[j] = normalize(key + j * depth, depth);
-    transpose_rows(key, depth, n, s.depth, key_turned, kKeys);
+      for (int64_t j = 0; j < n; ++j) of_key[j] = normalize(key_copy + j * depth, depth);
+    transpose_rows(key.data, key.row, n, s.depth, key_turned, kKeys);
     if constexpr (kAdditive) {
       key_bound = 0;
       for (int64_t d = 0; d < s.depth; ++d) {
@@ -335,23 +365,21 @@ template <class T, int SCORE> struct Tile {
     const int64_t width = padded<A>(count);
     if constexpr (kAdditive) {
       if (exact(r0))
-        pairwise_scores<kExactTanh>(rows, width, s.depth, query + r0 * depth, depth, key_turned, args.weight, scores);
+        pairwise_scores<kExactTanh>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned, args.weight,
+                                    scores);
       else
         pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
     } else if constexpr (kGaussian) {
-      pairwise_scores<kSquare>(rows, width, s.depth, query + r0 * depth, depth, key_turned,
+      pairwise_scores<kSquare>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned,
                                static_cast<const A*>(nullptr), scores);
     } else {
-      product(rows, width, s.depth, query + r0 * depth, depth, 1, key_turned, kKeys, scores, kKeys, false, k_step);
+      product(rows, width, s.depth, query.data + r0 * query.row, query.row, 1, key_turned, kKeys, scores, kKeys, false,
+              k_step);
     }
   }
 
   // v where a mask's bytes are set, else -infinity.
-  static V bool_selected(const uint8_t* from, V v) {
-    Bytes<A> some;
-    std::memcpy(&some, from, sizeof some);
-    return __builtin_convertvector(some, Tag<A>) != 0 ? v : broadcast<A>(-__builtin_inf());
-  }
+  static V bool_selected(const uint8_t* from, V v) { return bytes<A>(from) != 0 ? v : broadcast<A>(-__builtin_inf()); }
 
   // Scale, cap, slopes and masks of one row of scores, of query i0 + r0 + r, which sees keys begin .. end - 1.
   // Returns the largest in each lane, and what scores and it still have to be multiplied with: the scale, where nothing

@@ -440,6 +440,10 @@ inline vfloat exp_nonpositive(vfloat x) {
   vfloat r = x - k * 0.693359375f;
   r = r - k * -2.12194440e-4f;
   vfloat y = exp_polynomial(r) * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)  // times 2^k where not below kLow, so that a NaN stays one
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kLow), _CMP_NLT_UQ);
+  return (vfloat)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)k);
+#else
   vuint32 n, bits;  // unsigned: below kLow they wrap around
   std::memcpy(&n, &t, sizeof n);
   std::memcpy(&bits, &y, sizeof bits);
@@ -447,6 +451,7 @@ inline vfloat exp_nonpositive(vfloat x) {
   std::memcpy(&y, &bits, sizeof y);
   y = x < kLow ? broadcast<float>(0.0f) : y;
   return x != x ? x : y;
+#endif
 }
 // Reduced by ln 2 in two parts; under 1 ulp, subnormal results too.
 inline vdouble exp(vdouble x) {
