@@ -82,46 +82,57 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   }
 };
 
-// What a pairwise score hands on: to queries, keys (turned: [depth, kKeys]) and weight ([depth, lanes]), all added to.
+// What a pairwise score hands on, all added to: rows of queries and keys, [depth] of the weight; depth is padded, and
+// lanes hold terms of the scores' sums, so that nothing is summed over lanes.
 // With t = tanh(q + k): dq = sum over keys of dS w (1 - t^2), dk = the same over queries, dw = sum of dS t.
-template <Pairwise KIND, class A>
-void pairwise_backward(int64_t rows, int64_t width, int64_t depth, const A* q, int64_t q_row, const A* k,
-                       const A* weight, const A* change, A* grad_query, A* grad_key, A* grad_weight) {
+template <Pairwise KIND, int R, class A>
+[[gnu::always_inline]] inline void pairwise_backward_rows(int64_t keys, int64_t depth, const A* q, const A* k,
+                                                          Vec<A> weight, const A* change, A* grad_query, A* grad_key,
+                                                          A* grad_weight) {
   using V = Vec<A>;
-  constexpr int64_t lanes = kLanes<A>;
-  constexpr int kGroup = 4;
-  for (int64_t h = 0; h < depth; ++h) {
-    const A factor = KIND == kSquare ? A(1) : weight[h];
-    V of_weight{};
-    for (int64_t r0 = 0; r0 < rows; r0 += kGroup) {
-      const int64_t some = smaller(kGroup, rows - r0);
-      V of_query[kGroup] = {};
-      for (int64_t j = 0; j < width; j += lanes) {
-        const V key = load(k + h * kKeys + j);
-        V of_key{};
-        for (int64_t r = 0; r < some; ++r) {
-          const V d = load(change + (r0 + r) * kKeys + j);
-          const A x = q[(r0 + r) * q_row + h];
-          V t{}, u;
-          if constexpr (KIND != kSquare) {
-            t = KIND == kTanh ? (x * key - A(1)) / (x * key + A(1)) : tanh(x + key);
-            u = A(1) - t * t;
-          } else {
-            u = key - x;
-          }
+  constexpr int64_t kBlock = 32;  // short sums
+  V x[R];
+  for (int r = 0; r < R; ++r) x[r] = load(q + r * depth);
+  for (int64_t j0 = 0; j0 < keys; j0 += kBlock) {
+    V of_query[R] = {}, of_weight{};
+    for (int64_t j = j0; j < smaller(j0 + kBlock, keys); ++j) {
+      const V key = load(k + j * depth);
+      V of_key{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const A d = change[r * kKeys + j];
+        if constexpr (KIND == kSquare) {
+          const V u = d * (key - x[r]);
+          of_query[r] += u;
+          of_key -= u;
+        } else {
+          const V t = KIND == kTanh ? quotient(x[r] * key - A(1), x[r] * key + A(1)) : tanh(x[r] + key);
+          const V u = A(1) - t * t;
           of_query[r] += d * u;
-          if constexpr (KIND == kSquare) {
-            of_key -= d * u;
-          } else {
-            of_key += d * u;
-            of_weight += d * t;
-          }
+          of_key += d * u;
+          of_weight += d * t;
         }
-        store(grad_key + h * kKeys + j, load(grad_key + h * kKeys + j) + of_key * factor);
       }
-      for (int64_t r = 0; r < some; ++r) grad_query[(r0 + r) * q_row + h] += reduce_add(of_query[r]) * factor;
+      store(grad_key + j * depth, load(grad_key + j * depth) + of_key * weight);
     }
-    if constexpr (KIND != kSquare) store(grad_weight + h * lanes, load(grad_weight + h * lanes) + of_weight);
+    for (int r = 0; r < R; ++r) store(grad_query + r * depth, load(grad_query + r * depth) + of_query[r] * weight);
+    if constexpr (KIND != kSquare) store(grad_weight, load(grad_weight) + of_weight);
+  }
+}
+
+template <Pairwise KIND, class A>
+void pairwise_backward(int64_t rows, int64_t keys, int64_t depth, const A* q, const A* k, const A* weight,
+                       const A* change, A* grad_query, A* grad_key, A* grad_weight) {
+  const int64_t width = padded<A>(depth);
+  for (int64_t h = 0; h < depth; h += kLanes<A>) {
+    const Vec<A> factor = KIND == kSquare ? broadcast<A>(1) : load_some(weight + h, depth - h);
+    const auto some = [&]<int R>(int64_t r) {
+      pairwise_backward_rows<KIND, R>(keys, width, q + r * width + h, k + h, factor, change + r * kKeys,
+                                      grad_query + r * width + h, grad_key + h, grad_weight + h);
+    };
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) some.template operator()<4>(r);
+    for (; r < rows; ++r) some.template operator()<1>(r);
   }
 }
 
@@ -195,21 +206,19 @@ template <class T, int SCORE>
 void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, int64_t b, int64_t key_head,
                    int64_t split, int64_t splits, acc_t<T>* grad_query, acc_t<T>* grad_weight) {
   using A = acc_t<T>;
-  constexpr int64_t lanes = kLanes<A>;
-  constexpr bool additive = SCORE == kAdditiveScore, gaussian = SCORE == kGaussianScore,
-                 pairwise = additive || gaussian;
+  constexpr bool additive = SCORE == kAdditiveScore, gaussian = SCORE == kGaussianScore;
   const AttentionShape& s = args.forward.shape;
   const int64_t group = s.heads / s.key_heads, depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
   const int64_t tile_size = GradientTile<T, SCORE>::size(s);
-  A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth) + s.depth * (kKeys + lanes));
+  A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth) + depth);
   GradientTile<T, SCORE> tile(args, delta, memory);
   A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth,
-    *grad_turned = grad_value + kKeys * value_depth, *of_weight = grad_turned + s.depth * kKeys;
+    *of_weight = grad_value + kKeys * value_depth;
   const auto clear = [](A* p, int64_t count) {
     std::memset(static_cast<void*>(p), 0, static_cast<size_t>(count) * sizeof(A));
   };
   clear(grad_query, group * s.queries * depth);
-  if (additive) clear(of_weight, s.depth * lanes);
+  if (additive) clear(of_weight, depth);
 
   for (int64_t j0 = split * kKeys; j0 < s.keys; j0 += splits * kKeys) {
     const int64_t n = smaller(kKeys, s.keys - j0);
@@ -217,7 +226,6 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     tile.load_keys(j0, n);
     clear(grad_key, n * depth);
     clear(grad_value, n * value_depth);
-    for (int64_t d = 0; pairwise && d < s.depth; ++d) clear(grad_turned + d * kKeys, padded<A>(n));
     for (int64_t g = 0; g < group; ++g) {
       tile.set_head(b, key_head * group + g);
       for (int64_t i0 = 0; i0 < s.queries; i0 += kRows) {
@@ -232,14 +240,14 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
                 true, tile.k_step);
         if constexpr (additive) {
           if (tile.exact(0))
-            pairwise_backward<kExactTanh>(rows, padded<A>(count), s.depth, tile.query_copy, depth, tile.key_turned,
-                                          args.forward.weight, tile.change, of_query, grad_turned, of_weight);
+            pairwise_backward<kExactTanh>(rows, count, s.depth, tile.query_copy, tile.key_copy, args.forward.weight,
+                                          tile.change, of_query, grad_key, of_weight);
           else
-            pairwise_backward<kTanh>(rows, padded<A>(count), s.depth, tile.query_exp, depth, tile.key_exp,
-                                     args.forward.weight, tile.change, of_query, grad_turned, of_weight);
+            pairwise_backward<kTanh>(rows, count, s.depth, tile.query_exp, tile.key_exp, args.forward.weight,
+                                     tile.change, of_query, grad_key, of_weight);
         } else if constexpr (gaussian) {
-          pairwise_backward<kSquare>(rows, padded<A>(count), s.depth, tile.query_copy, depth, tile.key_turned,
-                                     static_cast<const A*>(nullptr), tile.change, of_query, grad_turned, of_weight);
+          pairwise_backward<kSquare>(rows, count, s.depth, tile.query_copy, tile.key_copy,
+                                     static_cast<const A*>(nullptr), tile.change, of_query, grad_key, of_weight);
         } else {
           product(count, depth, rows, tile.change, 1, kKeys, tile.query.data, tile.query.row, grad_key, depth, true,
                   tile.k_step);
@@ -248,7 +256,6 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
         }
       }
     }
-    if constexpr (pairwise) transpose_rows(grad_turned, kKeys, s.depth, n, grad_key, depth);
     if constexpr (SCORE == kCosineScore)
       for (int64_t j = 0; j < n; ++j)
         normalize_backward(tile.key_copy + j * depth, tile.of_key[j], grad_key + j * depth, depth);
@@ -259,8 +266,7 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     }
   }
   if (additive && grad_weight)
-    for (int64_t d = 0; d < s.depth; ++d)
-      grad_weight[d] = reduce_add(load(of_weight + d * lanes)) * static_cast<A>(s.scale);
+    for (int64_t d = 0; d < s.depth; ++d) grad_weight[d] = of_weight[d] * static_cast<A>(s.scale);
 }
 
 // The mask's gradient: a task is a tile of the mask and adds up, in order, the dS of all that it was broadcast to.

@@ -183,6 +183,20 @@ enum Pairwise { kTanh, kExactTanh, kSquare };
 // Up to which |q| and |k|. Not in double, which has no wider exponentials to round.
 template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : -1;
 
+// a / d for d from 1 to 1e38: with AVX-512 the estimate, a step of Newton's and the remainder put back, a third of a
+// division's time and its result but for the last bit now and then.
+inline vdouble quotient(vdouble a, vdouble d) { return a / d; }
+inline vfloat quotient(vfloat a, vfloat d) {
+#if defined(__AVX512F__)
+  vfloat r = (vfloat)_mm512_rcp14_ps((__m512)d);
+  r += r * (1.0f - d * r);
+  const vfloat q = a * r;
+  return q + r * (a - d * q);
+#else
+  return a / d;
+#endif
+}
+
 // tile[R rows, a vector] of such sums, short ones: scores are exponents.
 template <Pairwise KIND, int R, class A>
 [[gnu::always_inline]] inline void pairwise_block(int64_t depth, const A* q, int64_t q_row, const A* k, const A* weight,
@@ -199,7 +213,7 @@ template <Pairwise KIND, int R, class A>
       for (int r = 0; r < R; ++r) {
         const A x = q[r * q_row + h];
         if constexpr (KIND == kTanh)
-          sum[r][chain] += weight[h] * ((x * key - A(1)) / (x * key + A(1)));
+          sum[r][chain] += weight[h] * quotient(x * key - A(1), x * key + A(1));
         else if constexpr (KIND == kExactTanh)
           sum[r][chain] += weight[h] * tanh(x + key);
         else
@@ -248,6 +262,27 @@ template <class A> inline void normalize_backward(const A* row, A inverse, A* gr
 
 // e^x rounded once: products of two of these stand for e^2(q + k).
 inline vdouble exp_rounded(vdouble x) { return exp(x); }
+#if defined(__AVX512F__)
+// In double, to 2^-32, of |x| below 700.
+inline __m256 exp_of_half(vfloat_half x) {
+  constexpr double kShifter = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  const vdouble wide = widen(x), k = (wide * 1.4426950408889634074 + kShifter) - kShifter;
+  const vdouble r = wide - k * 0.693147180559945309417;
+  vdouble y = broadcast<double>(1.0 / 40320.0);
+  y = y * r + 1.0 / 5040.0;
+  y = y * r + 1.0 / 720.0;
+  y = y * r + 1.0 / 120.0;
+  y = y * r + 1.0 / 24.0;
+  y = y * r + 1.0 / 6.0;
+  y = y * r + 0.5;
+  y = y * r + 1.0;
+  y = y * r + 1.0;
+  return _mm512_cvtpd_ps(_mm512_scalef_pd((__m512d)y, (__m512d)k));
+}
+inline vfloat exp_rounded(vfloat x) {
+  return (vfloat)_mm512_insertf32x8(_mm512_castps256_ps512(exp_of_half(low_half(x))), exp_of_half(high_half(x)), 1);
+}
+#else
 inline vfloat exp_rounded(vfloat x) {
   const vfloat_half half[2] = {__builtin_convertvector(exp(widen(low_half(x))), vfloat_half),
                                __builtin_convertvector(exp(widen(high_half(x))), vfloat_half)};
@@ -255,6 +290,7 @@ inline vfloat exp_rounded(vfloat x) {
   std::memcpy(&result, half, sizeof result);
   return result;
 }
+#endif
 
 // Some queries against some keys of one head.
 template <class T, int SCORE> struct Tile {
@@ -270,14 +306,15 @@ template <class T, int SCORE> struct Tile {
   const Keys words;
   const int64_t k_step;
   Rows<A> query, key, value;  // in place where they are products' operands as they are
-  A *query_copy, *key_copy, *value_copy, *query_exp, *key_turned, *key_exp, *of_key, *scores, *slope_of_cap;
+  A *query_copy, *key_copy, *value_copy, *query_exp, *key_exp, *key_turned, *key_exp_turned, *of_key, *scores,
+      *slope_of_cap;
   // of_key: the reciprocal of a key's length (cosine)
   A query_bound[64], key_bound = 0;  // of absolute values, a block of kRows queries each
   int64_t b = 0, h = 0, i0 = 0, j0 = 0, n = 0;
 
   static int64_t size(const AttentionShape& s, int64_t query_rows) {
     const int64_t depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
-    return query_rows * depth * (kAdditive ? 2 : 1) + kKeys * depth + s.depth * kKeys * (kAdditive ? 2 : 1) +
+    return (query_rows + kKeys) * depth * (kAdditive ? 2 : 1) + s.depth * kKeys * (kAdditive ? 2 : 1) +
            kKeys * value_depth + kKeys + 2 * kRows * kKeys;
   }
   Tile(const AttentionArgs<T>& arguments, int64_t rows, A* memory)
@@ -296,8 +333,9 @@ template <class T, int SCORE> struct Tile {
     query_copy = take(rows * depth);
     query_exp = kAdditive ? take(rows * depth) : query_copy;
     key_copy = take(kKeys * depth);
+    key_exp = kAdditive ? take(kKeys * depth) : key_copy;
     key_turned = take(s.depth * kKeys);
-    key_exp = kAdditive ? take(s.depth * kKeys) : key_turned;
+    key_exp_turned = kAdditive ? take(s.depth * kKeys) : key_turned;
     value_copy = take(kKeys * value_depth);
     of_key = take(kKeys);
     scores = take(kRows * kKeys);
@@ -350,11 +388,8 @@ template <class T, int SCORE> struct Tile {
       for (int64_t j = 0; j < n; ++j) of_key[j] = normalize(key_copy + j * depth, depth);
     transpose_rows(key.data, key.row, n, s.depth, key_turned, kKeys);
     if constexpr (kAdditive) {
-      key_bound = 0;
-      for (int64_t d = 0; d < s.depth; ++d) {
-        const A bound = double_exponentials(key_turned + d * kKeys, padded<A>(n), key_exp + d * kKeys);
-        if (!(bound <= key_bound)) key_bound = bound;
-      }
+      key_bound = double_exponentials(key_copy, n * depth, key_exp);
+      transpose_rows(key_exp, depth, n, s.depth, key_exp_turned, kKeys);
     }
   }
 
@@ -368,7 +403,8 @@ template <class T, int SCORE> struct Tile {
         pairwise_scores<kExactTanh>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned, args.weight,
                                     scores);
       else
-        pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp, args.weight, scores);
+        pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp_turned, args.weight,
+                               scores);
     } else if constexpr (kGaussian) {
       pairwise_scores<kSquare>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned,
                                static_cast<const A*>(nullptr), scores);
