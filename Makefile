@@ -1,6 +1,6 @@
 # dlkern's commands. `make demo` and `make test` need only python3 (3.10 or newer), g++ and make.
 #   make demo                 set up, train LeNet with torch and with dlkern side by side, write report/index.html
-#   make test                 set up, run all tests
+#   make test                 set up, run all tests, in two processes (WORKERS=2)
 #   make PYTHON=python3.12 …  use that environment as it is (torch must be there); no .venv is made
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -48,8 +48,10 @@ install: native
 demo: native
 	$(PY) -m dlkern demo --report report
 
+# A file's tests stay in one process. Threads that wait must not keep the other process off its core.
+WORKERS ?= 2
 test: install cuda-on-host lint
-	$(PY) -m pytest tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(WORKERS) --dist loadfile
 
 CPP_SOURCES := git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu'
 CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format"
