@@ -353,7 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dlkern bench", description="dlkern beside torch, and beside the machine's floor"
     )
-    parser.add_argument("families", nargs="*", help="conv, pooling, batch_norm, linear, dropout, loss, or single ops")
+    known = ", ".join(dict.fromkeys(shapes.FAMILIES.values()))
+    parser.add_argument("families", nargs="*", help=f"{known}, or single ops")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small problems, under a minute")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPES))
