@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ORDERS", "clear", "errors", "library_path", "load", "loaded", "messages", "multiprocessors", "raise_if_errors",
-    "thread_order",
+    "ORDERS", "clear", "errors", "hopper", "library_path", "load", "loaded", "messages", "multiprocessors",
+    "raise_if_errors", "thread_order",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
@@ -97,6 +97,16 @@ def multiprocessors(count: int) -> Iterator[None]:
         yield
     finally:
         load().cuda_on_host_set_multiprocessors(132)
+
+
+@contextlib.contextmanager
+def hopper() -> Iterator[None]:
+    """Launches inside believe that the device is a Hopper, and choose the kernels written for it where they fit."""
+    load().cuda_on_host_set_hopper(1)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_hopper(0)
 
 
 @contextlib.contextmanager
