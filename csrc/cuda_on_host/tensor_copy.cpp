@@ -4,6 +4,8 @@
 // im2col: box[1] pixels of a [N, H, W, C] tensor in reading order, starting at (at[1], at[2], at[3]) = (w, h, n) and
 // going by `step` over the positions from `lower` up to size - 1 + `upper`, the last image's last pixel followed by
 // zeros; each is read at w + offset[0], h + offset[1].
+#include <algorithm>
+
 #include "checker.h"
 #include "machine.h"
 
@@ -13,25 +15,27 @@ namespace {
 
 constexpr int kRowBytes = 128;  // of a box; the swizzle's period is eight rows
 
-// Calls f(row, source, bytes) for each row of the box; `bytes` of it lie inside the tensor, the rest is zero.
+// Calls f(row, source, begin, end) for each row of the box: its bytes from `begin` to `end` lie inside the tensor, from
+// `source` on, and the rest is zero.
 template <class F>
 void for_each_row(const TensorMap& map, const int (&start)[4], const int (&offset)[2], F&& f) {
   const int64_t first = start[0];
-  int64_t inside = first < 0 ? 0 : static_cast<int64_t>(map.size[0]) - first;
-  inside = inside < 0 ? 0 : inside > map.box[0] ? map.box[0] : inside;
+  const int64_t box = map.box[0];
+  const int64_t begin = std::clamp<int64_t>(-first, 0, box);
+  const int64_t end = std::clamp<int64_t>(static_cast<int64_t>(map.size[0]) - first, begin, box);
   int at[4] = {start[0], start[1], start[2], start[3]};
   const uint32_t rows = map.im2col ? map.box[1] : map.box[1] * map.box[2] * map.box[3];
   for (uint32_t row = 0; row < rows; row++) {
     int64_t where[4] = {first, at[1], at[2], at[3]};
     if (map.im2col) where[1] += offset[0], where[2] += offset[1];
     bool outside = false;
-    int64_t byte = first * 2;
+    int64_t byte = (first + begin) * 2;
     for (int d = 1; d < map.rank; d++) {
       outside |= where[d] < 0 || where[d] >= static_cast<int64_t>(map.size[d]);
       byte += where[d] * static_cast<int64_t>(map.stride[d]);
     }
     const auto* source = static_cast<const char*>(map.base) + byte;
-    f(row, source, outside ? 0 : static_cast<int>(inside) * 2);
+    f(row, source, static_cast<int>(begin) * 2, static_cast<int>(outside ? begin : end) * 2);
     if (map.im2col) {
       for (int d = 1; d <= 2; d++) {
         at[d] += map.step[d - 1];
@@ -80,7 +84,9 @@ void tensor_copy(void* destination, const TensorMap& map, uint64_t* barrier, con
   if (map.im2col && (offset[0] < 0 || offset[0] > 255 || offset[1] < 0 || offset[1] > 255))
     return report("cp.async.bulk.tensor: an im2col offset that does not fit 8 bits");
   const size_t bytes = size_t{kRowBytes} * box_rows(map);
-  for_each_row(map, at, offset, [&](uint32_t, const char* source, int inside) { check_read(thread, source, inside); });
+  for_each_row(map, at, offset, [&](uint32_t, const char* source, int begin, int end) {
+    check_read(thread, source, static_cast<size_t>(end - begin));
+  });
   check_tensor_issue(thread, destination, bytes);
   std::memset(destination, kPoison, bytes);
   TensorCopy copy{static_cast<unsigned char*>(destination), map, {at[0], at[1], at[2], at[3]}, {offset[0], offset[1]}};
@@ -96,13 +102,12 @@ void run_copy(Mbarrier& barrier, size_t which) {
   const TensorCopy copy = barrier.copies[which];
   barrier.copies.erase(barrier.copies.begin() + static_cast<ptrdiff_t>(which));
   const auto start = static_cast<uint32_t>(copy.destination - block.memory);
-  for_each_row(copy.map, copy.at, copy.offset, [&](uint32_t row, const char* source, int inside) {
-    for (int piece = 0; piece < kRowBytes; piece += 16) {
-      const uint32_t address = start + row * kRowBytes + static_cast<uint32_t>(piece);
-      unsigned char* to = block.memory + (address ^ (address >> 3 & 0x70));
-      const int bytes = inside - piece < 0 ? 0 : inside - piece > 16 ? 16 : inside - piece;
-      if (bytes) std::memcpy(to, source + piece, static_cast<size_t>(bytes));
-      std::memset(to + bytes, 0, static_cast<size_t>(16 - bytes));
+  for_each_row(copy.map, copy.at, copy.offset, [&](uint32_t row, const char* source, int begin, int end) {
+    unsigned char bytes[kRowBytes] = {};
+    if (end > begin) std::memcpy(bytes + begin, source, static_cast<size_t>(end - begin));
+    for (uint32_t piece = 0; piece < kRowBytes; piece += 16) {
+      const uint32_t address = start + row * kRowBytes + piece;
+      std::memcpy(block.memory + (address ^ (address >> 3 & 0x70)), bytes + piece, 16);
     }
   });
   const size_t bytes = size_t{kRowBytes} * box_rows(copy.map);
