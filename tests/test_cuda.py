@@ -81,8 +81,13 @@ def test_linear_on_hopper_does_not_depend_on_thread_order(order):
     x, weight, bias, grad = bf16(70, 200), bf16(24, 200), bf16(24), bf16(70, 24)
 
     def run():
-        return [raw["linear_forward"]["cuda"](x, weight, bias, 2), raw["linear_backward_input"]["cuda"](grad, weight),
-                *raw["linear_backward_weight"]["cuda"](grad, x, True)]
+        found = []
+        for op, arguments in (("linear_forward", (x, weight, bias, 2)), ("linear_backward_input", (grad, weight)),
+                              ("linear_backward_weight", (grad, x, True))):
+            result = raw[op]["cuda"](*arguments)
+            found += result if isinstance(result, tuple) else [result]
+            assert cuda_on_host.last_kernel() == "linear_sm90_kernel"
+        return found
 
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(2):
         expected = run()
@@ -95,6 +100,7 @@ def test_linear_on_hopper_where_it_does_not_fit():
     draw = lambda inputs: [leaf(9, inputs), leaf(5, inputs), leaf(5)]  # noqa: E731
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):
         certify(F.linear, tF.linear, lambda: draw(7), torch.bfloat16, draws=4)
+        assert cuda_on_host.last_kernel() == "linear_backward_weight_kernel"
         x, weight = bf16(20 * 16 + 1)[1:].view(20, 16), bf16(24, 16)
         ours = raw["linear_forward"]["cuda"](x, weight, None, 0)
         assert torch.equal(ours, raw["linear_forward"]["cuda"](x.clone(), weight, None, 0))

@@ -37,6 +37,13 @@ REQUIRED = {
         r"conv2d_product_kernel<TensorCores<.*, [01], 1, 8> >": ["LDSM.16.MT88.4"],
         r"conv2d_product_kernel<Exact<.* >": ["FFMA", "LDS.128", "LDGSTS.E", "LDGDEPBAR"],
     },
+    "conv_sm90": {
+        r"conv2d_sm90_kernel<WgmmaShape<256, .*": ["HGMMA.64x256x16.F32.BF16", "SYNCS.PHASECHK", "USETMAXREG"],
+        r"conv2d_sm90_kernel<WgmmaShape<128, .*": ["HGMMA.64x128x16.F32.BF16", "SYNCS.PHASECHK", "USETMAXREG"],
+        r"conv2d_sm90_kernel<WgmmaShape<64, .*": ["HGMMA.64x64x16.F32.BF16", "SYNCS.PHASECHK", "USETMAXREG"],
+        r"conv2d_sm90_kernel<.*, [01]>": ["UTMALDG.4D.IM2COL", "UTMALDG.3D"],
+        r"conv2d_sm90_kernel<.*, 2>": ["UTMALDG.4D.IM2COL", "UTMALDG.2D"],
+    },
     "conv_depthwise": {
         r"depthwise_(forward|backward_input)_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E"],
         r"pixel_sums_kernel<(float, 4|__nv_bfloat16, 8), (false|true)>": ["LDG.E.128"],

@@ -1,5 +1,5 @@
-// linear and its gradients in bfloat16 on Hopper: tensor copies and wgmma (wgmma_tile.cuh), float sums. Results, and the
-// order of additions in them, look at sizes alone; bias, activation and bias gradient on the way, as in linear.cu,
+// linear and its gradients in bfloat16 on Hopper: tensor copies and wgmma (wgmma_tile.cuh), float sums. Every sum
+// has a fixed order; bias, activation and bias gradient on the way, as in linear.cu,
 // which serves where this does not: other GPUs, rows that are no multiple of 16 bytes, few tiles.
 // Floor: 2 * rows * in_features * out_features operations at the tensor cores' bf16 rate.
 #include "activation.cuh"
@@ -19,23 +19,13 @@ constexpr bool kAFirst = PASS == Pass::backward_weight;
 template <Pass PASS>
 constexpr bool kBFirst = PASS != Pass::forward;
 
-// Blocks go through the tiles in bands of kBand columns, so that those which run together share operands in L2.
-constexpr int kBand = 8;
-
 struct Args {
   TensorMap a, b;
   const bf16* bias;
   bf16 *result, *grad_bias;
   int64_t rows, columns;  // of the result
-  int steps, row_tiles, column_tiles;
-  int activation;
-
-  DLKERN_DEVICE void tile_of(int block, int& row, int& column) const {
-    const int band = block / (kBand * row_tiles), first = band * kBand, within = block - first * row_tiles;
-    const int width = column_tiles - first < kBand ? column_tiles - first : kBand;
-    row = within / width;
-    column = first + within % width;
-  }
+  TileGrid grid;
+  int steps, activation;
 };
 
 // Starts the copies of an operand's tile: OUTER rows from `outer`, 64 of k.
@@ -56,7 +46,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 1) linear_sm90_kernel(const _
 #ifdef DLKERN_HOPPER
   DLKERN_DYNAMIC_SHARED(shared);
   int row_tile, column_tile;
-  args.tile_of(static_cast<int>(blockIdx.x), row_tile, column_tile);
+  args.grid.tile_of(static_cast<int>(blockIdx.x), row_tile, column_tile);
   const int row_start = row_tile * SHAPE::kBlockM, column_start = column_tile * SHAPE::kBlockN;
   // The first column of blocks adds up the columns of grad_output, a thread each.
   const int thread = static_cast<int>(threadIdx.x) - 128;
@@ -108,8 +98,8 @@ bool run(Args& args, const void* a, const void* b, int64_t k, void* stream) {
   if (!make_map<kAFirst<PASS>, SHAPE::kBlockM>(args.a, a, args.rows, k)) return false;
   if (!make_map<kBFirst<PASS>, SHAPE::kBlockN>(args.b, b, args.columns, k)) return false;
   const int64_t row_tiles = ceil_div(args.rows, SHAPE::kBlockM), column_tiles = ceil_div(args.columns, SHAPE::kBlockN);
-  if (row_tiles * column_tiles * kBand >= int64_t{1} << 31) return false;
-  args.row_tiles = static_cast<int>(row_tiles), args.column_tiles = static_cast<int>(column_tiles);
+  if (row_tiles * column_tiles * TileGrid::kBand >= int64_t{1} << 31) return false;
+  args.grid = {static_cast<int>(row_tiles), static_cast<int>(column_tiles)};
   args.steps = static_cast<int>(ceil_div(k, SHAPE::kBlockK));
   launch("linear_sm90_kernel", linear_sm90_kernel<SHAPE, PASS>, dim3(static_cast<unsigned>(row_tiles * column_tiles)),
          dim3(SHAPE::kThreads), SHAPE::kSharedBytes, stream, false, args);

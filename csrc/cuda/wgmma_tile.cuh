@@ -26,16 +26,34 @@ struct WgmmaTile {
   static constexpr int kMapRows = FIRST ? 64 : OUTER;  // box_rows of its map
 };
 
+// Blocks go through the tiles of a result in bands of kBand columns, so that those which run together share operands in
+// L2.
+struct TileGrid {
+  static constexpr int kBand = 8;
+  int rows, columns;  // tiles
+
+  DLKERN_DEVICE void tile_of(int block, int& row, int& column) const {
+    const int band = block / (kBand * rows), first = band * kBand, within = block - first * rows;
+    const int width = columns - first < kBand ? columns - first : kBand;
+    row = within / width;
+    column = first + within % width;
+  }
+};
+
 // A consumer thread's part of C.
 template <class SHAPE>
 struct WgmmaSum {
   float value[SHAPE::kBlockN / 2];
 
+  static DLKERN_DEVICE int first_row() {  // the thread's other one is 8 further
+    const int thread = static_cast<int>(threadIdx.x) - 128;
+    return thread / 32 * 16 + thread % 32 / 4;
+  }
+
   // Calls f(row, column, value, next value) for each pair of neighbouring columns; row and column are of the block.
   template <class F>
   DLKERN_DEVICE void for_each_pair(F&& f) const {
-    const int thread = static_cast<int>(threadIdx.x) - 128, lane = thread % 32;
-    const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+    const int row = first_row(), column = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int j = 0; j < SHAPE::kBlockN / 8; j++) {
       f(row, column + 8 * j, value[4 * j], value[4 * j + 1]);

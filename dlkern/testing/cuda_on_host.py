@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ORDERS", "clear", "errors", "hopper", "library_path", "load", "loaded", "messages", "multiprocessors",
+    "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "multiprocessors",
     "raise_if_errors", "thread_order",
 ]  # fmt: skip
 
@@ -40,6 +40,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.cuda_on_host_errors.restype = ctypes.c_int64
     library.cuda_on_host_messages.restype = ctypes.c_char_p
+    library.cuda_on_host_last_kernel.restype = ctypes.c_char_p
     library.cuda_on_host_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
     return library
 
@@ -75,6 +76,11 @@ def errors() -> int:
 def messages() -> str:
     """The first of the findings, a line each: kernel, what, block and thread."""
     return load().cuda_on_host_messages().decode()
+
+
+def last_kernel() -> str:
+    """Name of the kernel that ran last."""
+    return load().cuda_on_host_last_kernel().decode()
 
 
 def clear() -> None:
