@@ -12,13 +12,6 @@
 #include "wgmma_tile.cuh"
 
 namespace dlkern::cuda {
-namespace {
-
-enum class Pass { forward, backward_input, backward_weight };
-template <Pass PASS>
-constexpr bool kWeight = PASS == Pass::backward_weight;
-template <Pass PASS>
-constexpr bool kBFirst = PASS != Pass::forward;
 
 // How the im2col operand's pixels and taps are numbered.
 struct Window {
@@ -33,6 +26,14 @@ struct Window {
     n = static_cast<int>(row / static_cast<unsigned>(height));
   }
 };
+
+namespace {
+
+enum class Pass { forward, backward_input, backward_weight };
+template <Pass PASS>
+constexpr bool kWeight = PASS == Pass::backward_weight;
+template <Pass PASS>
+constexpr bool kBFirst = PASS != Pass::forward;
 
 struct Args {
   TensorMap a, b;
