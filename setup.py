@@ -61,7 +61,7 @@ HOST_VARIANTS = {
 }
 # Sources of csrc/cuda that are not kernels of the column.
 CUDA_DEVICE_ONLY = {"device.cu"}
-CUDA_PROGRAMS = {"conformance.cu"}
+CUDA_PROGRAMS = {"conformance.cu", "conformance_sm90.cu"}
 
 # CPU sources compiled once, not once an instruction set.
 PLAIN_CPU_SOURCES = {"isa.cpp", "parallel.cpp", "scratch.cpp"}
@@ -193,16 +193,21 @@ def cudart_directory(nvcc):
 
 def cuda_objects(ninja, build, nvcc, compiler):
     """Objects of the CUDA column: kernels by nvcc, their op layer by the host compiler. ptxas's report lies beside."""
-    codes = [f"-gencode arch=compute_{name},code=sm_{name}" for name in cuda_architectures()]
-    codes.append("-gencode arch=compute_80,code=compute_80")
+    def codes(source):
+        names = cuda_architectures()
+        if source.stem.endswith("_sm90") and "90a" in names:  # for other architectures there is nothing in it
+            names = ["90a"]
+        flags = [f"-gencode arch=compute_{name},code=sm_{name}" for name in names]
+        return " ".join(flags if names == ["90a"] else [*flags, "-gencode arch=compute_80,code=compute_80"])
+
     host = f"-ccbin {shlex.quote(shutil.which(compiler.split()[-1]) or compiler.split()[-1])}"
     ninja.rule(
         "nvcc",
-        f"{nvcc} {host} -std=c++20 -O3 {' '.join(codes)} -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
+        f"{nvcc} {host} -std=c++20 -O3 $codes -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
         f"-MD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)",
     )
     kernels = [
-        ninja.build(build / f"cuda_{source.stem}.o", "nvcc", [source])
+        ninja.build(build / f"cuda_{source.stem}.o", "nvcc", [source], codes=codes(source))
         for source in sorted((CSRC / "cuda").glob("*.cu"))
         if source.name not in CUDA_PROGRAMS
     ]
@@ -234,7 +239,7 @@ def demangled(symbol):
     """Kernel name with its template arguments, as the source has them; the symbol where c++filt is missing."""
     text = run_text(["c++filt", symbol]).strip() or symbol
     text = text.replace("(anonymous namespace)::", "").replace("dlkern::cuda::", "").removeprefix("void ")
-    text = re.sub(r"_GLOBAL__N__\w+::|\((?:int|bool|PoolIndices|Stored)\)", "", text)
+    text = re.sub(r"_GLOBAL__N__\w+::|\((?:int|bool|PoolIndices|Stored|Pass)\)", "", text)
     depth = 0
     for i, character in enumerate(text):  # cut the parameter list
         depth += {"<": 1, ">": -1}.get(character, 0)

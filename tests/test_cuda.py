@@ -68,6 +68,46 @@ def test_linear_large_tiles():
             assert not bad, bad
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 2], ids=["wide", "narrow"])  # as few make few tiles enough
+@pytest.mark.parametrize("rows,inputs,outputs", [((3, 43), 72, 136), ((5,), 8, 8), ((257,), 328, 264)])
+def test_linear_on_hopper(rows, inputs, outputs, multiprocessors):
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(multiprocessors):
+        certify(F.linear, tF.linear, lambda: [leaf(*rows, inputs), leaf(outputs, inputs), leaf(outputs)], torch.bfloat16,
+                draws=2)
+
+
+@pytest.mark.parametrize("order", cuda_on_host.ORDERS)
+def test_linear_on_hopper_does_not_depend_on_thread_order(order):
+    x, weight, bias, grad = bf16(70, 200), bf16(24, 200), bf16(24), bf16(70, 24)
+
+    def run():
+        found = []
+        for op, arguments in (("linear_forward", (x, weight, bias, 2)), ("linear_backward_input", (grad, weight)),
+                              ("linear_backward_weight", (grad, x, True))):
+            result = raw[op]["cuda"](*arguments)
+            found += result if isinstance(result, tuple) else [result]
+            assert cuda_on_host.last_kernel() == "linear_sm90_kernel"
+        return found
+
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(2):
+        expected = run()
+        with cuda_on_host.thread_order(order):
+            assert all(torch.equal(a, b) for a, b in zip(run(), expected))
+
+
+def test_linear_on_hopper_where_it_does_not_fit():
+    """Rows that are no multiple of 16 bytes, operands between 16-byte boundaries, and nothing to sum over."""
+    draw = lambda inputs: [leaf(9, inputs), leaf(5, inputs), leaf(5)]  # noqa: E731
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):
+        certify(F.linear, tF.linear, lambda: draw(7), torch.bfloat16, draws=4)
+        assert cuda_on_host.last_kernel() == "linear_backward_weight_kernel"
+        x, weight = bf16(20 * 16 + 1)[1:].view(20, 16), bf16(24, 16)
+        ours = raw["linear_forward"]["cuda"](x, weight, None, 0)
+        assert torch.equal(ours, raw["linear_forward"]["cuda"](x.clone(), weight, None, 0))
+        bias = bf16(8)
+        assert torch.equal(raw["linear_forward"]["cuda"](bf16(4, 0), bf16(8, 0), bias, 0), bias.expand(4, 8))
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 def test_linear_views(offset):
     """Operands that begin between 16-byte boundaries, and transposed ones."""

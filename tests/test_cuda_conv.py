@@ -1,6 +1,8 @@
 """conv2d and conv_transpose2d of the CUDA column, run on the host: every case of the catalogue, then what only some
 kernels and sizes have. tests/test_cuda_builds.py runs this file again on the checked build."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as tF
@@ -56,6 +58,57 @@ def test_products(label, layout, dtype):
     ours, inputs = convolution(F.conv2d, *PRODUCTS[label], layout)
     theirs, _ = convolution(tF.conv2d, *PRODUCTS[label], layout)
     certify(ours, theirs, inputs, dtype, draws=8 if dtype == torch.float32 and "parts" not in label else 2)
+
+
+# label -> input, weight, options, multiprocessors: as few make few tiles enough for the kernels of sm_90a.
+HOPPER = {
+    "slim tiles": ((2, 24, 7, 9), (40, 24, 3, 3), dict(padding=1), 2),
+    "narrow tiles": ((1, 72, 8, 9), (136, 72, 3, 2), dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2)), 4),
+    "wide tiles": ((1, 8, 9, 16), (264, 8, 1, 1), {}, 1),
+    "wide tiles of channels": ((1, 136, 5, 4), (8, 136, 1, 2), {}, 1),
+    "dilation": ((2, 16, 9, 8), (24, 16, 3, 2), dict(padding=(2, 1), dilation=(2, 1)), 1),
+    "parts": ((2, 16, 25, 26), (8, 16, 1, 3), dict(stride=1, padding=(0, 2)), 7),
+}
+
+
+@pytest.mark.parametrize("label", HOPPER)
+def test_on_hopper(label):
+    *sizes, multiprocessors = HOPPER[label]
+    layout = LAYOUTS[list(HOPPER).index(label) % 2]  # others are copied into channels_last
+    ours, inputs = convolution(F.conv2d, *sizes, layout)
+    theirs, _ = convolution(tF.conv2d, *sizes, layout)
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(multiprocessors):
+        certify(ours, theirs, inputs, torch.bfloat16, draws=2)
+
+
+def test_activation_and_residual_on_hopper():
+    options, kind = dict(padding=1), dlkern.Activation.SIGMOID
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):
+        certify(lambda x, w, b, r: F.conv2d_act(x, w, b, **options, activation=kind, residual=r),
+                lambda x, w, b, r: torch.sigmoid(tF.conv2d(x, w, b, **options) + r),
+                lambda: [leaf(2, 8, 5, 6), leaf(16, 8, 3, 3), leaf(16), leaf(2, 16, 5, 6)], torch.bfloat16, draws=4)
+
+
+@pytest.mark.parametrize("shape,settings,kernels", [
+    ((16, 8, 3, 3), ([1, 1], [1, 1], [1, 1], 1), ["sm90", "sm90", "sm90"]),
+    ((16, 8, 3, 3), ([2, 2], [1, 1], [1, 1], 1), ["sm90", "product", "sm90"]),
+    ((16, 8, 3, 3), ([9, 1], [1, 1], [1, 1], 1), ["product", "product", "product"]),  # beyond a tensor map's step
+    ((16, 8, 3, 3), ([1, 1], [140, 1], [1, 1], 1), ["product", "product", "sum_parts"]),  # its corners
+    ((16, 8, 3, 3), ([1, 1], [127, 1], [128, 1], 1), ["product", "product", "product"]),  # its offsets
+    ((16, 4, 3, 3), ([1, 1], [1, 1], [1, 1], 2), ["product", "product", "product"]),
+    ((12, 8, 3, 3), ([1, 1], [1, 1], [1, 1], 1), ["product", "product", "product"]),
+])
+def test_which_kernel_on_hopper(shape, settings, kernels):
+    x, w = torch.randn(1, 8, 9, 7).bfloat16(), torch.randn(shape).bfloat16()
+    found = []
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):
+        y = raw["conv2d_forward"]["cuda"](x, w, None, *settings)
+        found.append(cuda_on_host.last_kernel())
+        raw["conv2d_backward_input"]["cuda"](y, w, x.shape, *settings, True)
+        found.append(cuda_on_host.last_kernel())
+        raw["conv2d_backward_weight"]["cuda"](y, x, w.shape, *settings, False, True)
+        found.append(cuda_on_host.last_kernel())
+    assert [name.removeprefix("conv2d_").split("_kernel")[0] for name in found] == kernels
 
 
 DEPTHWISE = {
@@ -214,11 +267,13 @@ def test_wrong_arguments():
             call()
 
 
-def sample():
+def sample(bfloat16_only=False):
     """Some results of every kernel."""
     torch.manual_seed(3)
     found = []
     for dtype, layout in ((torch.float32, LAYOUTS[0]), (torch.bfloat16, LAYOUTS[1]), (torch.bfloat16, LAYOUTS[0])):
+        if bfloat16_only and dtype == torch.float32:
+            continue
         channels = 3 if layout == LAYOUTS[0] else 8
         for groups in (1, 8):
             shape = (2, channels if groups == 1 else 8, 33, 17)
@@ -232,10 +287,12 @@ def sample():
 
 
 @pytest.mark.parametrize("order,seed", [("reverse", 1), ("random", 1)])
-def test_same_bits_in_every_thread_order(order, seed):
-    forward = sample()
-    with cuda_on_host.thread_order(order, seed):
-        other = sample()
+@pytest.mark.parametrize("hopper", [False, True], ids=["", "hopper"])
+def test_same_bits_in_every_thread_order(order, seed, hopper):
+    with cuda_on_host.hopper() if hopper else contextlib.nullcontext(), cuda_on_host.multiprocessors(1 if hopper else 132):
+        forward = sample(bfloat16_only=hopper)
+        with cuda_on_host.thread_order(order, seed):
+            other = sample(bfloat16_only=hopper)
     assert all(torch.equal(a, b) for a, b in zip(forward, other))
 
 

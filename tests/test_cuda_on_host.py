@@ -29,6 +29,21 @@ FINDINGS = {
     "global_read_inside": ["read of global memory outside every tensor"],
     "global_write_inside": ["write of global memory outside every tensor"],
     "grid_sync_before_read": ["race in a result", "read of a result nobody wrote"],
+    "hopper_alignment": ["not a multiple of 1024"],
+    "hopper_arrivals": ["deadlock"],
+    "hopper_barrier_after_init": ["no mbarrier there was initialised", "race in shared memory", "nobody wrote"],
+    "hopper_bytes": ["deadlock", "a block ended with"],
+    "hopper_copies": ["a block ended with cp.async.bulk copies not waited for", "race in shared memory"],
+    "hopper_empty_wait": ["more arrivals in a phase", "race in shared memory: cp.async.bulk", "nobody wrote"],
+    "hopper_full_parity": ["deadlock", "cp.async is still to fill", "race in shared memory: wgmma", "nobody wrote"],
+    "hopper_full_wait": ["cp.async is still to fill", "race in shared memory: wgmma", "nobody wrote"],
+    "hopper_init_fence": ["no fence after the init"],
+    "hopper_last_wait": ["read of an accumulator that wgmma is still to fill"],
+    "hopper_operand_write": ["write of what a wgmma not waited for reads", "race in shared memory"],
+    "hopper_proxy_fence": ["no fence.proxy.async"],
+    "hopper_release_after_wait": ["cp.async.bulk of what a wgmma not waited for reads"],
+    "hopper_tensor": ["read of global memory outside every tensor"],
+    "hopper_wgmma_fence": ["no wgmma.fence"],
     "inputs_only_read": ["write to an input"],
     "ldmatrix_after_barrier": ["race in shared memory", "read of shared memory nobody wrote"],
     "one_barrier_for_all": ["different barriers"],
@@ -95,9 +110,9 @@ def test_exact(in_order, name):
     assert in_order.cuda_on_host_errors() == 0, in_order.cuda_on_host_messages().decode()
 
 
-def conformance(directory: Path) -> dict[str, list[int]]:
-    """Words each case of csrc/cuda/conformance.cu printed."""
-    text = subprocess.run([directory / "conformance"], capture_output=True, text=True, check=True).stdout
+def conformance(directory: Path, program: str = "conformance") -> dict[str, list[int]]:
+    """Words each case of csrc/cuda/<program>.cu printed."""
+    text = subprocess.run([directory / program], capture_output=True, text=True, check=True).stdout
     words: dict[str, list[int]] = {}
     for line in text.splitlines():
         head, tail = line.split(": ")
@@ -163,6 +178,41 @@ def test_instruction_twins():
         for i in range(1024):
             at = 2048 * case + 2 * i
             assert tuple(found["divide"][at : at + 2]) == divmod(x[i] & 0x7FFFFFFF, divisor)
+
+
+def test_hopper_instruction_twins():
+    """The same of conformance_sm90: tensor copies, im2col and wgmma, against NumPy and the manual's layouts."""
+    import numpy as np
+
+    found = {name: np.array(words, dtype=np.uint32)
+             for name, words in conformance(ROOT / "build" / "cuda_on_host", "conformance_sm90").items()}
+    checked = conformance(ROOT / "build" / "cuda_on_host_checked", "conformance_sm90")
+    assert {name: words.tolist() for name, words in found.items()} == checked
+
+    def rows(words) -> np.ndarray:
+        """What a tile in shared memory holds: its 16-byte pieces are swizzled within each row of 128 bytes."""
+        halves = words.view(np.uint16).astype(np.uint32) << 16
+        pieces = halves.view(np.float32).reshape(64, 8, 8)
+        return np.stack([pieces[r][np.arange(8) ^ r % 8].reshape(64) for r in range(64)])
+
+    matrix = (np.arange(100 * 136) % 29 - 14).reshape(100, 136).astype(np.float32)
+    around = np.pad(matrix, 200)
+    for case, (x, y) in enumerate([(8, 3), (96, 60), (-8, -5)]):
+        expected = around[200 + y :, 200 + x :][:64, :64]
+        assert np.array_equal(rows(found["copy"][2048 * case :][:2048]), expected)
+
+    a, b, depth = matrix[:64, :64], matrix[32:96, 64:128], np.r_[0:16, 48:64]
+    for case, (a_first, b_first) in enumerate([(False, False), (False, True), (True, False), (True, True)]):
+        product = (a.T if a_first else a)[:, depth] @ (b.T if b_first else b)[:, depth].T
+        registers = found["product"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)  # w, g, t, j, i, e
+        assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), product)
+
+    images = np.pad(matrix.ravel()[: 3 * 5 * 7 * 72].reshape(3, 5, 7, 72), [(0, 9), (20, 20), (20, 20), (0, 64)])
+    places = [(n, h, w) for n in range(9) for h in range(-2, 4) for w in range(-1, 6, 2)]
+    for case, (c, first, (down, right)) in enumerate([(0, (0, -2, -1), (0, 0)), (64, (1, 0, 1), (3, 2))]):
+        start = places.index(first)
+        expected = [images[n, 20 + h + down, 20 + w + right, c : c + 64] for n, h, w in places[start : start + 64]]
+        assert np.array_equal(rows(found["im2col"][2048 * case :][:2048]), np.stack(expected))
 
 
 def test_fibers_on_ucontext(tmp_path):

@@ -15,7 +15,8 @@
 #include "conv_depthwise.h"
 #include "ffma_tile.cuh"
 #include "gather.cuh"
-#include "pack.cuh"
+#include "hopper.cuh"
+#include "tile_store.cuh"
 
 namespace dlkern::cuda {
 namespace {
@@ -87,19 +88,6 @@ struct Exact {
     ffma_tile<SHAPE>(sum, a, b, static_cast<float*>(shared));
   }
 };
-
-// Stores two neighbouring columns, together where they are neighbours in memory.
-template <class T>
-DLKERN_DEVICE void store_columns(T* result, int64_t first_at, int64_t second_at, bool has_second, float first,
-                                 float second) {
-  const Pack<T, 2> pair{{from_float<T>(first), from_float<T>(second)}};
-  if (has_second && second_at == first_at + 1 && reinterpret_cast<uintptr_t>(result + first_at) % sizeof(pair) == 0) {
-    store_pack(result + first_at, pair);
-  } else {
-    result[first_at] = pair.at[0];
-    if (has_second) result[second_at] = pair.at[1];
-  }
-}
 
 // One block: kBlockM rows x kBlockN columns of one group; blockIdx.z is the class, or the part of k.
 template <class ENGINE>
@@ -245,6 +233,7 @@ bool conv2d_takes_vectors(ConvElement element, const ConvGeometry& g) {
 void conv2d_forward(ConvElement element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w,
                     const void* bias, const void* residual, int activation, const ConvResult& y, void* stream) {
   if (g.depthwise()) return depthwise_forward(element, g, x, w, bias, residual, activation, y, stream);
+  if (conv2d_forward_sm90(element, g, x, w, bias, residual, activation, y, stream)) return;
   const int64_t channels = g.c / g.groups, filters = g.k / g.groups;
   Product product{};
   product.a = {x.data, pixel_steps(g, x), tap_steps(g, x), channels * x.c, g.h, g.w, x.c != 1};
@@ -293,6 +282,7 @@ struct Residue {
 void conv2d_backward_input(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
                            const void* bias, const ConvResult& dx, void* stream) {
   if (g.depthwise()) return depthwise_backward_input(element, g, dy, w, bias, dx, stream);
+  if (conv2d_backward_input_sm90(element, g, dy, w, bias, dx, stream)) return;
   const int64_t channels = g.c / g.groups, filters = g.k / g.groups;
   Product product{};
   product.a = {dy.data, image_steps(dy), {}, filters * dy.c, g.p, g.q, dy.c != 1};
@@ -339,14 +329,17 @@ namespace {
 
 constexpr int64_t kWantedBlocks = 256;  // two a multiprocessor
 constexpr int64_t kLeastOfAPart = 512, kMostOfAPart = int64_t{1} << 29;  // pixels
+constexpr int64_t kPartUnit = 64;  // a step of either kernel
 
 // How many parts, none of them empty; `length` receives their pixels.
-int parts_of(const ConvGeometry& g, int64_t& length) {
+int parts_of(ConvElement element, const ConvGeometry& g, int64_t& length) {
   const int64_t rows = g.k / g.groups, columns = int64_t{g.r} * g.s * (g.c / g.groups), pixels = g.n * g.p * g.q;
-  const int64_t wanted = kWantedBlocks / tiles(rows, columns, g.groups, 64), most = pixels / kLeastOfAPart;
+  const int64_t on_hopper = conv2d_weight_tiles_sm90(element, g);
+  const int64_t wanted = on_hopper ? multiprocessors() / on_hopper : kWantedBlocks / tiles(rows, columns, g.groups, 64);
+  const int64_t most = pixels / kLeastOfAPart;
   int64_t parts = wanted < most ? wanted : most;
   if (parts < ceil_div(pixels, kMostOfAPart)) parts = ceil_div(pixels, kMostOfAPart);
-  length = ceil_div(ceil_div(pixels, parts < 1 ? 1 : parts), kBlockK) * kBlockK;
+  length = ceil_div(ceil_div(pixels, parts < 1 ? 1 : parts), kPartUnit) * kPartUnit;
   return static_cast<int>(ceil_div(pixels, length));
 }
 
@@ -355,12 +348,15 @@ int parts_of(const ConvGeometry& g, int64_t& length) {
 int conv2d_weight_parts(ConvElement element, const ConvGeometry& g) {
   if (g.depthwise()) return depthwise_weight_parts(element, g);
   int64_t length;
-  return parts_of(g, length);
+  return parts_of(element, g, length);
 }
 
 void conv2d_backward_weight(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
                             float* parts, const ConvResult& dw, void* stream) {
   if (g.depthwise()) return depthwise_backward_weight(element, g, dy, x, parts, dw, stream);
+  int64_t length;
+  const int count = parts_of(element, g, length);
+  if (conv2d_backward_weight_sm90(element, g, dy, x, count > 1 ? parts : nullptr, count, length, dw, stream)) return;
   const int64_t channels = g.c / g.groups, filters = g.k / g.groups;
   Product product{};
   product.a = {dy.data, last_step(dy.c), image_steps(dy), filters * dy.c, 1, 1, dy.c == 1};
@@ -371,8 +367,6 @@ void conv2d_backward_weight(ConvElement element, const ConvGeometry& g, const Co
   product.groups = static_cast<uint32_t>(g.groups);
   product.row = last_step(dw.n), product.column = {dw.h, dw.w, dw.c};
   product.result_group = filters * dw.n;
-  int64_t length;
-  const int count = parts_of(g, length);
   product.result = count > 1 ? parts : dw.data;
   if (count > 1) product.part_length = length, product.part_stride = g.k * product.n;
   Class& c = product.classes[0];

@@ -54,4 +54,16 @@ void conv2d_backward_bias(ConvElement element, const ConvGeometry& geometry, con
 void conv2d_sum_parts(ConvElement element, const float* parts, int count_of_parts, int64_t count, void* result,
                       void* stream);
 
+// The same by conv_sm90.cu, where the GPU is a Hopper and the tensors fit it; false where nothing was done.
+bool conv2d_forward_sm90(ConvElement element, const ConvGeometry& geometry, const ConvTensor& x, const ConvTensor& w,
+                         const void* bias, const void* residual, int activation, const ConvResult& y, void* stream);
+bool conv2d_backward_input_sm90(ConvElement element, const ConvGeometry& geometry, const ConvTensor& dy,
+                                const ConvTensor& w, const void* bias, const ConvResult& dx, void* stream);
+// Of `count` parts of `length` pixels, a multiple of 64; `parts` null where there is one.
+bool conv2d_backward_weight_sm90(ConvElement element, const ConvGeometry& geometry, const ConvTensor& dy,
+                                 const ConvTensor& x, float* parts, int count, int64_t length, const ConvResult& dw,
+                                 void* stream);
+// Blocks that it makes of one part; 0 where conv_sm90.cu does not serve.
+int64_t conv2d_weight_tiles_sm90(ConvElement element, const ConvGeometry& geometry);
+
 }  // namespace dlkern::cuda

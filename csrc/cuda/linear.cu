@@ -9,6 +9,7 @@
 #include "activation.cuh"
 #include "mma_tile.cuh"
 #include "pack.cuh"
+#include "tile_store.cuh"
 
 namespace dlkern::cuda {
 namespace {
@@ -24,20 +25,6 @@ DLKERN_DEVICE int64_t tile_row() {
 template <class SHAPE>
 DLKERN_DEVICE int64_t tile_column() {
   return static_cast<int64_t>(blockIdx.y) * SHAPE::kBlockN;
-}
-
-// Stores two neighbouring elements of a [rows, columns] matrix, together where columns is even.
-DLKERN_DEVICE void store_pair(bf16* matrix, int64_t rows, int64_t columns, int64_t row, int64_t column, float first,
-                              float second) {
-  if (row >= rows || column >= columns) return;
-  bf16* at = matrix + row * columns + column;
-  const Pack<bf16, 2> pair{{from_float<bf16>(first), from_float<bf16>(second)}};
-  if (columns % 2 == 0) {
-    store_pack(at, pair);
-  } else {
-    at[0] = pair.at[0];
-    if (column + 1 < columns) at[1] = pair.at[1];
-  }
 }
 
 // ---- Kernels ----
@@ -183,6 +170,7 @@ bool enough_for_large(int64_t rows, int64_t columns) {
 
 void linear_forward(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
                     int64_t in_features, int64_t out_features, int activation, void* stream) {
+  if (linear_forward_sm90(input, weight, bias, output, rows, in_features, out_features, activation, stream)) return;
   const LinearArgs args{static_cast<const bf16*>(input),
                         static_cast<const bf16*>(weight),
                         static_cast<const bf16*>(bias),
@@ -198,6 +186,7 @@ void linear_forward(const void* input, const void* weight, const void* bias, voi
 
 void linear_backward_input(const void* grad_output, const void* weight, void* grad_input, int64_t rows,
                            int64_t in_features, int64_t out_features, void* stream) {
+  if (linear_backward_input_sm90(grad_output, weight, grad_input, rows, in_features, out_features, stream)) return;
   const LinearArgs args{static_cast<const bf16*>(grad_output),
                         static_cast<const bf16*>(weight),
                         nullptr,
@@ -213,6 +202,8 @@ void linear_backward_input(const void* grad_output, const void* weight, void* gr
 
 void linear_backward_weight(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
                             int64_t rows, int64_t in_features, int64_t out_features, void* stream) {
+  if (linear_backward_weight_sm90(grad_output, input, grad_weight, grad_bias, rows, in_features, out_features, stream))
+    return;
   const LinearArgs args{static_cast<const bf16*>(grad_output),
                         static_cast<const bf16*>(input),
                         nullptr,

@@ -19,6 +19,14 @@ void linear_backward_input(const void* grad_output, const void* weight, void* gr
 void linear_backward_weight(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
                             int64_t rows, int64_t in_features, int64_t out_features, void* stream);
 
+// The same by linear_sm90.cu, where the GPU is a Hopper and the matrices fit it; false where nothing was done.
+bool linear_forward_sm90(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
+                         int64_t in_features, int64_t out_features, int activation, void* stream);
+bool linear_backward_input_sm90(const void* grad_output, const void* weight, void* grad_input, int64_t rows,
+                                int64_t in_features, int64_t out_features, void* stream);
+bool linear_backward_weight_sm90(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
+                                 int64_t rows, int64_t in_features, int64_t out_features, void* stream);
+
 // grad_input = grad_output * activation'(.), from the activation's output; `count` elements, float or bfloat16.
 void activation_backward(bool is_float, const void* grad_output, const void* output, void* grad_input, int64_t count,
                          int activation, void* stream);

@@ -3,7 +3,10 @@
 // Only one thread runs at a time, so all accesses lie on one line of time, counted by machine.clock, which each
 // synchronisation advances. An access by one thread is ordered before a later one by another exactly when a
 // synchronisation of both lies between: a __syncthreads of their block, a __syncwarp of their warp, a grid sync, a
-// counter that one block added to and the other read (counters.cpp), or the next launch. Whether it does can be read off the two times, whatever order the threads ran in.
+// counter that one block added to and the other read (counters.cpp), or the next launch. Whether it does can be read off
+// the two times, whatever order the threads ran in. What mbarriers order is each thread's own: Known, in machine.h.
+// The copy engine (a writer, one a mbarrier) and each warpgroup's wgmma (a reader) count as threads that synchronise
+// through mbarriers and wgmma.wait_group alone.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,6 +25,7 @@ inline uint32_t thread_id(uint32_t block, uint32_t warps_per_block, uint32_t thr
 }
 inline constexpr uint32_t kSeveralLanes = 32;  // of that warp
 inline constexpr uint32_t kSeveralWarps = 33;  // of the block whose first warp that is
+inline constexpr uint32_t kCopyEngine = 34;  // and on: that of the mbarrier, see engine_id
 inline constexpr uint32_t kSeveralBlocks = 0xffffffffu;
 
 struct Access {
@@ -42,6 +46,10 @@ void check_write(Thread& thread, const void* address, size_t bytes);
 void check_issue(Thread& thread, const void* address, size_t bytes);  // of a copy that will write there
 void check_atomic(Thread& thread, const void* address, size_t bytes);
 void check_new_array(Block& block, size_t offset, size_t bytes);
+void check_tensor_issue(Thread& thread, const void* address, size_t bytes);
+void mark_copied(Block& block, const void* address, size_t bytes, size_t mbarrier);
+// Of wgmma, element by element; false after a finding. `note`: remembers the read as that warpgroup's.
+bool check_operand(Thread& thread, Block& block, uint32_t offset, size_t group, bool note);
 #else
 inline void check_read(Thread&, const void*, size_t) {}
 inline void check_shared_read(Thread&, const void*, size_t) {}
@@ -49,6 +57,9 @@ inline void check_write(Thread&, const void*, size_t) {}
 inline void check_issue(Thread&, const void*, size_t) {}
 inline void check_atomic(Thread&, const void*, size_t) {}
 inline void check_new_array(Block&, size_t, size_t) {}
+inline void check_tensor_issue(Thread&, const void*, size_t) {}
+inline void mark_copied(Block&, const void*, size_t, size_t) {}
+inline bool check_operand(Thread&, Block&, uint32_t, size_t, bool) { return true; }
 #endif
 
 }  // namespace cuda_on_host

@@ -54,6 +54,12 @@ EXPORT void cuda_on_host_set_order(int order, unsigned seed) {
 // How many multiprocessors the device has that the launchers ask about.
 EXPORT void cuda_on_host_set_multiprocessors(int count) { cuda_on_host::settings.multiprocessors = count; }
 
+// Whether that device is a Hopper.
+EXPORT void cuda_on_host_set_hopper(int hopper) { cuda_on_host::settings.hopper = hopper != 0; }
+
+// Name of the latest kernel.
+EXPORT const char* cuda_on_host_last_kernel() { return cuda_on_host::machine.kernel; }
+
 EXPORT int cuda_on_host_is_checked() {
 #ifdef DLKERN_CHECKED
   return 1;

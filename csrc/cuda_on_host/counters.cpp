@@ -55,4 +55,7 @@ int64_t blocks_at_once(int64_t shared_bytes) {
   return shared_bytes > limit ? -1 : settings.multiprocessors * (limit / (shared_bytes + 1024));
 }
 
+int multiprocessors() { return settings.multiprocessors; }
+bool is_hopper() { return settings.hopper; }
+
 }  // namespace cuda_on_host

@@ -104,6 +104,39 @@ void red_release_add(unsigned* counter, unsigned value);
 unsigned ld_acquire(const unsigned* counter);
 void spin(const char* where);
 int64_t blocks_at_once(int64_t shared_bytes);  // of a kernel, on the device that this pretends to be
+int multiprocessors();
+bool is_hopper();
+
+// ---- Hopper: mbarrier.cpp, tensor_copy.cpp, wgmma.cpp ----
+
+uint32_t shared_address(const void* pointer);  // as descriptors hold it: the offset in the block's shared memory
+
+void mbarrier_init(uint64_t* barrier, unsigned count);
+void mbarrier_init_fence();
+void mbarrier_arrive(uint64_t* barrier);
+void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
+void mbarrier_wait(uint64_t* barrier, unsigned parity);
+void fence_proxy_async();
+
+// What a CUtensorMap says of a bfloat16 tensor, 128-byte swizzle; the first dimension is the one without gaps. Tiled:
+// `box` elements a dimension. im2col ([C, W, H, N]): box[0] channels of box[1] pixels; see tensor_copy.cpp.
+struct TensorMap {
+  const void* base;
+  int rank;
+  bool im2col;
+  uint64_t size[4], stride[4];  // strides in bytes
+  uint32_t box[4];
+  int lower[2], upper[2], step[2];  // of w and h
+};
+// Looks at what the driver would refuse: false where it would.
+bool tensor_map_is_valid(const TensorMap& map);
+void tensor_copy(void* destination, const TensorMap& map, uint64_t* barrier, const int (&at)[4],
+                 const int (&offset)[2]);
+
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups_left);
+void wgmma_bf16(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds);
 
 template <class T>
 T shuffled(unsigned mask, T value, int source_lane, const char* where) {

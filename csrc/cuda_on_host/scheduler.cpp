@@ -55,6 +55,12 @@ void run_next(Fiber& from, bool last) {
 void release_barrier(Block& block) {
   block.synced_at = ++machine.clock;
   join(block.seen, block.acquired);
+  if (any_known(block)) {
+    for (Thread& thread : block.threads) {
+      join(block.known, thread.known);
+      thread.known.clear();
+    }
+  }
   block.barrier_where = nullptr;
   for (Thread* thread : block.at_barrier) ready.push_back(thread);
   block.at_barrier.clear();
@@ -66,9 +72,15 @@ void thread_main() {
   Thread& thread = *machine.current;
   thread.done = true;
   if (!thread.copies.empty()) report("a thread returned with cp.async copies not waited for");
+  if (thread.products_waited != thread.products) report("a thread returned with wgmma products not waited for");
   thread.warp->alive &= ~(1u << thread.lane);
   alive--;
   Block& block = *thread.block;
+  if (block.alive == 1) {
+    for (const Mbarrier& barrier : block.mbarriers) {
+      if (barrier.copied > barrier.waited) report("a block ended with cp.async.bulk copies not waited for");
+    }
+  }
   // Threads that have returned count as arrived.
   if (--block.alive && static_cast<int>(block.at_barrier.size()) == block.alive) release_barrier(block);
   run_next(thread.fiber, true);
@@ -87,6 +99,9 @@ void start_block(Block& block, uint3 index, uint32_t linear_index, dim3 size, si
   block.at_barrier.clear();
   block.barrier_where = nullptr;
   block.synced_at = ++machine.clock;
+  block.mbarriers.clear();
+  block.warpgroups.clear();
+  block.known.clear();
   shared_begin(block, shared_bytes);
   for (unsigned i = 0; i < threads; i++) {
     Thread& thread = block.threads[i];
@@ -100,6 +115,12 @@ void start_block(Block& block, uint3 index, uint32_t linear_index, dim3 size, si
     thread.waits_at = "its start";
     thread.copies.clear();
     thread.copy_group = 0;
+    thread.known.clear();
+    thread.proxy_fences.clear();
+    thread.products = thread.products_waited = 0;
+    thread.product_groups.clear();
+    thread.sums.clear();
+    thread.wgmma_fenced = false;
     thread.fiber.stack = take_stack();
     prepare_fiber(thread.fiber, thread_main, i);
     warp.lanes[thread.lane] = &thread;
@@ -130,6 +151,8 @@ void sleep(const char* where) {
 }
 
 void make_ready(Thread* thread) { ready.push_back(thread); }
+
+bool early() { return settings.order == Order::reverse || (settings.order == Order::random && random_source() % 2); }
 
 bool continues_after_sync() { return settings.order == Order::forward; }
 

@@ -93,6 +93,14 @@ void warp_barrier(unsigned mask, const char* where) {
   char nothing;
   collective(mask & warp.alive, &nothing, where, [&](void**) {
     if ((mask & warp.alive) == warp.alive) warp.synced_at = ++machine.clock;
+    Known together;
+    for (int lane = 0; lane < 32; lane++) {
+      if (mask & warp.alive & 1u << lane) join(together, warp.lanes[lane]->known);
+    }
+    if (together.empty()) return;
+    for (int lane = 0; lane < 32; lane++) {
+      if (mask & warp.alive & 1u << lane) warp.lanes[lane]->known = together;
+    }
   });
 }
 

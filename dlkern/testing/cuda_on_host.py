@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ORDERS", "clear", "errors", "library_path", "load", "loaded", "messages", "multiprocessors", "raise_if_errors",
-    "thread_order",
+    "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "multiprocessors",
+    "raise_if_errors", "thread_order",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
@@ -40,6 +40,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.cuda_on_host_errors.restype = ctypes.c_int64
     library.cuda_on_host_messages.restype = ctypes.c_char_p
+    library.cuda_on_host_last_kernel.restype = ctypes.c_char_p
     library.cuda_on_host_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
     return library
 
@@ -77,6 +78,11 @@ def messages() -> str:
     return load().cuda_on_host_messages().decode()
 
 
+def last_kernel() -> str:
+    """Name of the kernel that ran last."""
+    return load().cuda_on_host_last_kernel().decode()
+
+
 def clear() -> None:
     load().cuda_on_host_clear()
 
@@ -97,6 +103,16 @@ def multiprocessors(count: int) -> Iterator[None]:
         yield
     finally:
         load().cuda_on_host_set_multiprocessors(132)
+
+
+@contextlib.contextmanager
+def hopper() -> Iterator[None]:
+    """Launches inside believe that the device is a Hopper, and choose the kernels written for it where they fit."""
+    load().cuda_on_host_set_hopper(1)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_hopper(0)
 
 
 @contextlib.contextmanager

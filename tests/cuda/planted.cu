@@ -8,6 +8,7 @@
 
 #include "cuda/block_reduce.cuh"
 #include "cuda/grid_sync.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda_on_host/control.h"
@@ -202,12 +203,94 @@ __global__ void one_barrier_for_all(const float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x];
 }
 
+// A tensor copy by the first warpgroup into two stages, multiplied by the second one, as csrc/cuda/wgmma_tile.cuh does.
+enum class Hopper {
+  right,
+  init_fence,
+  barrier_after_init,
+  empty_wait,
+  full_wait,
+  full_parity,
+  bytes,
+  arrivals,
+  copies,
+  alignment,
+  tensor,
+  proxy_fence,
+  wgmma_fence,
+  release_after_wait,
+  last_wait,
+  operand_write,
+};
+
+template <Hopper WRONG>
+__global__ void hopper(const float* in, float* out) {
+  constexpr int kSteps = 4, kTile = 64 * 64, kBytes = 2 * kTile;
+  DLKERN_DYNAMIC_SHARED(raw);
+  auto* const shared = reinterpret_cast<bf16*>(raw);  // two stages of A, then B
+  bf16* const b = shared + 2 * kTile;
+  DLKERN_SHARED(uint64_t, full, [2]);
+  DLKERN_SHARED(uint64_t, empty, [2]);
+  TensorMap map;
+  const int64_t size[3] = {64, WRONG == Hopper::tensor ? 17 : 16, 1}, stride[2] = {64, 0};
+  make_tiled_map(map, in, 2, size, stride, 64);
+  for (int i = static_cast<int>(threadIdx.x); i < kTile; i += 256) b[i] = from_float<bf16>(static_cast<float>(i % 7));
+  if (WRONG != Hopper::proxy_fence) fence_proxy_async();
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < 2; stage++) {
+      mbarrier_init(full + stage, 1);
+      mbarrier_init(empty + stage, WRONG == Hopper::arrivals ? 5 : 4);
+    }
+    if (WRONG != Hopper::init_fence) mbarrier_init_fence();
+  }
+  if (WRONG != Hopper::barrier_after_init) __syncthreads();
+  if (threadIdx.x < 128) {
+    for (int step = 0; threadIdx.x == 0 && step < kSteps + (WRONG == Hopper::copies); step++) {
+      const int stage = step % 2;
+      if (WRONG != Hopper::empty_wait) mbarrier_wait(empty + stage, (step / 2 + 1) % 2);
+      mbarrier_arrive_expect(full + stage, WRONG == Hopper::bytes ? kBytes - 128 : kBytes);
+      tensor_copy_2d(shared + stage * kTile + (WRONG == Hopper::alignment ? 64 : 0), map, full + stage, 0, step);
+    }
+    return;
+  }
+  float c[32] = {};
+  for (int step = 0; step < kSteps; step++) {
+    bf16* const a = shared + step % 2 * kTile;
+    if (WRONG != Hopper::full_wait)
+      mbarrier_wait(full + step % 2, (step / 2 + (WRONG == Hopper::full_parity ? 1 : 0)) % 2);
+    if (WRONG != Hopper::wgmma_fence) wgmma_fence(c);
+    for (int k = 0; k < 64; k += 16)
+      wgmma_bf16<false, false>(c, matrix_descriptor(a + k, 16), matrix_descriptor(b + k, 16), true);
+    wgmma_commit();
+    if (WRONG == Hopper::operand_write && threadIdx.x == 128) a[5] = b[5];
+    if (WRONG != Hopper::release_after_wait) wgmma_wait<0>();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + step % 2);
+    if (WRONG == Hopper::release_after_wait && step + 1 < kSteps) wgmma_wait<0>();
+  }
+  if (WRONG != Hopper::last_wait) {
+    wgmma_wait_all(c);
+  } else {
+    wgmma_fence(c);
+    wgmma_bf16<false, false>(c, matrix_descriptor(b, 16), matrix_descriptor(b, 16), true);
+    wgmma_commit();
+  }
+  for (int i = 0; i < 4; i++) out[(threadIdx.x - 128) * 4 + i] = c[i];
+}
+
 struct Case {
   void (*kernel)(const float*, float*);
   unsigned blocks = 1;
   bool cooperative = false;
   size_t shared = 0;
+  unsigned threads = kThreads;
 };
+#define HOPPER_CASE(name)                                                                                       \
+  {                                                                                                             \
+    "hopper_" #name, {                                                                                          \
+      Case{hopper<Hopper::right>, 1, false, 3 * 8192, 256}, Case{hopper<Hopper::name>, 1, false, 3 * 8192, 256} \
+    }                                                                                                           \
+  }
 
 #define CASE(name, ...)                                                    \
   {                                                                        \
@@ -238,6 +321,21 @@ const std::map<std::string, std::array<Case, 2>>& cases() {
       CASE(atomic_counting),
       CASE(everybody_shuffles),
       CASE(one_barrier_for_all),
+      HOPPER_CASE(init_fence),
+      HOPPER_CASE(barrier_after_init),
+      HOPPER_CASE(empty_wait),
+      HOPPER_CASE(full_wait),
+      HOPPER_CASE(full_parity),
+      HOPPER_CASE(bytes),
+      HOPPER_CASE(arrivals),
+      HOPPER_CASE(copies),
+      HOPPER_CASE(alignment),
+      HOPPER_CASE(tensor),
+      HOPPER_CASE(proxy_fence),
+      HOPPER_CASE(wgmma_fence),
+      HOPPER_CASE(release_after_wait),
+      HOPPER_CASE(last_wait),
+      HOPPER_CASE(operand_write),
       {"inputs_only_read",
        {Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<false>)},
         Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<true>)}}},
@@ -370,7 +468,7 @@ EXPORT int64_t run_case(const char* name, int bug) {
   if (found == cases().end()) return -1;
   const Case& c = found->second[bug != 0];
   return with_tensors([&](const float* in, float* out) {
-    launch(name, c.kernel, dim3(c.blocks), dim3(kThreads), c.shared, nullptr, c.cooperative, in, out);
+    launch(name, c.kernel, dim3(c.blocks), dim3(c.threads), c.shared, nullptr, c.cooperative, in, out);
     return cuda_on_host::findings();
   });
 }

@@ -9,6 +9,11 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS = (
 )
 
 
+LINEAR_HOPPER, CONV_HOPPER, WGMMA_TILE, TILE_STORE = (
+    f"csrc/cuda/{name}" for name in ("linear_sm90.cu", "conv_sm90.cu", "wgmma_tile.cuh", "tile_store.cuh")
+)
+
+
 def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> dict:
     return dict(file=file, old=old, new=new, tests=[f"tests/test_cuda{family}.py", "-k", selection], build="cuda_on_host")
 
@@ -50,7 +55,7 @@ MUTANTS = [
     # linear_forward_kernel
     _mutant(LINEAR, "second += to_float(args.bias[column + 1])", "second += to_float(args.bias[column])", _LINEAR),
     _mutant(LINEAR, "activated(second, args.activation)", "second", _LINEAR_ACTIVATION),
-    _mutant(LINEAR, "if (column + 1 < columns) at[1] = pair.at[1];", "", _LINEAR),
+    _mutant(TILE_STORE, "if (column + 1 < columns) at[1] = pair.at[1];", "", _LINEAR),
     # linear_backward_input_kernel, and what all three share
     _mutant(TILE, "ldmatrix_x4_transposed(out, tile + (k_at", "ldmatrix_x4(out, tile + (k_at", _LINEAR),
     _mutant(TILE, "(SECOND == Second::outer ? low : high)", "(SECOND == Second::outer ? high : low)", _LINEAR),
@@ -64,6 +69,19 @@ MUTANTS = [
     _mutant(LINEAR, "args.grad_bias && blockIdx.y == 0", "args.grad_bias && blockIdx.y == 1", _LINEAR),
     _mutant(TILE, "if (step + SHAPE::kStages - 1 < steps) load", "if (step + SHAPE::kStages < steps) load",
             "test_linear and rows6"),
+    # linear_sm90_kernel, conv2d_sm90_kernel and their ring of tiles
+    _mutant(WGMMA_TILE, "(step / kStages + 1) % 2", "(step / kStages) % 2", "test_linear_on_hopper and wide"),
+    _mutant(WGMMA_TILE, "mbarrier_arrive(empty + (step - 1) % kStages)", "mbarrier_arrive(empty + step % kStages)",
+            "test_linear_on_hopper and rows2"),
+    _mutant(WGMMA_TILE, "    wgmma_wait_all(sum.value);\n", "", "test_linear_on_hopper and wide"),
+    _mutant(LINEAR_HOPPER, "(piece ^ k % 8)", "piece", "test_linear_on_hopper and wide"),
+    _mutant(LINEAR_HOPPER, "if (column + 1 < args.columns) second +=", "if (column + 2 < args.columns) second +=",
+            "test_linear_on_hopper and wide"),
+    _mutant(CONV_HOPPER, "window.taps - 1 - here", "here", "test_on_hopper", "_conv"),
+    _mutant(CONV_HOPPER, "window.first_w + (window.width - 1) * window.stride_w - (width - 1)",
+            "window.first_w + (window.width - 1) * window.stride_w - width", "test_on_hopper", "_conv"),
+    _mutant(CONV_HOPPER, "first_pixel = blockIdx.y * args.part_length", "first_pixel = blockIdx.y * 64", "test_on_hopper", "_conv"),
+    _mutant(CONV_HOPPER, "tap % window.taps_w * args.tap_w", "tap % window.taps_w * args.tap_h", "test_on_hopper", "_conv"),
     # batch_norm_partial_kernel, batch_norm_statistics_kernel, batch_norm_running_kernel
     _mutant(BATCH_NORM, "for (int rows = kThreads / plan.lanes / 2; rows > 0; rows /= 2) {\n    __syncthreads();\n"
             "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"

@@ -1,0 +1,352 @@
+// Hopper's own instructions (sm_90a): mbarriers, tensor copies (TMA) and wgmma; like ptx.cuh, each a small function with
+// its host twin beside it and a case in conformance.cu. And, for launchers, tensor maps and whether a GPU runs all this.
+#pragma once
+#include <cstdlib>
+
+#include "ptx.cuh"
+
+#ifdef __CUDACC__
+#include <cuda.h>
+#endif
+
+// A kernel's body goes between #ifdef DLKERN_HOPPER and #endif: other architectures' copies of it are empty, and
+// runs_on_hopper() keeps launches away from them.
+#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DLKERN_HOPPER
+#endif
+
+namespace dlkern::cuda {
+
+// ---- mbarriers: a phase ends when `count` arrivals and all announced bytes are there ----
+
+DLKERN_DEVICE void mbarrier_init(uint64_t* barrier, unsigned count) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+#else
+  ::cuda_on_host::mbarrier_init(barrier, count);
+#endif
+}
+
+// By the thread that initialised mbarriers, before the __syncthreads after which others use them.
+DLKERN_DEVICE void mbarrier_init_fence() {
+#ifdef __CUDACC__
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  ::cuda_on_host::mbarrier_init_fence();
+#endif
+}
+
+DLKERN_DEVICE void mbarrier_arrive(uint64_t* barrier) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#else
+  ::cuda_on_host::mbarrier_arrive(barrier);
+#endif
+}
+
+// Arrives, and announces copies of so many bytes in this phase.
+DLKERN_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#else
+  ::cuda_on_host::mbarrier_arrive_expect(barrier, bytes);
+#endif
+}
+
+// Waits until the phase of this parity has ended; a fresh mbarrier is in its phase 0, and counts phase "-1" as ended.
+DLKERN_DEVICE void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+#ifdef __CUDACC__
+  unsigned done;
+  do {
+    asm volatile(
+        "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+#else
+  ::cuda_on_host::mbarrier_wait(barrier, parity);
+#endif
+}
+
+// Makes what this thread wrote to shared memory visible to tensor copies and wgmma, for whoever is ordered after this.
+DLKERN_DEVICE void fence_proxy_async() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  ::cuda_on_host::fence_proxy_async();
+#endif
+}
+
+// ---- Tensor copies ----
+
+#ifdef __CUDACC__
+using TensorMap = CUtensorMap;
+#else
+using TensorMap = ::cuda_on_host::TensorMap;
+#endif
+
+// Starts copying the map's box at these coordinates to shared memory (a multiple of 1024); its bytes, those outside the
+// tensor as zeros, are counted off `barrier`. Rows of 128 bytes: byte b of row r is at 128 r + (b ^ 16 (r % 8)).
+DLKERN_DEVICE void tensor_copy_2d(void* destination, const TensorMap& map, uint64_t* barrier, int x, int y) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+#else
+  ::cuda_on_host::tensor_copy(destination, map, barrier, {x, y, 0, 0}, {0, 0});
+#endif
+}
+
+DLKERN_DEVICE void tensor_copy_3d(void* destination, const TensorMap& map, uint64_t* barrier, int x, int y, int z) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+#else
+  ::cuda_on_host::tensor_copy(destination, map, barrier, {x, y, z, 0}, {0, 0});
+#endif
+}
+
+// The pixels of an im2col map from the one at (w, h, n) on, each read offset_w, offset_h further.
+DLKERN_DEVICE void tensor_copy_im2col(void* destination, const TensorMap& map, uint64_t* barrier, int c, int w, int h,
+                                      int n, int offset_w, int offset_h) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<uint16_t>(offset_w)),
+      "h"(static_cast<uint16_t>(offset_h))
+      : "memory");
+#else
+  ::cuda_on_host::tensor_copy(destination, map, barrier, {c, w, h, n}, {offset_w, offset_h});
+#endif
+}
+
+// ---- wgmma: products by warpgroups of 128 threads, both operands in shared memory ----
+
+// Where an operand of 128-byte swizzled rows lies. k last: rows of 64 k, any number of them. k first: rows of 64 outer
+// elements, one a k; the next 64 outer elements begin `next_outer` bytes further (16 where there are none, or k is last).
+DLKERN_DEVICE uint64_t matrix_descriptor(const void* tile, unsigned next_outer) {
+#ifdef __CUDACC__
+  const uint32_t address = shared_address(tile);
+#else
+  const uint32_t address = ::cuda_on_host::shared_address(tile);
+#endif
+  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(next_outer >> 4) << 16 | kEightRows << 32 | kSwizzle128 << 62;
+}
+
+// Before the first product, and wherever the thread itself has written accumulators.
+template <int N>
+DLKERN_DEVICE void wgmma_fence(float (&c)[N]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  (void)c;
+  ::cuda_on_host::wgmma_fence();
+#endif
+}
+
+DLKERN_DEVICE void wgmma_commit() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  ::cuda_on_host::wgmma_commit();
+#endif
+}
+
+// Waits for all but the latest `GroupsLeft` groups: their operands may be overwritten.
+template <int GroupsLeft>
+DLKERN_DEVICE void wgmma_wait() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GroupsLeft) : "memory");
+#else
+  ::cuda_on_host::wgmma_wait(GroupsLeft);
+#endif
+}
+
+// Waits for all groups: the accumulators may be read.
+template <int N>
+DLKERN_DEVICE void wgmma_wait_all(float (&c)[N]) {
+  wgmma_wait<0>();
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+#else
+  (void)c;
+#endif
+}
+
+#ifdef __CUDACC__
+// Operands of the instructions below, as text and as constraints.
+#define DLKERN_REGISTERS_32                                                \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DLKERN_REGISTERS_64                                                          \
+  DLKERN_REGISTERS_32                                                                \
+  ", "                                                                               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DLKERN_REGISTERS_128                                                                     \
+  DLKERN_REGISTERS_64                                                                            \
+  ", "                                                                                           \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define DLKERN_C8(i)                                                                                          \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
+      "+f"(c[i + 7])
+#define DLKERN_C32(i) DLKERN_C8(i), DLKERN_C8(i + 8), DLKERN_C8(i + 16), DLKERN_C8(i + 24)
+#define DLKERN_WGMMA(n, registers, a, b, p, ta, tb)                                       \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+  "k16.f32.bf16.bf16 {" registers "}, " a ", " b ", adds, 1, 1, " ta ", " tb ";\n}"
+#endif
+
+// c[64][2 N] (+)= a[64][16] b[16][2 N], asynchronously; an operand FIRST lies k first. Without `adds`, c is overwritten.
+// With w, g and t a thread's warp, lane / 4 and lane % 4: c[4 j + 2 i + e] is row 16 w + 8 i + g, column 8 j + 2 t + e.
+template <bool A_FIRST, bool B_FIRST, int N>
+DLKERN_DEVICE void wgmma_bf16(float (&c)[N], uint64_t a, uint64_t b, bool adds) {
+  static_assert(N == 32 || N == 64 || N == 128);
+#ifdef __CUDACC__
+  if constexpr (N == 32) {
+    asm volatile(DLKERN_WGMMA("64", DLKERN_REGISTERS_32, "%32", "%33", "%34", "%35", "%36")
+                 : DLKERN_C32(0)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST));
+  } else if constexpr (N == 64) {
+    asm volatile(DLKERN_WGMMA("128", DLKERN_REGISTERS_64, "%64", "%65", "%66", "%67", "%68")
+                 : DLKERN_C32(0), DLKERN_C32(32)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST));
+  } else {
+    asm volatile(DLKERN_WGMMA("256", DLKERN_REGISTERS_128, "%128", "%129", "%130", "%131", "%132")
+                 : DLKERN_C32(0), DLKERN_C32(32), DLKERN_C32(64), DLKERN_C32(96)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST));
+  }
+#else
+  ::cuda_on_host::wgmma_bf16(c, 2 * N, a, b, A_FIRST, B_FIRST, adds);
+#endif
+}
+
+// Moves registers between warpgroups: each in a branch of its own, in a kernel with __launch_bounds__(threads, 1).
+template <int Registers>
+DLKERN_DEVICE void give_registers_back() {
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+template <int Registers>
+DLKERN_DEVICE void take_registers() {
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+
+// ---- For launchers ----
+
+// Whether the current GPU is a Hopper and this build has the kernel's code for it. DLKERN_HOPPER=0 in the environment
+// says no.
+template <class... Parameters>
+bool runs_on_hopper(void (*kernel)(Parameters...)) {
+#ifdef __CUDACC__
+  static const char* const choice = std::getenv("DLKERN_HOPPER");
+  if (choice && choice[0] == '0') return false;
+  int device = 0, major = 0, minor = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  throw_on_error(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
+  throw_on_error(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "attribute");
+  if (major != 9 || minor != 0) return false;
+  cudaFuncAttributes attributes{};  // of code made from PTX of older GPUs, ptxVersion tells
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return cudaGetLastError(), false;
+  return attributes.ptxVersion >= 90;
+#else
+  (void)kernel;
+  return ::cuda_on_host::is_hopper();
+#endif
+}
+
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 0;
+  throw_on_error(cudaGetDevice(&device), "cudaGetDevice");
+  throw_on_error(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "attribute");
+  return count;
+#else
+  return ::cuda_on_host::multiprocessors();
+#endif
+}
+
+#ifdef __CUDACC__
+// The driver's own function, found at run time: the library links no libcuda.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  throw_on_error(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+  if (result != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string("dlkern: the driver has no ") + name);
+  return reinterpret_cast<Function*>(found);
+}
+#endif
+
+constexpr int kMapRow = 64;  // elements of a box's row: 128 bytes
+
+// Makes the map of a bfloat16 tensor of `rank` dimensions, the first one without gaps, strides in elements (from the
+// second dimension on), to be copied in boxes of kMapRow x box_rows x 1. False where the hardware takes no such tensor.
+inline bool make_tiled_map(TensorMap& map, const void* data, int rank, const int64_t (&size)[3],
+                           const int64_t (&stride)[2], int box_rows) {
+#ifdef __CUDACC__
+  static const auto encode = driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  cuuint64_t sizes[3], strides[2];
+  for (int d = 0; d < rank; d++) sizes[d] = static_cast<cuuint64_t>(size[d]);
+  for (int d = 0; d + 1 < rank; d++) strides[d] = static_cast<cuuint64_t>(stride[d]) * 2;
+  const cuuint32_t box[3] = {kMapRow, static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<void*>(data), sizes,
+                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+#else
+  map = TensorMap{data, rank, false, {1, 1, 1, 1}, {}, {kMapRow, static_cast<uint32_t>(box_rows), 1, 1}, {}, {}, {}};
+  for (int d = 0; d < rank; d++) map.size[d] = static_cast<uint64_t>(size[d]);
+  for (int d = 0; d + 1 < rank; d++) map.stride[d + 1] = static_cast<uint64_t>(stride[d]) * 2;
+  return ::cuda_on_host::tensor_map_is_valid(map);
+#endif
+}
+
+// The same of [n, h, w, c] images, to be copied in `pixels` of kMapRow channels: positions from `lower` to
+// size - 1 + upper of each image in reading order, every `step`-th, of w ([0]) and h ([1]).
+inline bool make_im2col_map(TensorMap& map, const void* data, const int64_t (&size)[4], const int64_t (&stride)[3],
+                            const int (&lower)[2], const int (&upper)[2], const int (&step)[2], int pixels) {
+#ifdef __CUDACC__
+  static const auto encode = driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
+  cuuint64_t sizes[4], strides[3];
+  for (int d = 0; d < 4; d++) sizes[d] = static_cast<cuuint64_t>(size[d]);
+  for (int d = 0; d < 3; d++) strides[d] = static_cast<cuuint64_t>(stride[d]) * 2;
+  const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(step[0]), static_cast<cuuint32_t>(step[1]), 1};
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), sizes, strides, lower, upper,
+                kMapRow, static_cast<cuuint32_t>(pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+#else
+  map = TensorMap{data,
+                  4,
+                  true,
+                  {},
+                  {},
+                  {kMapRow, static_cast<uint32_t>(pixels), 1, 1},
+                  {lower[0], lower[1]},
+                  {upper[0], upper[1]},
+                  {step[0], step[1]}};
+  for (int d = 0; d < 4; d++) map.size[d] = static_cast<uint64_t>(size[d]);
+  for (int d = 0; d < 3; d++) map.stride[d + 1] = static_cast<uint64_t>(stride[d]) * 2;
+  return ::cuda_on_host::tensor_map_is_valid(map);
+#endif
+}
+
+}  // namespace dlkern::cuda
