@@ -13,7 +13,10 @@ namespace {
 
 using namespace attention;
 
-constexpr int kAcross = 32;  // columns of a tile
+// Columns of a tile. The key kernel has sums of two results, which leave float, or a size of 128, fewer registers for it.
+constexpr int kKeysAcross = 32;
+template <class T, int SIZE>
+constexpr int kQueriesAcross = sizeof(T) == 4 || SIZE == 128 ? 16 : 32;
 
 struct BackwardArgs {
   Args x;
@@ -27,16 +30,15 @@ struct BackwardArgs {
   int64_t mask_size[4];
 };
 
-// Shared memory: two tiles of 64 rows, a ring of pairs of tiles of 32, scratch, and for pairwise scores the sums.
-template <class T, int SIZE, bool PAIRWISE>
+// Shared memory: two tiles of 64 rows, a ring of pairs of tiles of ACROSS, scratch, and for pairwise scores the sums.
+template <class T, int SIZE, bool PAIRWISE, int ACROSS>
 struct Plan {
   static constexpr int kStages = PAIRWISE ? 1 : 2;
-  static constexpr int kStride = TileOf<T, SIZE>::kStride, kRowTile = kTileRows * kStride,
-                       kRingTile = kAcross * kStride;
-  static constexpr int kScratch = Scratch<T, kAcross>::kFloats;
+  static constexpr int kStride = TileOf<T, SIZE>::kStride, kRowTile = kTileRows * kStride, kRingTile = ACROSS * kStride;
+  static constexpr int kScratch = Scratch<T, ACROSS>::kFloats;
   static constexpr int kSumStride = SIZE + 4;
   static constexpr int kSums = PAIRWISE ? (kTileRows + kWarps) * kSumStride : 0;
-  static constexpr int kNumbers = kStages * 3 * kAcross;  // largest, inverse, delta of queries across
+  static constexpr int kNumbers = kStages * 3 * ACROSS;  // largest, inverse, delta of queries across
   static constexpr int kBytes = (2 * kRowTile + 2 * kStages * kRingTile) * static_cast<int>(sizeof(T)) +
                                 (kScratch + kSums + kNumbers) * static_cast<int>(sizeof(float));
   T *first_rows, *second_rows, *ring;
@@ -51,7 +53,7 @@ struct Plan {
     numbers = sums + kSums;
   }
   DLKERN_DEVICE T* tile(int n, int which) const { return ring + (n % kStages * 2 + which) * kRingTile; }
-  DLKERN_DEVICE float* numbers_of(int n) const { return numbers + n % kStages * 3 * kAcross; }
+  DLKERN_DEVICE float* numbers_of(int n) const { return numbers + n % kStages * 3 * ACROSS; }
   // Of pairwise scores: a warp's sums of results, and of the weight's gradient.
   DLKERN_DEVICE float* row_sums() const { return sums + warp() * 16 * kSumStride; }
   DLKERN_DEVICE float* weight_sums() const { return sums + (kTileRows + warp()) * kSumStride; }
@@ -63,8 +65,8 @@ struct Plan {
 
 // What pairwise scores hand on to `a`, the warp's rows, from dS: added to the warp's sums, `width` columns from `column`
 // on; and to the weight's.
-template <int SIZE, class T>
-DLKERN_DEVICE void add_pairwise_gradient(const Fragment<T, kAcross>& change, const Args& x, const T* a, const T* b,
+template <int SIZE, class T, int ACROSS>
+DLKERN_DEVICE void add_pairwise_gradient(const Fragment<T, ACROSS>& change, const Args& x, const T* a, const T* b,
                                          int column, int width, float* row_sums, float* weight_sums, int sum_stride) {
   using Mine = Layout<T>;
   constexpr int kStride = TileOf<T, SIZE>::kStride;
@@ -80,9 +82,9 @@ DLKERN_DEVICE void add_pairwise_gradient(const Fragment<T, kAcross>& change, con
       for (int c = 0; c < change.kColumns; c++) {
         const float q = to_float(b[Mine::column(c) * kStride + d]);
         if (x.score == kAdditiveScore) {
-          const Tanh t = tanh_of(p + q);
-          of_row = fmaf(change.at[r][c], t.slope, of_row);
-          of_weight = fmaf(change.at[r][c], t.value, of_weight);
+          const float t = tanhf(p + q);
+          of_row = fmaf(change.at[r][c], 1.0f - t * t, of_row);
+          of_weight = fmaf(change.at[r][c], t, of_weight);
         } else {
           of_row = fmaf(change.at[r][c], q - p, of_row);
         }
@@ -97,27 +99,23 @@ DLKERN_DEVICE void add_pairwise_gradient(const Fragment<T, kAcross>& change, con
   }
 }
 
-// Turns scores into dS (in `s`) and P with what dropout leaves (in `p`). largest(r, c) and so on are of the query there.
-template <class T, bool KEYS_DOWN, class Numbers>
-DLKERN_DEVICE void differentiate(Fragment<T, kAcross>& s, Fragment<T, kAcross>& p, Fragment<T, kAcross>& change,
-                                 const BackwardArgs& args, int64_t head, const Places<T, KEYS_DOWN>& at,
-                                 Numbers&& numbers) {
-  const Args& x = args.x;
-  const uint32_t kept = x.dropout ? kept_bits<T, kAcross>(x, head, at) : ~0u;
-  s.each([&](int r, int c, float& score) {
-    const auto [largest, inverse, delta] = numbers(r, c);
-    const float probability = exponential(score, largest) * inverse;
-    const bool stays = kept >> (r * s.kColumns + c) & 1;
-    const float of_probability = stays ? change.at[r][c] * x.kept : 0.0f;
-    p.at[r][c] = stays ? probability * x.kept : 0.0f;
-    score = probability * (of_probability - delta);
-    change.at[r][c] = probability * of_probability;
-  });
-}
-
 struct Numbers {
   float largest, inverse, delta;
 };
+
+// Scores become probabilities. numbers(r, c) are those of the query there.
+template <class T, int ACROSS, class F>
+DLKERN_DEVICE void to_probabilities(Fragment<T, ACROSS>& s, F&& numbers) {
+  s.each([&](int r, int c, float& value) {
+    const Numbers of_query = numbers(r, c);
+    value = exponential(value, of_query.largest) * of_query.inverse;
+  });
+}
+
+// The gradient of a probability, from that of what dropout left of it.
+DLKERN_DEVICE float through_dropout(const Args& x, uint32_t kept, int place, float change) {
+  return kept >> place & 1 ? change * x.kept : 0.0f;
+}
 
 template <class OUT, int SIZE, class T>
 DLKERN_DEVICE void store_gradient(void* to, int64_t head, Fragment<T, SIZE>& sum, int first, int rows, int column,
@@ -127,9 +125,10 @@ DLKERN_DEVICE void store_gradient(void* to, int64_t head, Fragment<T, SIZE>& sum
 
 // blockIdx.x: head, and tile of queries, the last first; blockIdx.y: block of the gradient's columns.
 template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads) attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
   using Mine = Layout<T>;
-  using Memory = Plan<T, SIZE, PAIRWISE>;
+  using Memory = Plan<T, SIZE, PAIRWISE, kKeysAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
   const Memory memory(shared);
   const Args& x = args.x;
@@ -168,17 +167,17 @@ __global__ void __launch_bounds__(kThreads) attention_backward_query_kernel(cons
     delta[r] = static_cast<float>(sum);
   }
 
-  const int start = range.first / kAcross * kAcross;
-  const int key_tiles = range.last > start ? static_cast<int>(ceil_div(range.last - start, kAcross)) : 0;
+  const int start = range.first / kKeysAcross * kKeysAcross;
+  const int key_tiles = range.last > start ? static_cast<int>(ceil_div(range.last - start, kKeysAcross)) : 0;
   const int steps = key_tiles * (args.by_tiles ? 2 : 1);
   const auto load = [&](int n) {
-    keys.first = values.first = start + n % key_tiles * kAcross;
+    keys.first = values.first = start + n % key_tiles * kKeysAcross;
     keys.tile = memory.tile(n, 0), values.tile = memory.tile(n, 1);
-    if (!deep) keys.template load<kAcross, SIZE>(0, x.depth);
-    if (!deep_value) values.template load<kAcross, SIZE>(0, x.value_depth);
+    if (!deep) keys.template load<kKeysAcross, SIZE>(0, x.depth);
+    if (!deep_value) values.template load<kKeysAcross, SIZE>(0, x.value_depth);
   };
-  if (!deep) queries.template load<kTileRows, SIZE>(0, x.depth);
-  if (!deep_value) grads.template load<kTileRows, SIZE>(0, x.value_depth);
+  if (!deep && steps > 0) queries.template load<kTileRows, SIZE>(0, x.depth);
+  if (!deep_value && steps > 0) grads.template load<kTileRows, SIZE>(0, x.value_depth);
   if (Memory::kStages > 1 && steps > 0) load(0);
   cp_async_commit();
 
@@ -192,23 +191,28 @@ __global__ void __launch_bounds__(kThreads) attention_backward_query_kernel(cons
     cp_async_commit();
     cp_async_wait<Memory::kStages - 1>();
     __syncthreads();  // this step's tiles are there
-    const int j0 = start + n % key_tiles * kAcross;
+    const int j0 = start + n % key_tiles * kKeysAcross;
     keys.first = values.first = j0;
     keys.tile = memory.tile(n, 0), values.tile = memory.tile(n, 1);
     const Places<T, false> at{first, j0};
-    Fragment<T, kAcross> s, p, change;
+    Fragment<T, kKeysAcross> s, change;
     float cap[s.kRows][s.kColumns];
     multiply<false, SIZE>(change, x, grads, values, x.value_depth, 0);
     multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, own);
-    finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kAcross));
-    differentiate(s, p, change, args, head, at, [&](int r, int) { return Numbers{largest[r], inverse[r], delta[r]}; });
+    finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kKeysAcross));
+    to_probabilities(s, [&](int r, int) { return Numbers{largest[r], inverse[r], 0.0f}; });
+    if (x.dropout) {
+      const uint32_t kept = kept_bits<T, kKeysAcross>(x, head, at);
+      change.each([&](int r, int c, float& value) { value = through_dropout(x, kept, r * s.kColumns + c, value); });
+    }
     if (args.by_tiles && n < key_tiles) {
-      change.each([&](int r, int, float value) { delta[r] += value; });
+      s.each([&](int r, int c, float value) { delta[r] += value * change.at[r][c]; });
       if (n + 1 == key_tiles) {
 #pragma unroll
         for (int r = 0; r < Mine::kRows; r++) delta[r] = row_sum<T>(delta[r]);
       }
     } else {
+      s.each([&](int r, int c, float& value) { value *= change.at[r][c] - delta[r]; });
       if (x.softcap != 0.0f) s.each([&](int r, int c, float& value) { value *= cap[r][c]; });
       if (x.score == kCosineScore) {
         const float* unit = x.key_unit + (b * x.key_heads + h / x.group) * x.keys;
@@ -255,9 +259,11 @@ __global__ void __launch_bounds__(kThreads) attention_backward_query_kernel(cons
 
 // blockIdx.x: head of keys, and tile of keys; blockIdx.y: block of both gradients' columns.
 template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads) attention_backward_key_kernel(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_key_kernel(const __grid_constant__ BackwardArgs args) {
   using Mine = Layout<T>;
-  using Memory = Plan<T, SIZE, PAIRWISE>;
+  constexpr int kAcross = kQueriesAcross<T, SIZE>;
+  using Memory = Plan<T, SIZE, PAIRWISE, kAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
   const Memory memory(shared);
   const Args& x = args.x;
@@ -289,7 +295,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_key_kernel(const 
   const auto load = [&](int n) {
     if (!deep) queries_at(n).template load<kAcross, SIZE>(0, x.depth);
     if (!deep_value) grads_at(n).template load<kAcross, SIZE>(0, x.value_depth);
-    if (warp() < 3) {
+    if (warp() < 3 && lane() < kAcross) {
       const float* from = warp() == 0 ? x.largest : warp() == 1 ? x.inverse : args.delta;
       const int i = tile_at(n) + lane();
       const int64_t at = (b * x.heads + head_at(n)) * x.queries + i;
@@ -297,8 +303,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_key_kernel(const 
                 i < x.queries ? 4 : 0);
     }
   };
-  if (!deep) keys.template load<kTileRows, SIZE>(0, x.depth);
-  if (!deep_value) values.template load<kTileRows, SIZE>(0, x.value_depth);
+  if (!deep && steps > 0) keys.template load<kTileRows, SIZE>(0, x.depth);
+  if (!deep_value && steps > 0) values.template load<kTileRows, SIZE>(0, x.value_depth);
   if (Memory::kStages > 1 && steps > 0) load(0);
   cp_async_commit();
 
@@ -318,18 +324,32 @@ __global__ void __launch_bounds__(kThreads) attention_backward_key_kernel(const 
       const Side<T> queries = queries_at(n), grads = grads_at(n);
       const int64_t head = b * x.heads + h;
       const Places<T, true> at{first, i0};
-      Fragment<T, kAcross> s, p, change;
+      const float* numbers = memory.numbers_of(n);
+      Fragment<T, kAcross> s;
       float cap[s.kRows][s.kColumns];
       multiply<PAIRWISE, SIZE>(s, x, keys, queries, x.depth, own_key);
-      multiply<false, SIZE>(change, x, values, grads, x.value_depth, own_value);
       finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kTileRows));
-      const float* numbers = memory.numbers_of(n);
-      differentiate(s, p, change, args, head, at, [&](int, int c) {
-        const int column = Mine::column(c);
-        return Numbers{numbers[column], numbers[kAcross + column], numbers[2 * kAcross + column]};
-      });
-      add_product<SIZE>(of_value, p, grads.tile, x.value_depth - own_value * SIZE, args.split, memory.scratch);
+      to_probabilities(
+          s, [&](int, int c) { return Numbers{numbers[Mine::column(c)], numbers[kAcross + Mine::column(c)], 0.0f}; });
+      const uint32_t kept = x.dropout ? kept_bits<T, kAcross>(x, head, at) : ~0u;
+      if (deep_value) {
+        __syncthreads();
+        grads.template load<kAcross, SIZE>(own_value * SIZE, x.value_depth);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+      }
+      {
+        Fragment<T, kAcross> left;  // by dropout
+        s.each([&](int r, int c, float value) { left.at[r][c] = through_dropout(x, kept, r * s.kColumns + c, value); });
+        add_product<SIZE>(of_value, left, grads.tile, x.value_depth - own_value * SIZE, args.split, memory.scratch);
+      }
       if (x.softcap != 0.0f) s.each([&](int r, int c, float& value) { value *= cap[r][c]; });
+      Fragment<T, kAcross> change;
+      multiply<false, SIZE>(change, x, values, grads, x.value_depth, own_value);
+      s.each([&](int r, int c, float& value) {
+        value *= through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]) - numbers[2 * kAcross + Mine::column(c)];
+      });
       if (x.score == kCosineScore) {
         const float* unit = x.query_unit + head * x.queries;
         s.each([&](int r, int c, float& value) { value *= at.query(r, c) < x.queries ? unit[at.query(r, c)] : 0.0f; });
@@ -361,24 +381,25 @@ __global__ void __launch_bounds__(kThreads) attention_backward_key_kernel(const 
 
 // A block takes a tile of the mask and adds up, in order, the dS of all batches, heads, queries and keys that it is for.
 template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads) attention_backward_mask_kernel(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_mask_kernel(const __grid_constant__ BackwardArgs args) {
   using Mine = Layout<T>;
-  using Memory = Plan<T, SIZE, PAIRWISE>;
+  using Memory = Plan<T, SIZE, PAIRWISE, kKeysAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
-  DLKERN_SHARED(float, totals, [kTileRows][kAcross + 1]);
+  DLKERN_SHARED(float, totals, [kTileRows][kKeysAcross + 1]);
   const Memory memory(shared);
   const Args& x = args.x;
   const int64_t* size = args.mask_size;
   const bool every_query = size[2] == 1, every_key = size[3] == 1;
   const int row_tiles = static_cast<int>(ceil_div(size[2], kTileRows)),
-            column_tiles = static_cast<int>(ceil_div(size[3], kAcross));
-  const int column = static_cast<int>(blockIdx.x % column_tiles) * kAcross,
+            column_tiles = static_cast<int>(ceil_div(size[3], kKeysAcross));
+  const int column = static_cast<int>(blockIdx.x % column_tiles) * kKeysAcross,
             row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * kTileRows;
   const int64_t mask_head = blockIdx.x / column_tiles / row_tiles, mb = mask_head / size[1], mh = mask_head % size[1];
   const int64_t batches = x.all_heads / x.heads;
   const int i_end = every_query ? x.queries : min(row + kTileRows, x.queries),
-            j_end = every_key ? x.keys : min(column + kAcross, x.keys);
-  Fragment<T, kAcross> total;
+            j_end = every_key ? x.keys : min(column + kKeysAcross, x.keys);
+  Fragment<T, kKeysAcross> total;
 #pragma unroll 1
   for (int64_t b = size[0] == 1 ? 0 : mb; b < (size[0] == 1 ? batches : mb + 1); b++) {
 #pragma unroll 1
@@ -391,33 +412,38 @@ __global__ void __launch_bounds__(kThreads) attention_backward_mask_kernel(const
         const Side<T> grads{head_of<T>(args.grad_output, b, h), args.grad_output, memory.second_rows, i0, x.queries};
         const int first = i0 + warp() * 16;
 #pragma unroll 1
-        for (int j0 = column; j0 < j_end; j0 += kAcross) {
-          if (!range.meets(j0, j0 + kAcross)) continue;  // the same for all threads
+        for (int j0 = column; j0 < j_end; j0 += kKeysAcross) {
+          if (!range.meets(j0, j0 + kKeysAcross)) continue;  // the same for all threads
           const Side<T> keys{head_of<T>(x.key, b, h / x.group), x.key, memory.tile(0, 0), j0, x.keys};
           const Side<T> values{head_of<T>(x.value, b, h / x.group), x.value, memory.tile(0, 1), j0, x.keys};
           __syncthreads();  // everybody is done with the tiles before
           if (x.depth <= SIZE) {
             queries.template load<kTileRows, SIZE>(0, x.depth);
-            keys.template load<kAcross, SIZE>(0, x.depth);
+            keys.template load<kKeysAcross, SIZE>(0, x.depth);
           }
           if (x.value_depth <= SIZE) {
             grads.template load<kTileRows, SIZE>(0, x.value_depth);
-            values.template load<kAcross, SIZE>(0, x.value_depth);
+            values.template load<kKeysAcross, SIZE>(0, x.value_depth);
           }
           cp_async_commit();
           cp_async_wait<0>();
           __syncthreads();
           const Places<T, false> at{first, j0};
-          Fragment<T, kAcross> s, p, change;
+          Fragment<T, kKeysAcross> s, change;
           multiply<false, SIZE>(change, x, grads, values, x.value_depth, 0);
           multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, 0);
-          finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kAcross));
-          differentiate(s, p, change, args, head, at, [&](int r, int) {
+          finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kKeysAcross));
+          const auto numbers = [&](int r, int) {
             const int i = at.query(r, 0);
             const int64_t place = head * x.queries + i;
             return i < x.queries ? Numbers{x.largest[place], x.inverse[place], args.delta[place]} : Numbers{};
+          };
+          to_probabilities(s, numbers);
+          const uint32_t kept = x.dropout ? kept_bits<T, kKeysAcross>(x, head, at) : ~0u;
+          s.each([&](int r, int c, float value) {  // the mask is added behind the cap
+            const float of_probability = through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]);
+            total.at[r][c] += value * (of_probability - numbers(r, c).delta);
           });
-          s.each([&](int r, int c, float value) { total.at[r][c] += value; });  // the mask is added behind the cap
         }
       }
     }
@@ -426,7 +452,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_mask_kernel(const
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   if (every_query) {
-    if (thread < kAcross) {
+    if (thread < kKeysAcross) {
       float sum = 0.0f;
       for (int r = 0; r < kTileRows; r++) sum += totals[r][thread];
       totals[0][thread] = sum;
@@ -436,13 +462,13 @@ __global__ void __launch_bounds__(kThreads) attention_backward_mask_kernel(const
   if (every_key) {
     if (thread < kTileRows && (!every_query || thread == 0)) {
       float sum = 0.0f;
-      for (int c = 0; c < kAcross; c++) sum += totals[thread][c];
+      for (int c = 0; c < kKeysAcross; c++) sum += totals[thread][c];
       totals[thread][0] = sum;
     }
     __syncthreads();
   }
-  for (int place = thread; place < kTileRows * kAcross; place += kThreads) {
-    const int r = place / kAcross, c = place % kAcross;
+  for (int place = thread; place < kTileRows * kKeysAcross; place += kThreads) {
+    const int r = place / kKeysAcross, c = place % kKeysAcross;
     if (row + r >= size[2] || column + c >= size[3]) continue;
     const int64_t to = (mask_head * size[2] + row + r) * size[3] + column + c;
     if (x.mask == kFloatMask)
@@ -454,7 +480,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_mask_kernel(const
 
 // A warp takes a row. With u = x / |x| and g its gradient: dx = (g - u (u g)) / |x|.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_unit_backward_kernel(const __grid_constant__ Operand rows, const float* unit, const float* of_unit,
                                    int64_t heads, int64_t length, int depth, int64_t count, T* to) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp();
@@ -474,7 +500,7 @@ constexpr int kSumColumns = 32, kSumRows = kThreads / kSumColumns;
 
 // A block adds up 32 columns of the weight's parts, in their order.
 template <class W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_weight_kernel(const float* parts, int64_t count, int depth, W* grad_weight) {
   DLKERN_SHARED(double, totals, [kSumRows][kSumColumns]);
   const int c = static_cast<int>(threadIdx.x) % kSumColumns, r = static_cast<int>(threadIdx.x) / kSumColumns;
@@ -517,24 +543,25 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
   make_units(a, x, stream);
   dispatch(a, [&](auto* type, auto size, auto pairwise) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Memory = Plan<T, size.value, pairwise.value>;
+    using OfQuery = Plan<T, size.value, pairwise.value, kKeysAcross>;
+    using OfKey = Plan<T, size.value, pairwise.value, kQueriesAcross<T, size.value>>;
+    using OfMask = Plan<T, 64, pairwise.value, kKeysAcross>;
     const int64_t query_blocks = x.all_heads * ceil_div(a.queries, kTileRows);
     if (query_blocks != 0)
       DLKERN_LAUNCH((attention_backward_query_kernel<T, size.value, pairwise.value>),
                     dim3(static_cast<unsigned>(query_blocks), blocks_of(a.depth, size.value)), dim3(kThreads),
-                    Memory::kBytes, stream, args);
+                    OfQuery::kBytes, stream, args);
     const int64_t deepest = a.depth > a.value_depth ? a.depth : a.value_depth;
     DLKERN_LAUNCH((attention_backward_key_kernel<T, size.value, pairwise.value>),
                   dim3(static_cast<unsigned>(a.batch * a.key_heads * ceil_div(a.keys, kTileRows)),
                        blocks_of(deepest, size.value)),
-                  dim3(kThreads), Memory::kBytes, stream, args);
+                  dim3(kThreads), OfKey::kBytes, stream, args);
     if (tensors.of_mask) {
       const int64_t* n = tensors.mask_size;
-      const int64_t blocks = n[0] * n[1] * ceil_div(n[2], kTileRows) * ceil_div(n[3], kAcross);
-      using Small = Plan<T, 64, pairwise.value>;
+      const int64_t blocks = n[0] * n[1] * ceil_div(n[2], kTileRows) * ceil_div(n[3], kKeysAcross);
       if (blocks != 0)
         DLKERN_LAUNCH((attention_backward_mask_kernel<T, 64, pairwise.value>), dim3(static_cast<unsigned>(blocks)),
-                      dim3(kThreads), Small::kBytes, stream, args);
+                      dim3(kThreads), OfMask::kBytes, stream, args);
     }
     if (args.wide) {
       const auto run = [&](const Operand& rows, const float* unit, void* from, int64_t heads, int64_t length,

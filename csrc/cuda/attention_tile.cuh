@@ -85,7 +85,7 @@ DLKERN_DEVICE Range range_of(const Args& x, int64_t b, int i0) {
 #pragma unroll
   for (int row = 0; row < ROWS; row += 32) {
     const int i = i0 + row + lane();
-    if (i >= x.queries) continue;
+    if (row + lane() >= ROWS || i >= x.queries) continue;
     const Span span = span_of(x, b, i);
     if (span.end > span.begin) range.first = min(range.first, span.begin), range.last = max(range.last, span.end);
     range.all_first = max(range.all_first, span.begin), range.all_last = min(range.all_last, span.end);
@@ -226,30 +226,35 @@ DLKERN_DEVICE void add_row_products(Fragment<bf16, N>& s, const bf16* a, const b
     }
   }
 }
-// Products are summed eight at a time: one chain over all would lose digits.
+// Products are summed eight at a time, and these sums four at a time: one chain over all would lose digits.
 template <int SIZE, int N>
 DLKERN_DEVICE void add_row_products(Fragment<float, N>& s, const float* a, const float* b, int depth) {
   using Mine = Layout<float>;
   constexpr int kStride = TileOf<float, SIZE>::kStride;
 #pragma unroll 1
-  for (int k = 0; k < depth; k += 8) {
-    Fragment<float, N> chain;
+  for (int start = 0; start < depth; start += 32) {
+    Fragment<float, N> some;
+#pragma unroll 1
+    for (int k = start; k < min(start + 32, depth); k += 8) {
+      Fragment<float, N> chain;
 #pragma unroll
-    for (int half = 0; half < 8; half += 4) {
-      Pack<float, 4> a_part[Mine::kRows];
+      for (int half = 0; half < 8; half += 4) {
+        Pack<float, 4> a_part[Mine::kRows];
 #pragma unroll
-      for (int r = 0; r < Mine::kRows; r++) a_part[r] = load_pack<float, 4>(a + Mine::row(r) * kStride + k + half);
+        for (int r = 0; r < Mine::kRows; r++) a_part[r] = load_pack<float, 4>(a + Mine::row(r) * kStride + k + half);
 #pragma unroll
-      for (int c = 0; c < chain.kColumns; c++) {
-        const auto b_part = load_pack<float, 4>(b + Mine::column(c) * kStride + k + half);
+        for (int c = 0; c < chain.kColumns; c++) {
+          const auto b_part = load_pack<float, 4>(b + Mine::column(c) * kStride + k + half);
 #pragma unroll
-        for (int r = 0; r < Mine::kRows; r++) {
+          for (int r = 0; r < Mine::kRows; r++) {
 #pragma unroll
-          for (int v = 0; v < 4; v++) chain.at[r][c] = fmaf(a_part[r].at[v], b_part.at[v], chain.at[r][c]);
+            for (int v = 0; v < 4; v++) chain.at[r][c] = fmaf(a_part[r].at[v], b_part.at[v], chain.at[r][c]);
+          }
         }
       }
+      chain.each([&](int r, int c, float value) { some.at[r][c] += value; });
     }
-    chain.each([&](int r, int c, float value) { s.at[r][c] += value; });
+    some.each([&](int r, int c, float value) { s.at[r][c] += value; });
   }
 }
 
@@ -357,23 +362,15 @@ DLKERN_DEVICE void store_rows(OUT* to, int64_t row_stride, Fragment<T, SIZE>& su
 
 // ---- Scores ----
 
-// tanh(x) and its derivative, with the small absolute error that exponents want.
-struct Tanh {
-  float value, slope;
-};
-DLKERN_DEVICE Tanh tanh_of(float x) {
-  const float e = expf(-2.0f * fabsf(x)), q = e / (1.0f + e), t = 1.0f - 2.0f * q;
-  return {x < 0.0f ? -t : t, 4.0f * q * (1.0f - q)};
-}
-
 // s += the sum over `depth` columns of a function of an element of `a` and one of `b`: -(a - b)^2 / 2, or
 // weight tanh(a + b), weight from `column` on.
 template <int SIZE, class T, int N>
 DLKERN_DEVICE void add_pairwise(Fragment<T, N>& s, const Args& x, const T* a, const T* b, int column, int depth) {
   using Mine = Layout<T>;
   constexpr int kStride = TileOf<T, SIZE>::kStride;
+  Fragment<T, N> lost;  // what rounding took from the sums, which are exponents (Kahan 1965)
 #pragma unroll 1
-  for (int d = 0; d < depth; d += 4) {  // short sums: scores are exponents
+  for (int d = 0; d < depth; d += 4) {
     float weight[4];
     Pack<T, 4> a_part[Mine::kRows];
 #pragma unroll
@@ -392,11 +389,14 @@ DLKERN_DEVICE void add_pairwise(Fragment<T, N>& s, const Args& x, const T* a, co
         for (int v = 0; v < 4; v++) {
           const float p = to_float(a_part[r].at[v]), q = to_float(b_part.at[v]);
           if (x.score == kAdditiveScore)
-            sum = fmaf(weight[v], tanh_of(p + q).value, sum);
+            sum = fmaf(weight[v], tanhf(p + q), sum);
           else
             sum = fmaf(-0.5f * (p - q), p - q, sum);
         }
-        s.at[r][c] += sum;
+        sum -= lost.at[r][c];
+        const float next = s.at[r][c] + sum;
+        lost.at[r][c] = (next - s.at[r][c]) - sum;
+        s.at[r][c] = next;
       }
     }
   }
@@ -514,6 +514,11 @@ DLKERN_DEVICE void finish_scores(Fragment<T, N>& s, float (*cap)[Fragment<T, N>:
 // e^(score - largest).
 DLKERN_DEVICE float exponential(float score, float largest) { return exp2f((score - largest) * kLog2E); }
 
+DLKERN_DEVICE uint32_t word_of(const philox::Block& block, int which) {
+  const uint32_t low = which % 2 ? block.word[1] : block.word[0], high = which % 2 ? block.word[3] : block.word[2];
+  return which / 2 ? high : low;
+}
+
 // A bit an element of a tile, r * kColumns + c: whether dropout keeps it. Key j of row n of all [batch, heads, queries]
 // has word j % 64 / 16 of the block of counter (n * ceil(keys / 64) + j / 64) * 16 + j % 16.
 template <class T, int N, bool KEYS_DOWN>
@@ -533,7 +538,7 @@ DLKERN_DEVICE uint32_t kept_bits(const Args& x, int64_t head, const Places<T, KE
 #pragma unroll
       for (int c = 0; c < kColumns; c++) {
         const int j = at.key(r, c);
-        if (block_of(at.query(r, c), j).word[j % 64 / 16] >= x.threshold) bits |= 1u << (r * kColumns + c);
+        if (word_of(block_of(at.query(r, c), j), j % 64 / 16) >= x.threshold) bits |= 1u << (r * kColumns + c);
       }
     } else {  // a block serves four keys, 16 apart
 #pragma unroll
@@ -542,7 +547,7 @@ DLKERN_DEVICE uint32_t kept_bits(const Args& x, int64_t head, const Places<T, KE
         const philox::Block block = block_of(at.query(r, c), j);
 #pragma unroll
         for (int further = 0; further < N / 16; further++) {
-          const uint32_t word = N == 64 ? block.word[further] : block.word[j % 64 / 16 + further];
+          const uint32_t word = word_of(block, (N == 64 ? 0 : j % 64 / 16) + further);
           if (word >= x.threshold) bits |= 1u << (r * kColumns + c + further * Mine::kEvery16);
         }
       }
