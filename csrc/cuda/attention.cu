@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     cp_async_commit();
     const Places<T, false> at{first, j0};
     Fragment<T, kKeys> s;
-    multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, 0);
+    multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, static_cast<int>(ceil_div(x.depth, SIZE)) - 1);
     finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kKeys));
 #pragma unroll
     for (int r = 0; r < Mine::kRows; r++) {

@@ -425,22 +425,23 @@ struct Side {
 };
 
 // s += the scores of `a` (64 rows, 16 a warp) and `b` (N rows) over the whole depth. Where it is more than SIZE, its
-// blocks pass through both tiles, `own` last; else the caller has loaded them.
+// blocks pass through both tiles, and block `own` is left there; else the caller has loaded them. Always in the same
+// order: probabilities that are made again must be those that were summed up.
 template <bool PAIRWISE, int SIZE, class T, int N>
 DLKERN_DEVICE void multiply(Fragment<T, N>& s, const Args& x, const Side<T>& a, const Side<T>& b, int depth, int own) {
   const T* const rows = a.tile + warp() * 16 * TileOf<T, SIZE>::kStride;
   if (depth <= SIZE) return add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, 0, depth);
   const int blocks = static_cast<int>(ceil_div(depth, SIZE));
 #pragma unroll 1
-  for (int n = 1; n <= blocks; n++) {
-    const int column = (own + n) % blocks * SIZE;
+  for (int n = 0; n < blocks + (own + 1 < blocks); n++) {
+    const int column = (n < blocks ? n : own) * SIZE;
     __syncthreads();  // everybody is done with what is loaded over
     a.template load<kTileRows, SIZE>(column, depth);
     b.template load<N, SIZE>(column, depth);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, column, min(SIZE, depth - column));
+    if (n < blocks) add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, column, min(SIZE, depth - column));
   }
 }
 
@@ -532,16 +533,16 @@ DLKERN_DEVICE uint32_t kept_bits(const Args& x, int64_t head, const Places<T, KE
     return philox::block(seed, static_cast<uint64_t>(((head * x.queries + i) * groups + j / 64) * 16 + j % 16));
   };
   uint32_t bits = 0;
-#pragma unroll
+#pragma unroll 1  // few blocks at once: they would take registers from the sums
   for (int r = 0; r < Mine::kRows; r++) {
     if constexpr (KEYS_DOWN) {
-#pragma unroll
+#pragma unroll 1
       for (int c = 0; c < kColumns; c++) {
         const int j = at.key(r, c);
         if (word_of(block_of(at.query(r, c), j), j % 64 / 16) >= x.threshold) bits |= 1u << (r * kColumns + c);
       }
     } else {  // a block serves four keys, 16 apart
-#pragma unroll
+#pragma unroll 1
       for (int c = 0; c < Mine::kEvery16; c++) {
         const int j = at.key(r, c);
         const philox::Block block = block_of(at.query(r, c), j);
