@@ -107,16 +107,17 @@ template <class T, int SIZE>
 struct TileOf {
   static constexpr int kPiece = 16 / sizeof(T);
   static constexpr int kStride = SIZE + kPiece;
+  static constexpr int kStep = sizeof(T) == 4 ? 32 : 16;  // columns that are read at once
 };
 
 // Starts loading rows first .. first + ROWS - 1 of one head, columns from `column` on, of which there are `depth` in all;
-// zeros outside, up to a multiple of 16 columns.
+// zeros outside, up to a multiple of kStep columns.
 template <class T, int ROWS, int SIZE>
 DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first, int rows, int column, int depth) {
   using Tile = TileOf<T, SIZE>;
   constexpr int kAcross = SIZE / Tile::kPiece, kPieces = ROWS * kAcross / kThreads;
   static_assert(ROWS * kAcross % kThreads == 0);
-  const int left = depth - column, width = min(SIZE, (left + 15) / 16 * 16);
+  const int left = depth - column, width = min(SIZE, (left + Tile::kStep - 1) / Tile::kStep * Tile::kStep);
 #pragma unroll 4
   for (int i = 0; i < kPieces; i++) {
     const int piece = static_cast<int>(threadIdx.x) + i * kThreads;
