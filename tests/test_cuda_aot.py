@@ -27,6 +27,16 @@ every_build = pytest.mark.parametrize(
 
 # family -> pattern of kernel names -> opcodes each such kernel must have.
 REQUIRED = {
+    "attention": {
+        r"attention_forward_kernel<__nv_bfloat16, .*": [
+            "HMMA.16816.F32.BF16", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
+        r"attention_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
+    },
+    "attention_backward": {
+        r"attention_backward_(query|key)_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.E"],
+        r"attention_backward_\w+_kernel<__nv_bfloat16, \d+, false>": ["HMMA.16816.F32.BF16", "LDSM.16.M88.4"],
+        r"attention_backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
+    },
     "batch_norm": {
         r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128", "STG.E.128"],
         r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128"],

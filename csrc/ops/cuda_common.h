@@ -26,6 +26,7 @@ inline size_t element_bytes(ScalarType dtype) {
     case ScalarType::Long: return 8;
     case ScalarType::Float:
     case ScalarType::Int: return 4;
+    case ScalarType::Bool:
     case ScalarType::Byte: return 1;
     default: return 2;
   }
@@ -71,8 +72,11 @@ class Call {
 
  private:
   static size_t bytes(const Tensor& x) { return static_cast<size_t>(x.numel()) * element_bytes(x.scalar_type()); }
+  // From the first element to the last, of a view with gaps too.
   static const void* track(const Tensor& x, bool written) {
-    cuda_on_host::track_tensor(x.const_data_ptr(), bytes(x), written);
+    int64_t span = x.numel() == 0 ? 0 : 1;
+    for (int64_t d = 0; span != 0 && d < x.dim(); ++d) span += (x.size(d) - 1) * x.stride(d);
+    cuda_on_host::track_tensor(x.const_data_ptr(), static_cast<size_t>(span) * element_bytes(x.scalar_type()), written);
     return x.const_data_ptr();
   }
   std::lock_guard<std::recursive_mutex> lock_;

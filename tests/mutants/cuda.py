@@ -7,6 +7,9 @@ POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
 LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS = (
     f"csrc/cuda/{name}" for name in ("layer_norm.cu", "rnn.cu", "rnn_backward.cu", "rnn_steps.cuh")
 )
+ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
+    f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
+)
 
 
 LINEAR_HOPPER, CONV_HOPPER, WGMMA_TILE, TILE_STORE = (
@@ -24,6 +27,10 @@ def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float
 
 def _rnn_mutant(file: str, old: str, new: str, selection: str) -> dict:
     return _mutant(file, old, new, selection, "_rnn")
+
+
+def _attention_mutant(file: str, old: str, new: str, selection: str) -> dict:
+    return _mutant(file, old, new, selection, "_attention")
 
 
 _MAX = "test_max_pool2d and not 2x8x9x11"
@@ -148,4 +155,18 @@ MUTANTS = [
     _rnn_mutant(RNN_BACKWARD, "b >= step.size || b >= after.size", "b >= step.size", "test_rnn_packed and sorted"),
     _rnn_mutant(RNN_BACKWARD, "s.first_rows ? s.first_rows[b] : ", "", "test_rnn_packed and unsorted"),
     _rnn_mutant(RNN_BACKWARD, "dc * c_before * forget", "dc * forget", "test_rnn and lstm and odd"),
+    # attention_forward_kernel
+    _attention_mutant(ATTENTION, "__syncthreads();  // the values are there", "//", "test_attention and plain"),
+    _attention_mutant(ATTENTION, "sum.at[r][c] *= shrink;", "sum.at[r][c] *= 1.0f;", "test_attention and plain"),
+    _attention_mutant(ATTENTION_TILE, "if (length < span.end) span.end = static_cast<int>(length);", "",
+                      "test_attention and lengths and float32"),
+    _attention_mutant(ATTENTION_TILE, "(N == 64 ? 0 : j % 64 / 16) + further", "further", "drops_the_same"),
+    # attention_backward_query_kernel, attention_backward_key_kernel, attention_backward_mask_kernel
+    _attention_mutant(ATTENTION_BACKWARD, "weight_sums[d] += of_weight;", "weight_sums[d] = of_weight;",
+                      "test_attention and additive and float32 and not depths"),
+    _attention_mutant(ATTENTION_BACKWARD, "const int steps = query_tiles * x.group;", "const int steps = query_tiles;",
+                      "test_attention and plain"),
+    _attention_mutant(ATTENTION_BACKWARD, "j0 + kTileRows + x.left", "j0 + x.left", "test_attention and window"),
+    _attention_mutant(ATTENTION_BACKWARD, "for (int r = 0; r < kTileRows; r++) sum += totals",
+                      "for (int r = 1; r < kTileRows; r++) sum += totals", "test_attention and shared"),
 ]

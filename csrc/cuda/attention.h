@@ -1,0 +1,53 @@
+// Launchers of attention.cu and attention_backward.cu, in plain C++ for the op layer: attention of every score, float32
+// or bfloat16. Each throws std::runtime_error where its launch fails.
+#pragma once
+#include <cstdint>
+
+namespace dlkern::cuda {
+
+// Numbered as in csrc/cpu/attention.h.
+enum AttentionScore { kDotScore = 0, kGaussianScore = 1, kAdditiveScore = 2, kCosineScore = 3 };
+enum AttentionMask { kNoMask = 0, kBoolMask = 1, kOwnMask = 2, kFloatMask = 3 };
+
+// [batch, heads, length, depth], or a mask's [batch, heads, queries, keys]; strides are 0 where a size is 1.
+struct AttentionOperand {
+  const void* data;
+  int64_t stride[4];
+};
+
+// slopes and weight are floats where their `wide` is set, else of the operands' type.
+struct Attention {
+  bool is_float;
+  int score, mask;
+  int64_t batch, heads, key_heads, queries, keys, depth, value_depth;
+  double scale, softcap, p;
+  int64_t left, right;  // query i sees keys i - left .. i + right; -1: no bound
+  AttentionOperand query, key, value, mask_at;
+  const int64_t* lengths;  // of (batch, query), or null
+  int64_t lengths_stride[2];
+  const void *slopes, *weight;
+  bool wide_slopes, wide_weight;
+  const int64_t* seed;
+  float *query_unit, *key_unit;  // cosine: working memory, reciprocals of lengths, [batch, heads, length]
+  float *largest, *inverse;  // [batch, heads, queries]: the largest score and 1 / sum(exp(score - largest))
+};
+
+// output: in any order of batch, heads and queries, values last.
+void attention_forward(const Attention& attention, const AttentionOperand& output, void* stream);
+
+// Parts of the weight's gradient that attention_backward wants room for, each of `depth` floats.
+int64_t attention_weight_parts(const Attention& attention);
+
+struct AttentionBackward {
+  AttentionOperand grad_output, output;
+  bool of_mask, wide_grad_weight;
+  int64_t mask_size[4];
+  float* delta;  // working memory, [batch, heads, queries]
+  void *grad_query, *grad_key;  // dense; floats for the cosine score, whose
+  void *unit_query, *unit_key;  // gradients these are (else null)
+  void *grad_value, *grad_mask, *grad_weight;  // dense; the latter two may be null
+  float* weight_parts;
+};
+void attention_backward(const Attention& attention, const AttentionBackward& tensors, void* stream);
+
+}  // namespace dlkern::cuda
