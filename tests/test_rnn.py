@@ -49,28 +49,33 @@ def results(module, input, hx, dtype):
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
 
 
-def assert_by_the_rule(draw, dtype=torch.float32, draws=16):
-    """draw() gives a torch module, an input and a state; its converted copy keeps the rule, on the CPU column."""
+def converted(module):
+    """Ours and torch's."""
+    ours = dlkern.convert(copy.deepcopy(module))
+    assert type(ours).__module__.startswith("dlkern")
+    return ours, module
+
+
+def assert_by_the_rule(draw, dtype=torch.float32, draws=16, pair=converted):
+    """draw() gives a module, an input and a state; ours of pair(module) keeps the rule beside the other, on the CPU column."""
     for count in (draws, 16 * draws):
-        failed = [row for row in rows_of(draw, dtype, count) if not row.ok]
+        failed = [row for row in rows_of(draw, dtype, count, pair) if not row.ok]
         if not failed:
             return  # else chance, or a fault: more draws tell
     raise AssertionError(failed)
 
 
-def rows_of(draw, dtype, draws):
+def rows_of(draw, dtype, draws, pair):
     found = []
     for seed in range(draws):
         torch.manual_seed(seed)
         module, input, hx = draw()
-        module = module.to(dtype)
-        ours = dlkern.convert(copy.deepcopy(module))
-        assert type(ours).__module__.startswith("dlkern")
+        ours, theirs = pair(module.to(dtype))
         with dlkern.trace() as calls:
             mine = results(ours, input, hx, dtype)
         assert calls and {call.backend for call in calls} == {"cpu"}, calls
-        exact = results(module, moved(input, dtype), moved(hx, dtype), torch.float64)
-        for i, triple in enumerate(zip(mine, results(module, input, hx, dtype), exact, strict=True)):
+        exact = results(theirs, moved(input, dtype), moved(hx, dtype), torch.float64)
+        for i, triple in enumerate(zip(mine, results(theirs, input, hx, dtype), exact, strict=True)):
             found.append([]) if i == len(found) else None
             found[i].append(triple)
     rows = [row for i, triples in enumerate(found) for row in compare(f"result {i}", *zip(*triples), dtype)]
@@ -444,3 +449,155 @@ def test_functions_take_keywords():
     torch.testing.assert_close(F.gru(x, h, params=params, **settings)[0], torch.gru(x, h, params, *settings.values())[0])
     with pytest.raises(TypeError):
         F.gru(x, h)
+
+
+# ---- options that torch does not have ----
+
+NORM_EPS = 1e-5
+
+
+class Loop(torch.nn.Module):
+    """A module of ours as a loop over layers, directions and steps in torch's ops, its masks drawn in the same order."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, hx=None):
+        m = self.module
+        x = x.transpose(0, 1) if m.batch_first else x
+        directions, lstm = 1 + m.bidirectional, m.mode == "LSTM"
+        if hx is None:
+            h = x.new_zeros(m.num_layers * directions, x.shape[1], m.proj_size or m.hidden_size)
+            c = x.new_zeros(m.num_layers * directions, x.shape[1], m.hidden_size)
+        else:
+            h, c = hx if lstm else (hx, hx)
+        ends = []
+        for layer in range(m.num_layers):
+            outputs = []
+            for direction in range(directions):
+                i = layer * directions + direction
+                output, *end = self.layer(x, h[i], c[i], f"_l{layer}" + "_reverse" * direction, direction == 1)
+                outputs.append(output)
+                ends.append(end)
+            x = torch.cat(outputs, -1)
+        last = tuple(torch.stack([end[i] for end in ends]) for i in range(1 + lstm))
+        return x.transpose(0, 1) if m.batch_first else x, last if lstm else last[0]
+
+    def layer(self, x, h, c, suffix, reverse):
+        m = self.module
+
+        def own(name):
+            return getattr(m, name + suffix, None)
+
+        def norm(value, weight, bias):
+            if weight is None:
+                return value if bias is None else value + bias
+            centred = value - value.mean(-1, keepdim=True)
+            value = centred / (centred.square().mean(-1, keepdim=True) + NORM_EPS).sqrt() * weight
+            return value if bias is None else value + bias
+
+        def mask(size, p):
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return F.dropout(torch.ones(size, dtype=wide), p) if m.training and p else None
+
+        def zoned(new, old, fresh, t, p):
+            if fresh is not None:
+                return torch.where(fresh[t] == 0, old, new)
+            return p * old + (1 - p) * new if p else new
+
+        lstm = m.mode == "LSTM"
+        p_h, p_c = m.zoneout if isinstance(m.zoneout, tuple) else (m.zoneout, m.zoneout)
+        m_h = mask(h.shape, m.recurrent_dropout)
+        fresh_h = mask((*x.shape[:-1], h.shape[-1]), p_h)
+        fresh_c = mask((*x.shape[:-1], c.shape[-1]), p_c) if lstm else None
+        outputs = [None] * x.shape[0]
+        for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
+            old = h
+            met = h if m_h is None else h * m_h.to(h.dtype)
+            given = norm(x[t] @ own("weight_ih").T, own("layer_norm_ih"), own("bias_ih"))
+            found = norm(met @ own("weight_hh").T, own("layer_norm_hh"), own("bias_hh"))
+            if lstm:
+                i, f, g, o = (given + found).chunk(4, -1)
+                see = own("weight_peephole")
+                if see is not None:
+                    i, f = i + see[0] * c, f + see[1] * c
+                made = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                o = o if see is None else o + see[2] * made
+                h = o.sigmoid() * norm(made, own("layer_norm_c"), own("layer_norm_c_bias")).tanh()
+                h = h @ own("weight_hr").T if m.proj_size else h
+                c = zoned(made, c, fresh_c, t, p_c)
+            elif m.mode == "GRU":
+                (a_r, a_z, a_n), (b_r, b_z, b_n) = given.chunk(3, -1), found.chunk(3, -1)
+                z = (a_z + b_z).sigmoid()
+                h = (1 - z) * (a_n + (a_r + b_r).sigmoid() * b_n).tanh() + z * h
+            else:
+                h = (given + found).tanh() if m.mode == "RNN_TANH" else (given + found).relu()
+            h = zoned(h, old, fresh_h, t, p_h)
+            outputs[t] = h
+        return torch.stack(outputs), h, c
+
+
+class Seeded(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        torch.manual_seed(11)
+        return self.module(*args)
+
+
+def ours(kind, *sizes, **options):
+    """A module of ours whose normalisations are not ones."""
+    cls, more = KINDS[kind]
+    module = getattr(nn, cls.__name__)(*sizes, **more, **options)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "layer_norm" in name:
+                parameter.add_(torch.randn_like(parameter) / 3)
+    return module
+
+
+def looped(module):
+    """Ours, and the loop over its parameters; both draw the same masks."""
+    return Seeded(module), Seeded(Loop(module))
+
+
+OPTIONS = {
+    "peephole": {"peephole": True}, "zoneout": {"zoneout": 0.3}, "recurrent dropout": {"recurrent_dropout": 0.4},
+    "layer norm": {"layer_norm": True},
+    "all": {"layer_norm": True, "zoneout": 0.2, "recurrent_dropout": 0.3, "peephole": True},
+}
+each_option = pytest.mark.parametrize(
+    "kind, options", [
+        pytest.param(kind, allowed, id=f"{kind}-{name}") for kind in KINDS for name, options in OPTIONS.items()
+        if (allowed := {o: value for o, value in options.items() if o != "peephole" or kind == "lstm"})
+    ],
+)  # fmt: skip
+
+
+@each_option
+def test_options_keep_the_rule(kind, options):
+    assert_by_the_rule(lambda: (ours(kind, 5, 9, **options), torch.randn(4, 3, 5), states(kind, 1, 3, 9)), draws=8, pair=looped)
+    assert_by_the_rule(lambda: (ours(kind, 7, 70, **options), torch.randn(5, 30, 7), None), draws=2, pair=looped)
+    assert_by_the_rule(lambda: (ours(kind, 6, 20, **options), torch.randn(4, 3, 6), None), torch.bfloat16, 4, looped)
+
+
+@each_kind
+def test_zoneout_in_evaluation_is_the_expectation(kind):
+    def draw():
+        options = {"zoneout": (0.3, 0.6)} if kind == "lstm" else {"zoneout": 0.3}
+        return ours(kind, 5, 9, **options).eval(), torch.randn(4, 3, 5), states(kind, 1, 3, 9)
+
+    assert_by_the_rule(draw, draws=8, pair=looped)
+
+
+def test_options_of_stacks_and_projections():
+    options = {**STACKS["all"], **OPTIONS["all"]}
+    for kind, more in (("lstm", {"proj_size": 4, "zoneout": (0.3, 0.1)}), ("gru", {"peephole": False})):
+        assert_by_the_rule(
+            lambda k=kind, m=more: (ours(k, 5, 9, **{**options, **m}), torch.randn(3, 4, 5), None), draws=4, pair=looped
+        )
+    wide = {**OPTIONS["all"], "proj_size": 33}
+    assert_by_the_rule(lambda: (ours("lstm", 7, 70, **wide), torch.randn(4, 3, 7), None), draws=2, pair=looped)

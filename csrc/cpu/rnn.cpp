@@ -188,29 +188,10 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
 }
 
 void forward_in_double(const RnnForwardArgs<float>& a) {
-  const RnnShape& s = a.shape;
-  const int64_t width = s.gates() * s.hidden;
-  Doubles d(s);
-  const RnnForwardArgs<double> args{s,
-                                    d.of(a.input, s.rows * s.inputs),
-                                    d.of(a.weight_ih, width * s.inputs),
-                                    d.of(a.weight_hh, width * s.state),
-                                    d.of(a.bias_ih, width),
-                                    d.of(a.bias_hh, width),
-                                    d.of(a.weight_hr, s.state * s.hidden),
-                                    d.of(a.h0, s.batch * s.state),
-                                    d.of(a.c0, s.batch * s.hidden),
-                                    d.room(a.output, s.rows * s.state),
-                                    d.room(a.h_n, s.batch * s.state),
-                                    d.room(a.c_n, s.batch * s.hidden),
-                                    d.room(a.gates, s.rows * s.slots() * s.hidden),
-                                    d.room(a.cells, s.rows * s.hidden)};
+  Doubles d(a.shape);
+  const RnnForwardArgs<double> args = in_double(d, a);
   rnn_forward(args);
-  Doubles::back(args.output, a.output, s.rows * s.state);
-  Doubles::back(args.h_n, a.h_n, s.batch * s.state);
-  Doubles::back(args.c_n, a.c_n, s.batch * s.hidden);
-  Doubles::back(args.gates, a.gates, s.rows * s.slots() * s.hidden);
-  Doubles::back(args.cells, a.cells, s.rows * s.hidden);
+  back(args, a);
 }
 
 template <class T> void dispatch(const RnnForwardArgs<T>& args) {

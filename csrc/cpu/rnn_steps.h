@@ -194,11 +194,11 @@ template <class A> struct Layer {
 // A layer of floats with few products, computed in double.
 struct Doubles {
   double* next;
-  explicit Doubles(const RnnShape& s) {
+  explicit Doubles(const RnnShape& s, int64_t more = 0) {
     const int64_t width = s.gates() * s.hidden;
     next = scratch<double>(Slot::family_4, s.rows * (2 * s.inputs + 4 * s.state + (2 * s.slots() + 3) * s.hidden) +
                                                2 * (width * (s.inputs + s.state + 2) + s.state * s.hidden) +
-                                               4 * s.batch * (s.state + s.hidden));
+                                               4 * s.batch * (s.state + s.hidden) + more);
   }
   double* room(const void* wanted, int64_t count) {
     double* at = next;
@@ -214,6 +214,77 @@ struct Doubles {
     for (int64_t i = 0; to && i < count; ++i) to[i] = static_cast<float>(from[i]);
   }
 };
+
+inline RnnForwardArgs<double> in_double(Doubles& d, const RnnForwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden;
+  return {s,
+          d.of(a.input, s.rows * s.inputs),
+          d.of(a.weight_ih, width * s.inputs),
+          d.of(a.weight_hh, width * s.state),
+          d.of(a.bias_ih, width),
+          d.of(a.bias_hh, width),
+          d.of(a.weight_hr, s.state * s.hidden),
+          d.of(a.h0, s.batch * s.state),
+          d.of(a.c0, s.batch * s.hidden),
+          d.room(a.output, s.rows * s.state),
+          d.room(a.h_n, s.batch * s.state),
+          d.room(a.c_n, s.batch * s.hidden),
+          d.room(a.gates, s.rows * s.slots() * s.hidden),
+          d.room(a.cells, s.rows * s.hidden)};
+}
+
+inline void back(const RnnForwardArgs<double>& args, const RnnForwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  Doubles::back(args.output, a.output, s.rows * s.state);
+  Doubles::back(args.h_n, a.h_n, s.batch * s.state);
+  Doubles::back(args.c_n, a.c_n, s.batch * s.hidden);
+  Doubles::back(args.gates, a.gates, s.rows * s.slots() * s.hidden);
+  Doubles::back(args.cells, a.cells, s.rows * s.hidden);
+}
+
+inline RnnBackwardArgs<double> in_double(Doubles& d, const RnnBackwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden, row_size = s.slots() * s.hidden;
+  return {s,
+          d.of(a.grad_output, s.rows * s.state),
+          d.of(a.grad_h_n, s.batch * s.state),
+          d.of(a.grad_c_n, s.batch * s.hidden),
+          d.of(a.input, s.rows * s.inputs),
+          d.of(a.weight_ih, width * s.inputs),
+          d.of(a.weight_hh, width * s.state),
+          d.of(a.weight_hr, s.state * s.hidden),
+          d.of(a.h0, s.batch * s.state),
+          d.of(a.c0, s.batch * s.hidden),
+          d.of(a.output, s.rows * s.state),
+          d.of(a.gates, s.rows * row_size),
+          d.of(a.cells, s.rows * s.hidden),
+          d.room(a.grad_gates, s.rows * row_size),
+          d.room(a.previous, s.rows * s.state),
+          d.room(a.grad_states, s.rows * s.state),
+          d.room(a.unprojected, s.rows * s.hidden),
+          d.room(a.grad_input, s.rows * s.inputs),
+          d.room(a.grad_weight_ih, width * s.inputs),
+          d.room(a.grad_weight_hh, width * s.state),
+          d.room(a.grad_bias_ih, width),
+          d.room(a.grad_bias_hh, width),
+          d.room(a.grad_weight_hr, s.state * s.hidden),
+          d.room(a.grad_h0, s.batch * s.state),
+          d.room(a.grad_c0, s.batch * s.hidden)};
+}
+
+inline void back(const RnnBackwardArgs<double>& args, const RnnBackwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden;
+  Doubles::back(args.grad_input, a.grad_input, s.rows * s.inputs);
+  Doubles::back(args.grad_weight_ih, a.grad_weight_ih, width * s.inputs);
+  Doubles::back(args.grad_weight_hh, a.grad_weight_hh, width * s.state);
+  Doubles::back(args.grad_bias_ih, a.grad_bias_ih, width);
+  Doubles::back(args.grad_bias_hh, a.grad_bias_hh, width);
+  Doubles::back(args.grad_weight_hr, a.grad_weight_hr, s.state * s.hidden);
+  Doubles::back(args.grad_h0, a.grad_h0, s.batch * s.state);
+  Doubles::back(args.grad_c0, a.grad_c0, s.batch * s.hidden);
+}
 
 template <class F> void with_mode(int mode, F&& f) {
   switch (mode) {
