@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as TF
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import dlkern
@@ -631,6 +633,31 @@ def test_options_with_lengths_are_packing(kind, train):
         if not train:
             a, b = found["cpu"]
             torch.testing.assert_close(b[0], pad_packed_sequence(packed._replace(data=a[0]), total_length=6)[0])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_options_of_any_sizes(data):
+    """Beside the reference, in float64."""
+    kind = data.draw(st.sampled_from(list(KINDS)))
+    inputs, hidden, batch, steps = (data.draw(st.integers(1, n)) for n in (9, 40, 12, 5))
+    share = st.sampled_from([0.0, 0.0, 0.3, 1.0])
+    options = {name: data.draw(st.booleans()) for name in ("layer_norm", "bidirectional", "bias")}
+    options |= {"recurrent_dropout": data.draw(share), "zoneout": data.draw(share)}
+    if kind == "lstm":
+        options |= {"zoneout": (data.draw(share), data.draw(share)), "peephole": data.draw(st.booleans())}
+        options |= {"proj_size": data.draw(st.integers(0, hidden - 1))}
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    module = ours(kind, inputs, hidden, **options).double().train(data.draw(st.booleans()))
+    x, more = torch.randn(steps, batch, inputs, dtype=torch.float64), {}
+    if data.draw(st.booleans()):
+        more["lengths"] = torch.randint(1, steps + 1, (batch,))
+    found = []
+    for column in ("cpu", "reference"):
+        with dlkern.backend(column):
+            found.append(results(Seeded(module, **more), x, None, torch.float64))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_packed_states_are_kept_when_sequences_end_and_begin():
