@@ -1,4 +1,5 @@
-"""RNN, LSTM, GRU and their cells: stacks, directions, packed and unbatched input, states, beside torch by the rule."""
+"""RNN, LSTM, GRU and their cells: stacks, directions, packed and unbatched input, states, beside torch by the rule;
+options that torch does not have, beside a loop in torch's ops."""
 
 import copy
 import pickle
@@ -757,6 +758,9 @@ def test_options_at_their_ends():
     assert on.weight_peephole_l0.abs().max() <= 9**-0.5 and on.weight_peephole_l0.std() > 0
     assert "layer_norm=True" in repr(on) and "peephole=True" in repr(on)
     assert not hasattr(nn.LSTM(5, 9, bias=False, layer_norm=True), "layer_norm_c_bias_l0")
+    before = on.weight_peephole_l0.clone()
+    nn.init.xavier_uniform_(on)  # of matrices, which this is not
+    assert torch.equal(on.weight_peephole_l0, before)
 
 
 def test_options_are_kept_by_copies_and_not_lost_by_revert():

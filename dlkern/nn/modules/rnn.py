@@ -62,26 +62,7 @@ def _as_hidden(mode: int, states: list[torch.Tensor]) -> Any:
 
 
 class _WithOptions(torch.nn.Module):
-    """The options that torch's modules do not have, all off by default, when nothing differs from torch:
-
-    layer_norm: normalise (Ba et al. 2016, "Layer normalization", equations 20 to 22) the input part and the hidden part of
-        the gates, each over all gates of a step, and LSTM's cell where the output gate sees it:
-        gates = LN(W_ih x) · layer_norm_ih + b_ih + LN(W_hh h) · layer_norm_hh + b_hh and
-        h = σ(o) · tanh(LN(c) · layer_norm_c + layer_norm_c_bias), LN(a) = (a - mean) / sqrt(variance + 1e-5). Parameters
-        layer_norm_ih, layer_norm_hh [gates·H] begin as ones, as layer_norm_c [H] does; layer_norm_c_bias [H], where the
-        module has biases, begins as zero.
-    recurrent_dropout: in training, the state is multiplied by one mask for all steps of a sequence where W_hh meets it:
-        W_hh (m · h), each m zero with this probability, else 1 / (1 - p) (Gal and Ghahramani 2016, "A theoretically grounded
-        application of dropout in recurrent neural networks"). Cells, which see one step, do not have it.
-    zoneout: in training, a unit of the state keeps its value of the step before with this probability, drawn for each unit
-        and step; in evaluation it becomes the expectation, z · h_{t-1} + (1 - z) · h_t (Krueger et al. 2017, "Zoneout").
-        Of an LSTM, (state, cell), or one number for both; the new state is made of the new cell, whether kept or not.
-    peephole: LSTM's gates see the cell through diagonal weights weight_peephole [3, H] (Gers and Schmidhuber 2000,
-        "Recurrent nets that time and count"): i += w_0 · c_{t-1}, f += w_1 · c_{t-1}, o += w_2 · c_t.
-
-    They combine freely, with projections, packed input and `lengths` as well. Masks come from dropout's kernels and follow
-    torch.manual_seed. Parameters' names end in those of their layer, as torch's do (layer_norm_ih_l0_reverse). A layer with
-    options runs on the CPU column; on a GPU, on the reference, and trace() says so."""
+    """The options that torch's modules do not have; LSTM's docstring says what they are."""
 
     layer_norm: bool = False
     recurrent_dropout: float = 0.0
@@ -273,15 +254,44 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
 
 
 class RNN(_Recurrent, torch.nn.RNN):
-    """torch.nn.RNN on dlkern's kernels; the constructor also takes `save` and the options below, forward `lengths`."""
+    """torch.nn.RNN on dlkern's kernels; the constructor also takes `save` and LSTM's options but `peephole`, forward
+    `lengths`."""
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):
-    """torch.nn.LSTM on dlkern's kernels; the constructor also takes `save` and the options below, forward `lengths`."""
+    """torch.nn.LSTM on dlkern's kernels; forward also takes `lengths`, the constructor `save` and, by keyword, options that
+    torch does not have, with all of them off nothing differs from torch.
+
+    Args:
+        layer_norm: normalise the input part and the hidden part of the gates, each over all gates of a step, and the cell
+            where the output gate sees it: gates = LN(W_ih x) · layer_norm_ih + b_ih + LN(W_hh h) · layer_norm_hh + b_hh,
+            h = σ(o) · tanh(LN(c) · layer_norm_c + layer_norm_c_bias), LN(a) = (a - mean) / sqrt(variance + 1e-5).
+            Parameters layer_norm_ih, layer_norm_hh [gates·H] and, LSTM's, layer_norm_c [H] begin as ones,
+            layer_norm_c_bias [H], where the module has biases, as zero. Ba et al. 2016, "Layer normalization", equations
+            20 to 22; of a GRU, all three gates are normalised together.
+        recurrent_dropout: in training, W_hh meets m · h instead of h, with one mask m for all steps of a sequence, zero with
+            this probability, else 1 / (1 - p). Gal and Ghahramani 2016, "A theoretically grounded application of dropout in
+            recurrent neural networks". Cells, which see one step, do not have it.
+        zoneout: in training, a unit keeps its value of the step before with this probability z, drawn for each unit and step;
+            in evaluation it becomes z · h_{t-1} + (1 - z) · h_t. (state, cell), or one number for both; the new state is
+            made of the new cell, kept or not. Krueger et al. 2017, "Zoneout: regularizing RNNs by randomly preserving
+            hidden activations".
+        peephole: the gates see the cell through diagonal weights, weight_peephole [3, H]: i += w_0 · c_{t-1},
+            f += w_1 · c_{t-1}, o += w_2 · c_t. Gers and Schmidhuber 2000, "Recurrent nets that time and count".
+
+    Options combine freely, with proj_size, packed input and `lengths` as well. Names of their parameters end as torch's do
+    (layer_norm_ih_l0_reverse). Masks come from dropout's kernels and follow torch.manual_seed. On the CPU the options are
+    kernels; on a GPU they are the reference's, and trace() says so.
+
+    Raises:
+        ValueError: a probability outside [0, 1], or a call with options that torch would take and our kernels do not.
+        TypeError: layer_norm or peephole is not a bool.
+    """
 
 
 class GRU(_Recurrent, torch.nn.GRU):
-    """torch.nn.GRU on dlkern's kernels; the constructor also takes `save` and the options below, forward `lengths`."""
+    """torch.nn.GRU on dlkern's kernels; the constructor also takes `save` and LSTM's options but `peephole`, forward
+    `lengths`."""
 
 
 class _Cell(_WithOptions, torch.nn.modules.rnn.RNNCellBase):
@@ -335,18 +345,18 @@ class _Cell(_WithOptions, torch.nn.modules.rnn.RNNCellBase):
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
-    """torch.nn.RNNCell on dlkern's kernels."""
+    """torch.nn.RNNCell on dlkern's kernels; the constructor also takes LSTM's options `layer_norm` and `zoneout`."""
 
     _mode = TANH
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
-    """torch.nn.LSTMCell on dlkern's kernels."""
+    """torch.nn.LSTMCell on dlkern's kernels; the constructor also takes LSTM's options `layer_norm`, `zoneout`, `peephole`."""
 
     _mode = _LSTM
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
-    """torch.nn.GRUCell on dlkern's kernels."""
+    """torch.nn.GRUCell on dlkern's kernels; the constructor also takes LSTM's options `layer_norm` and `zoneout`."""
 
     _mode = _GRU
