@@ -11,13 +11,6 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-template <class A> struct AddBias {
-  const A* bias;  // or null
-  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
-    return bias ? value + load_some(bias + j, count) : value;
-  }
-};
-
 template <class T, int mode> struct Step {
   using A = acc_t<T>;
   using V = Vec<A>;
@@ -135,14 +128,7 @@ template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
   copy(args.h0, states, s.batch * state);
   for (int64_t i = 0; o.mask && i < s.batch * state; ++i) masked[i] = states[i] * o.mask[i];
   if (mode == kRnnLstm) copy(args.c0, cell, s.batch * hidden);
-  const bool biased = args.bias_ih || args.bias_hh;
-  for (int64_t i = 0; biased && i < width; ++i) {
-    const A of_input = args.bias_ih ? static_cast<A>(args.bias_ih[i]) : A(0),
-            of_hidden = args.bias_hh ? static_cast<A>(args.bias_hh[i]) : A(0);
-    const bool apart = mode == kRnnGru && i >= 2 * hidden;  // r multiplies this one
-    bias[i] = apart ? of_input : of_input + of_hidden;
-    if (apart) hidden_bias[i - 2 * hidden] = of_hidden;
-  }
+  const bool biased = combine_biases<mode>(args, bias, hidden_bias);
 
   A* inputs = args.gates + row_size - width;
   gemm(Gemm<T, A>{s.rows, width, s.inputs, args.input, s.inputs, 1, args.weight_ih, 1, s.inputs, inputs, row_size},

@@ -138,6 +138,29 @@ template <class T> void clear_padding(const RnnShape& s, T* rows, int64_t width)
                   sizeof(T) * static_cast<size_t>(width));
 }
 
+template <class A> struct AddBias {
+  const A* bias;  // or null
+  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
+    return bias ? value + load_some(bias + j, count) : value;
+  }
+};
+
+// What is added to the input part, [gates * hidden], and what GRU adds to n's hidden part, [hidden]; false where there
+// are no biases.
+template <int mode, class T> bool combine_biases(const RnnForwardArgs<T>& args, acc_t<T>* bias, acc_t<T>* hidden_bias) {
+  using A = acc_t<T>;
+  const int64_t hidden = args.shape.hidden, width = args.shape.gates() * hidden;
+  const bool biased = args.bias_ih || args.bias_hh;
+  for (int64_t i = 0; biased && i < width; ++i) {
+    const A of_input = args.bias_ih ? static_cast<A>(args.bias_ih[i]) : A(0),
+            of_hidden = args.bias_hh ? static_cast<A>(args.bias_hh[i]) : A(0);
+    const bool apart = mode == kRnnGru && i >= 2 * hidden;  // r multiplies this one
+    bias[i] = apart ? of_input : of_input + of_hidden;
+    if (apart) hidden_bias[i - 2 * hidden] = of_hidden;
+  }
+  return biased;
+}
+
 // Which threads do what, and when.
 template <class A> struct Layer {
   const RnnShape& s;
