@@ -55,7 +55,7 @@ def missing(op: str) -> str | None:
         "attention_causal": "scaled_dot_product_attention",
         "attention_masked": "scaled_dot_product_attention",
         "attention_additive": "additive_attention",
-    }.get(op, op)
+    }.get(op, op.removesuffix("_packed"))
     return None if hasattr(dlkern.nn.functional, name) else f"dlkern.nn.functional has no {name}"
 
 
@@ -186,23 +186,29 @@ def _batch_norm(shape: Shape, image: Callable[..., torch.Tensor], tensor: Callab
 
 
 def _rnn(shape: Shape, tensor: Callable[..., torch.Tensor]) -> Case:
-    """One layer in one direction, from the sequence to the outputs of all steps."""
-    hidden, width = shape.out_channels, GATES[shape.op] * shape.out_channels
+    """One layer in one direction, from the sequence, padded or packed, to the outputs of all steps."""
+    op, hidden = shape.op.removesuffix("_packed"), shape.out_channels
+    width = GATES[op] * hidden
     sizes = ((width, shape.channels), (width, hidden), (width,), (width,))
     weights = [tensor(*size, scale=hidden**-0.5) for size in sizes]
-    states = [tensor(1, shape.batch, hidden, grad=False) for _ in range(2 if shape.op == "lstm" else 1)]
+    states = [tensor(1, shape.batch, hidden, grad=False) for _ in range(2 if op == "lstm" else 1)]
+    packed = op != shape.op
+    batch_sizes = torch.tensor(shape.batch_sizes)
 
     def on(namespace: Any) -> Callable[..., torch.Tensor]:
-        function = getattr(namespace, shape.op)
+        function = getattr(namespace, op)
 
         def call(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
             given = list(rest[: len(states)])
-            hx = given if shape.op == "lstm" else given[0]
-            return function(x, hx, list(rest[len(states) :]), True, 1, 0.0, False, False, False)[0]
+            hx, params = given if op == "lstm" else given[0], list(rest[len(states) :])
+            if packed:
+                return function(x, batch_sizes, hx, params, True, 1, 0.0, False, False)[0]
+            return function(x, hx, params, True, 1, 0.0, False, False, False)[0]
 
         return call
 
-    x = tensor(shape.steps, shape.batch, shape.channels, grad=shape.input_grad)
+    size = (sum(shape.batch_sizes),) if packed else (shape.steps, shape.batch)
+    x = tensor(*size, shape.channels, grad=shape.input_grad)
     return Case(on(dlkern.nn.functional), on(torch), [x, *states, *weights], weights)
 
 

@@ -32,6 +32,8 @@ FAMILIES = {
     "rnn_tanh": "rnn",
     "lstm": "rnn",
     "gru": "rnn",
+    "lstm_packed": "rnn",
+    "gru_packed": "rnn",
     "attention": "attention",
     "attention_causal": "attention",
     "attention_masked": "attention",
@@ -47,8 +49,8 @@ class Shape:
     A linear layer has `batch` rows, `channels` inputs and `out_channels` outputs; a loss `batch` rows of `channels`
     classes; an embedding `batch` indices of `channels` rows of `out_channels` numbers; adaptive pooling's output size
     stands in `kernel`; layer norm has `batch` rows of `channels`. A recurrent layer reads `batch` sequences of `steps`
-    times `channels` numbers with `out_channels` units; attention has `batch` times `heads` times `steps` queries, and as
-    many keys, of `channels` numbers.
+    times (a packed one of as many at most) `channels` numbers with `out_channels` units; attention has `batch` times
+    `heads` times `steps` queries, and as many keys, of `channels` numbers.
     """
 
     op: str
@@ -95,14 +97,22 @@ class Shape:
         return self._out(1)
 
     @property
+    def batch_sizes(self) -> list[int]:
+        """Of a recurrent layer, how many sequences each step has; packed ones have all lengths from `steps` to half of it."""
+        if not self.op.endswith("_packed"):
+            return [self.batch] * self.steps
+        lengths = [self.steps - b * self.steps // (2 * self.batch) for b in range(self.batch)]
+        return [sum(length > t for length in lengths) for t in range(self.steps)]
+
+    @property
     def input_numel(self) -> int:
-        return self.batch * self.heads * self.steps * self.channels * self.height * self.width
+        return sum(self.batch_sizes) * self.heads * self.channels * self.height * self.width
 
     @property
     def output_numel(self) -> int:
         if self.op == "cross_entropy":
             return 1
-        positions = self.batch * self.heads * self.steps * self.out_height * self.out_width
+        positions = sum(self.batch_sizes) * self.heads * self.out_height * self.out_width
         return positions * (self.out_channels or self.channels)
 
     @property

@@ -34,6 +34,8 @@ CPU: dict[str, dict[str, dict[str, float]]] = {
     "linear": {"forward": {"": 1.6}, "training": {"": 1.6}},
     "lstm": {"forward": {"": 1.4}, "training": {"": 1.5}},
     "gru": {"forward": {"": 3.5}, "training": {"": 4.0}},
+    "lstm packed": {"training": {"": 4.0}},
+    "gru packed": {"training": {"": 4.0}},
     "rnn tanh": {"forward": {"": 1.8}, "training": {"": 2.5}},
     "attention": {"forward": {"": 2.0}, "training": {"": 2.0}},
     "attention causal": {"forward": {"": 3.0}, "training": {"": 3.0}},

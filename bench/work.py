@@ -81,8 +81,8 @@ def count(shape: Shape, itemsize: int, direction: str, cache: int = 0) -> Work:
     if op == "layer_norm":
         return Work(0, 5 * x if training else 2 * x)
     if shape.family == "rnn":
-        w = GATES[op] * shape.out_channels * (shape.channels + shape.out_channels)
-        products = _matrix_product(2 * shape.batch * shape.steps * w, x, y, w * itemsize, shape.input_grad, training)
+        w = GATES[op.removesuffix("_packed")] * shape.out_channels * (shape.channels + shape.out_channels)
+        products = _matrix_product(2 * sum(shape.batch_sizes) * w, x, y, w * itemsize, shape.input_grad, training)
         return Work(products.flops, products.bytes, "weights read once")
     if shape.family == "attention":
         return _attention(shape, x, training)

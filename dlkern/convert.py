@@ -187,7 +187,7 @@ def revert(model: Model) -> Model:
     """Gives every dlkern.nn module in `model` torch.nn's class again, in place, and returns the model.
 
     The result needs no dlkern to be unpickled. Modules that were built as dlkern.nn's become torch's as well, and frozen
-    ones are frozen no more.
+    ones are frozen no more. Recurrent modules with options that torch does not have stay dlkern.nn's.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -196,7 +196,7 @@ def revert(model: Model) -> Model:
         raise TypeError(f"revert: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         plain = _plain_class(module)
-        if plain in TO_TORCH:
+        if plain in TO_TORCH and not getattr(module, "beyond_torch", False):
             _set_class(module, TO_TORCH[plain])
             vars(module).pop("_frozen", None)
     return model

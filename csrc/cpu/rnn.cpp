@@ -15,13 +15,6 @@ namespace {
 
 constexpr int64_t kChunkRows = 576, kChunkValues = 262144;  // of gates that are not kept: rows at least, values about
 
-template <class A> struct AddBias {
-  const A* bias;  // or null
-  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
-    return bias ? value + load_some(bias + j, count) : value;
-  }
-};
-
 // What one row of a step reads and writes.
 template <class T> struct Place {
   acc_t<T>* gate;  // what the input gives, [slots * hidden]
@@ -93,14 +86,7 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
     *states = first + s.batch * state;  // the last two steps', where the output rounds them
   const A* h0 = widened(args.h0, s.batch * state, first);
   if (mode == kRnnLstm) copy(args.c0, cell, s.batch * hidden);
-  const bool biased = args.bias_ih || args.bias_hh;
-  for (int64_t i = 0; biased && i < width; ++i) {
-    const A of_input = args.bias_ih ? static_cast<A>(args.bias_ih[i]) : A(0),
-            of_hidden = args.bias_hh ? static_cast<A>(args.bias_hh[i]) : A(0);
-    const bool apart = mode == kRnnGru && i >= 2 * hidden;  // r multiplies this one
-    bias[i] = apart ? of_input : of_input + of_hidden;
-    if (apart) hidden_bias[i - 2 * hidden] = of_hidden;
-  }
+  const bool biased = combine_biases<mode>(args, bias, hidden_bias);
 
   const int64_t parts = layer.by_panels ? layer.threads : 1;
   const int64_t unit_vectors = gates == 1 ? panel_vectors<A>(hidden, parts) : 1,
@@ -188,29 +174,10 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
 }
 
 void forward_in_double(const RnnForwardArgs<float>& a) {
-  const RnnShape& s = a.shape;
-  const int64_t width = s.gates() * s.hidden;
-  Doubles d(s);
-  const RnnForwardArgs<double> args{s,
-                                    d.of(a.input, s.rows * s.inputs),
-                                    d.of(a.weight_ih, width * s.inputs),
-                                    d.of(a.weight_hh, width * s.state),
-                                    d.of(a.bias_ih, width),
-                                    d.of(a.bias_hh, width),
-                                    d.of(a.weight_hr, s.state * s.hidden),
-                                    d.of(a.h0, s.batch * s.state),
-                                    d.of(a.c0, s.batch * s.hidden),
-                                    d.room(a.output, s.rows * s.state),
-                                    d.room(a.h_n, s.batch * s.state),
-                                    d.room(a.c_n, s.batch * s.hidden),
-                                    d.room(a.gates, s.rows * s.slots() * s.hidden),
-                                    d.room(a.cells, s.rows * s.hidden)};
+  Doubles d(a.shape);
+  const RnnForwardArgs<double> args = in_double(d, a);
   rnn_forward(args);
-  Doubles::back(args.output, a.output, s.rows * s.state);
-  Doubles::back(args.h_n, a.h_n, s.batch * s.state);
-  Doubles::back(args.c_n, a.c_n, s.batch * s.hidden);
-  Doubles::back(args.gates, a.gates, s.rows * s.slots() * s.hidden);
-  Doubles::back(args.cells, a.cells, s.rows * s.hidden);
+  back(args, a);
 }
 
 template <class T> void dispatch(const RnnForwardArgs<T>& args) {

@@ -3,7 +3,7 @@
 #include "column_sums.h"
 #include "gemm.h"
 #include "rnn.h"
-#include "rnn_steps.h"
+#include "rnn_gradients.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -138,35 +138,9 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   if (mode == kRnnLstm) copy(cells, args.grad_c0, s.batch * hidden);
 
   const A* of_input = args.grad_gates + row_size - width;  // GRU's recurrent side has n in the first block
-  if (args.grad_input) {
-    const A* weight = args.weight_ih
-                          ? widened(args.weight_ih, width * s.inputs,
-                                    sizeof(T) == sizeof(A) ? nullptr : scratch<A>(Slot::family_3, width * s.inputs))
-                          : nullptr;
-    gemm(Gemm<A, T>{s.rows, s.inputs, width, of_input, row_size, 1, weight, s.inputs, 1, args.grad_input, s.inputs});
-  }
+  input_gradients(args, of_input, row_size);
   if (!args.grad_weight_ih) return;
-  // A copy of the input where it must be widened, or where its padding, which may be anything, must become zero.
-  const A* input;
-  if (sizeof(T) != sizeof(A) || s.order) {
-    A* clean = scratch<A>(Slot::family_3, s.rows * s.inputs);
-    copy(args.input, clean, s.rows * s.inputs);
-    clear_padding(s, clean, s.inputs);
-    input = clean;
-  } else {
-    input = widened(args.input, 0, nullptr);
-  }
-  gemm(Gemm<A, T>{width, s.inputs, s.rows, of_input, 1, row_size, input, s.inputs, 1, args.grad_weight_ih, s.inputs});
-  clear_padding(s, args.previous, state);
-  for (int64_t t = 0; t < s.steps; ++t)
-    for (int64_t b = 0; b < s.batch_sizes[t]; ++b) {
-      const int64_t before = layer.before(t, b);
-      A* to = args.previous + s.row(t, b) * state;
-      if (before < 0)
-        copy(h0 + s.place(b) * state, to, state);
-      else
-        copy(args.output + before * state, to, state);
-    }
+  gather_previous(args, layer, h0);
   const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
     gemm(Gemm<A, T>{some * hidden, state, s.rows, args.grad_gates + slot * hidden, 1, row_size, args.previous, state, 1,
                     args.grad_weight_hh + gate * hidden * state, state});
@@ -177,12 +151,7 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   } else {
     of_recurrent(0, 0, s.gates());
   }
-  if (s.projects) {
-    clear_padding(s, args.grad_states, state);
-    clear_padding(s, args.unprojected, hidden);
-    gemm(Gemm<A, T>{state, hidden, s.rows, args.grad_states, 1, state, args.unprojected, hidden, 1, args.grad_weight_hr,
-                    hidden});
-  }
+  if (s.projects) projection_gradient(args);
   if (!args.grad_bias_ih) return;
   sum_columns(of_input, row_size, 1, s.rows, width, args.grad_bias_ih);
   const int64_t shared = mode == kRnnGru ? 2 * hidden : width;
@@ -191,43 +160,10 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
 }
 
 void backward_in_double(const RnnBackwardArgs<float>& a) {
-  const RnnShape& s = a.shape;
-  const int64_t width = s.gates() * s.hidden, row_size = s.slots() * s.hidden;
-  Doubles d(s);
-  const RnnBackwardArgs<double> args{s,
-                                     d.of(a.grad_output, s.rows * s.state),
-                                     d.of(a.grad_h_n, s.batch * s.state),
-                                     d.of(a.grad_c_n, s.batch * s.hidden),
-                                     d.of(a.input, s.rows * s.inputs),
-                                     d.of(a.weight_ih, width * s.inputs),
-                                     d.of(a.weight_hh, width * s.state),
-                                     d.of(a.weight_hr, s.state * s.hidden),
-                                     d.of(a.h0, s.batch * s.state),
-                                     d.of(a.c0, s.batch * s.hidden),
-                                     d.of(a.output, s.rows * s.state),
-                                     d.of(a.gates, s.rows * row_size),
-                                     d.of(a.cells, s.rows * s.hidden),
-                                     d.room(a.grad_gates, s.rows * row_size),
-                                     d.room(a.previous, s.rows * s.state),
-                                     d.room(a.grad_states, s.rows * s.state),
-                                     d.room(a.unprojected, s.rows * s.hidden),
-                                     d.room(a.grad_input, s.rows * s.inputs),
-                                     d.room(a.grad_weight_ih, width * s.inputs),
-                                     d.room(a.grad_weight_hh, width * s.state),
-                                     d.room(a.grad_bias_ih, width),
-                                     d.room(a.grad_bias_hh, width),
-                                     d.room(a.grad_weight_hr, s.state * s.hidden),
-                                     d.room(a.grad_h0, s.batch * s.state),
-                                     d.room(a.grad_c0, s.batch * s.hidden)};
+  Doubles d(a.shape);
+  const RnnBackwardArgs<double> args = in_double(d, a);
   rnn_backward(args);
-  Doubles::back(args.grad_input, a.grad_input, s.rows * s.inputs);
-  Doubles::back(args.grad_weight_ih, a.grad_weight_ih, width * s.inputs);
-  Doubles::back(args.grad_weight_hh, a.grad_weight_hh, width * s.state);
-  Doubles::back(args.grad_bias_ih, a.grad_bias_ih, width);
-  Doubles::back(args.grad_bias_hh, a.grad_bias_hh, width);
-  Doubles::back(args.grad_weight_hr, a.grad_weight_hr, s.state * s.hidden);
-  Doubles::back(args.grad_h0, a.grad_h0, s.batch * s.state);
-  Doubles::back(args.grad_c0, a.grad_c0, s.batch * s.hidden);
+  back(args, a);
 }
 
 template <class T> void dispatch(const RnnBackwardArgs<T>& args) {

@@ -141,6 +141,29 @@ template <class T> void clear_padding(const RnnShape& s, T* rows, int64_t width)
                   sizeof(T) * static_cast<size_t>(width));
 }
 
+template <class A> struct AddBias {
+  const A* bias;  // or null
+  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
+    return bias ? value + load_some(bias + j, count) : value;
+  }
+};
+
+// What is added to the input part, [gates * hidden], and what GRU adds to n's hidden part, [hidden]; false where there
+// are no biases.
+template <int mode, class T> bool combine_biases(const RnnForwardArgs<T>& args, acc_t<T>* bias, acc_t<T>* hidden_bias) {
+  using A = acc_t<T>;
+  const int64_t hidden = args.shape.hidden, width = args.shape.gates() * hidden;
+  const bool biased = args.bias_ih || args.bias_hh;
+  for (int64_t i = 0; biased && i < width; ++i) {
+    const A of_input = args.bias_ih ? static_cast<A>(args.bias_ih[i]) : A(0),
+            of_hidden = args.bias_hh ? static_cast<A>(args.bias_hh[i]) : A(0);
+    const bool apart = mode == kRnnGru && i >= 2 * hidden;  // r multiplies this one
+    bias[i] = apart ? of_input : of_input + of_hidden;
+    if (apart) hidden_bias[i - 2 * hidden] = of_hidden;
+  }
+  return biased;
+}
+
 // Which threads do what, and when.
 template <class A> struct Layer {
   const RnnShape& s;
@@ -197,11 +220,11 @@ template <class A> struct Layer {
 // A layer of floats with few products, computed in double.
 struct Doubles {
   double* next;
-  explicit Doubles(const RnnShape& s) {
+  explicit Doubles(const RnnShape& s, int64_t more = 0) {
     const int64_t width = s.gates() * s.hidden;
     next = scratch<double>(Slot::family_4, s.rows * (2 * s.inputs + 4 * s.state + (2 * s.slots() + 3) * s.hidden) +
                                                2 * (width * (s.inputs + s.state + 2) + s.state * s.hidden) +
-                                               4 * s.batch * (s.state + s.hidden));
+                                               4 * s.batch * (s.state + s.hidden) + more);
   }
   double* room(const void* wanted, int64_t count) {
     double* at = next;
@@ -217,6 +240,77 @@ struct Doubles {
     for (int64_t i = 0; to && i < count; ++i) to[i] = static_cast<float>(from[i]);
   }
 };
+
+inline RnnForwardArgs<double> in_double(Doubles& d, const RnnForwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden;
+  return {s,
+          d.of(a.input, s.rows * s.inputs),
+          d.of(a.weight_ih, width * s.inputs),
+          d.of(a.weight_hh, width * s.state),
+          d.of(a.bias_ih, width),
+          d.of(a.bias_hh, width),
+          d.of(a.weight_hr, s.state * s.hidden),
+          d.of(a.h0, s.batch * s.state),
+          d.of(a.c0, s.batch * s.hidden),
+          d.room(a.output, s.rows * s.state),
+          d.room(a.h_n, s.batch * s.state),
+          d.room(a.c_n, s.batch * s.hidden),
+          d.room(a.gates, s.rows * s.slots() * s.hidden),
+          d.room(a.cells, s.rows * s.hidden)};
+}
+
+inline void back(const RnnForwardArgs<double>& args, const RnnForwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  Doubles::back(args.output, a.output, s.rows * s.state);
+  Doubles::back(args.h_n, a.h_n, s.batch * s.state);
+  Doubles::back(args.c_n, a.c_n, s.batch * s.hidden);
+  Doubles::back(args.gates, a.gates, s.rows * s.slots() * s.hidden);
+  Doubles::back(args.cells, a.cells, s.rows * s.hidden);
+}
+
+inline RnnBackwardArgs<double> in_double(Doubles& d, const RnnBackwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden, row_size = s.slots() * s.hidden;
+  return {s,
+          d.of(a.grad_output, s.rows * s.state),
+          d.of(a.grad_h_n, s.batch * s.state),
+          d.of(a.grad_c_n, s.batch * s.hidden),
+          d.of(a.input, s.rows * s.inputs),
+          d.of(a.weight_ih, width * s.inputs),
+          d.of(a.weight_hh, width * s.state),
+          d.of(a.weight_hr, s.state * s.hidden),
+          d.of(a.h0, s.batch * s.state),
+          d.of(a.c0, s.batch * s.hidden),
+          d.of(a.output, s.rows * s.state),
+          d.of(a.gates, s.rows * row_size),
+          d.of(a.cells, s.rows * s.hidden),
+          d.room(a.grad_gates, s.rows * row_size),
+          d.room(a.previous, s.rows * s.state),
+          d.room(a.grad_states, s.rows * s.state),
+          d.room(a.unprojected, s.rows * s.hidden),
+          d.room(a.grad_input, s.rows * s.inputs),
+          d.room(a.grad_weight_ih, width * s.inputs),
+          d.room(a.grad_weight_hh, width * s.state),
+          d.room(a.grad_bias_ih, width),
+          d.room(a.grad_bias_hh, width),
+          d.room(a.grad_weight_hr, s.state * s.hidden),
+          d.room(a.grad_h0, s.batch * s.state),
+          d.room(a.grad_c0, s.batch * s.hidden)};
+}
+
+inline void back(const RnnBackwardArgs<double>& args, const RnnBackwardArgs<float>& a) {
+  const RnnShape& s = a.shape;
+  const int64_t width = s.gates() * s.hidden;
+  Doubles::back(args.grad_input, a.grad_input, s.rows * s.inputs);
+  Doubles::back(args.grad_weight_ih, a.grad_weight_ih, width * s.inputs);
+  Doubles::back(args.grad_weight_hh, a.grad_weight_hh, width * s.state);
+  Doubles::back(args.grad_bias_ih, a.grad_bias_ih, width);
+  Doubles::back(args.grad_bias_hh, a.grad_bias_hh, width);
+  Doubles::back(args.grad_weight_hr, a.grad_weight_hr, s.state * s.hidden);
+  Doubles::back(args.grad_h0, a.grad_h0, s.batch * s.state);
+  Doubles::back(args.grad_c0, a.grad_c0, s.batch * s.hidden);
+}
 
 template <class F> void with_mode(int mode, F&& f) {
   switch (mode) {

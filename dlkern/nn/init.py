@@ -50,7 +50,7 @@ def _blocks(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float, floa
                 yield weight, columns, rows / steps
     elif isinstance(module, _RECURRENT):
         for name, weight in module.named_parameters(recurse=False):
-            if weight.dim() == 2:
+            if weight.dim() == 2 and not name.startswith("weight_peephole"):  # which is diagonal: no sums
                 hidden = module.hidden_size
                 for gate in (weight,) if name.startswith("weight_hr") else weight.split(hidden):
                     yield gate, gate.shape[1], gate.shape[0]

@@ -3,6 +3,8 @@
 The raw ops take a whole sequence, padded [T, B, I] (with the length of each sequence, or none) or packed [rows, I] with
 the number of rows of each step, so that a compiled graph does not unroll time. Saved for backward: input, weights, initial
 states, output, and the gates after their activations (and LSTM's cells). The second derivative is the reference's.
+A layer with options (layer_norm, recurrent_dropout, zoneout, peephole) has raw ops of its own, on the CPU alone; its masks are
+arguments, drawn by dropout's kernels, so that every column has the same.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from dlkern import trace as tracing
 from dlkern.ops import _autograd
 from dlkern.ops._registry import define, raw
 from dlkern.reference import rnn as reference
-from dlkern.reference.rnn import GATES, GRU, LSTM, RELU, TANH
+from dlkern.reference.rnn import GATES, GRU, LSTM, NO_OPTIONS, RELU, TANH, Options
 
-__all__ = ["GATES", "GRU", "LSTM", "RELU", "TANH", "rnn"]
+__all__ = ["GATES", "GRU", "LSTM", "NO_OPTIONS", "RELU", "TANH", "Options", "rnn", "sum_dtype"]
 
 
-def _sums(x: torch.Tensor) -> torch.dtype:
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that sums over x are carried in, and masks have."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -33,8 +36,8 @@ def _forward_fake(
     slots = 4 if mode == GRU else GATES[mode]
     return (
         input.new_empty((*input.shape[:-1], state)), input.new_empty((batch, state)),
-        input.new_empty((batch if lstm else 0, hidden)), input.new_empty((rows, slots * hidden), dtype=_sums(input)),
-        input.new_empty((rows if lstm else 0, hidden), dtype=_sums(input)),
+        input.new_empty((batch if lstm else 0, hidden)), input.new_empty((rows, slots * hidden), dtype=sum_dtype(input)),
+        input.new_empty((rows if lstm else 0, hidden), dtype=sum_dtype(input)),
     )  # fmt: skip
 
 
@@ -51,6 +54,34 @@ def _backward_fake(
         input.new_empty((state if of_weight and weight_hr is not None else 0, hidden)), input.new_empty(h0.shape),
         input.new_empty((h0.shape[0] if mode == LSTM else 0, hidden)),
     )  # fmt: skip
+
+
+def _options_forward_fake(
+    input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, peephole, norm_ih, norm_hh, norm_c, norm_c_bias, mask,
+    fresh_h, fresh_c, batch_sizes, lengths, mode, reverse, zoneout_h, zoneout_c, keep,
+):
+    found = _forward_fake(
+        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse, keep
+    )
+    rows, size = (0, 0) if norm_ih is None else (found[3].shape[0], _norm_size(mode, found[4].shape[1]))
+    return *found, input.new_empty((rows, size), dtype=sum_dtype(input))
+
+
+def _norm_size(mode: int, hidden: int) -> int:
+    return 2 * GATES[mode] * hidden + (hidden if mode == LSTM else 0) + 3
+
+
+def _options_backward_fake(
+    grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, weight_hr, h0, c0, peephole, norm_ih, norm_hh, norm_c,
+    norm_c_bias, mask, fresh_h, fresh_c, output, gates, cells, norms, batch_sizes, lengths, mode, reverse, zoneout_h, zoneout_c,
+    of_input, of_weight, of_bias,
+):
+    found = _backward_fake(
+        grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, weight_hr, h0, c0, output, gates, cells, batch_sizes,
+        lengths, mode, reverse, of_input, of_weight, of_bias,
+    )  # fmt: skip
+    weights = (peephole, norm_ih, norm_hh, norm_c, norm_c_bias)
+    return *found, *(input.new_empty(w.shape if of_weight and w is not None else (0,)) for w in weights)
 
 
 define(
@@ -70,24 +101,57 @@ define(
     _backward_fake,
     triton="dlkern.kernels.rnn:rnn_backward",
 )
+_OPTIONS = (
+    "Tensor? peephole, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, Tensor? mask, "
+    "Tensor? fresh_h, Tensor? fresh_c, "
+)
+define(
+    "rnn_options_forward",
+    "(Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
+    f"Tensor h0, Tensor? c0, {_OPTIONS}Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, float zoneout_h, "
+    "float zoneout_c, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _options_forward_fake,
+)
+define(
+    "rnn_options_backward",
+    "(Tensor grad_output, Tensor grad_h_n, Tensor? grad_c_n, Tensor input, Tensor weight_ih, Tensor weight_hh, "
+    f"Tensor? weight_hr, Tensor h0, Tensor? c0, {_OPTIONS}Tensor output, Tensor gates, Tensor cells, Tensor norms, "
+    "Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, float zoneout_h, float zoneout_c, bool of_input, "
+    "bool of_weight, bool of_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _options_backward_fake,
+)
 # How the cuda column would run a layer of these states: a key of _ROUTES.
 define("rnn_route", "(Tensor h0, int mode, int steps, bool backward) -> int", lambda h0, mode, steps, backward: 0)
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
-_PROJECTED = ("projected",)
+_PROJECTED = "projection (proj_size)"
 
 
-def _refuses_projections(column):
-    return lambda facts: f"{column} column has no projection (proj_size)" if facts == _PROJECTED else None
+def _facts(weight_hr: torch.Tensor | None, options: Options) -> tuple[str, ...]:
+    """What of a layer is beyond the GPU columns."""
+    if weight_hr is None and options is NO_OPTIONS:
+        return ()
+    present = {
+        _PROJECTED: weight_hr is not None, "layer_norm": options.norm_ih is not None, "peephole": options.peephole is not None,
+        "recurrent_dropout": options.mask is not None,
+        "zoneout": options.fresh_h is not None or options.fresh_c is not None or options.zoneout_h + options.zoneout_c > 0,
+    }  # fmt: skip
+    return tuple(name for name, there in present.items() if there)
+
+
+def _refuses_facts(column):
+    return lambda facts: f"{column} column has no {', '.join(facts)}" if facts else None
 
 
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(
-        _op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _refuses_projections("triton")
+        _op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _refuses_facts("triton")
     )
-    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16), _refuses_projections("cuda"))
+    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16), _refuses_facts("cuda"))
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
+_options_forward, _options_backward = raw["rnn_options_forward"], raw["rnn_options_backward"]
 
 # One launch runs all steps with the weights in shared memory, or, for these reasons, there is one launch a step.
 _ROUTES = {
@@ -107,6 +171,8 @@ def _slower(h0: torch.Tensor, mode: int, steps: int) -> str:
 
 # Tensors of a layer in the order of Rnn's arguments: input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0.
 _LAYER = 8
+# And of its options, with weights, then masks.
+_WEIGHTS, _MASKS = 5, 3
 
 
 def _numbers(x: torch.Tensor | None) -> list[int] | None:
@@ -136,29 +202,37 @@ class RnnBackward(_autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         *tensors, batch_sizes, lengths = ctx.saved_tensors
-        mode, reverse, (of_input, of_weight, of_bias) = ctx.settings
-        lstm = mode == LSTM
-        grads, primals = tensors[: 3 if lstm else 2], tensors[3:]
-        asked = (of_input, of_weight, of_weight, of_bias, of_bias, of_weight, True, lstm)
-        wanted = tuple(w and t is not None for w, t in zip(asked, primals))
-        present = [i for i, t in enumerate(primals) if t is not None]
-        count = len(grads)
+        mode, reverse, need = ctx.settings
+        sizes = _numbers(batch_sizes), _numbers(lengths)
+        found = _second(
+            lambda grads, layer: reference.rnn_backward(grads, layer, *sizes, mode, reverse), mode, need, tensors, cotangents
+        )
+        return *found, *([None] * 9)
 
-        def gradients(*values):
-            full = [None] * _LAYER
-            for i, value in zip(present, values[count:]):
-                full[i] = value
-            sizes = _numbers(batch_sizes), _numbers(lengths)
-            found = reference.rnn_backward(values[:count], tuple(full), *sizes, mode, reverse)
-            return tuple(g for g, w in zip(found, wanted) if w)
 
-        first = _autograd.vjp(gradients, (*grads, *(primals[i] for i in present)), tuple(
-            c for c, w in zip(cotangents, wanted) if w
-        ))  # fmt: skip
-        of_primals = [None] * _LAYER
-        for i, gradient in zip(present, first[count:]):
-            of_primals[i] = gradient
-        return *first[:count], *([None] * (3 - count)), *of_primals, *([None] * 9)
+def _second(backward, mode, need, tensors, cotangents):
+    """Gradients of `tensors` (three gradients of results, of which RNN and GRU have two, and a layer's tensors) through
+    backward(gradients, layer), which is a reference's, for cotangents of its results."""
+    lstm, (of_input, of_weight, of_bias) = mode == LSTM, need
+    grads, primals = tensors[: 3 if lstm else 2], tensors[3:]
+    asked = (of_input, of_weight, of_weight, of_bias, of_bias, of_weight, True, lstm, *(of_weight,) * (len(primals) - _LAYER))
+    wanted = tuple(w and t is not None for w, t in zip(asked, primals))
+    present = [i for i, t in enumerate(primals) if t is not None]
+    count = len(grads)
+
+    def gradients(*values):
+        full = [None] * len(primals)
+        for i, value in zip(present, values[count:]):
+            full[i] = value
+        return tuple(g for g, w in zip(backward(values[:count], tuple(full)), wanted) if w)
+
+    first = _autograd.vjp(gradients, (*grads, *(primals[i] for i in present)), tuple(
+        c for c, w in zip(cotangents, wanted) if w
+    ))  # fmt: skip
+    of_primals = [None] * len(primals)
+    for i, gradient in zip(present, first[count:]):
+        of_primals[i] = gradient
+    return *first[:count], *([None] * (3 - count)), *of_primals
 
 
 class Rnn(_autograd.Function):
@@ -196,10 +270,72 @@ class Rnn(_autograd.Function):
         return *(g if n else None for g, n in zip(found, need)), *([None] * 6)
 
 
+class RnnOptionsBackward(_autograd.Function):
+    """RnnBackward of a layer with options."""
+
+    @staticmethod
+    def forward(grad_output, grad_h_n, grad_c_n, *args):
+        tensors, (*rest, need, column) = args[: _LAYER + _WEIGHTS + _MASKS], args[_LAYER + _WEIGHTS + _MASKS :]
+        return _options_backward[column](grad_output, grad_h_n, grad_c_n, *_without_biases(tensors), *rest, *need)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        count = 3 + _LAYER + _WEIGHTS + _MASKS
+        tensors, (_, _, _, _, batch_sizes, lengths, *ctx.settings, _column) = inputs[:count], inputs[count:]
+        ctx.save_for_backward(*tensors, batch_sizes, lengths)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *tensors, mask, fresh_h, fresh_c, batch_sizes, lengths = ctx.saved_tensors
+        mode, reverse, zoneout_h, zoneout_c, need = ctx.settings
+        options = Options(None, None, None, None, None, mask, fresh_h, fresh_c, zoneout_h, zoneout_c)
+        sizes = _numbers(batch_sizes), _numbers(lengths)
+        found = _second(
+            lambda grads, layer: reference.rnn_backward(grads, layer, *sizes, mode, reverse, options), mode, need, tensors,
+            cotangents,
+        )  # fmt: skip
+        return *found, *([None] * (_MASKS + 12))
+
+
+class RnnOptions(_autograd.Function):
+    """Rnn of a layer with options; what its normalisations leave is the last result."""
+
+    @staticmethod
+    def forward(*args):
+        *rest, recompute, column = args
+        return _options_forward[column](*rest, not recompute)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *tensors, batch_sizes, lengths, mode, reverse, zoneout_h, zoneout_c, recompute, column = inputs
+        output, _, _, *saved = outputs
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*tensors, output, *saved, batch_sizes, lengths)
+        need = ctx.needs_input_grad
+        weights = any(need[1:6]) or any(need[_LAYER : _LAYER + _WEIGHTS])
+        ctx.constants = (mode, reverse, zoneout_h, zoneout_c), (need[0], weights, any(need[3:5])), need, recompute, column
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n, *_):
+        *tensors, output, gates, cells, norms, batch_sizes, lengths = ctx.saved_tensors
+        settings, wanted, need, recompute, column = ctx.constants
+        rest = batch_sizes, lengths, *settings
+        if recompute:
+            *_, gates, cells, norms = _options_forward[column](*tensors, *rest, True)
+        grads = (grad_output, grad_h_n, grad_c_n if settings[0] == LSTM else None)
+        saved = output, gates, cells, norms
+        if torch.is_grad_enabled():
+            found = _autograd.apply(RnnOptionsBackward, *grads, *tensors, *saved, *rest, wanted, column)
+        else:
+            found = _options_backward[column](*grads, *_without_biases(tensors), *saved, *rest, *wanted)
+        return *(g if n else None for g, n in zip(found, need)), *([None] * (_MASKS + 8))
+
+
 def rnn(
     input: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: torch.Tensor | None,
     bias_hh: torch.Tensor | None, weight_hr: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor | None,
     batch_sizes: torch.Tensor | None, lengths: torch.Tensor | None, mode: int, reverse: bool, recompute: bool = False,
+    options: Options = NO_OPTIONS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """output, h_n and c_n (None but for LSTM) of one layer in one direction; arguments are valid.
 
@@ -211,13 +347,14 @@ def rnn(
         lengths: of each sequence of [T, B, I], int64 on the CPU, or None: beyond them, output is zero.
         mode, reverse: as in dlkern.reference.rnn.
         recompute: keep no gates for the backward, which then runs the sequence once more.
+        options: what the layer has beyond torch's.
     """
     tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0)
     column = "reference"
     if not _autograd.use_reference():
         choice = columns.choose(
             PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
-            () if weight_hr is None else _PROJECTED,
+            _facts(weight_hr, options),
         )
         column = choice.column
         if tracing.active:
@@ -226,8 +363,16 @@ def rnn(
                 reason = reason or _slower(h0, mode, input.shape[0] if batch_sizes is None else batch_sizes.shape[0])
             tracing.record(PUBLIC[mode], column, reason, input, weight_ih, weight_hh)
     if column == "reference":
-        results = reference.rnn(*tensors, _numbers(batch_sizes), _numbers(lengths), mode, reverse)
+        results = reference.rnn(*tensors, _numbers(batch_sizes), _numbers(lengths), mode, reverse, options)
         return results[0], results[1], results[2] if mode == LSTM else None
+    if options is not NO_OPTIONS:
+        *more, zoneout_h, zoneout_c = options
+        with_options = (*tensors, *more, batch_sizes, lengths, mode, reverse, zoneout_h, zoneout_c)
+        if _autograd.needs_grad(*tensors, *more[:_WEIGHTS]):
+            output, h_n, c_n, *_ = _autograd.apply(RnnOptions, *with_options, recompute, column)
+        else:
+            output, h_n, c_n, *_ = _options_forward[column](*with_options, False)
+        return output, h_n, c_n if mode == LSTM else None
     args = (*tensors, batch_sizes, lengths, mode, reverse)
     if _autograd.needs_grad(*tensors):
         output, h_n, c_n, _, _ = _autograd.apply(Rnn, *args, recompute, column)

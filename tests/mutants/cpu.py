@@ -64,6 +64,30 @@ MUTANTS += [
 ]
 
 
+def _rnn(old: str, new: str, tests: str, file: str = "rnn_options_backward.cpp") -> dict:
+    return dict(file=f"csrc/cpu/{file}", old=old, new=new, tests=["tests/test_rnn.py", "-k", tests], build="native")
+
+
+_RNN_STEPS, _RNN_OPTIONS, _RNN_BACKWARD = "rnn_options_steps.h", "rnn_options.cpp", "rnn_backward.cpp"
+MUTANTS += [
+    # rnn: what passes GRU's gates, the cell's gradient along f, states of padded sequences
+    _rnn("if (mode == kRnnGru && i < going_on) dh += load_some(direct + b * hidden + j, some);", "", "modules_keep and gru", _RNN_BACKWARD),
+    _rnn("out(to + hidden, dc * c_before * f * (A(1) - f));", "out(to + hidden, dc * f * (A(1) - f));", "initial_states", _RNN_BACKWARD),
+    _rnn("copy(args.output + layer.last_row(b) * state,", "copy(args.output + layer.first_row(b) * state,", "modules_keep", "rnn.cpp"),
+    # rnn with options: which unit stays, a row's tail, the part of a normalisation's gradient along the row
+    _rnn("!= Vec<A>{} ? fresh : old;", "== Vec<A>{} ? fresh : old;", "options_keep and zoneout", _RNN_STEPS),
+    _rnn("first_lanes<A>(load_some(from + j, some) - static_cast<A>(mean), some);", "load_some(from + j, some) - static_cast<A>(mean);",
+         "options_keep and norm", _RNN_STEPS),
+    _rnn("(g - mean - load_some(normed + j, some) * slope)", "(g - mean)", "options_keep and norm", _RNN_STEPS),
+    # The mask forgotten, in the next step and in the gradient; the peephole of f in what goes back, the wrong cell in o's.
+    _rnn("h * load_some(o.mask + at, count), count);", "h, count);", "options_keep and recurrent", _RNN_OPTIONS),
+    _rnn("if (o.mask) dh *= load_some(o.mask + at, count);", "", "options_keep and recurrent"),
+    _rnn("in(o.peephole) * di + in(o.peephole + hidden) * df;", "in(o.peephole) * di;", "options_keep and peephole"),
+    _rnn("if (gate == 2)  // o's sees", "if (gate == 3)  // o's sees", "options_keep and peephole"),
+    # A sequence that ends in the middle of a batch.
+    _rnn("while (going_on < end && layer.after(t, going_on) >= 0)", "while (going_on < end)", "options_with_lengths"),
+]
+
 
 def _positions(old: str, new: str) -> dict:
     return dict(file="csrc/cpu/positions.cpp", old=old, new=new, tests=["tests/test_positions.py", "-k", "rotary"], build="native")

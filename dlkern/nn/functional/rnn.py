@@ -4,7 +4,7 @@ in one or both directions, padded or packed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,13 +12,35 @@ from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.nn.functional._autocast import autocasts, lowered
 from dlkern.nn.functional.dropout import dropout as drop
-from dlkern.ops.rnn import GATES, GRU, LSTM, RELU, TANH
+from dlkern.ops.rnn import GATES, GRU, LSTM, NO_OPTIONS, RELU, TANH, Options, sum_dtype
 from dlkern.reference.rnn import weights_of
 
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 
 _PADDED = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 _PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+
+
+class Extras(NamedTuple):
+    """The options of a stack that torch's has not."""
+
+    weights: Sequence[Sequence[torch.Tensor | None]]  # of each layer and direction, the first fields of Options
+    recurrent_dropout: float
+    zoneout: tuple[float, float]  # of state and cell
+
+    def of_layer(self, i: int, x: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor | None, train: bool) -> Options:
+        """The options of the i-th layer and direction, masks drawn; x, h0 and c0 as ops.rnn.rnn takes them."""
+
+        def drawn(size: Sequence[int], p: float) -> torch.Tensor | None:
+            return drop(x.new_ones(size, dtype=sum_dtype(x)), p, True) if train and p else None
+
+        weights, (of_h, of_c) = self.weights[i], self.zoneout
+        if all(w is None for w in weights) and not (of_h or of_c or (train and self.recurrent_dropout)):
+            return NO_OPTIONS
+        mask = drawn(h0.shape, self.recurrent_dropout)
+        fresh_h = drawn((*x.shape[:-1], h0.shape[-1]), of_h)
+        fresh_c = None if c0 is None else drawn((*x.shape[:-1], c0.shape[-1]), of_c)
+        return Options(*weights, mask, fresh_h, fresh_c, of_h, of_c)  # type: ignore[call-arg, arg-type]
 
 
 def unusual(
@@ -60,12 +82,14 @@ def unusual(
 def stack(
     mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
     params: Sequence[torch.Tensor], biases: bool, layers: int, dropout: float, train: bool, directions: int,
-    lengths: torch.Tensor | None = None, recompute: bool = False,
+    lengths: torch.Tensor | None = None, recompute: bool = False, extras: Extras | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """output and the last states; arguments as in `unusual`, which found nothing, and in ops.rnn.rnn."""
     if mode != GRU and autocasts(x):  # torch's GRU is no op of autocast's lists, and keeps float32
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         states, params = rest[: len(states)], rest[len(states) :]  # type: ignore[assignment]
+        if extras is not None:
+            extras = extras._replace(weights=[lowered(x, *weights)[1:] for weights in extras.weights])
     projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]
     initial = [state.unbind(0) for state in states]
     ends: list[list[torch.Tensor]] = [[] for _ in states]
@@ -75,8 +99,9 @@ def stack(
             i = layer * directions + direction
             weights: Any = weights_of(params, i, biases, projects)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
+            options = NO_OPTIONS if extras is None else extras.of_layer(i, x, h0, c0, train)
             output, *last = ops.rnn.rnn(
-                x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute  # type: ignore[call-arg]
+                x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute, options  # type: ignore[call-arg]
             )
             outputs.append(output)
             for end, state in zip(ends, last):

@@ -1,0 +1,106 @@
+// What the forward and the backward of recurrent layers with options share: products of all rows of a step, and layer
+// normalisation of a row.
+#pragma once
+#include "rnn_options.h"
+#include "rnn_steps.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+
+// Calls put(i, j, sums, count) for `count` columns from j on of rows[i] times the panels [panel0, panel1), for all i in
+// [begin, end); `units` columns there are.
+template <class A, class Row, class Put>
+void multiply_rows(const Packed<A>& w, int64_t units, int64_t block, int64_t begin, int64_t end, int64_t panel0,
+                   int64_t panel1, const Row& row, const Put& put) {
+  const int64_t width = w.vectors * kLanes<A>;
+  A* sums = scratch<A>(Slot::family_2, kBlockRows * width);
+  const A* rows[kBlockRows];
+  for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
+    const int64_t count = smaller(kBlockRows, end - i0);
+    for (int64_t i = 0; i < count; ++i) rows[i] = row(i0 + i);
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      multiply_panel(w, panel, rows, count, block, sums);
+      for (int64_t i = 0; i < count; ++i)
+        put(i0 + i, panel * width, sums + i * width, smaller(width, units - panel * width));
+    }
+  }
+}
+
+// The rows that a visit of Layer::run has in a phase that works on whole rows.
+struct Rows {
+  int64_t begin, end;
+  template <class A> Rows(const Layer<A>& layer, int64_t b0, int64_t b1, int64_t part, int64_t last_part) {
+    begin = b0 + (b1 - b0) * part / layer.threads;
+    end = b0 + (b1 - b0) * last_part / layer.threads;
+  }
+};
+
+// to = (from - mean) / deviation of one row; returns the reciprocal of the deviation. Sums are doubles. In place, too.
+template <class A> A normalize(const A* from, int64_t count, A* to) {
+  constexpr int64_t lanes = kLanes<A>;
+  Wide<A> sum{}, squares{};
+  for (int64_t j = 0; j < count; j += lanes)
+    sum += __builtin_convertvector(load_some(from + j, smaller(lanes, count - j)), Wide<A>);
+  const double mean = reduce_add(sum) / static_cast<double>(count);
+  for (int64_t j = 0; j < count; j += lanes) {
+    const int64_t some = smaller(lanes, count - j);
+    const Vec<A> distance = first_lanes<A>(load_some(from + j, some) - static_cast<A>(mean), some);
+    squares += __builtin_convertvector(distance * distance, Wide<A>);
+  }
+  const double variance = reduce_add(squares) / static_cast<double>(count);
+  const A scale = static_cast<A>(1.0 / __builtin_sqrt(variance + kRnnNormEps));
+  for (int64_t j = 0; j < count; j += lanes) {
+    const int64_t some = smaller(lanes, count - j);
+    store_some(to + j, (load_some(from + j, some) - static_cast<A>(mean)) * scale, some);
+  }
+  return scale;
+}
+
+// The gradient of a row before normalize(), from that of normed * weight. In place, too.
+template <class A, class T>
+void normalize_backward(const A* grad, const T* weight, const A* normed, A scale, int64_t count, A* to) {
+  constexpr int64_t lanes = kLanes<A>;
+  Wide<A> sum{}, along{};
+  for (int64_t j = 0; j < count; j += lanes) {
+    const int64_t some = smaller(lanes, count - j);
+    const Vec<A> g = load_some(grad + j, some) * load_some(weight + j, some);
+    sum += __builtin_convertvector(g, Wide<A>);
+    along += __builtin_convertvector(g * load_some(normed + j, some), Wide<A>);
+  }
+  const A mean = static_cast<A>(reduce_add(sum) / static_cast<double>(count)),
+          slope = static_cast<A>(reduce_add(along) / static_cast<double>(count));
+  for (int64_t j = 0; j < count; j += lanes) {
+    const int64_t some = smaller(lanes, count - j);
+    const Vec<A> g = load_some(grad + j, some) * load_some(weight + j, some);
+    store_some(to + j, scale * (g - mean - load_some(normed + j, some) * slope), some);
+  }
+}
+
+// What a unit becomes: `fresh`, or what it was, or the expectation of the two.
+template <class A>
+Vec<A> zone_out(Vec<A> fresh, Vec<A> old, const A* chosen, double share, int64_t count) {
+  if (chosen) return load_some(chosen, count) != Vec<A>{} ? fresh : old;
+  return share == 0 ? fresh : static_cast<A>(share) * old + static_cast<A>(1 - share) * fresh;
+}
+
+// Rooms for the options of a layer of floats that is computed in double.
+inline int64_t rooms_of_options(const RnnShape& s) {
+  const int64_t width = s.gates() * s.hidden;
+  return s.rows * (rnn_norm_size(s) + 2 * width + s.state + 2 * s.hidden) + 4 * width + 16 * s.hidden +
+         s.batch * s.state;
+}
+
+inline RnnOptions<double> in_double(Doubles& d, const RnnOptions<float>& o, const RnnShape& s) {
+  const int64_t width = s.gates() * s.hidden;
+  return {d.of(o.peephole, 3 * s.hidden),
+          d.of(o.norm_ih, width),
+          d.of(o.norm_hh, width),
+          d.of(o.norm_c, s.hidden),
+          d.of(o.norm_c_bias, s.hidden),
+          d.of(o.mask, s.batch * s.state),
+          d.of(o.fresh_h, s.rows * s.state),
+          d.of(o.fresh_c, s.rows * s.hidden),
+          o.zoneout_h,
+          o.zoneout_c};
+}
+
+}  // namespace dlkern::cpu::DLKERN_ISA
