@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Corpus", "Vocabulary", "corpus", "random_batches", "sequential_batches", "tokenize", "topics"]
+__all__ = ["Corpus", "Vocabulary", "corpus", "ngrams", "random_batches", "sequential_batches", "tokenize", "topics"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,6 +42,25 @@ def tokenize(text: str, level: str = "char") -> list[str]:
     if level == "word":
         return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())
     raise ValueError(f'tokenize: expected level "char" or "word", got {level!r}')
+
+
+def ngrams(tokens: Iterable[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n tokens occurs in a sequence, runs that overlap included.
+
+    Args:
+        tokens: the sequence, such as tokenize() gives it.
+        n: how many tokens a run has: 1 counts the tokens themselves, 2 pairs of neighbours.
+
+    Returns:
+        Counts by tuples of n tokens; their sum is len(tokens) - n + 1, or 0 of shorter sequences.
+
+    Raises:
+        ValueError: n is not a positive integer.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"ngrams: expected n to be a positive integer, got {n!r}")
+    sequence = list(tokens)
+    return Counter(zip(*(sequence[i:] for i in range(n))))
 
 
 class Vocabulary:

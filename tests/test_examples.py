@@ -1,7 +1,9 @@
 """Every example runs, writes its picture, and shows what its text says one sees. Short runs; the scripts' own are longer."""
 
 import importlib
+import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,19 @@ def sine(n):
         assert n[f"{name}: error 1 step ahead"] < n[f"{name}: error 48 steps ahead"]
 
 
+def zipf(n):
+    words, pairs, triples = (n[f"{name}: slope"] for name in ("words", "pairs", "triples"))
+    assert -1.2 < words < -0.8 and words < pairs < triples < 0
+    assert n["words: most frequent"] == "the" and n["words: distinct"] < n["pairs: distinct"] < n["triples: distinct"]
+    new = [n[f"{name}: share never seen before"] for name in ("words", "pairs", "triples")]
+    assert new == sorted(new) and new[-1] > 0.5
+
+
+def one_process(n):
+    assert n["processes"] == 1 and n["largest difference from one process"] == 0
+    assert n["last loss"] < n["first loss"]
+
+
 # script -> (steps of the short run, what must hold)
 EXAMPLES = {
     "learn_edge_filter": (30, edge_filter),
@@ -92,6 +107,8 @@ EXAMPLES = {
     "pid_learning_rate": (60, pid),
     "markov_chain": (8, markov),
     "noisy_sine": (60, sine),
+    "zipf": (100, zipf),
+    "distributed": (12, one_process),
 }
 
 
@@ -118,3 +135,20 @@ def test_as_a_script(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "stationary" in result.stdout and (tmp_path / "new" / "markov_chain.png").exists()
+
+
+def test_distributed_in_two_processes(tmp_path):
+    """The losses under torchrun are those of one process with the whole batch: in float64, where only rounding differs."""
+    steps = 4
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "examples" / "distributed.py"), "--steps", str(steps), "--dtype", "float64"]
+    result = subprocess.run(
+        [*command, *script, "--report", str(tmp_path / "two")], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "processes: 2" in result.stdout
+    importlib.import_module("distributed").main(steps, tmp_path / "one", "float64")
+    two, one = (json.loads((tmp_path / name / "distributed.json").read_text())["losses"] for name in ("two", "one"))
+    assert len(two) == steps and len(set(two)) == steps
+    torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))

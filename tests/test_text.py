@@ -37,6 +37,25 @@ def test_vocabulary_by_frequency():
             text.Vocabulary("ab", reserved=reserved)
 
 
+def test_ngrams():
+    words = text.tokenize("a rose is a rose is a rose", "word")
+    assert text.ngrams(words, 1) == {("a",): 3, ("rose",): 3, ("is",): 2}
+    assert text.ngrams(words, 2) == {("a", "rose"): 3, ("rose", "is"): 2, ("is", "a"): 2}
+    assert text.ngrams(iter("aaab"), 3).most_common() == [(("a", "a", "a"), 1), (("a", "a", "b"), 1)]
+    assert text.ngrams("ab", 2) == {("a", "b"): 1} and text.ngrams("ab", 3) == text.ngrams([], 1) == {}
+    for wrong in (0, -1, 1.5, "2", None):
+        with pytest.raises(ValueError, match="positive integer"):
+            text.ngrams("abc", wrong)
+
+
+@given(st.text("ab", max_size=12), st.integers(1, 4))
+def test_ngrams_count_every_place(string, n):
+    found = text.ngrams(string, n)
+    assert found.total() == max(0, len(string) - n + 1)
+    for run, count in found.items():
+        assert count == sum(string.startswith("".join(run), i) for i in range(len(string)))
+
+
 @given(st.text(), st.integers(1, 3))
 def test_vocabulary_round_trip(string, least):
     vocabulary = text.Vocabulary(string, min_count=least)
