@@ -2,7 +2,7 @@
 
 Words, pairs and triples of neighbouring words are counted in the help texts of Python's standard library, and each count is
 drawn over its rank, both axes logarithmic. A law c / r^s is a straight line of slope -s there, which least squares finds
-from ranks evenly spaced on the axis.
+from ranks evenly spaced on the axis. --steps is how many per cent of the text to read.
 
 What to see: words lie near a straight line, of a slope near -1: a few of them are most of the text and most of them occur
 once or twice. Pairs and triples fall more slowly, because there are far more of them, each rarer. The right panel says why

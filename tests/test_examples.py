@@ -90,6 +90,64 @@ def zipf(n):
     assert new == sorted(new) and new[-1] > 0.5
 
 
+def language(n):
+    for name in ("sequential", "random", "one-hot", "embedding"):
+        assert n[f"{name}: perplexity"] < n["single characters: perplexity"]
+    first, last = n["random: perplexity of a piece's first and last character"]
+    assert first > 1.2 * last
+    first, last = n["sequential: perplexity of a piece's first and last character"]
+    assert first < 1.2 * last
+    assert n["it writes"].startswith("The ") and len(n["it writes"]) == 84
+
+
+def translating(n):
+    assert n["last loss"] < 0.7 * n["first loss"] and n["weights sum to"] == pytest.approx(1)
+    for name in ("learned", "new"):
+        greedy, two, *_, eight = n[f"{name}: log-probability by beams"]
+        assert greedy < two < eight < 0
+        assert all(0 <= points <= 100 for points in n[f"{name}: BLEU by beams"])
+
+
+def heads(n):
+    assert n["accuracy"] > 0.9
+    for score in ("variance", "gradient_norm", "ablation"):
+        assert n[f"{score}: accuracy without half of the heads"] > n["accuracy"] - 0.1
+    assert n["accuracy without the most important half"] < n["ablation: accuracy without half of the heads"] - 0.05
+    assert n["parameters without half of the heads"] < 0.85 * n["parameters"]
+
+
+def saving(n):
+    assert n["the copy gives the same bits"] is True and n["accuracy on 0 to 4"] > 0.8
+    early, _ = n["from scratch: accuracy early and at the end"]
+    for name in ("loaded, all trained", "loaded, the rest trained"):
+        assert n[f"{name}: accuracy early and at the end"][0] > early + 0.1
+
+
+def lazy(n):
+    for size, inputs in ((32, 8 * 14 * 14), (24, 8 * 10 * 10)):
+        assert n[f"lazy, {size} x {size}: inputs of the last layer"] == (0, inputs)
+        assert n[f"lazy, {size} x {size}: it became"] == "Linear"
+    rounding = torch.finfo(torch.float64).eps
+    assert n["shared gradient, off the sum of the copies' by"] < 8 * 64 * rounding  # of eight places and 64 images
+    assert n["eight layers: parameters"] - n["one layer eight times: parameters"] == 7 * (32 * 32 + 32)
+    for name in ("eight layers", "one layer eight times"):
+        first, last = n[f"{name}: first and last loss"]
+        assert last < 0.8 * first
+
+
+def backward(n):
+    assert n["by hand, largest difference"] < 40 * torch.finfo(torch.float64).eps  # sums of 40 rows
+    (s64, e64), (s32, e32) = (n[f"{dtype}: best step, its relative error"] for dtype in ("float64", "float32"))
+    assert s64 < s32 and e64 < 1e-6 < e32
+    one, sixteen = n["KiB kept for training, depth 1 and 16"]
+    assert sixteen > 8 * one > 0 and n["KiB kept without gradients, depth 1 and 16"] == (0, 0)
+
+
+def large_batch(n):
+    assert n["LARS: rates that learn"] >= n["SGD: rates that learn"] + 2
+    assert max(n["LARS: accuracy by rate"]) > 0.75 and n["largest over smallest ratio"] > 2
+
+
 def one_process(n):
     assert n["processes"] == 1 and n["largest difference from one process"] == 0
     assert n["last loss"] < n["first loss"]
@@ -109,6 +167,13 @@ EXAMPLES = {
     "noisy_sine": (60, sine),
     "zipf": (100, zipf),
     "distributed": (12, one_process),
+    "language_model": (25, language),
+    "translation": (40, translating),
+    "head_pruning": (80, heads),
+    "saving_and_loading": (20, saving),
+    "lazy_and_shared": (80, lazy),
+    "backpropagation": (5, backward),
+    "lars": (20, large_batch),
 }
 
 
