@@ -10,13 +10,20 @@ from typing import Any
 import torch
 
 
+def positive(text: str) -> int:
+    """An argument that is an integer from 1 on."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
 def run(main: Callable[..., Any], steps: int, **choices: tuple[str, ...]) -> None:
     """Calls main(steps, report) with what the command line says, and prints the numbers it returns.
 
     choices: further arguments of main, what each may be, the default first.
     """
     parser = argparse.ArgumentParser(description=main.__globals__["__doc__"], formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help=f"how long to train (default: {steps})")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"how long to train (default: {steps})")
     parser.add_argument("--report", type=Path, default=Path("report"), help="folder of the picture (default: report)")
     for name, allowed in choices.items():
         parser.add_argument(f"--{name}", choices=allowed, default=allowed[0], help=f"(default: {allowed[0]})")

@@ -148,6 +148,12 @@ def large_batch(n):
     assert max(n["LARS: accuracy by rate"]) > 0.75 and n["largest over smallest ratio"] > 2
 
 
+def custom(n):
+    assert n["reduction over an einsum, largest difference"] < 64 * torch.finfo(torch.float64).eps  # sums of 64
+    assert abs(n["mean behind the centred layer"]) < 64 * 128 * torch.finfo(torch.float64).eps
+    assert n["accuracy"] > 0.8 and n["parameters"] == 10 * 64 + 10 + 1
+
+
 def one_process(n):
     assert n["processes"] == 1 and n["largest difference from one process"] == 0
     assert n["last loss"] < n["first loss"]
@@ -173,6 +179,7 @@ EXAMPLES = {
     "saving_and_loading": (20, saving),
     "lazy_and_shared": (80, lazy),
     "backpropagation": (5, backward),
+    "custom_layers": (60, custom),
     "lars": (20, large_batch),
 }
 
@@ -200,6 +207,15 @@ def test_as_a_script(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "stationary" in result.stdout and (tmp_path / "new" / "markov_chain.png").exists()
+
+
+@pytest.mark.parametrize("wrong", ["0", "-3", "many", "1.5"])
+def test_wrong_steps(wrong, monkeypatch, capsys):
+    common, called = importlib.import_module("common"), []
+    monkeypatch.setattr(sys, "argv", ["script", "--steps", wrong])
+    with pytest.raises(SystemExit):
+        common.run(lambda steps, report: called.append(steps), 3)
+    assert "--steps" in capsys.readouterr().err and not called
 
 
 def test_distributed_in_two_processes(tmp_path):
