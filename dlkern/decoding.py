@@ -62,8 +62,15 @@ def _next(op: str, step: Step, tokens: torch.Tensor, state: Any, end: int | None
     return torch.log_softmax(logits.double(), -1), state
 
 
-def _rows(state: Any, index: torch.Tensor) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.index_select(0, index), state)
+def _rows(op: str, state: Any, index: torch.Tensor, count: int) -> Any:
+    """Some of a state's `count` rows."""
+
+    def chosen(t: torch.Tensor) -> torch.Tensor:
+        if t.dim() == 0 or len(t) != count:
+            raise ValueError(f"{op}: the state's tensors must have {count} rows, got {tuple(t.shape)}")
+        return t.index_select(0, index)
+
+    return pytree.tree_map_only(torch.Tensor, chosen, state)
 
 
 @torch.no_grad()
@@ -119,7 +126,7 @@ def beam_search(
         `beams` sequences a row, or as many as there are.
 
     Raises:
-        ValueError: as in greedy_search, or beams below 1.
+        ValueError: as in greedy_search, beams below 1, or a state with another number of rows.
     """
     _check("beam_search", start, end, max_length)
     if beams < 1:
@@ -132,10 +139,10 @@ def beam_search(
     for _ in range(max_length):
         width = tokens.shape[1]
         found, state = _next("beam_search", step, tokens.reshape(-1), state, end)
-        found = found.view(batch, width, -1)
-        words = found.shape[2]
+        words = found.shape[1]
+        found = found.view(batch, width, words)
         if end is not None:  # a finished beam goes on in one way, which costs nothing
-            stay = torch.full_like(found[0, 0], -torch.inf)
+            stay = found.new_full((words,), -torch.inf)
             stay[end] = 0.0
             found = torch.where(done[..., None], stay, found)
         found = total[..., None] + found  # [batch, width, words]
@@ -145,7 +152,8 @@ def beam_search(
         beam, tokens = chosen // words, chosen % words
         total, length, done = found.flatten(1).gather(1, chosen), length.gather(1, beam), done.gather(1, beam)
         written = torch.cat([written.gather(1, beam[..., None].expand(-1, -1, written.shape[2])), tokens[..., None]], 2)
-        state = _rows(state, (torch.arange(batch, device=start.device)[:, None] * width + beam).flatten())
+        index = torch.arange(batch, device=start.device)[:, None] * width + beam
+        state = _rows("beam_search", state, index.flatten(), batch * width)
         if end is not None:
             done = done | (tokens == end) | (total == -torch.inf)
             if done.all():
@@ -179,15 +187,17 @@ def exhaustive_search(
         if batch * words**max_length > _MOST:
             raise ValueError(f"exhaustive_search: {batch} · {words}^{max_length} sequences are too many")
         total = (total[..., None] + found.view(batch, width, words)).flatten(1)
-        tokens = torch.arange(words, device=start.device).expand(batch, width, words).flatten(1)
+        row = torch.arange(words, device=start.device).repeat(width)  # the tokens of each sequence's continuations
+        tokens = row.expand(batch, -1)
         written = torch.cat([written.repeat_interleave(words, 1), tokens[..., None]], 2)  # [batch, width · words, i + 1]
-        state = _rows(state, torch.arange(batch * width, device=start.device).repeat_interleave(words))
-        finished = tokens[0] == last if i + 1 < max_length else torch.ones_like(tokens[0], dtype=torch.bool)
+        index = torch.arange(batch * width, device=start.device).repeat_interleave(words)
+        state = _rows("exhaustive_search", state, index, batch * width)
+        finished = row == last if i + 1 < max_length else torch.ones_like(row, dtype=torch.bool)
         rest = torch.full((batch, int(finished.sum()), max_length - i - 1), last, device=start.device)
         ends.append((torch.cat([written[:, finished], rest], 2), total[:, finished], i + 1))
         live = ~finished
         total, tokens, written = total[:, live], tokens[:, live], written[:, live]
-        state = _rows(state, live.repeat(batch).nonzero()[:, 0])
+        state = _rows("exhaustive_search", state, live.repeat(batch).nonzero()[:, 0], batch * width * words)
         if not live.any():
             break
     sequences = torch.cat([s for s, _, _ in ends], 1)

@@ -6,6 +6,7 @@ token after its input.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Corpus", "Vocabulary", "corpus", "random_batches", "sequential_batches", "tokenize", "topics"]
+__all__ = ["Corpus", "Vocabulary", "corpus", "ngrams", "random_batches", "sequential_batches", "tokenize", "topics"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -35,13 +36,36 @@ def tokenize(text: str, level: str = "char") -> list[str]:
             apostrophes inside, and nothing else.
 
     Raises:
+        TypeError: text is no string.
         ValueError: any other level.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"tokenize: expected a string, got {type(text).__name__}")
     if level == "char":
         return list(text)
     if level == "word":
         return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())
     raise ValueError(f'tokenize: expected level "char" or "word", got {level!r}')
+
+
+def ngrams(tokens: Iterable[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n tokens occurs in a sequence, runs that overlap included.
+
+    Args:
+        tokens: the sequence, such as tokenize() gives it.
+        n: how many tokens a run has: 1 counts the tokens themselves, 2 pairs of neighbours.
+
+    Returns:
+        Counts by tuples of n tokens; their sum is len(tokens) - n + 1, or 0 of shorter sequences.
+
+    Raises:
+        ValueError: n is below 1.
+        TypeError: n is not an integer.
+    """
+    if operator.index(n) < 1:
+        raise ValueError(f"ngrams: expected a positive n, got {n}")
+    sequence = list(tokens)
+    return Counter(zip(*(sequence[i:] for i in range(n))))
 
 
 class Vocabulary:
@@ -59,12 +83,14 @@ class Vocabulary:
         counts: how often each token occurred, those left out too.
 
     Raises:
-        ValueError: reserved tokens are not distinct, or hold `unknown`.
+        ValueError: reserved tokens are not distinct, hold `unknown`, or are one string.
     """
 
     def __init__(
         self, tokens: Iterable[str], *, min_count: int = 1, reserved: Sequence[str] = (), unknown: str = "<unk>"
     ) -> None:
+        if isinstance(reserved, str):  # a sequence of characters, which nobody means
+            raise ValueError(f"Vocabulary: reserved must be a sequence of tokens, got {reserved!r}; for one: ({reserved!r},)")
         self.counts = Counter(tokens)
         first = [unknown, *reserved]
         if len(set(first)) != len(first):
@@ -92,7 +118,10 @@ class Vocabulary:
 
         Raises:
             IndexError: a number is outside [0, len(self)).
+            ValueError: a tensor that is not one row of integers.
         """
+        if isinstance(numbers, torch.Tensor):
+            _check_row("Vocabulary", numbers)
         found = numbers.tolist() if isinstance(numbers, torch.Tensor) else list(numbers)
         for number in found:
             if not 0 <= number < len(self):
@@ -129,9 +158,13 @@ def corpus(level: str = "char", *, min_count: int = 1, held_out: float = 0.05, t
     return Corpus(vocabulary.encode(tokens[:end]), vocabulary.encode(tokens[end:]), vocabulary)
 
 
-def _check(op: str, tokens: torch.Tensor, batch: int, steps: int) -> None:
-    if tokens.dim() != 1 or tokens.is_floating_point():
+def _check_row(op: str, tokens: torch.Tensor) -> None:
+    if tokens.dim() != 1 or tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
         raise ValueError(f"{op}: expected one row of integers, got {tuple(tokens.shape)} of {tokens.dtype}")
+
+
+def _check(op: str, tokens: torch.Tensor, batch: int, steps: int) -> None:
+    _check_row(op, tokens)
     if batch < 1 or steps < 1:
         raise ValueError(f"{op}: expected at least one sequence and one step, got batch {batch}, steps {steps}")
 

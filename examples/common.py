@@ -10,14 +10,25 @@ from typing import Any
 import torch
 
 
-def run(main: Callable[..., Any], steps: int) -> None:
-    """Calls main(steps, report) with what the command line says, and prints the numbers it returns."""
+def positive(text: str) -> int:
+    """An argument that is an integer from 1 on."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def run(main: Callable[..., Any], steps: int, **choices: tuple[str, ...]) -> None:
+    """Calls main(steps, report) with what the command line says, and prints the numbers it returns.
+
+    choices: further arguments of main, what each may be, the default first.
+    """
     parser = argparse.ArgumentParser(description=main.__globals__["__doc__"], formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help=f"how long to train (default: {steps})")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"how long to train (default: {steps})")
     parser.add_argument("--report", type=Path, default=Path("report"), help="folder of the picture (default: report)")
-    arguments = parser.parse_args()
+    for name, allowed in choices.items():
+        parser.add_argument(f"--{name}", choices=allowed, default=allowed[0], help=f"(default: {allowed[0]})")
     torch.manual_seed(0)
-    for name, value in main(arguments.steps, arguments.report).items():
+    for name, value in main(**vars(parser.parse_args())).items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 

@@ -155,3 +155,15 @@ def test_more_wrong_calls():
         exhaustive_search(model.step, model.start(2), start, end=0, max_length=20)
     with pytest.raises(ValueError, match=r"logits \[2, V\]"):
         greedy_search(lambda tokens, state: (torch.zeros(3, 4), state), None, start, end=0, max_length=2)
+    for search in (beam_search, exhaustive_search):
+        for rows in (torch.zeros(1, 3), torch.tensor(1.0)):
+            with pytest.raises(ValueError, match="2 rows"):
+                search(lambda tokens, state: (torch.zeros(len(tokens), 3), state), {"h": rows}, start, end=0, max_length=2)
+
+
+@pytest.mark.parametrize("search", [greedy_search, beam_search, exhaustive_search])
+def test_no_rows(search):
+    logits = torch.randn(3, 3)
+    state = {"h": torch.zeros(0, 2)}
+    found = search(lambda t, s: (logits[t], s), state, torch.zeros(0, dtype=torch.int64), end=0, max_length=2)
+    assert found.best() == [] and found.tokens.shape[0] == found.lengths.shape[0] == found.scores.shape[0] == 0

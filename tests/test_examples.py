@@ -1,7 +1,9 @@
 """Every example runs, writes its picture, and shows what its text says one sees. Short runs; the scripts' own are longer."""
 
 import importlib
+import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,83 @@ def sine(n):
         assert n[f"{name}: error 1 step ahead"] < n[f"{name}: error 48 steps ahead"]
 
 
+def zipf(n):
+    words, pairs, triples = (n[f"{name}: slope"] for name in ("words", "pairs", "triples"))
+    assert -1.2 < words < -0.8 and words < pairs < triples < 0
+    assert n["words: most frequent"] == "the" and n["words: distinct"] < n["pairs: distinct"] < n["triples: distinct"]
+    new = [n[f"{name}: share never seen before"] for name in ("words", "pairs", "triples")]
+    assert new == sorted(new) and new[-1] > 0.5
+
+
+def language(n):
+    for name in ("sequential", "random", "one-hot", "embedding"):
+        assert n[f"{name}: perplexity"] < n["single characters: perplexity"]
+    first, last = n["random: perplexity of a piece's first and last character"]
+    assert first > 1.2 * last
+    first, last = n["sequential: perplexity of a piece's first and last character"]
+    assert first < 1.2 * last
+    assert n["it writes"].startswith("The ") and len(n["it writes"]) == 84
+
+
+def translating(n):
+    assert n["last loss"] < 0.7 * n["first loss"] and n["weights sum to"] == pytest.approx(1)
+    for name in ("learned", "new"):
+        greedy, two, *_, eight = n[f"{name}: log-probability by beams"]
+        assert greedy < two < eight < 0
+        assert all(0 <= points <= 100 for points in n[f"{name}: BLEU by beams"])
+
+
+def heads(n):
+    assert n["accuracy"] > 0.9
+    for score in ("variance", "gradient_norm", "ablation"):
+        assert n[f"{score}: accuracy without half of the heads"] > n["accuracy"] - 0.1
+    assert n["accuracy without the most important half"] < n["ablation: accuracy without half of the heads"] - 0.05
+    assert n["parameters without half of the heads"] < 0.85 * n["parameters"]
+
+
+def saving(n):
+    assert n["the copy gives the same bits"] is True and n["accuracy on 0 to 4"] > 0.8
+    early, _ = n["from scratch: accuracy early and at the end"]
+    for name in ("loaded, all trained", "loaded, the rest trained"):
+        assert n[f"{name}: accuracy early and at the end"][0] > early + 0.1
+
+
+def lazy(n):
+    for size, inputs in ((32, 8 * 14 * 14), (24, 8 * 10 * 10)):
+        assert n[f"lazy, {size} x {size}: inputs of the last layer"] == (0, inputs)
+        assert n[f"lazy, {size} x {size}: it became"] == "Linear"
+    rounding = torch.finfo(torch.float64).eps
+    assert n["shared gradient, off the sum of the copies' by"] < 8 * 64 * rounding  # of eight places and 64 images
+    assert n["eight layers: parameters"] - n["one layer eight times: parameters"] == 7 * (32 * 32 + 32)
+    for name in ("eight layers", "one layer eight times"):
+        first, last = n[f"{name}: first and last loss"]
+        assert last < 0.8 * first
+
+
+def backward(n):
+    assert n["by hand, largest difference"] < 40 * torch.finfo(torch.float64).eps  # sums of 40 rows
+    (s64, e64), (s32, e32) = (n[f"{dtype}: best step, its relative error"] for dtype in ("float64", "float32"))
+    assert s64 < s32 and e64 < 1e-6 < e32
+    one, sixteen = n["KiB kept for training, depth 1 and 16"]
+    assert sixteen > 8 * one > 0 and n["KiB kept without gradients, depth 1 and 16"] == (0, 0)
+
+
+def large_batch(n):
+    assert n["LARS: rates that learn"] >= n["SGD: rates that learn"] + 2
+    assert max(n["LARS: accuracy by rate"]) > 0.75 and n["largest over smallest ratio"] > 2
+
+
+def custom(n):
+    assert n["reduction over an einsum, largest difference"] < 64 * torch.finfo(torch.float64).eps  # sums of 64
+    assert abs(n["mean behind the centred layer"]) < 64 * 128 * torch.finfo(torch.float64).eps
+    assert n["accuracy"] > 0.8 and n["parameters"] == 10 * 64 + 10 + 1
+
+
+def one_process(n):
+    assert n["processes"] == 1 and n["largest difference from one process"] == 0
+    assert n["last loss"] < n["first loss"]
+
+
 # script -> (steps of the short run, what must hold)
 EXAMPLES = {
     "learn_edge_filter": (30, edge_filter),
@@ -92,6 +171,16 @@ EXAMPLES = {
     "pid_learning_rate": (60, pid),
     "markov_chain": (8, markov),
     "noisy_sine": (60, sine),
+    "zipf": (100, zipf),
+    "distributed": (12, one_process),
+    "language_model": (25, language),
+    "translation": (40, translating),
+    "head_pruning": (80, heads),
+    "saving_and_loading": (20, saving),
+    "lazy_and_shared": (80, lazy),
+    "backpropagation": (5, backward),
+    "custom_layers": (60, custom),
+    "lars": (20, large_batch),
 }
 
 
@@ -118,3 +207,29 @@ def test_as_a_script(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "stationary" in result.stdout and (tmp_path / "new" / "markov_chain.png").exists()
+
+
+@pytest.mark.parametrize("wrong", ["0", "-3", "many", "1.5"])
+def test_wrong_steps(wrong, monkeypatch, capsys):
+    common, called = importlib.import_module("common"), []
+    monkeypatch.setattr(sys, "argv", ["script", "--steps", wrong])
+    with pytest.raises(SystemExit):
+        common.run(lambda steps, report: called.append(steps), 3)
+    assert "--steps" in capsys.readouterr().err and not called
+
+
+def test_distributed_in_two_processes(tmp_path):
+    """The losses under torchrun are those of one process with the whole batch: in float64, where only rounding differs."""
+    steps = 4
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "examples" / "distributed.py"), "--steps", str(steps), "--dtype", "float64"]
+    result = subprocess.run(
+        [*command, *script, "--report", str(tmp_path / "two")], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "processes: 2" in result.stdout
+    importlib.import_module("distributed").main(steps, tmp_path / "one", "float64")
+    two, one = (json.loads((tmp_path / name / "distributed.json").read_text())["losses"] for name in ("two", "one"))
+    assert len(two) == steps and len(set(two)) == steps
+    torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))

@@ -82,6 +82,35 @@ def test_variances_of_every_weight(name):
     assert all(torch.equal(a, b) for a, b in zip(kept, (*model[8].parameters(), *model[9].parameters())))
 
 
+def test_tables_stay():
+    """Weights of two dimensions that no input is multiplied by."""
+    tables = [nn.LayerNorm((3, 4)), dlkern.nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)), nn.Embedding(3, 4), nn.EmbeddingBag(3, 4)]
+    tables += [dlkern.nn.LearnedPositions(5, 4), dlkern.nn.RelativePositionBias(2)]
+    for table in tables:
+        before = table.weight.detach().clone()
+        for name in FILLS:
+            getattr(init, name)(table)
+        assert torch.equal(table.weight, before), table
+        with pytest.raises(ValueError, match="no weight matrix"):
+            init.fans(table)
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_wrong_targets_raise_and_write_nothing(name):
+    fill = getattr(init, name)
+    for wrong in (None, "weight", [1.0], nn.Linear):
+        with pytest.raises(TypeError, match="tensor or a module"):
+            fill(wrong)
+    for last in (dlkern.nn.LazyLinear(3), nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))):
+        model = nn.Sequential(nn.Linear(2, 2), last)
+        before = model[0].weight.detach().clone()
+        with pytest.raises(ValueError):
+            fill(model)
+        assert torch.equal(model[0].weight, before)
+    empty = fill(nn.Linear(0, 3))
+    assert empty.weight.shape == (3, 0) and empty.bias.eq(0).all()
+
+
 def test_gains_modes_generators_and_tensors():
     first, second = (
         init.kaiming_normal_(nn.Linear(50, 20), generator=torch.Generator().manual_seed(3)).weight for _ in range(2)

@@ -403,7 +403,7 @@ def test_clipping_by_norm(dtype, norm_type):
 def test_clipping_by_value(dtype):
     grads = [torch.randn(shape).to(dtype) for shape in SHAPES]
     grads[1][2], grads[1][3], grads[1][4] = float("nan"), float("inf"), -float("inf")
-    for value in (0.5, 0.0, float("inf"), -0.5):
+    for value in (0.5, 0.0, float("inf"), -0.5, float("nan")):
         ours, theirs = with_grads(*grads), with_grads(*grads)
         dlkern.nn.utils.clip_grad_value_(ours, value)
         torch.nn.utils.clip_grad_value_(theirs, value)

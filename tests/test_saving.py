@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from test_models import NETWORKS
 from torch import nn
+from torch.utils._pytree import tree_leaves as leaves
 
 import dlkern
 
@@ -25,22 +26,74 @@ def disturbed(model):
     return model
 
 
-@pytest.mark.parametrize("first, second", [("torch", "dlkern"), ("dlkern", "torch")])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_state_dict_round_trips(name, first, second):
-    """From a file of one library into a model of the other, and the same answer."""
-    make, channels, size, _ = NETWORKS[name]
+def through_a_file(thing, **options):
+    stream = io.BytesIO()
+    torch.save(thing, stream)
+    stream.seek(0)
+    return torch.load(stream, **options)
+
+
+def round_trip(make, inputs, first, second):
+    """A state from one library into a model of the other, and the same answer; a whole model of dlkern's, and the same bits."""
     libraries = {"torch": nn, "dlkern": dlkern.nn}
     saved = disturbed(make(libraries[first])).double().eval()
-    stream = io.BytesIO()
-    torch.save(saved.state_dict(), stream)
-    stream.seek(0)
     loaded = make(libraries[second]).double().eval()
-    assert loaded.load_state_dict(torch.load(stream)).missing_keys == []
+    assert loaded.load_state_dict(through_a_file(saved.state_dict())).missing_keys == []
     same(loaded.state_dict(), saved.state_dict())
     with torch.no_grad():
-        x = torch.randn(1, channels, size, size).double()
-        torch.testing.assert_close(loaded(x), saved(x))
+        answer = loaded(*inputs)
+        torch.testing.assert_close(answer, saved(*inputs))
+        if second == "dlkern":
+            whole = through_a_file(loaded, weights_only=False)
+            assert [type(m) for m in whole.modules()] == [type(m) for m in loaded.modules()]
+            assert all(torch.equal(a, b) for a, b in zip(*(leaves(y) for y in (whole(*inputs), answer)), strict=True))
+
+
+directions = pytest.mark.parametrize("first, second", [("torch", "dlkern"), ("dlkern", "torch")])
+
+
+@directions
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name, first, second):
+    make, channels, size, _ = NETWORKS[name]
+    round_trip(make, [torch.randn(1, channels, size, size).double()], first, second)
+
+
+def tokens(*shape):
+    return torch.randint(7, shape)
+
+
+# Models of sequences: how to make one from a library's layers, and inputs.
+SEQUENCES = {
+    **{
+        cell: (lambda n, cell=cell: dlkern.models.LanguageModel(7, 6, 2, cell=cell, nn=n), [tokens(5, 3)])
+        for cell in ("rnn", "gru", "lstm")
+    },
+    "tied": (lambda n: dlkern.models.LanguageModel(7, 6, embedding=6, tied=True, nn=n), [tokens(5, 3)]),
+    "encoder, decoder": (
+        lambda n: dlkern.models.EncoderDecoder(7, 9, 6, embedding=5, bidirectional=True, nn=n), [tokens(4, 3), tokens(5, 3)],
+    ),
+    "Bahdanau": (
+        lambda n: dlkern.models.seq2seq(7, 9, embedding=5, hidden=6, nn=n),
+        [tokens(3, 4), torch.tensor([4, 2, 3]), tokens(3, 5)],
+    ),
+    "Transformer": (
+        lambda n: dlkern.models.transformer(7, 9, width=8, heads=2, feedforward=10, max_len=8, nn=n),
+        [tokens(3, 4), torch.tensor([4, 2, 3]), tokens(3, 5)],
+    ),
+}  # fmt: skip
+
+
+@directions
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_models_of_sequences(name, first, second):
+    make, inputs = SEQUENCES[name]
+    round_trip(make, inputs, first, second)
+
+
+def test_a_whole_model_keeps_its_tie():
+    model = through_a_file(SEQUENCES["tied"][0](dlkern.nn), weights_only=False)
+    assert model.embedding.weight is model.head.weight
 
 
 @pytest.mark.parametrize("convert", [False, True])
@@ -48,10 +101,7 @@ def test_whole_models(convert):
     model = NETWORKS["lenet"][0](nn if convert else dlkern.nn).eval()
     if convert:
         dlkern.convert(model)
-    stream = io.BytesIO()
-    torch.save(model, stream)
-    stream.seek(0)
-    loaded = torch.load(stream, weights_only=False)
+    loaded = through_a_file(model, weights_only=False)
     x = torch.randn(2, 1, 32, 32)
     assert torch.equal(loaded(x), model(x)) and [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
     same(loaded.state_dict(), model.state_dict())

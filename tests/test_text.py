@@ -17,6 +17,9 @@ def test_tokenize():
     assert text.tokenize("'a' b_c", "word") == ["a", "b", "c"]
     with pytest.raises(ValueError, match="level"):
         text.tokenize(TEXT, "letter")
+    for wrong in (b"ab", None, ["a"]):
+        with pytest.raises(TypeError, match="string"):
+            text.tokenize(wrong)
 
 
 def test_topics_is_english():
@@ -32,9 +35,31 @@ def test_vocabulary_by_frequency():
     for wrong in ([5], [-1]):
         with pytest.raises(IndexError):
             vocabulary.decode(wrong)
-    for reserved in (("<unk>",), ("<a>", "<a>")):
+    for wrong in (torch.zeros(2, 2, dtype=torch.long), torch.tensor(1), torch.ones(2), torch.tensor([True])):
+        with pytest.raises(ValueError, match="row of integers"):
+            vocabulary.decode(wrong)
+    for reserved in (("<unk>",), ("<a>", "<a>"), "<pad>"):
         with pytest.raises(ValueError, match="reserved"):
             text.Vocabulary("ab", reserved=reserved)
+
+
+def test_ngrams():
+    words = text.tokenize("a rose is a rose is a rose", "word")
+    assert text.ngrams(words, 1) == {("a",): 3, ("rose",): 3, ("is",): 2}
+    assert text.ngrams(words, 2) == {("a", "rose"): 3, ("rose", "is"): 2, ("is", "a"): 2}
+    assert text.ngrams(iter("aaab"), 3).most_common() == [(("a", "a", "a"), 1), (("a", "a", "b"), 1)]
+    assert text.ngrams("ab", 2) == {("a", "b"): 1} and text.ngrams("ab", 3) == text.ngrams([], 1) == {}
+    for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError)):
+        with pytest.raises(error):
+            text.ngrams("abc", wrong)
+
+
+@given(st.text("ab", max_size=12), st.integers(1, 4))
+def test_ngrams_count_every_place(string, n):
+    found = text.ngrams(string, n)
+    assert found.total() == max(0, len(string) - n + 1)
+    for run, count in found.items():
+        assert count == sum(string.startswith("".join(run), i) for i in range(len(string)))
 
 
 @given(st.text(), st.integers(1, 3))
@@ -107,7 +132,7 @@ def test_draws_obey_the_generator_and_differ_by_pass():
 
 @pytest.mark.parametrize("cut", [text.random_batches, text.sequential_batches])
 def test_wrong_calls_raise(cut):
-    for wrong in (torch.randn(30), torch.zeros(3, 4, dtype=torch.long)):
+    for wrong in (torch.randn(30), torch.zeros(3, 4, dtype=torch.long), torch.ones(30, dtype=torch.bool)):
         with pytest.raises(ValueError, match="row of integers"):
             next(cut(wrong, 2, 2))
     for batch, steps in ((0, 3), (3, 0)):

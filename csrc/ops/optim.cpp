@@ -402,7 +402,12 @@ Tensor clip_grad_norm_cpu(Tensors grads, double max_norm, double norm_type, bool
 void clip_grad_value_cpu(Tensors grads, double clip_value) {
   const char* op = "clip_grad_value_";
   check_grads(op, grads);
-  change_grads(op, grads, [&](auto*, const auto& all, const Indices&) { DLKERN_CALL(grad_clamp, all, clip_value); });
+  change_grads(op, grads, [&](auto*, const auto& all, const Indices&) {
+    if (std::isnan(clip_value))  // what torch clamps to NaN is NaN
+      DLKERN_CALL(grad_scale, all, clip_value);
+    else
+      DLKERN_CALL(grad_clamp, all, clip_value);
+  });
 }
 
 }  // namespace

@@ -25,6 +25,9 @@ from torch.nn.init import (
     uniform_,
     zeros_,
 )
+from torch.nn.utils import parametrize
+
+from dlkern.nn.modules.positions import LearnedPositions, RelativePositionBias
 
 __all__ = [
     "calculate_gain", "constant_", "dirac_", "eye_", "fans", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_",
@@ -34,6 +37,11 @@ __all__ = [
 Target = TypeVar("Target", torch.Tensor, torch.nn.Module)
 
 _RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+
+# Their weights may have two dimensions, but are no matrices that an input is multiplied by.
+_TABLES = (
+    torch.nn.Embedding, torch.nn.EmbeddingBag, torch.nn.LayerNorm, torch.nn.RMSNorm, LearnedPositions, RelativePositionBias,
+)  # fmt: skip
 
 
 def _blocks(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float, float]]:
@@ -61,7 +69,7 @@ def _blocks(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float, floa
                     yield projection, projection.shape[1], projection.shape[0]
     elif isinstance(module, torch.nn.Bilinear):
         yield module.weight, module.weight.shape[1] * module.weight.shape[2], module.weight.shape[0]
-    elif not isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+    elif not isinstance(module, _TABLES):
         other = getattr(module, "weight", None)
         if isinstance(other, torch.Tensor) and other.dim() >= 2:  # Linear, TensorReduction
             yield other, other[0].numel(), other.shape[0]
@@ -83,18 +91,23 @@ def _fill(
     target: torch.Tensor | torch.nn.Module, std: Callable[[float, float], float], uniform: bool,
     generator: torch.Generator | None,
 ) -> None:
-    assert isinstance(target, torch.nn.Module)
+    if not isinstance(target, torch.nn.Module):
+        raise TypeError(f"expected a tensor or a module, got {type(target).__name__}")
     with torch.no_grad():
-        for module in target.modules():
-            found = False
-            for weight, fan_in, fan_out in _blocks(module):
-                found = True
+        found = [(module, list(_blocks(module))) for module in target.modules()]  # raises before anything is written
+        for module, blocks in found:
+            if blocks and parametrize.is_parametrized(module):
+                raise ValueError(f"{type(module).__name__} is parametrized: its weight is computed; initialise it before")
+        for module, blocks in found:
+            for weight, fan_in, fan_out in blocks:
+                if weight.numel() == 0:
+                    continue
                 scale = std(fan_in, fan_out)
                 if uniform:
                     weight.uniform_(-scale * math.sqrt(3), scale * math.sqrt(3), generator=generator)
                 else:
                     weight.normal_(0.0, scale, generator=generator)
-            for name, parameter in module.named_parameters(recurse=False) if found else ():
+            for name, parameter in module.named_parameters(recurse=False) if blocks else ():
                 if parameter.dim() == 1 and "bias" in name:
                     parameter.zero_()
 
@@ -135,6 +148,10 @@ def xavier_uniform_(tensor: Target, gain: float = 1.0, generator: torch.Generato
 
     Returns:
         The same object.
+
+    Raises:
+        TypeError: neither tensor nor module.
+        ValueError: a tensor of fewer than two dimensions; a module with lazy or parametrized layers. Nothing is written.
     """
     return _xavier(tensor, gain, generator, True)
 
@@ -164,7 +181,7 @@ def kaiming_uniform_(
         The same object.
 
     Raises:
-        ValueError: an unknown mode or nonlinearity.
+        ValueError: an unknown mode or nonlinearity, or as xavier_uniform_.
     """
     return _kaiming(tensor, a, mode, nonlinearity, generator, True)
 

@@ -95,8 +95,9 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """torch.nn.SyncBatchNorm on dlkern's kernels, on CPU tensors as well.
 
     In training, inside a process group of several, normalises by the statistics of all processes' batches, which may
-    differ in size or be empty; otherwise it is batch norm. (DistributedDataParallel itself refuses a SyncBatchNorm whose
-    parameters are on the CPU.)
+    differ in size or be empty; otherwise it is batch norm. DistributedDataParallel refuses to wrap a SyncBatchNorm whose
+    parameters are on the CPU; wrap first there, then SyncBatchNorm.convert_sync_batchnorm(wrapped.module), which keeps the
+    parameters and buffers themselves (examples/distributed.py).
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
