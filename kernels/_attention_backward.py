@@ -160,8 +160,8 @@ def attention_backward_key_kernel(
     k_ptr += b * k_strides[0] + kh * k_strides[1]
     v_ptr += b * v_strides[0] + kh * v_strides[1]
     k_unit_ptr += key_head * S
-    own_d = 0 if D_BLOCKS == 1 else tl.program_id(1)
-    own_v = 0 if V_BLOCKS == 1 else tl.program_id(1)
+    own_d = 0 if D_BLOCKS == 1 else tl.minimum(tl.program_id(1), D_BLOCKS - 1)
+    own_v = 0 if V_BLOCKS == 1 else tl.minimum(tl.program_id(1), V_BLOCKS - 1)
     d = own_d * BLOCK_D + tl.arange(0, BLOCK_D)
     dv = own_v * BLOCK_V + tl.arange(0, BLOCK_V)
     k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]

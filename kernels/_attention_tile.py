@@ -34,12 +34,11 @@ def rows_product(
     """a bᵀ over the whole depth; a and b hold block `own` of it."""
     s = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
     if BLOCKS > 1:
-        for block in range(0, BLOCKS):
-            if block != own:
-                d = block * BLOCK + tl.arange(0, BLOCK)
-                x = load_rows(a_ptr, a_row, a_rows, a_strides[2], d, depth, a_strides[3])
-                y = load_rows(b_ptr, b_row, b_rows, b_strides[2], d, depth, b_strides[3])
-                s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION, out_dtype=ACC)
+        for other in range(1, BLOCKS):
+            d = (own + other) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+            x = load_rows(a_ptr, a_row, a_rows, a_strides[2], d, depth, a_strides[3])
+            y = load_rows(b_ptr, b_row, b_rows, b_strides[2], d, depth, b_strides[3])
+            s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION, out_dtype=ACC)
     return s
 
 

@@ -216,7 +216,9 @@ class Call:
 
     def blocks(self, kind):
         """Tile of a kernel ("forward", "query", "key" or "mask")."""
-        return configs.attention(self.query, kind, self.depth, self.value_depth, self.p > 0, self.score in (DOT, COSINE))
+        busy = self.flags["MASK"] != NO_MASK or self.flags["HAS_CAP"] or self.flags["HAS_SLOPES"]
+        product = self.score in (DOT, COSINE)
+        return configs.attention(self.query, kind, self.depth, self.value_depth, self.p > 0, busy, product)
 
     def _unit(self, x):
         """Reciprocal lengths of vectors [B, H, L, D], as [B, H, L]."""

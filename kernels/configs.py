@@ -223,37 +223,64 @@ def embedding_backward(grad_output, width):
     return {"BLOCK_P": 16, "BLOCK_D": _block(width, 16, 128), "num_warps": 4}
 
 
-# (queries, keys, num_warps, num_stages) of a tile of attention, by kernel; for a depth of 64 at most, and for more.
-# 16-bit floats, TF32 or float32, float64.
+# (queries, keys, columns of the depth, num_warps, num_stages) of attention's tiles, by kernel: the first row that holds the
+# depth, or the last, which cuts it into blocks. Then the same with dropout, an added or bool mask, a cap or slopes, whose
+# registers leave less to the tile.
 _ATTENTION = {
     75: {
-        "forward": ((64, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)), "query": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
-        "key": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+        "forward": (((32, 32, 64, 4, 1), (32, 16, 128, 4, 1)), ((16, 64, 64, 8, 1),)),
+        "query": (((16, 32, 64, 4, 1),), ((16, 64, 64, 8, 1),)),
+        "key": (((16, 32, 64, 4, 1),), ((16, 64, 64, 8, 1),)),
     },
     80: {
-        "forward": ((128, 64, 4, 3), (64, 32, 4, 2), (16, 16, 4, 1)), "query": ((64, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
-        "key": ((64, 64, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1)),
+        "forward": (
+            ((128, 64, 64, 4, 3), (128, 64, 128, 8, 3), (64, 64, 256, 8, 2)),
+            ((128, 64, 64, 8, 2), (128, 64, 128, 8, 3), (64, 64, 256, 8, 2)),
+        ),
+        "query": (
+            ((64, 64, 64, 4, 2), (64, 64, 128, 8, 2), (64, 64, 256, 8, 2)), ((32, 64, 64, 4, 2), (32, 64, 128, 8, 2))
+        ),
+        "key": (((64, 64, 64, 4, 2), (32, 64, 128, 8, 2)), ((32, 64, 64, 4, 2), (32, 64, 128, 8, 2))),
     },
-    0: {
-        "forward": ((64, 64, 4, 1),) * 3, "query": ((64, 64, 4, 1),) * 3, "key": ((64, 64, 4, 1),) * 3,
+    90: {
+        "forward": (
+            ((128, 64, 64, 4, 3), (128, 64, 128, 8, 3), (128, 64, 256, 8, 2)),
+            ((128, 64, 64, 8, 3), (128, 64, 128, 8, 2), (64, 64, 256, 8, 2)),
+        ),
+        "query": (
+            ((64, 64, 64, 4, 2), (64, 64, 128, 8, 2), (64, 64, 256, 8, 2)), ((64, 64, 64, 8, 2), (64, 64, 128, 8, 2))
+        ),
+        "key": (((64, 64, 64, 4, 2), (32, 64, 128, 8, 2)), ((32, 64, 128, 8, 2),)),
     },
+    "gfx": {
+        "forward": (((128, 64, 64, 4, 2), (64, 64, 128, 4, 2)), ((64, 64, 128, 4, 2),)),
+        "query": (((64, 64, 64, 4, 2), (64, 64, 128, 4, 2)), ((32, 64, 128, 4, 2),)),
+        "key": (((32, 64, 128, 4, 2),),) * 2,
+    },
+    0: dict.fromkeys(("forward", "query", "key"), (((64, 64, 32, 4, 1),),) * 2),
+}  # fmt: skip
+# All kernels in float32 and float64, which have no tensor cores on NVIDIA (TF32 apart): rows, rows with dropout.
+_ATTENTION_WIDE = {
+    75: ((((16, 32, 64, 8, 1), (16, 16, 128, 8, 1)), ((16, 64, 64, 8, 1),)), (((16, 16, 32, 4, 1),), ((16, 64, 64, 8, 1),))),
+    80: ((((32, 32, 64, 4, 2), (16, 32, 128, 4, 2)), ((16, 64, 128, 8, 1),)), (((16, 16, 64, 4, 1),), ((16, 64, 64, 8, 1),))),
 }  # fmt: skip
 
 
-def attention(query, kind, depth, value_depth, dropout, product):
+def attention(query, kind, depth, value_depth, dropout, busy, product):
     """Tile of attention's kernels ("forward", "query", "key", "mask"), and how depths are cut into blocks.
 
-    `product`: scores are products of matrices; others hold no operands, but a sum for every element of the tile.
-    Dropout's words come 64 keys at a time.
+    `busy`: scores are masked by elements, capped or lowered by distance. `product`: they are products of matrices; others
+    hold no operands, but a sum for every element of the tile. Dropout's words come 64 keys at a time.
     """
     arch = architecture(query)
-    rows = _row({**_ATTENTION, "gfx": _ATTENTION[80]}, arch)["query" if kind == "mask" else kind]
-    block_m, block_n, warps, stages = rows[_kind(query.dtype)]
+    rows = _row(_ATTENTION, arch)["query" if kind == "mask" else kind][dropout or busy]
+    if arch and query.element_size() > 2:
+        rows = _row({**_ATTENTION_WIDE, "gfx": _ATTENTION_WIDE[80]}, arch)[query.element_size() > 4][dropout]
+    block_m, block_n, largest, warps, stages = next((r for r in rows if r[2] >= max(depth, value_depth)), rows[-1])
     if not product and arch:
-        block_m, block_n, stages = min(block_m, 32), min(block_n, 32), 1
-    if dropout:
-        block_n = max(block_n, 64)
-    largest = 128 if arch else 32
+        block_m, block_n, stages = min(block_m, 32), 64 if dropout else min(block_n, 32), 1
+        if kind != "forward":
+            block_m, warps = 16, 4 if arch == 75 else 8
     block_d, block_v = _block(depth, 16, largest), _block(value_depth, 16, largest)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "D_BLOCKS": max(1, triton.cdiv(depth, block_d)),
