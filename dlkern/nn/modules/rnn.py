@@ -142,8 +142,8 @@ class _WithOptions(torch.nn.Module):
     def _lowered(
         self, mode: int, x: torch.Tensor, states: list[torch.Tensor], params: list[torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """In autocast's dtype, where there are options: without, torch takes dtypes that differ."""
-        if mode == _GRU or not autocasts(x) or not self.beyond_torch:
+        """In autocast's dtype; torch's GRU is no op of its lists."""
+        if mode == _GRU or not autocasts(x):
             return x, states, params
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         return x, rest[: len(states)], rest[len(states) :]  # type: ignore[return-value]
