@@ -19,10 +19,14 @@ from dlkern.kernels._attention_tile import (
     finish_scores,
     kept_by_dropout,
     key_bounds,
+    lengths_of,
     load_rows,
+    operands_of_head,
     pairwise_gradient,
+    queries_of_program,
     raw_scores,
     rows_product,
+    slope_of,
 )
 
 _GAUSSIAN, _ADDITIVE, _COSINE = tl.constexpr(GAUSSIAN), tl.constexpr(ADDITIVE), tl.constexpr(COSINE)
@@ -41,27 +45,15 @@ def attention_backward_query_kernel(
     BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
 ):
     # One program: BLOCK_M queries of one head x BLOCK_D columns of their gradient.
-    tiles = tl.cdiv(L, BLOCK_M)
-    head = (tl.program_id(0) // tiles).to(tl.int64)  # b H + h
-    i0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    i = i0 + tl.arange(0, BLOCK_M)
-    if LARGE:
-        i = i.to(tl.int64)
-    b = head // H
-    h = head % H
-    q_ptr += b * q_strides[0] + h * q_strides[1]
-    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
-    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
+    i0, i, head, b, h = queries_of_program(L, H, LARGE, BLOCK_M)
+    q_ptr, k_ptr, v_ptr, mask_ptr = operands_of_head(
+        q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides
+    )
     g_ptr += b * g_strides[0] + h * g_strides[1]
-    mask_ptr += b * mask_strides[0] + h * mask_strides[1]
     q_unit_ptr += head * L
     k_unit_ptr += head // GROUP * S
-    length = i
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes_ptr + h).to(ACC)
+    length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
+    slope = slope_of(slopes_ptr, h, HAS_SLOPES, ACC)
     own = tl.program_id(1)
     d = own * BLOCK_D + tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
@@ -192,17 +184,13 @@ def attention_backward_key_kernel(
         q_at = q_ptr + (b * q_strides[0] + h * q_strides[1])
         g_at = g_ptr + (b * g_strides[0] + h * g_strides[1])
         mask_at = mask_ptr + (b * mask_strides[0] + h * mask_strides[1])
-        slope = 0.0
-        if HAS_SLOPES:
-            slope = tl.load(slopes_ptr + h).to(ACC)
+        slope = slope_of(slopes_ptr, h, HAS_SLOPES, ACC)
         for WHOLE in tl.static_range(2):
             for i0 in range(full if WHOLE else begin, end if WHOLE else full, BLOCK_M):
                 i = i0 + tl.arange(0, BLOCK_M)
                 if LARGE:
                     i = i.to(tl.int64)
-                length = i
-                if HAS_LENGTHS:
-                    length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
+                length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
                 q = load_rows(q_at, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
                 g = load_rows(g_at, i, L, g_strides[2], dv, DV, g_strides[3])  # [BLOCK_M, BLOCK_V]
                 shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))
@@ -287,21 +275,16 @@ def attention_backward_mask_kernel(
     for b in range(b_first, b_end):
         for h in range(h_first, h_end):
             head = b * H + h
-            q_at = q_ptr + (b * q_strides[0] + h * q_strides[1])
-            k_at = k_ptr + (b * k_strides[0] + h // GROUP * k_strides[1])
-            v_at = v_ptr + (b * v_strides[0] + h // GROUP * v_strides[1])
+            q_at, k_at, v_at, mask_at = operands_of_head(
+                q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides
+            )
             g_at = g_ptr + (b * g_strides[0] + h * g_strides[1])
-            mask_at = mask_ptr + (b * mask_strides[0] + h * mask_strides[1])
-            slope = 0.0
-            if HAS_SLOPES:
-                slope = tl.load(slopes_ptr + h).to(ACC)
+            slope = slope_of(slopes_ptr, h, HAS_SLOPES, ACC)
             for i0 in range(i_first, i_end, BLOCK_M):
                 i = i0 + tl.arange(0, BLOCK_M)
                 if LARGE:
                     i = i.to(tl.int64)
-                length = i
-                if HAS_LENGTHS:
-                    length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
+                length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
                 q = load_rows(q_at, i, L, q_strides[2], d, D, q_strides[3])
                 g = load_rows(g_at, i, L, g_strides[2], dv, DV, g_strides[3])
                 shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))

@@ -18,6 +18,46 @@ _SHORTEST = tl.constexpr(1e-8)  # what a vector's length counts as at least
 
 
 @triton.jit
+def queries_of_program(L, H, LARGE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(first query, queries, b H + h, b, h) of a program that owns BLOCK_M queries of one head. The last queries, which
+    see most where attention is causal, come first."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    i0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    if LARGE:
+        i = i.to(tl.int64)
+    return i0, i, head, head // H, head % H
+
+
+@triton.jit
+def operands_of_head(q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides):
+    """Where query, key, value and mask of batch b and head h begin."""
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
+    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
+    mask_ptr += b * mask_strides[0] + h * mask_strides[1]
+    return q_ptr, k_ptr, v_ptr, mask_ptr
+
+
+@triton.jit
+def lengths_of(lengths_ptr, b, i, queries, strides, HAS_LENGTHS: tl.constexpr):
+    """How many keys queries i see; anything without lengths."""
+    if HAS_LENGTHS:
+        i = tl.load(lengths_ptr + b * strides[0] + i * strides[1], mask=i < queries, other=0)
+    return i
+
+
+@triton.jit
+def slope_of(slopes_ptr, h, HAS_SLOPES: tl.constexpr, ACC: tl.constexpr):
+    """What a key's score loses for each place between it and the query."""
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(slopes_ptr + h).to(ACC)
+    return slope
+
+
+@triton.jit
 def load_rows(ptr, row, rows, stride_row, column, columns, stride_column):
     """[rows, columns] at ptr, zeros outside."""
     return tl.load(

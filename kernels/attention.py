@@ -25,8 +25,12 @@ from dlkern.kernels._attention_tile import (
     kept_by_dropout,
     key_bounds,
     largest_shift,
+    lengths_of,
     load_rows,
+    operands_of_head,
+    queries_of_program,
     raw_scores,
+    slope_of,
     unit_backward_kernel,
     unit_kernel,
 )
@@ -52,28 +56,15 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
 ):
-    # One program: BLOCK_M queries of one head x BLOCK_V columns of the value. The last queries, which see most where
-    # attention is causal, come first.
-    tiles = tl.cdiv(L, BLOCK_M)
-    head = (tl.program_id(0) // tiles).to(tl.int64)  # b H + h
-    i0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    i = i0 + tl.arange(0, BLOCK_M)
-    if LARGE:
-        i = i.to(tl.int64)
-    b = head // H
-    h = head % H
-    q_ptr += b * q_strides[0] + h * q_strides[1]
-    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
-    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
-    mask_ptr += b * mask_strides[0] + h * mask_strides[1]
+    # One program: BLOCK_M queries of one head x BLOCK_V columns of the value.
+    i0, i, head, b, h = queries_of_program(L, H, LARGE, BLOCK_M)
+    q_ptr, k_ptr, v_ptr, mask_ptr = operands_of_head(
+        q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides
+    )
     q_unit_ptr += head * L
     k_unit_ptr += head // GROUP * S
-    length = i
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b * lengths_strides[0] + i * lengths_strides[1], mask=i < L, other=0)
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes_ptr + h).to(ACC)
+    length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
+    slope = slope_of(slopes_ptr, h, HAS_SLOPES, ACC)
     d = tl.arange(0, BLOCK_D)
     dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     q = load_rows(q_ptr, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
@@ -217,8 +208,10 @@ class Call:
     def blocks(self, kind):
         """Tile of a kernel ("forward", "query", "key" or "mask")."""
         busy = self.flags["MASK"] != NO_MASK or self.flags["HAS_CAP"] or self.flags["HAS_SLOPES"]
-        product = self.score in (DOT, COSINE)
-        return configs.attention(self.query, kind, self.depth, self.value_depth, self.p > 0, busy, product)
+        return configs.attention(
+            self.query, kind, self.depth, self.value_depth, self.p > 0, busy, self.score in (DOT, COSINE),
+            self.heads > self.key_heads,
+        )  # fmt: skip
 
     def _unit(self, x):
         """Reciprocal lengths of vectors [B, H, L, D], as [B, H, L]."""

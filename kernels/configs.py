@@ -254,8 +254,8 @@ _ATTENTION = {
     },
     "gfx": {
         "forward": (((128, 64, 64, 4, 2), (64, 64, 128, 4, 2)), ((64, 64, 128, 4, 2),)),
-        "query": (((64, 64, 64, 4, 2), (64, 64, 128, 4, 2)), ((32, 64, 128, 4, 2),)),
-        "key": (((32, 64, 128, 4, 2),),) * 2,
+        "query": (((64, 64, 64, 4, 2), (64, 64, 128, 4, 2), (32, 64, 64, 4, 2)), ((32, 64, 128, 4, 2), (32, 64, 64, 4, 2))),
+        "key": (((32, 64, 128, 4, 2), (32, 64, 64, 4, 2)),) * 2,
     },
     0: dict.fromkeys(("forward", "query", "key"), (((64, 64, 32, 4, 1),),) * 2),
 }  # fmt: skip
@@ -266,11 +266,12 @@ _ATTENTION_WIDE = {
 }  # fmt: skip
 
 
-def attention(query, kind, depth, value_depth, dropout, busy, product):
+def attention(query, kind, depth, value_depth, dropout, busy, product, shared):
     """Tile of attention's kernels ("forward", "query", "key", "mask"), and how depths are cut into blocks.
 
     `busy`: scores are masked by elements, capped or lowered by distance. `product`: they are products of matrices; others
-    hold no operands, but a sum for every element of the tile. Dropout's words come 64 keys at a time.
+    hold no operands, but a sum for every element of the tile. `shared`: several heads of queries share one of keys.
+    Dropout's words come 64 keys at a time.
     """
     arch = architecture(query)
     rows = _row(_ATTENTION, arch)["query" if kind == "mask" else kind][dropout or busy]
@@ -281,6 +282,8 @@ def attention(query, kind, depth, value_depth, dropout, busy, product):
         block_m, block_n, stages = min(block_m, 32), 64 if dropout else min(block_n, 32), 1
         if kind != "forward":
             block_m, warps = 16, 4 if arch == 75 else 8
+    if kind == "key" and shared and isinstance(arch, int) and arch >= 100:
+        stages = 1  # its loop over heads, and pipelined loops in it, would spill there
     block_d, block_v = _block(depth, 16, largest), _block(value_depth, 16, largest)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "D_BLOCKS": max(1, triton.cdiv(depth, block_d)),

@@ -10,12 +10,13 @@ triton = pytest.importorskip("triton")
 import triton_aot as aot  # noqa: E402
 
 EACH = [(family, target) for family in aot.CALLS for target in aot.TARGETS]
-PRODUCTS = ("matmul_kernel", "conv2d_")
+PRODUCTS = ("matmul_kernel", "conv2d_", "attention_")
 RECURRENT = ("rnn_forward", "rnn_backward")
 # Launches whose operands cannot be copied asynchronously: the stem's three channels are no aligned 4 bytes.
-SYNCHRONOUS = {"conv2d_forward_kernel 1"}
-# A launch in float32, where torch's default allows no TF32: no tensor cores on NVIDIA. (It does for convolutions.)
-SINGLE = {"matmul_kernel 3"}
+# Additive scores are read one column at a time. On sm_100 keys shared by heads leave no registers to copies ahead.
+SYNCHRONOUS = {"conv2d_forward_kernel 1", "attention_forward_kernel 4", "sm_100 attention_backward_key_kernel 1"}
+# Launches in float32, where torch's default allows no TF32: no tensor cores on NVIDIA. (It does for convolutions.)
+SINGLE = {"matmul_kernel 3", "attention_forward_kernel 3", "attention_forward_kernel 4"}
 
 
 @functools.cache
@@ -62,7 +63,7 @@ def test_budgets_hold_no_spill_and_keep_the_tensor_cores(family, target, budgets
         if instruction and (name not in SINGLE or target == "gfx942"):
             assert row["instructions"].get(instruction, 0) > 0, (name, row)
         copy = aot.PIPELINED.get(target)
-        if copy and name not in SYNCHRONOUS:
+        if copy and not {name, f"{target} {name}"} & SYNCHRONOUS:
             assert row["instructions"].get(copy, 0) > 0, (name, row)
 
 

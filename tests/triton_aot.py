@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from dlkern.kernels import (
     _lp_pooling,
+    attention,
     batch_norm,
     configs,
     conv,
@@ -207,9 +208,30 @@ def _rnn(half):
             rnn.rnn_backward(x, h, c, x, w, w, None, h, c, x, *kept, None, None, mode, reverse, True, True, True)
 
 
+def _attention(half):
+    """Plain; causal with shared keys; dropout; a mask that wants its gradient; float32, as a product and as a sum."""
+
+    def both(depth, dtype=half, key_heads=8, mask=None, p=0.0, right=-1, score=0, forward=True, backward=True):
+        q, k = (_empty(4, heads, 1024, depth, dtype=dtype) for heads in (8, key_heads))
+        weight = _empty(depth, dtype=dtype) if score == 2 else None
+        operands, settings = (None, None, weight, torch.tensor(1)), (p, 0.1, 0.0, -1, right, score)
+        if forward:
+            attention.attention_forward(q, k, k, mask, *operands, *settings)
+        if backward:
+            statistics = torch.empty(2, *q.shape[:3])
+            attention.attention_backward(q, q, k, k, mask, *operands, q, statistics, *settings, mask is not None)
+
+    both(64)
+    both(128, key_heads=2, right=0)
+    both(64, p=0.1, backward=False)
+    both(64, mask=_empty(1, 8, 1024, 1024, dtype=half), forward=False)
+    both(64, dtype=torch.float32, backward=False)
+    both(64, dtype=torch.float32, score=2, backward=False)
+
+
 CALLS = {
-    "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding, "layer_norm": _layer_norm,
-    "linear": _linear, "loss": _loss, "pooling": _pooling, "rnn": _rnn,
+    "attention": _attention, "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding,
+    "layer_norm": _layer_norm, "linear": _linear, "loss": _loss, "pooling": _pooling, "rnn": _rnn,
 }
 
 
