@@ -81,16 +81,14 @@ def test_attention(name, dtype):
 
 
 # Loads of 16 bytes and of single elements; one block of 128, several of one or both depths.
-DEPTHS = [(24, 40), (40, 72), (100, 8), (8, 129), (136, 16), (130, 140)]
+DEPTHS = [(DOT, depths) for depths in ((24, 40), (40, 72), (100, 8), (8, 129), (136, 16), (130, 140))]
+DEPTHS += [(score, depths) for score in (COSINE, ADDITIVE) for depths in ((40, 72), (130, 140))]
 
 
 @dtypes
-@pytest.mark.parametrize("score", [DOT, COSINE, ADDITIVE], ids=["dot", "cosine", "additive"])
-@pytest.mark.parametrize("depths", DEPTHS, ids=str)
-def test_attention_depths(depths, score, dtype):
+@pytest.mark.parametrize(("score", "depths"), DEPTHS, ids=str)
+def test_attention_depths(score, depths, dtype):
     depth, value_depth = depths
-    if score != DOT and depths not in ((40, 72), (130, 140)):
-        pytest.skip("loads are those of the dot score")
     settings = Settings(scale=depth**-0.5 if score == DOT else 1.0, score=score)
     parity(settings, {}, dtype, ((1, 1, 5, depth), (1, 1, 9, depth), (1, 1, 9, value_depth)), 4, "depths")
 

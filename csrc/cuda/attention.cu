@@ -23,7 +23,7 @@ constexpr int forward_shared_bytes() {
 // blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal. blockIdx.y: block of
 // the value's columns.
 template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_forward_kernel(const __grid_constant__ Args x, const __grid_constant__ Operand output) {
   using Mine = Layout<T>;
   constexpr int kKeys = kForwardKeys<T>, kStride = TileOf<T, SIZE>::kStride;

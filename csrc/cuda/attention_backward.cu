@@ -13,8 +13,9 @@ namespace {
 
 using namespace attention;
 
-// Columns of a tile. The key kernel has sums of two results, which leave float, or a size of 128, fewer registers for it.
-constexpr int kKeysAcross = 32;
+// Columns of a tile: fewer where sums of results leave fewer registers for it. The key kernel has sums of two.
+template <class T, int SIZE>
+constexpr int kKeysAcross = sizeof(T) == 4 && SIZE == 128 ? 16 : 32;
 template <class T, int SIZE>
 constexpr int kQueriesAcross = sizeof(T) == 4 || SIZE == 128 ? 16 : 32;
 
@@ -128,7 +129,8 @@ template <class T, int SIZE, bool PAIRWISE>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
   using Mine = Layout<T>;
-  using Memory = Plan<T, SIZE, PAIRWISE, kKeysAcross>;
+  constexpr int kAcross = kKeysAcross<T, SIZE>;
+  using Memory = Plan<T, SIZE, PAIRWISE, kAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
   const Memory memory(shared);
   const Args& x = args.x;
@@ -167,14 +169,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     delta[r] = static_cast<float>(sum);
   }
 
-  const int start = range.first / kKeysAcross * kKeysAcross;
-  const int key_tiles = range.last > start ? static_cast<int>(ceil_div(range.last - start, kKeysAcross)) : 0;
+  const int start = range.first / kAcross * kAcross;
+  const int key_tiles = range.last > start ? static_cast<int>(ceil_div(range.last - start, kAcross)) : 0;
   const int steps = key_tiles * (args.by_tiles ? 2 : 1);
   const auto load = [&](int n) {
-    keys.first = values.first = start + n % key_tiles * kKeysAcross;
+    keys.first = values.first = start + n % key_tiles * kAcross;
     keys.tile = memory.tile(n, 0), values.tile = memory.tile(n, 1);
-    if (!deep) keys.template load<kKeysAcross, SIZE>(0, x.depth);
-    if (!deep_value) values.template load<kKeysAcross, SIZE>(0, x.value_depth);
+    if (!deep) keys.template load<kAcross, SIZE>(0, x.depth);
+    if (!deep_value) values.template load<kAcross, SIZE>(0, x.value_depth);
   };
   if (!deep && steps > 0) queries.template load<kTileRows, SIZE>(0, x.depth);
   if (!deep_value && steps > 0) grads.template load<kTileRows, SIZE>(0, x.value_depth);
@@ -191,18 +193,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     cp_async_commit();
     cp_async_wait<Memory::kStages - 1>();
     __syncthreads();  // this step's tiles are there
-    const int j0 = start + n % key_tiles * kKeysAcross;
+    const int j0 = start + n % key_tiles * kAcross;
     keys.first = values.first = j0;
     keys.tile = memory.tile(n, 0), values.tile = memory.tile(n, 1);
     const Places<T, false> at{first, j0};
-    Fragment<T, kKeysAcross> s, change;
+    Fragment<T, kAcross> s, change;
     float cap[s.kRows][s.kColumns];
     multiply<false, SIZE>(change, x, grads, values, x.value_depth, 0);
     multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, own);
-    finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kKeysAcross));
+    finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kAcross));
     to_probabilities(s, [&](int r, int) { return Numbers{largest[r], inverse[r], 0.0f}; });
     if (x.dropout) {
-      const uint32_t kept = kept_bits<T, kKeysAcross>(x, head, at);
+      const uint32_t kept = kept_bits<T, kAcross>(x, head, at);
       change.each([&](int r, int c, float& value) { value = through_dropout(x, kept, r * s.kColumns + c, value); });
     }
     if (args.by_tiles && n < key_tiles) {
@@ -384,22 +386,23 @@ template <class T, int SIZE, bool PAIRWISE>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_mask_kernel(const __grid_constant__ BackwardArgs args) {
   using Mine = Layout<T>;
-  using Memory = Plan<T, SIZE, PAIRWISE, kKeysAcross>;
+  constexpr int kAcross = kKeysAcross<T, SIZE>;
+  using Memory = Plan<T, SIZE, PAIRWISE, kAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
-  DLKERN_SHARED(float, totals, [kTileRows][kKeysAcross + 1]);
+  DLKERN_SHARED(float, totals, [kTileRows][kAcross + 1]);
   const Memory memory(shared);
   const Args& x = args.x;
   const int64_t* size = args.mask_size;
   const bool every_query = size[2] == 1, every_key = size[3] == 1;
   const int row_tiles = static_cast<int>(ceil_div(size[2], kTileRows)),
-            column_tiles = static_cast<int>(ceil_div(size[3], kKeysAcross));
-  const int column = static_cast<int>(blockIdx.x % column_tiles) * kKeysAcross,
+            column_tiles = static_cast<int>(ceil_div(size[3], kAcross));
+  const int column = static_cast<int>(blockIdx.x % column_tiles) * kAcross,
             row = static_cast<int>(blockIdx.x / column_tiles % row_tiles) * kTileRows;
   const int64_t mask_head = blockIdx.x / column_tiles / row_tiles, mb = mask_head / size[1], mh = mask_head % size[1];
   const int64_t batches = x.all_heads / x.heads;
   const int i_end = every_query ? x.queries : min(row + kTileRows, x.queries),
-            j_end = every_key ? x.keys : min(column + kKeysAcross, x.keys);
-  Fragment<T, kKeysAcross> total;
+            j_end = every_key ? x.keys : min(column + kAcross, x.keys);
+  Fragment<T, kAcross> total;
 #pragma unroll 1
   for (int64_t b = size[0] == 1 ? 0 : mb; b < (size[0] == 1 ? batches : mb + 1); b++) {
 #pragma unroll 1
@@ -412,34 +415,34 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Side<T> grads{head_of<T>(args.grad_output, b, h), args.grad_output, memory.second_rows, i0, x.queries};
         const int first = i0 + warp() * 16;
 #pragma unroll 1
-        for (int j0 = column; j0 < j_end; j0 += kKeysAcross) {
-          if (!range.meets(j0, j0 + kKeysAcross)) continue;  // the same for all threads
+        for (int j0 = column; j0 < j_end; j0 += kAcross) {
+          if (!range.meets(j0, j0 + kAcross)) continue;  // the same for all threads
           const Side<T> keys{head_of<T>(x.key, b, h / x.group), x.key, memory.tile(0, 0), j0, x.keys};
           const Side<T> values{head_of<T>(x.value, b, h / x.group), x.value, memory.tile(0, 1), j0, x.keys};
           __syncthreads();  // everybody is done with the tiles before
           if (x.depth <= SIZE) {
             queries.template load<kTileRows, SIZE>(0, x.depth);
-            keys.template load<kKeysAcross, SIZE>(0, x.depth);
+            keys.template load<kAcross, SIZE>(0, x.depth);
           }
           if (x.value_depth <= SIZE) {
             grads.template load<kTileRows, SIZE>(0, x.value_depth);
-            values.template load<kKeysAcross, SIZE>(0, x.value_depth);
+            values.template load<kAcross, SIZE>(0, x.value_depth);
           }
           cp_async_commit();
           cp_async_wait<0>();
           __syncthreads();
           const Places<T, false> at{first, j0};
-          Fragment<T, kKeysAcross> s, change;
+          Fragment<T, kAcross> s, change;
           multiply<false, SIZE>(change, x, grads, values, x.value_depth, 0);
           multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, 0);
-          finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kKeysAcross));
+          finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kAcross));
           const auto numbers = [&](int r, int) {
             const int i = at.query(r, 0);
             const int64_t place = head * x.queries + i;
             return i < x.queries ? Numbers{x.largest[place], x.inverse[place], args.delta[place]} : Numbers{};
           };
           to_probabilities(s, numbers);
-          const uint32_t kept = x.dropout ? kept_bits<T, kKeysAcross>(x, head, at) : ~0u;
+          const uint32_t kept = x.dropout ? kept_bits<T, kAcross>(x, head, at) : ~0u;
           s.each([&](int r, int c, float value) {  // the mask is added behind the cap
             const float of_probability = through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]);
             total.at[r][c] += value * (of_probability - numbers(r, c).delta);
@@ -452,7 +455,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   if (every_query) {
-    if (thread < kKeysAcross) {
+    if (thread < kAcross) {
       float sum = 0.0f;
       for (int r = 0; r < kTileRows; r++) sum += totals[r][thread];
       totals[0][thread] = sum;
@@ -462,13 +465,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (every_key) {
     if (thread < kTileRows && (!every_query || thread == 0)) {
       float sum = 0.0f;
-      for (int c = 0; c < kKeysAcross; c++) sum += totals[thread][c];
+      for (int c = 0; c < kAcross; c++) sum += totals[thread][c];
       totals[thread][0] = sum;
     }
     __syncthreads();
   }
-  for (int place = thread; place < kTileRows * kKeysAcross; place += kThreads) {
-    const int r = place / kKeysAcross, c = place % kKeysAcross;
+  for (int place = thread; place < kTileRows * kAcross; place += kThreads) {
+    const int r = place / kAcross, c = place % kAcross;
     if (row + r >= size[2] || column + c >= size[3]) continue;
     const int64_t to = (mask_head * size[2] + row + r) * size[3] + column + c;
     if (x.mask == kFloatMask)
@@ -543,9 +546,9 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
   make_units(a, x, stream);
   dispatch(a, [&](auto* type, auto size, auto pairwise) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using OfQuery = Plan<T, size.value, pairwise.value, kKeysAcross>;
+    using OfQuery = Plan<T, size.value, pairwise.value, kKeysAcross<T, size.value>>;
     using OfKey = Plan<T, size.value, pairwise.value, kQueriesAcross<T, size.value>>;
-    using OfMask = Plan<T, 64, pairwise.value, kKeysAcross>;
+    using OfMask = Plan<T, 64, pairwise.value, kKeysAcross<T, 64>>;
     const int64_t query_blocks = x.all_heads * ceil_div(a.queries, kTileRows);
     if (query_blocks != 0)
       DLKERN_LAUNCH((attention_backward_query_kernel<T, size.value, pairwise.value>),
@@ -558,7 +561,7 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
                   dim3(kThreads), OfKey::kBytes, stream, args);
     if (tensors.of_mask) {
       const int64_t* n = tensors.mask_size;
-      const int64_t blocks = n[0] * n[1] * ceil_div(n[2], kTileRows) * ceil_div(n[3], kKeysAcross);
+      const int64_t blocks = n[0] * n[1] * ceil_div(n[2], kTileRows) * ceil_div(n[3], kKeysAcross<T, 64>);
       if (blocks != 0)
         DLKERN_LAUNCH((attention_backward_mask_kernel<T, 64, pairwise.value>), dim3(static_cast<unsigned>(blocks)),
                       dim3(kThreads), OfMask::kBytes, stream, args);

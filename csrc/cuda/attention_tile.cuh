@@ -238,7 +238,7 @@ DLKERN_DEVICE void add_row_products(Fragment<float, N>& s, const float* a, const
 #pragma unroll 1
     for (int k = start; k < min(start + 32, depth); k += 8) {
       Fragment<float, N> chain;
-#pragma unroll
+#pragma unroll(N > 16 ? 2 : 1)  // narrow tiles are for kernels that are short of registers
       for (int half = 0; half < 8; half += 4) {
         Pack<float, 4> a_part[Mine::kRows];
 #pragma unroll
