@@ -43,6 +43,17 @@ class Extras(NamedTuple):
         return Options(*weights, mask, fresh_h, fresh_c, of_h, of_c)  # type: ignore[call-arg, arg-type]
 
 
+def autocast(
+    mode: int, x: torch.Tensor, states: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The operands as torch.autocast has them. GRU is no op of its lists: torch lowers its products, and its state keeps the
+    input's dtype, so that only an input which is lowered already makes it all lowered."""
+    if autocasts(x) and (mode != GRU or x.dtype == torch.get_autocast_dtype(x.device.type)):
+        x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
+        return x, rest[: len(states)], rest[len(states) :]  # type: ignore[return-value]
+    return x, list(states), list(params)
+
+
 def unusual(
     mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
     params: Sequence[torch.Tensor], biases: bool, layers: int, directions: int,
@@ -85,11 +96,8 @@ def stack(
     lengths: torch.Tensor | None = None, recompute: bool = False, extras: Extras | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """output and the last states; arguments as in `unusual`, which found nothing, and in ops.rnn.rnn."""
-    if mode != GRU and autocasts(x):  # torch's GRU is no op of autocast's lists, and keeps float32
-        x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
-        states, params = rest[: len(states)], rest[len(states) :]  # type: ignore[assignment]
-        if extras is not None:
-            extras = extras._replace(weights=[lowered(x, *weights)[1:] for weights in extras.weights])
+    if extras is not None and autocasts(x):
+        extras = extras._replace(weights=[lowered(x, *weights)[1:] for weights in extras.weights])
     projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]
     initial = [state.unbind(0) for state in states]
     ends: list[list[torch.Tensor]] = [[] for _ in states]
@@ -127,6 +135,7 @@ def _call(mode: int, theirs: Callable[..., Any], args: tuple[Any, ...], options:
         first = bool(given.get("batch_first"))
         try:
             x = x.transpose(0, 1) if first else x
+            x, states, params = autocast(mode, x, states, params)
             reason = unusual(mode, x, batch_sizes, states, params, given["has_biases"], layers, directions)
         except (AttributeError, IndexError, RuntimeError, TypeError):
             pass  # torch says what is wrong

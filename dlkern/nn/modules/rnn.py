@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.nn.functional import rnn as functional
-from dlkern.nn.functional._autocast import autocasts, lowered
+from dlkern.nn.functional._autocast import autocasts
 from dlkern.ops.rnn import GRU as _GRU
 from dlkern.ops.rnn import LSTM as _LSTM
 from dlkern.ops.rnn import RELU, TANH
@@ -139,15 +139,6 @@ class _WithOptions(torch.nn.Module):
             raise ValueError(f"{type(self).__name__} with options: {reason}")
         return result
 
-    def _lowered(
-        self, mode: int, x: torch.Tensor, states: list[torch.Tensor], params: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """In autocast's dtype; torch's GRU is no op of its lists."""
-        if mode == _GRU or not autocasts(x):
-            return x, states, params
-        x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
-        return x, rest[: len(states)], rest[len(states) :]  # type: ignore[return-value]
-
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in ("layer_norm", "recurrent_dropout", "zoneout", "peephole")}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items() if value)])
@@ -242,7 +233,7 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
                     states = [state.index_select(1, input.sorted_indices) for state in states]
             except (AttributeError, IndexError, RuntimeError, TypeError):
                 return "states are not tensors of the right size"
-        x, states, params = self._lowered(mode, x, states, params)
+        x, states, params = functional.autocast(mode, x, states, params)
         found = functional.unusual(mode, x, batch_sizes, states, params, bool(self.bias), self.num_layers, directions)
         return found if found is not None else (x, batch_sizes, states, params)
 
@@ -339,7 +330,7 @@ class _Cell(_WithOptions, torch.nn.modules.rnn.RNNCellBase):
         params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         if mode != RELU and mode != TANH and autocasts(x) and not self.beyond_torch:
             return "autocast: torch's cell keeps float32"
-        x, states, params = self._lowered(mode, x, states, params)
+        x, states, params = functional.autocast(mode, x, states, params)
         found = functional.unusual(mode, x, None, states, params, bool(self.bias), 1, 1)
         return found if found is not None else (x, states, params)
 
