@@ -346,3 +346,29 @@ def test_modules_of_other_scores():
     torch.testing.assert_close(y, expected)
     y.sin().sum().backward()
     torch.testing.assert_close(gaussian.width.grad, torch.autograd.grad(expected.sin().sum(), width)[0])
+
+
+def test_additive_attention_under_autocast_lowers_its_weight():
+    q, k, v = (torch.randn(2, 3, 8).bfloat16() for _ in range(3))  # as a layer before leaves them
+    w = torch.randn(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = F.additive_attention(q, k, v, w)
+    assert torch.equal(ours, F.additive_attention(q, k, v, w.bfloat16()))
+    with pytest.raises(RuntimeError, match="dtype"):
+        F.additive_attention(q, k, v, w)
+
+
+def test_plain_calls_of_other_scores_are_checked():
+    """The short way leaves to the raw op what the long way checks."""
+    q, k, v, w = torch.randn(2, 3, 8), torch.randn(2, 4, 8), torch.randn(2, 4, 5), torch.randn(8)
+    lengths = torch.tensor([2, 4])
+    short = F.additive_attention(q, k, v, w, lengths=lengths)
+    with dlkern.trace():  # the long way
+        assert torch.equal(F.additive_attention(q, k, v, w, lengths=lengths), short)
+        assert torch.equal(F.dot_attention(q[:1], k, v), F.dot_attention(q[:1].expand(2, 3, 8), k, v))
+    assert torch.equal(F.dot_attention(q[:1], k, v), F.dot_attention(q[:1].expand(2, 3, 8), k, v))
+    for wrong in (torch.tensor([2]), torch.tensor([2, 5, 1]), torch.tensor([2.0, 1.0])):
+        with pytest.raises(RuntimeError):
+            F.additive_attention(q, k, v, w, lengths=wrong)
+    with pytest.raises(RuntimeError):
+        F.dot_attention(q, k[..., :7], v)

@@ -188,10 +188,13 @@ def attention(
     return _forward[column](*tensors, *settings)[0]
 
 
-def run(column, query, key, value, mask, settings):
-    """attention without lengths, slopes and dropout on a given column, for a plain call (see _plain.py)."""
-    tensors = (query, key, value, mask, None, None, None, None)
-    wanted = query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
+def run(column, query, key, value, mask, settings, lengths=None, weight=None):
+    """attention without slopes and dropout on a given column, for a plain call (see _plain.py)."""
+    tensors = (query, key, value, mask, lengths, None, weight, None)
+    wanted = (
+        query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
+        or (weight is not None and weight.requires_grad)
+    )
     if wanted and _autograd.recording():
         return Attention.fast_apply(*tensors, settings, column)[0]
     return _forward[column](*tensors, *settings)[0]

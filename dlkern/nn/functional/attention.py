@@ -68,6 +68,11 @@ def _four_mask(mask: torch.Tensor, lead: torch.Size, dims: int) -> torch.Tensor:
     return mask.expand(*lead[:-1], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
 
 
+def _lead(query: torch.Size, key: torch.Size, value: torch.Size) -> torch.Size:
+    """What leading dimensions broadcast to. (torch.broadcast_shapes takes 40 µs.)"""
+    return query if query == key == value else torch.broadcast_shapes(query, key, value)  # type: ignore[return-value]
+
+
 def _attend(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float,
     gqa: bool, settings: Settings, lengths: torch.Tensor | None = None, slopes: torch.Tensor | None = None,
@@ -75,10 +80,10 @@ def _attend(
 ) -> torch.Tensor:
     """Operands [*, L, D], [*, S, D], [*, S, Dv] with leading dimensions that broadcast."""
     if gqa:
-        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        batch = _lead(query.shape[:-3], key.shape[:-3], value.shape[:-3])
         lead, of_keys = torch.Size((*batch, query.shape[-3])), torch.Size((*batch, key.shape[-3]))
     else:
-        lead = of_keys = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        lead = of_keys = _lead(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     dims = len(lead) + 2
     if mask is not None:
         full = (*lead, query.shape[-2], key.shape[-2])
@@ -192,16 +197,28 @@ def _other(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     lengths: torch.Tensor | None, dropout_p: float, settings: Settings, weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if mask is None and not dropout_p and (lengths is None or lengths.dim() == 1):
+        try:
+            column = _plain.column(op, query)
+            alike = weight is None or weight.dtype == query.dtype
+            if column is not None and alike and query.dim() == key.dim() == value.dim() == 3:
+                of_rows = None if lengths is None else lengths.unsqueeze(1)
+                operands = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+                return ops.attention.run(column, *operands, None, settings, of_rows, weight).squeeze(1)
+        except _plain.REFUSALS:
+            pass  # the long way says what is wrong
     query, key, value = lowered(query, key, value)  # type: ignore[assignment]
     if mask is not None and mask.is_floating_point():
         _, mask = lowered(query, mask)
     if weight is not None:
         _, weight = lowered(query, weight)
+        if weight.dtype != query.dtype or weight.device != query.device:  # type: ignore[union-attr]
+            raise RuntimeError(f"{op}: weight and query differ in dtype or device")
     reason = _unusual(query, key, value, mask, False)
     if reason is not None:
         raise RuntimeError(f"{op}: {reason}")
     _check_dropout(dropout_p)
-    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    lead = _lead(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     if len(lead) == 1:  # [B, L, D] is a batch of one head, so that lengths and masks [B, 1, S] mean what they say
         mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
@@ -256,8 +273,6 @@ def additive_attention(
     """
     if weight.dim() != 1 or weight.shape[0] != query.shape[-1]:
         raise RuntimeError(f"additive_attention: weight must be [{query.shape[-1]}], got {tuple(weight.shape)}")
-    if weight.dtype != query.dtype or weight.device != query.device:
-        raise RuntimeError("additive_attention: weight and query differ in dtype or device")
     return _other(
         "additive_attention", query, key, value, attn_mask, lengths, dropout_p, Settings(score=ADDITIVE), weight
     )

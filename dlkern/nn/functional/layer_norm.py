@@ -62,7 +62,7 @@ def layer_norm(
     """
     try:
         column = _plain.column("layer_norm", input)
-        if column is not None and _unusual(input, normalized_shape, weight, bias) is None:
+        if column is not None and normalized_shape and input.shape[-len(normalized_shape) :] == normalized_shape:
             return ops.layer_norm.run(column, input, len(normalized_shape), weight, bias, eps)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
