@@ -19,7 +19,8 @@ struct AttentionShape {
   int64_t batch, heads, key_heads, queries, keys, depth, value_depth;
   int score;
   double scale, softcap;   // softcap 0: none
-  int64_t left, right;     // query i sees keys i - left .. i + right; -1: no bound
+  int64_t left, right;     // query i sees keys i + shift - left .. i + shift + right; -1: no bound
+  int64_t shift;
   double p;                // of dropout
   uint64_t seed;
   int mask;
@@ -41,7 +42,7 @@ template <class T> struct AttentionArgs {
 template <class T> struct AttentionBackwardArgs {
   AttentionArgs<T> forward;
   Strided<const T> grad_output;
-  T *grad_query, *grad_key, *grad_value;  // contiguous
+  Strided<T> grad_query, grad_key, grad_value;  // dense in depth
   void* grad_mask;                        // contiguous, in the mask's shape and type; or null
   acc_t<T>* grad_weight;                  // [depth]; or null
 };

@@ -136,18 +136,19 @@ void pairwise_backward(int64_t rows, int64_t keys, int64_t depth, const A* q, co
   }
 }
 
+template <class P> P* element(const Strided<P>& x, int64_t b, int64_t h, int64_t i) {
+  return x.data + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
+}
+
 // sum over d of g output, of each query.
 template <class T> void make_delta(const AttentionBackwardArgs<T>& args, acc_t<T>* delta) {
   using A = acc_t<T>;
   const AttentionShape& s = args.forward.shape;
-  const auto at = [](const auto& x, int64_t b, int64_t h, int64_t i) {
-    return x.data + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
-  };
   parallel_for(s.batch * s.heads * s.queries, 1 + 16384 / (s.value_depth + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
-      const T* g = at(args.grad_output, b, h, i);
-      const T* o = at(args.forward.output, b, h, i);
+      const T* g = element(args.grad_output, b, h, i);
+      const T* o = element(args.forward.output, b, h, i);
       const int64_t step = args.grad_output.stride[3];
       // In double: it is subtracted from numbers that may be nearly the same.
       vdouble sum{};
@@ -259,10 +260,9 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     if constexpr (SCORE == kCosineScore)
       for (int64_t j = 0; j < n; ++j)
         normalize_backward(tile.key_copy + j * depth, tile.of_key[j], grad_key + j * depth, depth);
-    const int64_t row = (b * s.key_heads + key_head) * s.keys + j0;
     for (int64_t j = 0; j < n; ++j) {
-      narrow(grad_key + j * depth, args.grad_key + (row + j) * s.depth, s.depth, static_cast<A>(s.scale));
-      narrow(grad_value + j * value_depth, args.grad_value + (row + j) * s.value_depth, s.value_depth, A(1));
+      narrow(grad_key + j * depth, element(args.grad_key, b, key_head, j0 + j), s.depth, static_cast<A>(s.scale));
+      narrow(grad_value + j * value_depth, element(args.grad_value, b, key_head, j0 + j), s.value_depth, A(1));
     }
   }
   if (additive && grad_weight)
@@ -344,19 +344,17 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   });
   parallel_for(heads * group * s.queries, 1 + 16384 / (depth * splits + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
+      const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
       A* sum = partial + row / (group * s.queries) * splits * slice + row % (group * s.queries) * depth;
       for (int64_t split = 1; split < splits; ++split)
         for (int64_t d = 0; d < depth; d += kLanes<A>) store(sum + d, load(sum + d) + load(sum + split * slice + d));
       if constexpr (SCORE == kCosineScore) {
-        const Strided<const T>& q = args.forward.query;
-        const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads;
         A* query = scratch<A>(Slot::family_0, depth);
-        load_rows(q.data + b * q.stride[0] + h * q.stride[1] + i * q.stride[2], 0, q.stride[3], 1, s.depth, query,
-                  depth);
+        load_rows(element(args.forward.query, b, h, i), 0, args.forward.query.stride[3], 1, s.depth, query, depth);
         const A inverse = normalize(query, depth);
         normalize_backward(query, inverse, sum, depth);
       }
-      narrow(sum, args.grad_query + row * s.depth, s.depth, static_cast<A>(s.scale));
+      narrow(sum, element(args.grad_query, b, h, i), s.depth, static_cast<A>(s.scale));
     }
   });
   for (int64_t d = 0; weights && d < s.depth; ++d) {

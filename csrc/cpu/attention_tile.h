@@ -147,9 +147,9 @@ struct Seen {
     first = s.keys;
     last = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = i0 + r;
-      int64_t from = s.left < 0 ? 0 : larger(0, i - s.left);
-      int64_t to = s.right < 0 ? s.keys : smaller(s.keys, i + s.right + 1);
+      const int64_t i = i0 + r, place = i + s.shift;
+      int64_t from = s.left < 0 ? 0 : larger(0, place - s.left);
+      int64_t to = s.right < 0 ? s.keys : smaller(s.keys, place + s.right + 1);
       if (args.lengths.data)
         to = smaller(to, args.lengths.data[b * args.lengths.stride[0] + i * args.lengths.stride[2]]);
       if (to <= from) from = to = 0;

@@ -32,17 +32,18 @@ template <class T> void forward(const LayerNormArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t columns = args.columns;
-  const A share = A(1) / static_cast<A>(columns);
+  const A count_of_row = static_cast<A>(columns);  // divided by: a rounded reciprocal would show in rows of few numbers
   parallel_for(args.rows, 1 + 16384 / columns, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = args.input + row * columns;
       T* y = args.output + row * columns;
-      const A mean = sum_row<T>(columns, [&](int64_t j, int64_t count) { return load_some(x + j, count); }) * share;
+      const A mean =
+          sum_row<T>(columns, [&](int64_t j, int64_t count) { return load_some(x + j, count); }) / count_of_row;
       const A square = sum_row<T>(columns, [&](int64_t j, int64_t count) {
         const Vec<T> d = load_some(x + j, count) - mean;
         return count == lanes ? d * d : first_lanes<T>(d * d, count);
       });
-      const A rstd = static_cast<A>(1 / std::sqrt(static_cast<double>(square * share) + args.eps));
+      const A rstd = static_cast<A>(1 / std::sqrt(static_cast<double>(square / count_of_row) + args.eps));
       args.mean[row] = mean;
       args.rstd[row] = rstd;
       for (int64_t j = 0; j < columns; j += lanes) {
@@ -63,7 +64,7 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
   const bool sums = args.grad_weight || args.grad_bias;
   const int64_t chunk = larger(8, ceil_div(args.rows, kMostChunks)), chunks = ceil_div(args.rows, chunk);
   A* partial = sums ? scratch<A>(Slot::family_0, 2 * chunks * padded) : nullptr;
-  const A share = A(1) / static_cast<A>(columns);
+  const A count_of_row = static_cast<A>(columns);
   parallel_for(chunks, 1 + 16384 / (columns * chunk), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       A *of_weight = partial + 2 * c * padded, *of_bias = of_weight + padded;
@@ -77,10 +78,10 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
           return args.weight ? value * load_some(args.weight + j, count) : value;
         };
         if (args.grad_input) {
-          const A first = sum_row<T>(columns, weighted) * share;
+          const A first = sum_row<T>(columns, weighted) / count_of_row;
           const A second =
-              sum_row<T>(columns, [&](int64_t j, int64_t count) { return weighted(j, count) * xhat(j, count); }) *
-              share;
+              sum_row<T>(columns, [&](int64_t j, int64_t count) { return weighted(j, count) * xhat(j, count); }) /
+              count_of_row;
           for (int64_t j = 0; j < columns; j += lanes) {
             const int64_t count = smaller(lanes, columns - j);
             store_some(args.grad_input + row * columns + j,

@@ -97,9 +97,9 @@ Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, cons
       call.args.inverse = call.args.largest + s.batch * s.heads * s.queries;
       const cpu::AttentionBackwardArgs<T> args{call.args,
                                                strided(data<T>(grad_output), grad_output),
-                                               mutable_data<T>(grad_query),
-                                               mutable_data<T>(grad_key),
-                                               mutable_data<T>(grad_value),
+                                               strided(mutable_data<T>(grad_query), grad_query),
+                                               strided(mutable_data<T>(grad_key), grad_key),
+                                               strided(mutable_data<T>(grad_value), grad_value),
                                                of_mask ? grad_mask.mutable_data_ptr() : nullptr,
                                                weight ? mutable_data<A>(sums) : nullptr};
       DLKERN_CALL(attention_backward, args);

@@ -2,6 +2,7 @@
 
 from dlkern.ops import (
     attention,
+    attention_varlen,
     batch_norm,
     batch_norm_sync,
     conv,
@@ -18,6 +19,6 @@ from dlkern.ops import (
 from dlkern.ops._activation import Activation
 
 __all__ = [
-    "Activation", "attention", "batch_norm", "batch_norm_sync", "conv", "dropout", "embedding",
+    "Activation", "attention", "attention_varlen", "batch_norm", "batch_norm_sync", "conv", "dropout", "embedding",
     "layer_norm", "linear", "loss", "optim", "pooling", "positions", "rnn",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from dlkern.reference.dropout import philox_words_of
 
-__all__ = ["ADDITIVE", "COSINE", "DOT", "GAUSSIAN", "attention", "kept"]
+__all__ = ["ADDITIVE", "COSINE", "DOT", "GAUSSIAN", "attention", "attention_varlen", "kept"]
 
 DOT, GAUSSIAN, ADDITIVE, COSINE = 0, 1, 2, 3
 _SHORTEST = 1e-8
@@ -77,3 +77,24 @@ def attention(
         keep = kept(tuple(probabilities.shape), p, seed)
         probabilities = torch.where(keep, probabilities * factor, torch.zeros_like(probabilities))
     return probabilities @ value
+
+
+def attention_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts_of_queries: torch.Tensor,
+    starts_of_keys: torch.Tensor, scale: float, left: int, right: int,
+) -> torch.Tensor:
+    """attention() within each sequence of [tokens, H, D]; a window is aligned at the last query and the last key."""
+    outputs = [query.new_zeros((0, query.shape[1], value.shape[2]))]
+    starts, key_starts = starts_of_queries.tolist(), starts_of_keys.tolist()
+    for b in range(len(starts) - 1):
+        q = query[starts[b] : starts[b + 1]]
+        k, v = (x[key_starts[b] : key_starts[b + 1]] for x in (key, value))
+        i, j = (torch.arange(x.shape[0], device=query.device) for x in (q, k))
+        distance = j - i[:, None] - (k.shape[0] - q.shape[0])
+        seen = torch.ones((), dtype=torch.bool, device=query.device).expand(distance.shape)
+        seen = seen & (distance >= -left) if left >= 0 else seen
+        seen = seen & (distance <= right) if right >= 0 else seen
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        y = attention(q, k, v, seen[None, None], None, None, None, None, 0.0, scale, 0.0, -1, -1, DOT)
+        outputs.append(y[0].transpose(0, 1))
+    return torch.cat(outputs)

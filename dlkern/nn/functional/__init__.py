@@ -39,6 +39,7 @@ from dlkern.nn.functional.positions import (
     sinusoidal_positions,
 )
 from dlkern.nn.functional.rnn import gru, lstm, rnn_relu, rnn_tanh
+from dlkern.nn.functional.varlen import varlen_attn
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -87,4 +88,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "sinusoidal_positions",
     "tensor_reduction",
+    "varlen_attn",
 ]

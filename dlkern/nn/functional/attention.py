@@ -10,6 +10,7 @@ from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.nn.functional._autocast import lowered
 from dlkern.nn.functional.dropout import _seed
+from dlkern.nn.functional.varlen import jagged_attention
 from dlkern.ops import _plain
 from dlkern.ops.attention import ADDITIVE, COSINE, DOT, GAUSSIAN, Settings
 
@@ -133,7 +134,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: [*, H, L, D]; key: [*, Hk, S, D]; value: [*, Hk, S, Dv], or without heads, with leading dimensions that
-            broadcast. Read where they lie, whatever their strides.
+            broadcast. Read where they lie, whatever their strides. Nested tensors [B, H, ragged, D] of the jagged layout,
+            all three, without mask and dropout.
         attn_mask: bool (True: takes part) or floating point (added to the scores; may require grad), of any shape that
             broadcasts to [*, H, L, S]. Never expanded in memory.
         dropout_p: probability of dropping a probability, whatever the mode of a module. No mask is stored.
@@ -164,6 +166,10 @@ def scaled_dot_product_attention(
         except (*_plain.REFUSALS, ZeroDivisionError):
             pass  # the long way says what is wrong
     try:
+        if plain and attn_mask is None and query.is_nested:
+            nested = jagged_attention(query, key, value, is_causal, scale, enable_gqa)
+            if nested is not None:
+                return nested
         query, key, value = lowered(query, key, value)  # type: ignore[assignment]
         if attn_mask is not None and attn_mask.is_floating_point():
             _, attn_mask = lowered(query, attn_mask)
