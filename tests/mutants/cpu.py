@@ -39,7 +39,7 @@ MUTANTS += [
     _attention("smaller(tile.n, seen.last - j0);", "smaller(tile.n, seen.last - j0 - 1);", "tile_borders"),
     _attention("inverse = sum == 0 ? A(0) : A(1) / sum;", "inverse = A(1) / sum;", "sees_nothing"),
     # The window's far side, the groups of dropout, tanh beyond the exponentials' range, heads that share keys.
-    _attention("smaller(s.keys, i + s.right + 1)", "smaller(s.keys, i + s.right)", "parity", _TILE),
+    _attention("smaller(s.keys, place + s.right + 1)", "smaller(s.keys, place + s.right)", "parity", _TILE),
     _attention("(row * groups + (j0 + j) / 64) * 16 + c)", "(row * groups + j / 64) * 16 + c)", "dropout", _TILE),
     _attention("key_bound <= kSafe<A>);", "key_bound <= 1000 * kSafe<A>);", "gradcheck_additive", _TILE),
     # Backward: delta, a split's partial sums, the mask's gradient behind the cap, lengths of the rows of cosine.
@@ -48,6 +48,18 @@ MUTANTS += [
     _attention("s.softcap != 0 && through_cap", "s.softcap != 0", "parity", _ATTENTION_BACKWARD),
     _attention("(load(grad + d) - load(row + d) * along) * inverse", "load(grad + d) * inverse", "parity", _TILE),
     _attention("slice + row % (group * s.queries) * depth;", "slice + row % s.queries * depth;", "parity", _ATTENTION_BACKWARD),
+]
+
+
+def _varlen(old: str, new: str) -> dict:
+    return dict(file="csrc/ops/attention_varlen.cpp", old=old, new=new, tests=["tests/test_varlen.py"], build="native")
+
+
+MUTANTS += [
+    # Windows aligned at the first query, sequences without keys left as they are, statistics of one sequence over another's.
+    _varlen("shift = args.shape.keys - args.shape.queries;", "shift = 0;"),
+    _varlen("if (!s.all) torch::stable::zero_(output), torch::stable::zero_(statistics);", ""),
+    _varlen("args.largest = statistics + s.heads * first;", "args.largest = statistics + first;"),
 ]
 
 
