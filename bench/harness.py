@@ -136,6 +136,18 @@ def parity(
     return all(row.ok for row in rows), detail
 
 
+def parity_of_draws(
+    build: Callable[[int], cases.Case], draws: int, dtype: torch.dtype, training: bool
+) -> tuple[bool, str]:
+    """parity of build(0), build(1), …; where `draws` of them fail, 8 times as many tell chance from a fault."""
+    ok, detail = False, ""
+    for count in (draws, 8 * draws):
+        ok, detail = parity([build(i) for i in range(count)], dtype, training)
+        if ok:
+            break
+    return ok, detail
+
+
 def _sides(
     case: cases.Case, training: bool, ours: Callable[..., Any]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -235,16 +247,12 @@ def measure(shape: Shape, dtype: torch.dtype, layout: str, direction: str, colum
 def _measure(row: Row, shape: Shape, dtype: torch.dtype, layout: str, training: bool, plan: Plan) -> None:
     small = _parity_shape(shape, plan, training)
     # Cases draw their own inputs: the parity check and the timing never see the same tensors.
-    # The largest error of the few elements of a corner is chance: small problems are drawn several times, and where they
-    # fail, 8 times as many draws tell chance from a fault.
+    # The largest error of few elements is chance; small problems are drawn several times.
     draws = 1 if small.output_numel > 1 << 16 else 8 if small.output_numel == 1 else 4
     with dlkern.trace() as calls:
-        for count in (draws, 8 * draws):
-            checked = [cases.build(small, dtype, layout, plan.device, training, seed=100 + i) for i in range(count)]
-            ok, detail = parity(checked, dtype, training)
-            del checked
-            if ok:
-                break
+        ok, detail = parity_of_draws(
+            lambda i: cases.build(small, dtype, layout, plan.device, training, seed=100 + i), draws, dtype, training
+        )
     served = {call.backend for call in calls}
     reasons = sorted({call.reason for call in calls if call.reason})
     row.column = "+".join(sorted(served)) or "torch"
