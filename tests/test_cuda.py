@@ -211,6 +211,46 @@ def test_adaptive_avg_pool2d(size, shape, layout, dtype):
             lambda: [leaf(*shape, memory_format=layout)], dtype)
 
 
+# A whole plane, windows that overlap, fewer than the input has pixels and more, one that is not there.
+@pytest.mark.parametrize("size", [1, (4, 5), (9, 3), (13, 12), (None, 2)], ids=str)
+@images
+@layouts
+@dtypes
+def test_adaptive_max_pool2d(size, shape, layout, dtype):
+    x = leaf(*shape, memory_format=layout).detach().to(dtype)
+    with on_cuda():
+        ours = F.adaptive_max_pool2d(x, size, return_indices=True)
+    theirs = tF.adaptive_max_pool2d(x, size, return_indices=True)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(ours, theirs))
+    certify(lambda x: F.adaptive_max_pool2d(x, size), lambda x: tF.adaptive_max_pool2d(x, size),
+            lambda: [leaf(*shape, memory_format=layout)], dtype)
+
+
+def test_pooling_in_one_dimension():
+    x = lambda: [leaf(2, 3, 19)]  # noqa: E731
+    certify(lambda x: F.adaptive_max_pool1d(x, 5), lambda x: tF.adaptive_max_pool1d(x, 5), x, torch.float32)
+
+
+@layouts
+@dtypes
+def test_adaptive_max_pool2d_special_values(layout, dtype):
+    """Ties, NaN, planes of -inf, no windows at all."""
+    x = torch.randint(-2, 2, (2, 8, 6, 7)).to(dtype).contiguous(memory_format=layout)
+    x[0, 0, 1, 1] = x[0, 0, 1, 2] = x[1, 1, 3, 3] = float("nan")
+    x[0, 1], x[1, 7, 2:] = float("-inf"), float("-inf")
+    for size in ((4, 3), 1):
+        values, places = tF.adaptive_max_pool2d(x, size, return_indices=True)
+        ours, indices = raw["adaptive_max_pool2d_forward"]["cuda"](x, [size, size] if size == 1 else size)
+        assert torch.equal(ours.nan_to_num(7.0), values.nan_to_num(7.0)) and torch.equal(indices, places)
+        grad = torch.randint(-3, 4, values.shape).to(dtype)  # sums of these are exact
+        gradient = raw["adaptive_max_pool2d_backward"]["cuda"](grad, indices, x.shape, layout == LAYOUTS[1])
+        assert torch.equal(gradient, torch.ops.aten.adaptive_max_pool2d_backward(grad, x, places))
+    with on_cuda():
+        nothing = x.clone().requires_grad_()
+        F.adaptive_max_pool2d(nothing, (0, 2)).sum().backward()
+    assert not nothing.grad.any()
+
+
 @layouts
 @dtypes
 def test_max_pool2d_special_values(layout, dtype):
@@ -237,19 +277,23 @@ def test_pooling_empty_batch_and_views(dtype):
     with on_cuda():
         empty = torch.zeros(0, 3, 4, 4, dtype=dtype, requires_grad=True)
         F.max_pool2d(empty, 2).sum().backward()
+        F.adaptive_max_pool2d(empty, 2).sum().backward()
         assert F.max_pool2d(empty, 2).shape == (0, 3, 2, 2) and empty.grad.shape == empty.shape
         base = torch.randn(2 * 4 * 6 * 6 + 1).to(dtype)
         for layout in LAYOUTS:  # data that begins between 16-byte boundaries
             x = base[1:].view(2, 4, 6, 6) if layout == LAYOUTS[0] else base[1:].view(2, 6, 6, 4).permute(0, 3, 1, 2)
             assert torch.equal(F.max_pool2d(x, 2), tF.max_pool2d(x, 2))
+            assert torch.equal(F.adaptive_max_pool2d(x, 4), tF.adaptive_max_pool2d(x, 4))
         x = torch.randn(2, 6, 6, 4).to(dtype).transpose(2, 3)[:, ::2]
         assert torch.equal(F.max_pool2d(x, 2), tF.max_pool2d(x, 2))
+        assert torch.equal(F.adaptive_max_pool2d(x, 4), tF.adaptive_max_pool2d(x, 4))
 
 
 def test_pooling_wrong_arguments():
     x, pool = torch.randn(1, 2, 4, 4), [2, 2, 2, 2, 0, 0, 1, 1]
     forward, backward = raw["max_pool2d_forward"]["cuda"], raw["max_pool2d_backward"]["cuda"]
     output, indices = forward(x, pool, False, 1)
+    adaptive, places = raw["adaptive_max_pool2d_backward"]["cuda"], indices.long()
     for call in (
         lambda: forward(x[0], pool, False, 1), lambda: forward(x.double(), pool, False, 1),
         lambda: forward(x, [0, *pool[1:]], False, 1), lambda: forward(x, pool[1:], False, 1),
@@ -265,6 +309,14 @@ def test_pooling_wrong_arguments():
         lambda: raw["adaptive_avg_pool2d_forward"]["cuda"](x, [2]),
         lambda: raw["adaptive_avg_pool2d_forward"]["cuda"](x, [-1, 2]),
         lambda: raw["adaptive_avg_pool2d_backward"]["cuda"](x, [1, 3, 8, 8], False),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x, [2]),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x, [-1, 2]),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x[0], [2, 2]),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x.double(), [2, 2]),
+        lambda: adaptive(output, places.int(), [1, 2, 4, 4], False),
+        lambda: adaptive(output, places[..., :1], [1, 2, 4, 4], False),
+        lambda: adaptive(output, places, [1, 3, 4, 4], False), lambda: adaptive(output, places, [1, 2], False),
+        lambda: adaptive(output[0], places[0], [1, 2, 4, 4], False),
     ):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             call()
@@ -275,6 +327,8 @@ def test_indices_out_of_range_are_harmless():
     pool = [2, 2, 2, 2, 0, 0, 1, 1]
     for indices in (torch.full((1, 2, 2, 2), 200, dtype=torch.uint8), torch.full((1, 2, 2, 2), 2**40)):
         grad = raw["max_pool2d_backward"]["cuda"](torch.ones(1, 2, 2, 2), indices, [1, 2, 4, 4], pool, False)
+        assert torch.equal(grad, torch.zeros(1, 2, 4, 4))
+        grad = raw["adaptive_max_pool2d_backward"]["cuda"](torch.ones(1, 2, 2, 2), indices.long(), [1, 2, 4, 4], False)
         assert torch.equal(grad, torch.zeros(1, 2, 4, 4))
 
 

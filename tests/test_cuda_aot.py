@@ -77,6 +77,9 @@ REQUIRED = {
         r"max_pool2d_forward_kernel<__nv_bfloat16, 8, 1>": ["STG.E.64"],
         r"max_pool2d_backward_kernel<__nv_bfloat16, 8, unsigned char>": ["LDG.E.64"],
     },
+    "pooling_adaptive_max": {
+        r"adaptive_max_pool2d_(for|back)ward_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E.128"],
+    },
     "rnn": {
         r"rnn_forward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"],
         r"rnn_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],

@@ -1,4 +1,4 @@
-// Launchers of pooling.cu, in plain C++ for the op layer. Each throws std::runtime_error where its launch fails.
+// Launchers of pooling.cu, pooling_adaptive_max.cu and pooling_lp.cu, in plain C++ for the op layer. Each throws std::runtime_error where its launch fails.
 #pragma once
 #include <cstdint>
 
@@ -36,5 +36,11 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
                         void* output, void* stream);
 void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const AverageRule& rule,
                          const void* grad_output, void* grad_input, void* stream);
+
+// `indices`: h * width + w, as many as the output has elements. A plane of the input has fewer than 2**31 elements.
+void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, const void* input, void* output,
+                                 int64_t* indices, void* stream);
+void adaptive_max_pool2d_backward(Element element, const PoolGeometry& geometry, const void* grad_output,
+                                  const int64_t* indices, void* grad_input, void* stream);
 
 }  // namespace dlkern::cuda

@@ -1,5 +1,5 @@
-// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d and their backwards. float32 and
-// bfloat16.
+// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d and their
+// backwards. float32 and bfloat16.
 #include "../cuda/pooling.h"
 
 #include "cuda_common.h"
@@ -230,6 +230,52 @@ Tensor adaptive_avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_s
                           kAdaptive);
 }
 
+// ---- adaptive_max_pool2d ----
+
+// Sizes of an adaptive maximum; the kernels number a plane's pixels by ints.
+Pooling adaptive_max_pooling(const char* op, Ints size, Ints output, bool channels_last) {
+  const Pooling pool = adaptive_pooling(op, size, output, channels_last);
+  check(size[2] * size[3] < kLargest, op, ": more than 2^31 - 1 pixels (cuda column)");
+  return pool;
+}
+
+std::tuple<Tensor, Tensor> adaptive_max_pool2d_forward_cuda(const Tensor& input, Ints output_size) {
+  const char* op = "adaptive_max_pool2d";
+  const Element element = element_of(op, input);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = adaptive_max_pooling(op, input.sizes(), output_size, channels_last);
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = result(op, pool.output_size(), x, channels_last);
+  Tensor indices = allocate(pool.output_size(), ScalarType::Long, x, channels_last);
+  if (output.numel() == 0) return {output, indices};
+  Call call(x);
+  cuda::adaptive_max_pool2d_forward(element, pool.geometry(), call.reads(x), call.writes(output),
+                                    static_cast<int64_t*>(call.writes(indices)), call.stream());
+  return {output, indices};
+}
+
+Tensor adaptive_max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices, Ints input_size,
+                                         bool channels_last) {
+  const char* op = "adaptive_max_pool2d_backward";
+  const Element element = element_of(op, grad_output);
+  check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
+  const int64_t output_size[2] = {grad_output.size(2), grad_output.size(3)};
+  const Pooling pool = adaptive_max_pooling(op, input_size, Ints(output_size, 2), channels_last);
+  check_size(op, "grad_output", grad_output, pool.output_size());
+  check_size(op, "indices", indices, pool.output_size());
+  check_device(op, "indices", indices, grad_output);
+  check(indices.scalar_type() == ScalarType::Long, op, ": indices must be int64");
+  const Tensor g = ordered(grad_output, channels_last), winners = ordered(indices, channels_last);
+  Tensor grad_input = result(op, pool.input_size(), g, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  if (g.numel() == 0) return torch::stable::zero_(grad_input);
+  Call call(g);
+  cuda::adaptive_max_pool2d_backward(element, pool.geometry(), call.reads(g),
+                                     static_cast<const int64_t*>(call.reads(winners)), call.writes(grad_input),
+                                     call.stream());
+  return grad_input;
+}
+
 }  // namespace
 
 DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
@@ -239,6 +285,8 @@ DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
   m.impl("avg_pool2d_backward_cuda", TORCH_BOX(&avg_pool2d_backward_cuda));
   m.impl("adaptive_avg_pool2d_forward_cuda", TORCH_BOX(&adaptive_avg_pool2d_forward_cuda));
   m.impl("adaptive_avg_pool2d_backward_cuda", TORCH_BOX(&adaptive_avg_pool2d_backward_cuda));
+  m.impl("adaptive_max_pool2d_forward_cuda", TORCH_BOX(&adaptive_max_pool2d_forward_cuda));
+  m.impl("adaptive_max_pool2d_backward_cuda", TORCH_BOX(&adaptive_max_pool2d_backward_cuda));
 }
 
 }  // namespace dlkern::ops
