@@ -226,9 +226,65 @@ def test_adaptive_max_pool2d(size, shape, layout, dtype):
             lambda: [leaf(*shape, memory_format=layout)], dtype)
 
 
+POWER_WINDOWS = {
+    "2x2": dict(kernel_size=2),
+    "overlapping": dict(kernel_size=3, stride=2),
+    "ceil": dict(kernel_size=(3, 4), stride=(2, 3), ceil_mode=True),
+    "gaps": dict(kernel_size=(2, 1), stride=(3, 4)),
+}
+
+
+@pytest.mark.parametrize(("pool", "norm"), [(name, 2) for name in POWER_WINDOWS] + [
+    ("ceil", norm) for norm in (1, 3, 4.0, 0.5, 1.5, -1, -2.0, 12)])
+@images
+@layouts
+@dtypes
+def test_lp_pool2d(pool, norm, shape, layout, dtype):
+    options = dict(POWER_WINDOWS[pool], norm_type=norm)
+    certify(lambda x: F.lp_pool2d(x, **options), lambda x: tF.lp_pool2d(x, **options),
+            lambda: [(torch.rand(shape, dtype=torch.float64) + 0.2).contiguous(memory_format=layout).requires_grad_()],
+            dtype, draws=4)
+
+
+@pytest.mark.parametrize("norm", [1, 2, 4])
+@layouts
+@dtypes
+def test_lp_pool2d_of_both_signs(norm, layout, dtype):
+    certify(lambda x: F.lp_pool2d(x, norm, 3, 2), lambda x: tF.lp_pool2d(x, norm, 3, 2),
+            lambda: [leaf(*IMAGES[0], memory_format=layout)], dtype, draws=16)
+
+
+@pytest.mark.parametrize("norm", [1, 2, 3, 0.5, 2.5, -1, -3, 12, float("inf"), float("-inf")])
+@layouts
+def test_lp_pool2d_special_values(norm, layout):
+    """Zeros (no gradient where the sum is zero), signs under odd and fractional powers, infinities and NaN, as torch."""
+    pick = torch.tensor([0.0, 0.0, 0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), float("-inf"), float("nan")])
+    for kinds in (7, 7 if abs(norm) == float("inf") else 10):
+        drawn = pick[torch.randint(0, kinds, IMAGES[0])].contiguous(memory_format=layout)
+        for x in (drawn, torch.zeros_like(drawn), torch.full_like(drawn, -2.0)):
+            for options in (dict(kernel_size=2), dict(kernel_size=3, stride=2, ceil_mode=True)):
+                results = []
+                for function, column in ((F.lp_pool2d, on_cuda()), (tF.lp_pool2d, contextlib.nullcontext())):
+                    tensor = x.clone().requires_grad_()
+                    with column:
+                        y = function(tensor, norm, **options)
+                        y.backward(torch.full_like(y, 2.0))
+                    results.append((y.detach(), tensor.grad))
+                for a, e in zip(*results, strict=True):
+                    torch.testing.assert_close(a, e, equal_nan=True)
+
+
+def test_lp_pool2d_of_what_float32_powers_would_lose():
+    for value in (1e15, 1e-15):
+        with on_cuda():
+            y = F.lp_pool2d(torch.full((1, 1, 2, 2), value), 12, 2)
+        assert y.item() == pytest.approx(value * 4 ** (1 / 12), rel=1e-6)
+
+
 def test_pooling_in_one_dimension():
     x = lambda: [leaf(2, 3, 19)]  # noqa: E731
     certify(lambda x: F.adaptive_max_pool1d(x, 5), lambda x: tF.adaptive_max_pool1d(x, 5), x, torch.float32)
+    certify(lambda x: F.lp_pool1d(x, 2, 3, 2), lambda x: tF.lp_pool1d(x, 2, 3, 2), x, torch.float32, draws=4)
 
 
 @layouts
@@ -278,12 +334,14 @@ def test_pooling_empty_batch_and_views(dtype):
         empty = torch.zeros(0, 3, 4, 4, dtype=dtype, requires_grad=True)
         F.max_pool2d(empty, 2).sum().backward()
         F.adaptive_max_pool2d(empty, 2).sum().backward()
+        F.lp_pool2d(empty, 2, 2).sum().backward()
         assert F.max_pool2d(empty, 2).shape == (0, 3, 2, 2) and empty.grad.shape == empty.shape
         base = torch.randn(2 * 4 * 6 * 6 + 1).to(dtype)
         for layout in LAYOUTS:  # data that begins between 16-byte boundaries
             x = base[1:].view(2, 4, 6, 6) if layout == LAYOUTS[0] else base[1:].view(2, 6, 6, 4).permute(0, 3, 1, 2)
             assert torch.equal(F.max_pool2d(x, 2), tF.max_pool2d(x, 2))
             assert torch.equal(F.adaptive_max_pool2d(x, 4), tF.adaptive_max_pool2d(x, 4))
+            assert all(torch.equal(F.lp_pool2d(x, norm, 2), F.lp_pool2d(x.clone(), norm, 2)) for norm in (2, 4))
         x = torch.randn(2, 6, 6, 4).to(dtype).transpose(2, 3)[:, ::2]
         assert torch.equal(F.max_pool2d(x, 2), tF.max_pool2d(x, 2))
         assert torch.equal(F.adaptive_max_pool2d(x, 4), tF.adaptive_max_pool2d(x, 4))
@@ -293,6 +351,7 @@ def test_pooling_wrong_arguments():
     x, pool = torch.randn(1, 2, 4, 4), [2, 2, 2, 2, 0, 0, 1, 1]
     forward, backward = raw["max_pool2d_forward"]["cuda"], raw["max_pool2d_backward"]["cuda"]
     output, indices = forward(x, pool, False, 1)
+    powers, powers_backward = raw["lp_pool2d_forward"]["cuda"], raw["lp_pool2d_backward"]["cuda"]
     adaptive, places = raw["adaptive_max_pool2d_backward"]["cuda"], indices.long()
     for call in (
         lambda: forward(x[0], pool, False, 1), lambda: forward(x.double(), pool, False, 1),
@@ -313,6 +372,13 @@ def test_pooling_wrong_arguments():
         lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x, [-1, 2]),
         lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x[0], [2, 2]),
         lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x.double(), [2, 2]),
+        lambda: powers(x.double(), 2.0, [2] * 4, False), lambda: powers(x, 0.0, [2] * 4, False),
+        lambda: powers(x, float("inf"), [2] * 4, False), lambda: powers(x, float("nan"), [2] * 4, False),
+        lambda: powers(x, 2.0, [2] * 3, False), lambda: powers(x, 2.0, [0, 2, 2, 2], False),
+        lambda: powers(x[0], 2.0, [2] * 4, False),
+        lambda: powers_backward(output.bfloat16(), x, 2.0, [2] * 4, False),
+        lambda: powers_backward(output[..., :1], x, 2.0, [2] * 4, False),
+        lambda: powers_backward(output, x[0], 2.0, [2] * 4, False),
         lambda: adaptive(output, places.int(), [1, 2, 4, 4], False),
         lambda: adaptive(output, places[..., :1], [1, 2, 4, 4], False),
         lambda: adaptive(output, places, [1, 3, 4, 4], False), lambda: adaptive(output, places, [1, 2], False),

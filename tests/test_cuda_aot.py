@@ -80,6 +80,10 @@ REQUIRED = {
     "pooling_adaptive_max": {
         r"adaptive_max_pool2d_(for|back)ward_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E.128"],
     },
+    "pooling_lp": {
+        r"lp_pool2d_(forward|slope|backward)_kernel<(float, 4|__nv_bfloat16, 8), float>": ["LDG.E.128", "STG.E.128"],
+        r"lp_pool2d_(forward|slope)_kernel<.*, double>": ["DFMA", "DADD"],
+    },
     "rnn": {
         r"rnn_forward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"],
         r"rnn_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],

@@ -168,7 +168,7 @@ __global__ void avg_pool2d_backward_kernel(Pixels inputs, PoolGeometry g, Averag
 
 void max_pool2d_forward(Element element, const PoolGeometry& geometry, const void* input, void* output,
                         PoolIndices kind, void* indices, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = output_pixels(geometry, VEC);
@@ -184,7 +184,7 @@ void max_pool2d_forward(Element element, const PoolGeometry& geometry, const voi
 
 void max_pool2d_backward(Element element, const PoolGeometry& geometry, const void* grad_output, PoolIndices kind,
                          const void* indices, void* grad_input, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = input_pixels(geometry, VEC);
@@ -203,7 +203,7 @@ void max_pool2d_backward(Element element, const PoolGeometry& geometry, const vo
 
 void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const AverageRule& rule, const void* input,
                         void* output, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = output_pixels(geometry, VEC);
@@ -220,7 +220,7 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
 
 void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const AverageRule& rule,
                          const void* grad_output, void* grad_input, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = input_pixels(geometry, VEC);

@@ -43,4 +43,12 @@ void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, 
 void adaptive_max_pool2d_backward(Element element, const PoolGeometry& geometry, const void* grad_output,
                                   const int64_t* indices, void* grad_input, void* stream);
 
+// The geometry has no padding and no dilation. `slopes`: memory for as many doubles as the output has elements, or
+// floats where lp_pool2d_is_in_double says no.
+inline bool lp_pool2d_is_in_double(double norm) { return norm != 1.0 && norm != 2.0; }
+void lp_pool2d_forward(Element element, const PoolGeometry& geometry, double norm, const void* input, void* output,
+                       void* stream);
+void lp_pool2d_backward(Element element, const PoolGeometry& geometry, double norm, const void* grad_output,
+                        const void* input, void* slopes, void* grad_input, void* stream);
+
 }  // namespace dlkern::cuda

@@ -77,7 +77,7 @@ __global__ void adaptive_max_pool2d_backward_kernel(Pixels inputs, PoolGeometry 
 
 void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, const void* input, void* output,
                                  int64_t* indices, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = output_pixels(geometry, VEC);
@@ -88,7 +88,7 @@ void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, 
 
 void adaptive_max_pool2d_backward(Element element, const PoolGeometry& geometry, const void* grad_output,
                                   const int64_t* indices, void* grad_input, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = input_pixels(geometry, VEC);

@@ -77,22 +77,25 @@ DLKERN_DEVICE Covering covering(const PoolAxis& axis, int position) {
 
 // ---- For launchers ----
 
-// Calls f(T*, constant VEC): 16 bytes of channels a thread where every pixel's channels are a multiple of that.
-template <class T, class F>
-void with_width(int64_t inner, F&& f) {
-  constexpr int kVec = 16 / sizeof(T);
-  if (inner % kVec == 0)
-    f(static_cast<T*>(nullptr), std::integral_constant<int, kVec>{});
+// Calls f(T*).
+template <class F>
+void with_type(Element element, F&& f) {
+  if (element == Element::float32)
+    f(static_cast<float*>(nullptr));
   else
-    f(static_cast<T*>(nullptr), std::integral_constant<int, 1>{});
+    f(static_cast<bf16*>(nullptr));
 }
 
+// Calls f(T*, constant VEC): 16 bytes of channels a thread where every pixel's channels are a multiple of that.
 template <class F>
-void with_type(Element element, int64_t inner, F&& f) {
-  if (element == Element::float32)
-    with_width<float>(inner, f);
-  else
-    with_width<bf16>(inner, f);
+void with_pack(Element element, int64_t inner, F&& f) {
+  with_type(element, [&](auto* type) {
+    constexpr int kVec = 16 / sizeof(*type);
+    if (inner % kVec == 0)
+      f(type, std::integral_constant<int, kVec>{});
+    else
+      f(type, std::integral_constant<int, 1>{});
+  });
 }
 
 inline dim3 blocks_for(const Pixels& pixels) { return dim3(static_cast<unsigned>(ceil_div(pixels.count, kThreads))); }

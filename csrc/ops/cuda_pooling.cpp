@@ -1,5 +1,5 @@
-// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d and their
-// backwards. float32 and bfloat16.
+// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, lp_pool2d
+// and their backwards. float32 and bfloat16.
 #include "../cuda/pooling.h"
 
 #include "cuda_common.h"
@@ -29,7 +29,7 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && (count - 1) * stride >= size + padding ? count - 1 : count;
 }
 
-// Kernel size, stride, padding and (of max_pool2d) dilation, in pairs.
+// Kernel size, stride, (not of lp_pool2d) padding and (of max_pool2d) dilation, in pairs.
 struct Windows {
   Ints kernel, stride, padding, dilation;
 
@@ -38,12 +38,12 @@ struct Windows {
                                  ints.size());
     kernel = Ints(ints.data(), 2);
     stride = Ints(ints.data() + 2, 2);
-    padding = Ints(ints.data() + 4, 2);
+    padding = Ints(pairs >= 3 ? ints.data() + 4 : kNoPadding, 2);
     dilation = Ints(pairs == 4 ? ints.data() + 6 : kNoDilation, 2);
   }
 
  private:
-  static constexpr int64_t kNoDilation[2] = {1, 1};
+  static constexpr int64_t kNoPadding[2] = {0, 0}, kNoDilation[2] = {1, 1};
 };
 
 // Sizes N, C, H, W of the input, and the two axes with their windows.
@@ -276,6 +276,49 @@ Tensor adaptive_max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor
   return grad_input;
 }
 
+// ---- lp_pool2d ----
+
+void check_norm(const char* op, double norm) {
+  check<std::invalid_argument>(norm - norm == 0.0 && norm != 0.0, op, ": the norm must be finite and not 0, got ",
+                               norm);
+}
+
+Tensor lp_pool2d_forward_cuda(const Tensor& input, double norm, Ints window, bool ceil_mode) {
+  const char* op = "lp_pool2d";
+  const Element element = element_of(op, input);
+  check_norm(op, norm);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = pooling(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = result(op, pool.output_size(), x, channels_last);
+  if (output.numel() == 0) return output;
+  Call call(x);
+  cuda::lp_pool2d_forward(element, pool.geometry(), norm, call.reads(x), call.writes(output), call.stream());
+  return output;
+}
+
+Tensor lp_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& input, double norm, Ints window,
+                               bool ceil_mode) {
+  const char* op = "lp_pool2d_backward";
+  const Element element = element_of(op, input);
+  check_norm(op, norm);
+  check(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output and input differ in dtype");
+  check_device(op, "grad_output", grad_output, input);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = pooling(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
+  check_size(op, "grad_output", grad_output, pool.output_size());
+  const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
+  check(g.numel() < kLargest, op, ": more than 2^31 - 1 elements (cuda column)");
+  Tensor grad_input = result(op, pool.input_size(), x, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  const ScalarType sums = cuda::lp_pool2d_is_in_double(norm) ? ScalarType::Double : ScalarType::Float;
+  Tensor slopes = allocate(pool.output_size(), sums, x);
+  Call call(x);
+  cuda::lp_pool2d_backward(element, pool.geometry(), norm, call.reads(g), call.reads(x), call.writes(slopes),
+                           call.writes(grad_input), call.stream());
+  return grad_input;
+}
+
 }  // namespace
 
 DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
@@ -287,6 +330,8 @@ DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
   m.impl("adaptive_avg_pool2d_backward_cuda", TORCH_BOX(&adaptive_avg_pool2d_backward_cuda));
   m.impl("adaptive_max_pool2d_forward_cuda", TORCH_BOX(&adaptive_max_pool2d_forward_cuda));
   m.impl("adaptive_max_pool2d_backward_cuda", TORCH_BOX(&adaptive_max_pool2d_backward_cuda));
+  m.impl("lp_pool2d_forward_cuda", TORCH_BOX(&lp_pool2d_forward_cuda));
+  m.impl("lp_pool2d_backward_cuda", TORCH_BOX(&lp_pool2d_backward_cuda));
 }
 
 }  // namespace dlkern::ops

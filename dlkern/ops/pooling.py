@@ -153,12 +153,9 @@ for _column, _dtypes in {
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16),
 }.items():
-    for _op in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"):
+    for _op in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool"):
         columns.declare(f"{_op}1d", _column, _dtypes)
         columns.declare(f"{_op}2d", _column, _dtypes)
-    if _column != "cuda":
-        columns.declare("lp_pool1d", _column, _dtypes)
-        columns.declare("lp_pool2d", _column, _dtypes)
 
 
 _max_forward, _max_backward = raw["max_pool2d_forward"], raw["max_pool2d_backward"]

@@ -4,7 +4,7 @@ POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
     f"csrc/cuda/{name}"
     for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "dropout.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
 )
-POOLING_WINDOW, POOLING_ADAPTIVE_MAX = (f"csrc/cuda/pooling_{name}" for name in ("window.cuh", "adaptive_max.cu"))
+POOLING_WINDOW, POOLING_ADAPTIVE_MAX, POOLING_LP = (f"csrc/cuda/pooling_{name}" for name in ("window.cuh", "adaptive_max.cu", "lp.cu"))
 LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS = (
     f"csrc/cuda/{name}" for name in ("layer_norm.cu", "rnn.cu", "rnn_backward.cu", "rnn_steps.cuh")
 )
@@ -64,6 +64,12 @@ MUTANTS = [
     _mutant(POOLING_ADAPTIVE_MAX, "value > best[v] ||", "value >= best[v] ||", "test_adaptive_max_pool2d_special"),
     _mutant(POOLING_ADAPTIVE_MAX, "|| value != value", "", "test_adaptive_max_pool2d_special"),
     _mutant(POOLING_ADAPTIVE_MAX, "== self ?", "!= -1 ?", "test_adaptive_max_pool2d and float32"),
+    # pooling_lp.cu
+    _mutant(POOLING_LP, "sum[v] *= share", "share = 1", "test_lp_pool2d and ceil and float32"),
+    _mutant(POOLING_LP, "sum[v] == 0 ? 0 :", "", "test_lp_pool2d_special"),
+    _mutant(POOLING_LP, "sum[v] != sum[v] ? slope * 0 :", "", "test_lp_pool2d_special"),
+    _mutant(POOLING_LP, "Power<A>(norm - 1.0)", "Power<A>(norm)", "test_lp_pool2d and ceil and float32"),
+    _mutant(POOLING_LP, "whole < 0 ? 1 / result : result", "result", "test_lp_pool2d and ceil and float32"),
     # linear_forward_kernel
     _mutant(LINEAR, "second += to_float(args.bias[column + 1])", "second += to_float(args.bias[column])", _LINEAR),
     _mutant(LINEAR, "activated(second, args.activation)", "second", _LINEAR_ACTIVATION),
