@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as tF
-from cuda_column import LAYOUTS, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import LAYOUTS, all_dtypes, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
@@ -180,7 +180,7 @@ images = pytest.mark.parametrize("shape", IMAGES, ids=lambda s: "x".join(map(str
 @pytest.mark.parametrize("pool", MAX_POOLS)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_max_pool2d(pool, shape, layout, dtype):
     options = MAX_POOLS[pool]
     certify(lambda x: F.max_pool2d(x, **options), lambda x: tF.max_pool2d(x, **options),
@@ -195,7 +195,7 @@ def test_max_pool2d(pool, shape, layout, dtype):
 @pytest.mark.parametrize("pool", AVERAGE_POOLS)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_avg_pool2d(pool, shape, layout, dtype):
     options = AVERAGE_POOLS[pool]
     certify(lambda x: F.avg_pool2d(x, **options), lambda x: tF.avg_pool2d(x, **options),
@@ -205,7 +205,7 @@ def test_avg_pool2d(pool, shape, layout, dtype):
 @pytest.mark.parametrize("size", [1, (4, 5), (9, 3)], ids=str)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_adaptive_avg_pool2d(size, shape, layout, dtype):
     certify(lambda x: F.adaptive_avg_pool2d(x, size), lambda x: tF.adaptive_avg_pool2d(x, size),
             lambda: [leaf(*shape, memory_format=layout)], dtype)
@@ -215,7 +215,7 @@ def test_adaptive_avg_pool2d(size, shape, layout, dtype):
 @pytest.mark.parametrize("size", [1, (4, 5), (9, 3), (13, 12), (None, 2)], ids=str)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_adaptive_max_pool2d(size, shape, layout, dtype):
     x = leaf(*shape, memory_format=layout).detach().to(dtype)
     with on_cuda():
@@ -238,7 +238,7 @@ POWER_WINDOWS = {
     ("ceil", norm) for norm in (1, 3, 4.0, 0.5, 1.5, -1, -2.0, 12)])
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_lp_pool2d(pool, norm, shape, layout, dtype):
     options = dict(POWER_WINDOWS[pool], norm_type=norm)
     certify(lambda x: F.lp_pool2d(x, **options), lambda x: tF.lp_pool2d(x, **options),
@@ -248,7 +248,7 @@ def test_lp_pool2d(pool, norm, shape, layout, dtype):
 
 @pytest.mark.parametrize("norm", [1, 2, 4])
 @layouts
-@dtypes
+@all_dtypes
 def test_lp_pool2d_of_both_signs(norm, layout, dtype):
     certify(lambda x: F.lp_pool2d(x, norm, 3, 2), lambda x: tF.lp_pool2d(x, norm, 3, 2),
             lambda: [leaf(*IMAGES[0], memory_format=layout)], dtype, draws=16)
@@ -288,7 +288,7 @@ def test_pooling_in_one_dimension():
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_adaptive_max_pool2d_special_values(layout, dtype):
     """Ties, NaN, planes of -inf, no windows at all."""
     x = torch.randint(-2, 2, (2, 8, 6, 7)).to(dtype).contiguous(memory_format=layout)
@@ -308,7 +308,7 @@ def test_adaptive_max_pool2d_special_values(layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_max_pool2d_special_values(layout, dtype):
     x = torch.randn(2, 8, 6, 7).to(dtype).contiguous(memory_format=layout)
     x[0, 1, 2, 3], x[1, 7] = float("nan"), float("-inf")
@@ -328,7 +328,7 @@ def test_max_pool2d_special_values(layout, dtype):
         assert torch.equal(*grads)
 
 
-@dtypes
+@all_dtypes
 def test_pooling_empty_batch_and_views(dtype):
     with on_cuda():
         empty = torch.zeros(0, 3, 4, 4, dtype=dtype, requires_grad=True)
@@ -420,7 +420,7 @@ def buffers(x):
 
 @norms
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_batch_norm(shape, layout, dtype, training):
     if layout == torch.channels_last and len(shape) != 4:
@@ -437,7 +437,7 @@ def test_batch_norm(shape, layout, dtype, training):
 
 
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
 def test_batch_norm_with_activation_and_residual(layout, dtype, training, activation):
@@ -552,7 +552,7 @@ def test_batch_norm_wrong_arguments():
 
 
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("shape", [(2, 7, 24, 31), (1, 16, 8, 8), (3, 5, 1, 1), (4099,)], ids=lambda s: "x".join(map(str, s)))
 def test_dropout_drops_what_the_reference_drops(shape, layout, dtype):
     x = (leaf(*shape, memory_format=layout).detach() + 10).to(dtype)  # + 10: no zeros but the dropped
@@ -570,7 +570,7 @@ def test_dropout_of_many_channels():
     assert torch.equal(raw["feature_dropout"]["cuda"](x, 0.5, seed), reference.feature_dropout(x, 0.5, seed))
 
 
-@dtypes
+@all_dtypes
 def test_dropout_gradient_is_the_mask(dtype):
     for dropout in (F.dropout, F.dropout2d):
         x = torch.rand(2, 6, 5, 4).to(dtype).requires_grad_()

@@ -4,7 +4,7 @@ tests/test_cuda_builds.py runs this file again on the checked build, and part of
 import pytest
 import torch
 import torch.nn.functional as tF
-from cuda_column import certify, dtypes, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, certify, leaf, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
@@ -23,14 +23,14 @@ def inputs_of(shape, dims):
     return draw
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
 def test_layer_norm(shape, dims, dtype):
     call = lambda namespace: lambda x, w, b: namespace.layer_norm(x, shape[-dims:], w, b, 1e-3)  # noqa: E731
     certify(call(F), call(tF), inputs_of(shape, dims), dtype, draws=2 if shape[-1] > 4000 else 16 if shape[-1] > 500 else 64)
 
 
-@dtypes
+@all_dtypes
 def test_layer_norm_sums_over_many_chunks(dtype):
     """More rows than there are parts, so that a block takes several."""
     shape = (1100, 1029)

@@ -1,5 +1,5 @@
 // Batch norm with an activation and a residual sum in the same pass: forward on the batch's or on running statistics,
-// and backward, float and bfloat16. Three kernels a pass over the data: partial sums of chunks, their merge, application.
+// and backward, in float, bfloat16 and float16. Three kernels a pass over the data: partial sums of chunks, their merge, application.
 // Statistics: a thread takes a few values at once, finds their mean and squared deviations in registers and merges them
 // into its own by count (Chan et al. 1983); so do a block's threads, and then the chunks, in double. Every merge has a
 // fixed order: no atomics, the same bits every run, and no cancellation between E[x^2] and E[x]^2. A thread's own sums
@@ -22,6 +22,7 @@ constexpr int kUnroll = 4;  // packs a thread has in flight
 DLKERN_DEVICE double load_channel(const ChannelValues& values, int64_t channel) {
   if (values.type == NormType::float64) return static_cast<const double*>(values.data)[channel];
   if (values.type == NormType::bfloat16) return to_float(static_cast<const bf16*>(values.data)[channel]);
+  if (values.type == NormType::float16) return to_float(static_cast<const fp16*>(values.data)[channel]);
   return static_cast<const float*>(values.data)[channel];
 }
 DLKERN_DEVICE float load_channel_or(const ChannelValues& values, int64_t channel, float otherwise) {
@@ -32,6 +33,8 @@ DLKERN_DEVICE void store_channel(const ChannelResults& results, int64_t channel,
     static_cast<double*>(results.data)[channel] = value;
   else if (results.type == NormType::bfloat16)
     static_cast<bf16*>(results.data)[channel] = from_float<bf16>(static_cast<float>(value));
+  else if (results.type == NormType::float16)
+    static_cast<fp16*>(results.data)[channel] = from_float<fp16>(static_cast<float>(value));
   else
     static_cast<float*>(results.data)[channel] = static_cast<float>(value);
 }
@@ -446,8 +449,10 @@ void with_kernel(NormType type, const NormShape& shape, F&& f) {
   const bool wide = width_of(type, shape) > 1;
   if (type == NormType::float32)
     wide ? with_layout<float, 4>(shape, f) : with_layout<float, 1>(shape, f);
-  else
+  else if (type == NormType::bfloat16)
     wide ? with_layout<bf16, 8>(shape, f) : with_layout<bf16, 1>(shape, f);
+  else
+    wide ? with_layout<fp16, 8>(shape, f) : with_layout<fp16, 1>(shape, f);
 }
 
 dim3 final_grid(const NormShape& shape) {

@@ -1,4 +1,4 @@
-// Max, average and adaptive average pooling, forward and backward, float and bfloat16.
+// Max, average and adaptive average pooling, forward and backward; bfloat16 and float16 are summed in float.
 // A thread makes the neighbouring channels that fill 16 bytes (channels_last) or one element (contiguous) of one pixel
 // of the result. The backward gathers: each pixel of grad_input asks the windows that cover it, in a fixed order, so
 // there are no atomics and the same bits every run. The max keeps one byte a window for the backward, its offset in

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace dlkern::cuda {
+#include "element.h"
 
-enum class Element { float32, bfloat16 };
+namespace dlkern::cuda {
 
 // One spatial axis of a pooling.
 struct PoolAxis {

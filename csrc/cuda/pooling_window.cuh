@@ -77,15 +77,6 @@ DLKERN_DEVICE Covering covering(const PoolAxis& axis, int position) {
 
 // ---- For launchers ----
 
-// Calls f(T*).
-template <class F>
-void with_type(Element element, F&& f) {
-  if (element == Element::float32)
-    f(static_cast<float*>(nullptr));
-  else
-    f(static_cast<bf16*>(nullptr));
-}
-
 // Calls f(T*, constant VEC): 16 bytes of channels a thread where every pixel's channels are a multiple of that.
 template <class F>
 void with_pack(Element element, int64_t inner, F&& f) {

@@ -1,5 +1,5 @@
 // Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, lp_pool2d
-// and their backwards. float32 and bfloat16.
+// and their backwards. float32, bfloat16 and float16.
 #include "../cuda/pooling.h"
 
 #include "cuda_common.h"
@@ -13,13 +13,6 @@ using cuda::PoolGeometry;
 using cuda::PoolIndices;
 
 constexpr int64_t kLargest = int64_t{1} << 31;  // exclusive: extents, and elements on the side that has a thread each
-
-Element element_of(const char* op, const Tensor& x) {
-  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
-  check_device(op, "input", x, x);
-  return x.scalar_type() == ScalarType::Float ? Element::float32 : Element::bfloat16;
-}
 
 // Windows along one axis: rounded up in ceil_mode, but none starts beyond the input and the left padding.
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
