@@ -60,7 +60,8 @@ REQUIRED = {
     },
     "dropout": {r"dropout_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
     "layer_norm": {
-        r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|(__nv_bfloat16|__half), \(Rows\)\d, 8)>": ["LDG.E.128", "STG.E"],
+        r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|(__nv_bfloat16|__half), \(Rows\)\d, 8)>": [
+            "LDG.E.128", "STG.E"],
     },
     "linear": {
         r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
