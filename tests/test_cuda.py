@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as tF
 from cuda_column import LAYOUTS, all_dtypes, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from test_float16 import IN_RANGE
 
 import dlkern
 import dlkern.nn.functional as F
@@ -452,12 +453,13 @@ def test_batch_norm_with_activation_and_residual(layout, dtype, training, activa
 
 
 @layouts
-def test_batch_norm_float32_parameters_of_bfloat16_input(layout):
-    x = torch.randn(3, 8, 6, 5).bfloat16().contiguous(memory_format=layout)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_norm_float32_parameters_of_16_bit_input(layout, dtype):
+    x = torch.randn(3, 8, 6, 5).to(dtype).contiguous(memory_format=layout)
     weight, bias, mean, var = torch.randn(8), torch.randn(8), torch.randn(8), torch.rand(8) + 0.5
     y, *statistics = raw["batch_norm_train_forward"]["cuda"](x, None, weight, bias, mean, var, 0.1, 1e-5, 1)
     wide = raw["batch_norm_train_forward"]["cuda"](x.float(), None, weight, bias, mean, var, 0.1, 1e-5, 1)
-    assert torch.equal(y, wide[0].bfloat16()) and y.stride() == x.stride()
+    assert torch.equal(y, wide[0].to(dtype)) and y.stride() == x.stride()
     assert [s.dtype for s in statistics] == [torch.float32] * 4
     exact = [*(f(x.double()) for f in (lambda t: t.mean((0, 2, 3)), lambda t: (t.var((0, 2, 3), correction=0) + 1e-5) ** -0.5))]
     theirs = torch.ops.aten.native_batch_norm(x, weight, bias, mean.clone(), var.clone(), True, 0.1, 1e-5)[1:]
@@ -597,6 +599,20 @@ def test_dropout_empty_views_and_wrong_arguments():
         raw["feature_dropout"]["cuda"](x[0], 0.5, seed)
 
 
+# ---- float16 ----
+
+
+@pytest.mark.parametrize("name", ["average", "adaptive average", "batch norm", "batch norm of rows", "layer norm", "p-norms"])
+def test_float16_of_what_overflows_on_the_way_only(name):
+    function, make = IN_RANGE[name]
+    tensors = [t.half() for t in make()]
+    with on_cuda():
+        ours = function(F, *tensors)
+    exact = function(tF, *(t.double() for t in tensors))
+    assert ours.dtype == torch.float16 and ours.isfinite().all()
+    assert all(row.ok for row in compare(name, [ours], [exact.half()], [exact], torch.float16))
+
+
 # ---- orders, the column as a whole ----
 
 
@@ -612,6 +628,11 @@ def sample():
     found += [output, indices, raw["max_pool2d_backward"]["cuda"](output, indices, image.shape, [*window, 1, 1], True)]
     average = raw["avg_pool2d_forward"]["cuda"](image, window, False, True, None)
     found += [average, raw["avg_pool2d_backward"]["cuda"](average, image.shape, window, False, True, None, True)]
+    output, indices = raw["adaptive_max_pool2d_forward"]["cuda"](image, [4, 5])
+    found += [output, indices, raw["adaptive_max_pool2d_backward"]["cuda"](output, indices, image.shape, True)]
+    for norm in (2.0, 4.0):
+        powers = raw["lp_pool2d_forward"]["cuda"](image, norm, window[:4], True)
+        found += [powers, raw["lp_pool2d_backward"]["cuda"](powers, image, norm, window[:4], True)]
     for x in (image, image.contiguous()):
         norm = raw["batch_norm_train_forward"]["cuda"](x, None, None, None, None, None, 0.1, 1e-5, 1)
         found += norm[:3]

@@ -46,16 +46,17 @@ def test_layer_norm_sums_over_many_chunks(dtype):
         assert not [row for row in compare("gradient", [one], [theirs], [exact], dtype) if not row.ok]
 
 
-def test_layer_norm_float32_parameters_beside_bfloat16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_float32_parameters_beside_16_bits(dtype):
     torch.manual_seed(0)
     for columns in (33, 40, 1032):
-        x, w, b, g = torch.randn(9, columns).bfloat16(), torch.randn(columns), torch.randn(columns), torch.randn(9, columns)
+        x, w, b, g = torch.randn(9, columns).to(dtype), torch.randn(columns), torch.randn(columns), torch.randn(9, columns)
         results = []
         for namespace in (F, tF):
             leaves = [t.clone().requires_grad_() for t in (x, w, b)]
             with on_cuda():
                 y = namespace.layer_norm(leaves[0], (columns,), *leaves[1:])
-                results.append([y, *torch.autograd.grad(y, leaves, g.bfloat16())])
+                results.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
         for ours, theirs in zip(*results):
             assert ours.dtype == theirs.dtype
             assert (ours.double() - theirs.double()).norm() <= 2**-7 * theirs.double().norm()
