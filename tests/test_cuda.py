@@ -6,7 +6,8 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as tF
-from cuda_column import LAYOUTS, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import LAYOUTS, all_dtypes, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from test_float16 import IN_RANGE
 
 import dlkern
 import dlkern.nn.functional as F
@@ -180,7 +181,7 @@ images = pytest.mark.parametrize("shape", IMAGES, ids=lambda s: "x".join(map(str
 @pytest.mark.parametrize("pool", MAX_POOLS)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_max_pool2d(pool, shape, layout, dtype):
     options = MAX_POOLS[pool]
     certify(lambda x: F.max_pool2d(x, **options), lambda x: tF.max_pool2d(x, **options),
@@ -195,7 +196,7 @@ def test_max_pool2d(pool, shape, layout, dtype):
 @pytest.mark.parametrize("pool", AVERAGE_POOLS)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_avg_pool2d(pool, shape, layout, dtype):
     options = AVERAGE_POOLS[pool]
     certify(lambda x: F.avg_pool2d(x, **options), lambda x: tF.avg_pool2d(x, **options),
@@ -205,14 +206,110 @@ def test_avg_pool2d(pool, shape, layout, dtype):
 @pytest.mark.parametrize("size", [1, (4, 5), (9, 3)], ids=str)
 @images
 @layouts
-@dtypes
+@all_dtypes
 def test_adaptive_avg_pool2d(size, shape, layout, dtype):
     certify(lambda x: F.adaptive_avg_pool2d(x, size), lambda x: tF.adaptive_avg_pool2d(x, size),
             lambda: [leaf(*shape, memory_format=layout)], dtype)
 
 
+# A whole plane, windows that overlap, fewer than the input has pixels and more, one that is not there.
+@pytest.mark.parametrize("size", [1, (4, 5), (9, 3), (13, 12), (None, 2)], ids=str)
+@images
 @layouts
-@dtypes
+@all_dtypes
+def test_adaptive_max_pool2d(size, shape, layout, dtype):
+    x = leaf(*shape, memory_format=layout).detach().to(dtype)
+    with on_cuda():
+        ours = F.adaptive_max_pool2d(x, size, return_indices=True)
+    theirs = tF.adaptive_max_pool2d(x, size, return_indices=True)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(ours, theirs))
+    certify(lambda x: F.adaptive_max_pool2d(x, size), lambda x: tF.adaptive_max_pool2d(x, size),
+            lambda: [leaf(*shape, memory_format=layout)], dtype)
+
+
+POWER_WINDOWS = {
+    "2x2": dict(kernel_size=2),
+    "overlapping": dict(kernel_size=3, stride=2),
+    "ceil": dict(kernel_size=(3, 4), stride=(2, 3), ceil_mode=True),
+    "gaps": dict(kernel_size=(2, 1), stride=(3, 4)),
+}
+
+
+@pytest.mark.parametrize(("pool", "norm"), [(name, 2) for name in POWER_WINDOWS] + [
+    ("ceil", norm) for norm in (1, 3, 4.0, 0.5, 1.5, -1, -2.0, 12)])
+@images
+@layouts
+@all_dtypes
+def test_lp_pool2d(pool, norm, shape, layout, dtype):
+    options = dict(POWER_WINDOWS[pool], norm_type=norm)
+    certify(lambda x: F.lp_pool2d(x, **options), lambda x: tF.lp_pool2d(x, **options),
+            lambda: [(torch.rand(shape, dtype=torch.float64) + 0.2).contiguous(memory_format=layout).requires_grad_()],
+            dtype, draws=4)
+
+
+@pytest.mark.parametrize("norm", [1, 2, 4])
+@layouts
+@all_dtypes
+def test_lp_pool2d_of_both_signs(norm, layout, dtype):
+    certify(lambda x: F.lp_pool2d(x, norm, 3, 2), lambda x: tF.lp_pool2d(x, norm, 3, 2),
+            lambda: [leaf(*IMAGES[0], memory_format=layout)], dtype, draws=16)
+
+
+@pytest.mark.parametrize("norm", [1, 2, 3, 0.5, 2.5, -1, -3, 12, float("inf"), float("-inf")])
+@layouts
+def test_lp_pool2d_special_values(norm, layout):
+    """Zeros (no gradient where the sum is zero), signs under odd and fractional powers, infinities and NaN, as torch."""
+    pick = torch.tensor([0.0, 0.0, 0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), float("-inf"), float("nan")])
+    for kinds in (7, 7 if abs(norm) == float("inf") else 10):
+        drawn = pick[torch.randint(0, kinds, IMAGES[0])].contiguous(memory_format=layout)
+        for x in (drawn, torch.zeros_like(drawn), torch.full_like(drawn, -2.0)):
+            for options in (dict(kernel_size=2), dict(kernel_size=3, stride=2, ceil_mode=True)):
+                results = []
+                for function, column in ((F.lp_pool2d, on_cuda()), (tF.lp_pool2d, contextlib.nullcontext())):
+                    tensor = x.clone().requires_grad_()
+                    with column:
+                        y = function(tensor, norm, **options)
+                        y.backward(torch.full_like(y, 2.0))
+                    results.append((y.detach(), tensor.grad))
+                for a, e in zip(*results, strict=True):
+                    torch.testing.assert_close(a, e, equal_nan=True)
+
+
+def test_lp_pool2d_of_what_float32_powers_would_lose():
+    for value in (1e15, 1e-15):
+        with on_cuda():
+            y = F.lp_pool2d(torch.full((1, 1, 2, 2), value), 12, 2)
+        assert y.item() == pytest.approx(value * 4 ** (1 / 12), rel=1e-6)
+
+
+def test_pooling_in_one_dimension():
+    x = lambda: [leaf(2, 3, 19)]  # noqa: E731
+    certify(lambda x: F.adaptive_max_pool1d(x, 5), lambda x: tF.adaptive_max_pool1d(x, 5), x, torch.float32)
+    certify(lambda x: F.lp_pool1d(x, 2, 3, 2), lambda x: tF.lp_pool1d(x, 2, 3, 2), x, torch.float32, draws=4)
+
+
+@layouts
+@all_dtypes
+def test_adaptive_max_pool2d_special_values(layout, dtype):
+    """Ties, NaN, planes of -inf, no windows at all."""
+    x = torch.randint(-2, 2, (2, 8, 6, 7)).to(dtype).contiguous(memory_format=layout)
+    x[0, 0, 1, 1] = x[0, 0, 1, 2] = x[1, 1, 3, 3] = float("nan")
+    x[0, 1], x[1, 7, 2:] = float("-inf"), float("-inf")
+    for size in ((4, 3), 1):
+        values, places = tF.adaptive_max_pool2d(x, size, return_indices=True)
+        ours, indices = raw["adaptive_max_pool2d_forward"]["cuda"](x, [size, size] if size == 1 else size)
+        assert torch.equal(ours.nan_to_num(7.0), values.nan_to_num(7.0)) and torch.equal(indices, places)
+        grad = torch.randint(-3, 4, values.shape).to(dtype)  # sums of these are exact
+        gradient = raw["adaptive_max_pool2d_backward"]["cuda"](grad, indices, x.shape, layout == LAYOUTS[1])
+        assert torch.equal(gradient, torch.ops.aten.adaptive_max_pool2d_backward(grad, x, places))
+    with on_cuda():
+        nothing = x.clone().requires_grad_()
+        F.adaptive_max_pool2d(nothing, (0, 2)).sum().backward()
+    assert not nothing.grad.any()
+
+
+@layouts
+@all_dtypes
 def test_max_pool2d_special_values(layout, dtype):
     x = torch.randn(2, 8, 6, 7).to(dtype).contiguous(memory_format=layout)
     x[0, 1, 2, 3], x[1, 7] = float("nan"), float("-inf")
@@ -232,24 +329,31 @@ def test_max_pool2d_special_values(layout, dtype):
         assert torch.equal(*grads)
 
 
-@dtypes
+@all_dtypes
 def test_pooling_empty_batch_and_views(dtype):
     with on_cuda():
         empty = torch.zeros(0, 3, 4, 4, dtype=dtype, requires_grad=True)
         F.max_pool2d(empty, 2).sum().backward()
+        F.adaptive_max_pool2d(empty, 2).sum().backward()
+        F.lp_pool2d(empty, 2, 2).sum().backward()
         assert F.max_pool2d(empty, 2).shape == (0, 3, 2, 2) and empty.grad.shape == empty.shape
         base = torch.randn(2 * 4 * 6 * 6 + 1).to(dtype)
         for layout in LAYOUTS:  # data that begins between 16-byte boundaries
             x = base[1:].view(2, 4, 6, 6) if layout == LAYOUTS[0] else base[1:].view(2, 6, 6, 4).permute(0, 3, 1, 2)
             assert torch.equal(F.max_pool2d(x, 2), tF.max_pool2d(x, 2))
+            assert torch.equal(F.adaptive_max_pool2d(x, 4), tF.adaptive_max_pool2d(x, 4))
+            assert all(torch.equal(F.lp_pool2d(x, norm, 2), F.lp_pool2d(x.clone(), norm, 2)) for norm in (2, 4))
         x = torch.randn(2, 6, 6, 4).to(dtype).transpose(2, 3)[:, ::2]
         assert torch.equal(F.max_pool2d(x, 2), tF.max_pool2d(x, 2))
+        assert torch.equal(F.adaptive_max_pool2d(x, 4), tF.adaptive_max_pool2d(x, 4))
 
 
 def test_pooling_wrong_arguments():
     x, pool = torch.randn(1, 2, 4, 4), [2, 2, 2, 2, 0, 0, 1, 1]
     forward, backward = raw["max_pool2d_forward"]["cuda"], raw["max_pool2d_backward"]["cuda"]
     output, indices = forward(x, pool, False, 1)
+    powers, powers_backward = raw["lp_pool2d_forward"]["cuda"], raw["lp_pool2d_backward"]["cuda"]
+    adaptive, places = raw["adaptive_max_pool2d_backward"]["cuda"], indices.long()
     for call in (
         lambda: forward(x[0], pool, False, 1), lambda: forward(x.double(), pool, False, 1),
         lambda: forward(x, [0, *pool[1:]], False, 1), lambda: forward(x, pool[1:], False, 1),
@@ -265,6 +369,21 @@ def test_pooling_wrong_arguments():
         lambda: raw["adaptive_avg_pool2d_forward"]["cuda"](x, [2]),
         lambda: raw["adaptive_avg_pool2d_forward"]["cuda"](x, [-1, 2]),
         lambda: raw["adaptive_avg_pool2d_backward"]["cuda"](x, [1, 3, 8, 8], False),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x, [2]),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x, [-1, 2]),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x[0], [2, 2]),
+        lambda: raw["adaptive_max_pool2d_forward"]["cuda"](x.double(), [2, 2]),
+        lambda: powers(x.double(), 2.0, [2] * 4, False), lambda: powers(x, 0.0, [2] * 4, False),
+        lambda: powers(x, float("inf"), [2] * 4, False), lambda: powers(x, float("nan"), [2] * 4, False),
+        lambda: powers(x, 2.0, [2] * 3, False), lambda: powers(x, 2.0, [0, 2, 2, 2], False),
+        lambda: powers(x[0], 2.0, [2] * 4, False),
+        lambda: powers_backward(output.bfloat16(), x, 2.0, [2] * 4, False),
+        lambda: powers_backward(output[..., :1], x, 2.0, [2] * 4, False),
+        lambda: powers_backward(output, x[0], 2.0, [2] * 4, False),
+        lambda: adaptive(output, places.int(), [1, 2, 4, 4], False),
+        lambda: adaptive(output, places[..., :1], [1, 2, 4, 4], False),
+        lambda: adaptive(output, places, [1, 3, 4, 4], False), lambda: adaptive(output, places, [1, 2], False),
+        lambda: adaptive(output[0], places[0], [1, 2, 4, 4], False),
     ):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             call()
@@ -275,6 +394,8 @@ def test_indices_out_of_range_are_harmless():
     pool = [2, 2, 2, 2, 0, 0, 1, 1]
     for indices in (torch.full((1, 2, 2, 2), 200, dtype=torch.uint8), torch.full((1, 2, 2, 2), 2**40)):
         grad = raw["max_pool2d_backward"]["cuda"](torch.ones(1, 2, 2, 2), indices, [1, 2, 4, 4], pool, False)
+        assert torch.equal(grad, torch.zeros(1, 2, 4, 4))
+        grad = raw["adaptive_max_pool2d_backward"]["cuda"](torch.ones(1, 2, 2, 2), indices.long(), [1, 2, 4, 4], False)
         assert torch.equal(grad, torch.zeros(1, 2, 4, 4))
 
 
@@ -300,7 +421,7 @@ def buffers(x):
 
 @norms
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_batch_norm(shape, layout, dtype, training):
     if layout == torch.channels_last and len(shape) != 4:
@@ -317,7 +438,7 @@ def test_batch_norm(shape, layout, dtype, training):
 
 
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
 def test_batch_norm_with_activation_and_residual(layout, dtype, training, activation):
@@ -332,12 +453,13 @@ def test_batch_norm_with_activation_and_residual(layout, dtype, training, activa
 
 
 @layouts
-def test_batch_norm_float32_parameters_of_bfloat16_input(layout):
-    x = torch.randn(3, 8, 6, 5).bfloat16().contiguous(memory_format=layout)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_norm_float32_parameters_of_16_bit_input(layout, dtype):
+    x = torch.randn(3, 8, 6, 5).to(dtype).contiguous(memory_format=layout)
     weight, bias, mean, var = torch.randn(8), torch.randn(8), torch.randn(8), torch.rand(8) + 0.5
     y, *statistics = raw["batch_norm_train_forward"]["cuda"](x, None, weight, bias, mean, var, 0.1, 1e-5, 1)
     wide = raw["batch_norm_train_forward"]["cuda"](x.float(), None, weight, bias, mean, var, 0.1, 1e-5, 1)
-    assert torch.equal(y, wide[0].bfloat16()) and y.stride() == x.stride()
+    assert torch.equal(y, wide[0].to(dtype)) and y.stride() == x.stride()
     assert [s.dtype for s in statistics] == [torch.float32] * 4
     exact = [*(f(x.double()) for f in (lambda t: t.mean((0, 2, 3)), lambda t: (t.var((0, 2, 3), correction=0) + 1e-5) ** -0.5))]
     theirs = torch.ops.aten.native_batch_norm(x, weight, bias, mean.clone(), var.clone(), True, 0.1, 1e-5)[1:]
@@ -432,7 +554,7 @@ def test_batch_norm_wrong_arguments():
 
 
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("shape", [(2, 7, 24, 31), (1, 16, 8, 8), (3, 5, 1, 1), (4099,)], ids=lambda s: "x".join(map(str, s)))
 def test_dropout_drops_what_the_reference_drops(shape, layout, dtype):
     x = (leaf(*shape, memory_format=layout).detach() + 10).to(dtype)  # + 10: no zeros but the dropped
@@ -450,7 +572,7 @@ def test_dropout_of_many_channels():
     assert torch.equal(raw["feature_dropout"]["cuda"](x, 0.5, seed), reference.feature_dropout(x, 0.5, seed))
 
 
-@dtypes
+@all_dtypes
 def test_dropout_gradient_is_the_mask(dtype):
     for dropout in (F.dropout, F.dropout2d):
         x = torch.rand(2, 6, 5, 4).to(dtype).requires_grad_()
@@ -477,6 +599,20 @@ def test_dropout_empty_views_and_wrong_arguments():
         raw["feature_dropout"]["cuda"](x[0], 0.5, seed)
 
 
+# ---- float16 ----
+
+
+@pytest.mark.parametrize("name", ["average", "adaptive average", "batch norm", "batch norm of rows", "layer norm", "p-norms"])
+def test_float16_of_what_overflows_on_the_way_only(name):
+    function, make = IN_RANGE[name]
+    tensors = [t.half() for t in make()]
+    with on_cuda():
+        ours = function(F, *tensors)
+    exact = function(tF, *(t.double() for t in tensors))
+    assert ours.dtype == torch.float16 and ours.isfinite().all()
+    assert all(row.ok for row in compare(name, [ours], [exact.half()], [exact], torch.float16))
+
+
 # ---- orders, the column as a whole ----
 
 
@@ -492,6 +628,11 @@ def sample():
     found += [output, indices, raw["max_pool2d_backward"]["cuda"](output, indices, image.shape, [*window, 1, 1], True)]
     average = raw["avg_pool2d_forward"]["cuda"](image, window, False, True, None)
     found += [average, raw["avg_pool2d_backward"]["cuda"](average, image.shape, window, False, True, None, True)]
+    output, indices = raw["adaptive_max_pool2d_forward"]["cuda"](image, [4, 5])
+    found += [output, indices, raw["adaptive_max_pool2d_backward"]["cuda"](output, indices, image.shape, True)]
+    for norm in (2.0, 4.0):
+        powers = raw["lp_pool2d_forward"]["cuda"](image, norm, window[:4], True)
+        found += [powers, raw["lp_pool2d_backward"]["cuda"](powers, image, norm, window[:4], True)]
     for x in (image, image.contiguous()):
         norm = raw["batch_norm_train_forward"]["cuda"](x, None, None, None, None, None, 0.1, 1e-5, 1)
         found += norm[:3]

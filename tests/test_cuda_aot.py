@@ -38,8 +38,8 @@ REQUIRED = {
         r"attention_backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
     },
     "batch_norm": {
-        r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128", "STG.E.128"],
-        r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|__nv_bfloat16, \w+, 8)>": ["LDG.E.128"],
+        r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128", "STG.E.128"],
+        r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128"],
     },
     "conv": {
         r"conv2d_product_kernel<TensorCores<.*, 8> >": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
@@ -58,9 +58,10 @@ REQUIRED = {
         r"depthwise_(forward|backward_input)_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E"],
         r"pixel_sums_kernel<(float, 4|__nv_bfloat16, 8), (false|true)>": ["LDG.E.128"],
     },
-    "dropout": {r"dropout_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
+    "dropout": {r"dropout_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
     "layer_norm": {
-        r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|__nv_bfloat16, \(Rows\)\d, 8)>": ["LDG.E.128", "STG.E"],
+        r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|(__nv_bfloat16|__half), \(Rows\)\d, 8)>": [
+            "LDG.E.128", "STG.E"],
     },
     "linear": {
         r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
@@ -73,9 +74,16 @@ REQUIRED = {
         r"linear_sm90_kernel<WgmmaShape<128, .*": ["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"],
     },
     "pooling": {
-        r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|__nv_bfloat16, 8).*": ["LDG.E.128", "STG.E.128"],
-        r"max_pool2d_forward_kernel<__nv_bfloat16, 8, 1>": ["STG.E.64"],
-        r"max_pool2d_backward_kernel<__nv_bfloat16, 8, unsigned char>": ["LDG.E.64"],
+        r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|(__nv_bfloat16|__half), 8).*": ["LDG.E.128", "STG.E.128"],
+        r"max_pool2d_forward_kernel<(__nv_bfloat16|__half), 8, 1>": ["STG.E.64"],
+        r"max_pool2d_backward_kernel<(__nv_bfloat16|__half), 8, unsigned char>": ["LDG.E.64"],
+    },
+    "pooling_adaptive_max": {
+        r"adaptive_max_pool2d_(for|back)ward_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128"],
+    },
+    "pooling_lp": {
+        r"lp_pool2d_(forward|slope|backward)_kernel<(float, 4|(__nv_bfloat16|__half), 8), float>": ["LDG.E.128", "STG.E.128"],
+        r"lp_pool2d_(forward|slope)_kernel<.*, double>": ["DFMA", "DADD"],
     },
     "rnn": {
         r"rnn_forward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"],

@@ -4,7 +4,7 @@ tests/test_cuda_builds.py runs this file again on the checked build, and part of
 import pytest
 import torch
 import torch.nn.functional as tF
-from cuda_column import certify, dtypes, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, certify, leaf, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
@@ -23,14 +23,14 @@ def inputs_of(shape, dims):
     return draw
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
 def test_layer_norm(shape, dims, dtype):
     call = lambda namespace: lambda x, w, b: namespace.layer_norm(x, shape[-dims:], w, b, 1e-3)  # noqa: E731
     certify(call(F), call(tF), inputs_of(shape, dims), dtype, draws=2 if shape[-1] > 4000 else 16 if shape[-1] > 500 else 64)
 
 
-@dtypes
+@all_dtypes
 def test_layer_norm_sums_over_many_chunks(dtype):
     """More rows than there are parts, so that a block takes several."""
     shape = (1100, 1029)
@@ -46,16 +46,17 @@ def test_layer_norm_sums_over_many_chunks(dtype):
         assert not [row for row in compare("gradient", [one], [theirs], [exact], dtype) if not row.ok]
 
 
-def test_layer_norm_float32_parameters_beside_bfloat16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_float32_parameters_beside_16_bits(dtype):
     torch.manual_seed(0)
     for columns in (33, 40, 1032):
-        x, w, b, g = torch.randn(9, columns).bfloat16(), torch.randn(columns), torch.randn(columns), torch.randn(9, columns)
+        x, w, b, g = torch.randn(9, columns).to(dtype), torch.randn(columns), torch.randn(columns), torch.randn(9, columns)
         results = []
         for namespace in (F, tF):
             leaves = [t.clone().requires_grad_() for t in (x, w, b)]
             with on_cuda():
                 y = namespace.layer_norm(leaves[0], (columns,), *leaves[1:])
-                results.append([y, *torch.autograd.grad(y, leaves, g.bfloat16())])
+                results.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
         for ours, theirs in zip(*results):
             assert ours.dtype == theirs.dtype
             assert (ours.double() - theirs.double()).norm() <= 2**-7 * theirs.double().norm()

@@ -1,5 +1,5 @@
 // Batch norm with an activation and a residual sum in the same pass: forward on the batch's or on running statistics,
-// and backward, float and bfloat16. Three kernels a pass over the data: partial sums of chunks, their merge, application.
+// and backward, in float, bfloat16 and float16. Three kernels a pass over the data: partial sums of chunks, their merge, application.
 // Statistics: a thread takes a few values at once, finds their mean and squared deviations in registers and merges them
 // into its own by count (Chan et al. 1983); so do a block's threads, and then the chunks, in double. Every merge has a
 // fixed order: no atomics, the same bits every run, and no cancellation between E[x^2] and E[x]^2. A thread's own sums
@@ -19,19 +19,52 @@ constexpr int kUnroll = 4;  // packs a thread has in flight
 
 // ---- Values per channel ----
 
-DLKERN_DEVICE double load_channel(const ChannelValues& values, int64_t channel) {
-  if (values.type == NormType::float64) return static_cast<const double*>(values.data)[channel];
-  if (values.type == NormType::bfloat16) return to_float(static_cast<const bf16*>(values.data)[channel]);
-  return static_cast<const float*>(values.data)[channel];
+DLKERN_DEVICE double widened(double value) { return value; }
+template <class T>
+DLKERN_DEVICE double widened(T value) {
+  return to_float(value);
 }
-DLKERN_DEVICE float load_channel_or(const ChannelValues& values, int64_t channel, float otherwise) {
-  return values.data ? static_cast<float>(load_channel(values, channel)) : otherwise;
+
+// Those of COUNT neighbouring channels, or `otherwise`. The type is asked for once: inside the loop it makes nvcc slow.
+template <int COUNT>
+DLKERN_DEVICE void load_channels(const ChannelValues& values, int64_t channel, double otherwise,
+                                 double (&found)[COUNT]) {
+  const auto read = [&](auto* data) {
+#pragma unroll
+    for (int c = 0; c < COUNT; c++) found[c] = widened(data[channel + c]);
+  };
+  if (!values.data) {
+#pragma unroll
+    for (int c = 0; c < COUNT; c++) found[c] = otherwise;
+  } else if (values.type == NormType::float32) {
+    read(static_cast<const float*>(values.data));
+  } else if (values.type == NormType::bfloat16) {
+    read(static_cast<const bf16*>(values.data));
+  } else if (values.type == NormType::float16) {
+    read(static_cast<const fp16*>(values.data));
+  } else {
+    read(static_cast<const double*>(values.data));
+  }
+}
+template <int COUNT>
+DLKERN_DEVICE void load_channels(const ChannelValues& values, int64_t channel, float (&found)[COUNT]) {
+  double wide[COUNT];
+  load_channels(values, channel, 0.0, wide);
+#pragma unroll
+  for (int c = 0; c < COUNT; c++) found[c] = static_cast<float>(wide[c]);
+}
+DLKERN_DEVICE double load_channel(const ChannelValues& values, int64_t channel) {
+  double found[1];
+  load_channels(values, channel, 0.0, found);
+  return found[0];
 }
 DLKERN_DEVICE void store_channel(const ChannelResults& results, int64_t channel, double value) {
   if (results.type == NormType::float64)
     static_cast<double*>(results.data)[channel] = value;
   else if (results.type == NormType::bfloat16)
     static_cast<bf16*>(results.data)[channel] = from_float<bf16>(static_cast<float>(value));
+  else if (results.type == NormType::float16)
+    static_cast<fp16*>(results.data)[channel] = from_float<fp16>(static_cast<float>(value));
   else
     static_cast<float*>(results.data)[channel] = static_cast<float>(value);
 }
@@ -241,9 +274,14 @@ __global__ void __launch_bounds__(kThreads)
 // ---- Application ----
 
 // invstd * weight, rounded once.
-DLKERN_DEVICE float scale_of(const ChannelValues& invstd, const ChannelValues& weight, int64_t channel) {
-  const double by = weight.data ? load_channel(weight, channel) : 1.0;
-  return static_cast<float>(load_channel(invstd, channel) * by);
+template <int COUNT>
+DLKERN_DEVICE void load_scales(const ChannelValues& invstd, const ChannelValues& weight, int64_t channel,
+                               float (&scale)[COUNT]) {
+  double a[COUNT], b[COUNT];
+  load_channels(invstd, channel, 1.0, a);
+  load_channels(weight, channel, 1.0, b);
+#pragma unroll
+  for (int c = 0; c < COUNT; c++) scale[c] = static_cast<float>(a[c] * b[c]);
 }
 
 template <class T, bool LAST, int VEC>
@@ -254,12 +292,9 @@ __global__ void __launch_bounds__(kThreads)
   const At at(plan);
   if (at.first >= at.end) return;
   float mean[At::kChannels], scale[At::kChannels], bias[At::kChannels];
-#pragma unroll
-  for (int c = 0; c < At::kChannels; c++) {
-    mean[c] = load_channel_or(mean_, at.channel + c, 0.0f);
-    scale[c] = scale_of(invstd, weight, at.channel + c);
-    bias[c] = load_channel_or(bias_, at.channel + c, 0.0f);
-  }
+  load_channels(mean_, at.channel, mean);
+  load_scales(invstd, weight, at.channel, scale);
+  load_channels(bias_, at.channel, bias);
 #pragma unroll 2
   for (uint32_t item = at.first; item < at.end; item += at.step) {
     const int64_t offset = at.offset(item);
@@ -293,10 +328,7 @@ __global__ void __launch_bounds__(kThreads)
   const At at(plan);
   float mean[kChannels] = {};
   Sum thread_total[kChannels], thread_dot[kChannels];
-  if (at.first < at.end) {
-#pragma unroll
-    for (int c = 0; c < kChannels; c++) mean[c] = load_channel_or(mean_, at.channel + c, 0.0f);
-  }
+  if (at.first < at.end) load_channels(mean_, at.channel, mean);
 #pragma unroll 2
   for (uint32_t item = at.first; item < at.end; item += at.step) {
     const int64_t offset = at.offset(item);
@@ -377,13 +409,14 @@ __global__ void __launch_bounds__(kThreads)
   const At at(plan);
   if (at.first >= at.end) return;
   float mean[At::kChannels] = {}, scale[At::kChannels], mean_g[At::kChannels] = {}, slope[At::kChannels] = {};
+  load_scales(invstd, weight, at.channel, scale);
+  if (train) {
+    load_channels(mean_, at.channel, mean);
 #pragma unroll
-  for (int c = 0; c < At::kChannels; c++) {
-    scale[c] = scale_of(invstd, weight, at.channel + c);
-    if (!train) continue;
-    mean[c] = load_channel_or(mean_, at.channel + c, 0.0f);
-    mean_g[c] = coefficients[at.channel + c];
-    slope[c] = coefficients[plan.channels + at.channel + c];
+    for (int c = 0; c < At::kChannels; c++) {
+      mean_g[c] = coefficients[at.channel + c];
+      slope[c] = coefficients[plan.channels + at.channel + c];
+    }
   }
   for (uint32_t item = at.first; item < at.end; item += at.step) {
     const int64_t offset = at.offset(item);
@@ -446,8 +479,10 @@ void with_kernel(NormType type, const NormShape& shape, F&& f) {
   const bool wide = width_of(type, shape) > 1;
   if (type == NormType::float32)
     wide ? with_layout<float, 4>(shape, f) : with_layout<float, 1>(shape, f);
-  else
+  else if (type == NormType::bfloat16)
     wide ? with_layout<bf16, 8>(shape, f) : with_layout<bf16, 1>(shape, f);
+  else
+    wide ? with_layout<fp16, 8>(shape, f) : with_layout<fp16, 1>(shape, f);
 }
 
 dim3 final_grid(const NormShape& shape) {

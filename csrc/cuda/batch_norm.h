@@ -1,11 +1,11 @@
 // Launchers of batch_norm.cu, in plain C++ for the op layer. Each throws std::runtime_error where its launch fails.
-// Parameters, statistics and running statistics come in any of three dtypes; null where there are none.
+// Parameters, statistics and running statistics come in any of these dtypes; null where there are none.
 #pragma once
 #include <cstdint>
 
 namespace dlkern::cuda {
 
-enum class NormType { float32, bfloat16, float64 };
+enum class NormType { float32, bfloat16, float16, float64 };
 
 struct ChannelValues {
   const void* data;

@@ -92,13 +92,14 @@ __global__ void division_case(const uint32_t* in, uint32_t* out, FastDivide by) 
     out[2 * i] = by.divide(in[i] & 0x7fffffffu, out[2 * i + 1]);
 }
 
-// bfloat16 conversions of any float pattern, NaNs apart (their payload may differ).
-__global__ void bfloat16_case(const uint32_t* in, uint32_t* out) {
+// Conversions of any float pattern to bfloat16 or float16 and back, NaNs apart (their payload may differ).
+template <class T>
+__global__ void conversion_case(const uint32_t* in, uint32_t* out) {
   for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 32) {
     float value;
     memcpy(&value, in + i, 4);
     if (value != value) value = 1.0f;
-    const float rounded = to_float(from_float<bf16>(value));
+    const float rounded = to_float(from_float<T>(value));
     memcpy(out + i, &rounded, 4);
   }
 }
@@ -174,7 +175,8 @@ int main() {
   run("warp", warp_case, 256, 1, false);
   for (int divisor : {1, 2, 3, 7, 224, 65537, 0x7fffffff})
     run("divide", division_case, 2048, 1, false, FastDivide(divisor));
-  run("bfloat16", bfloat16_case, 1024, 1, false);
+  run("bfloat16", conversion_case<bf16>, 1024, 1, false);
+  run("float16", conversion_case<fp16>, 1024, 1, false);
   run("grid_sync", grid_sync_case, 512, 8, true);
   run("counters", counters_case, 512, 8, true);
   return 0;

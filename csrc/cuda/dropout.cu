@@ -1,4 +1,4 @@
-// dropout, of elements and of channels, float and bfloat16: zero with probability p, scale the rest by 1 / (1 - p). The
+// dropout, of elements and of channels: zero with probability p, scale the rest by 1 / (1 - p). The
 // seed decides the mask (philox.h), so nothing is stored and the same op is its own backward.
 // One Philox block serves four elements 1,024 apart, so a thread takes VEC neighbours in each of the four runs of a
 // group: every access is 16 bytes wide and no random word is thrown away. Floor: one read and one write of the tensor.
@@ -79,33 +79,27 @@ __global__ void __launch_bounds__(kThreads) feature_dropout_kernel(const T* inpu
 
 dim3 blocks(int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kThreads))); }
 
-template <class T>
-void launch_dropout(const void* input, void* output, int64_t count, const Rule& rule, void* stream) {
-  constexpr int VEC = 16 / sizeof(T);
-  const int64_t threads = ceil_div(count, philox::kGroup) * (philox::kRun / VEC);
-  DLKERN_LAUNCH((dropout_kernel<T, VEC>), blocks(threads), dim3(kThreads), 0, stream, static_cast<const T*>(input),
-                static_cast<T*>(output), count, rule);
-}
-
-template <class T>
-void launch_features(const void* input, void* output, int64_t n, int64_t c, int64_t inner, bool channels_last,
-                     const Rule& rule, void* stream) {
-  const int64_t count = n * c * inner;
-  DLKERN_LAUNCH(feature_dropout_kernel<T>, blocks(count), dim3(kThreads), 0, stream, static_cast<const T*>(input),
-                static_cast<T*>(output), count, c, inner, channels_last, rule);
-}
-
 }  // namespace
 
-void dropout(bool is_float, const void* input, void* output, int64_t count, double p, const int64_t* seed,
+void dropout(Element element, const void* input, void* output, int64_t count, double p, const int64_t* seed,
              void* stream) {
-  (is_float ? launch_dropout<float> : launch_dropout<bf16>)(input, output, count, Rule(p, seed), stream);
+  with_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int VEC = 16 / sizeof(T);
+    const int64_t threads = ceil_div(count, philox::kGroup) * (philox::kRun / VEC);
+    DLKERN_LAUNCH((dropout_kernel<T, VEC>), blocks(threads), dim3(kThreads), 0, stream, static_cast<const T*>(input),
+                  static_cast<T*>(output), count, Rule(p, seed));
+  });
 }
 
-void feature_dropout(bool is_float, const void* input, void* output, int64_t n, int64_t c, int64_t inner,
+void feature_dropout(Element element, const void* input, void* output, int64_t n, int64_t c, int64_t inner,
                      bool channels_last, double p, const int64_t* seed, void* stream) {
-  (is_float ? launch_features<float> : launch_features<bf16>)(input, output, n, c, inner, channels_last, Rule(p, seed),
-                                                              stream);
+  const int64_t count = n * c * inner;
+  with_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    DLKERN_LAUNCH(feature_dropout_kernel<T>, blocks(count), dim3(kThreads), 0, stream, static_cast<const T*>(input),
+                  static_cast<T*>(output), count, c, inner, channels_last, Rule(p, seed));
+  });
 }
 
 }  // namespace dlkern::cuda

@@ -284,17 +284,13 @@ void dispatch(const LayerNormRows& shape, bool aligned, F&& f) {
     else
       f(type, std::integral_constant<Rows, Rows::streamed>{}, vec);
   };
-  const auto with_type = [&](auto* type) {
+  with_type(shape.element, [&](auto* type) {
     constexpr int kVec = 16 / sizeof(*type);
     if (aligned && shape.columns % kVec == 0)
       with_vec(type, std::integral_constant<int, kVec>{});
     else
       with_vec(type, std::integral_constant<int, 1>{});
-  };
-  if (shape.is_float)
-    with_type(static_cast<float*>(nullptr));
-  else
-    with_type(static_cast<bf16*>(nullptr));
+  });
 }
 
 }  // namespace
@@ -337,16 +333,12 @@ void layer_norm_backward(const LayerNormRows& shape, const void* grad_output, co
   });
   if (!sums) return;
   const dim3 grid(static_cast<unsigned>(ceil_div(shape.columns, kFinalColumns)), 2);
-  const auto finish = [&](auto* type) {
+  with_type(shape.wide_parameters ? Element::float32 : shape.element, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH(layer_norm_sums_kernel<W>, grid, dim3(kFinalColumns * kFinalRows), 0, stream,
                   static_cast<const float*>(parts), count, shape.columns, static_cast<W*>(grad_weight),
                   static_cast<W*>(grad_bias));
-  };
-  if (shape.is_float || shape.wide_parameters)
-    finish(static_cast<float*>(nullptr));
-  else
-    finish(static_cast<bf16*>(nullptr));
+  });
 }
 
 }  // namespace dlkern::cuda

@@ -2,12 +2,15 @@
 #pragma once
 #include <cstdint>
 
+#include "element.h"
+
 namespace dlkern::cuda {
 
-// Rows of `columns` numbers side by side, bfloat16 or float. Weight and bias may be null; they are floats where
+// Rows of `columns` numbers side by side. Weight and bias may be null; they are floats where
 // wide_parameters says so, else of the rows' type. A row's mean and reciprocal deviation are floats.
 struct LayerNormRows {
-  bool is_float, wide_parameters;
+  Element element;
+  bool wide_parameters;
   int64_t rows, columns;  // rows below 2^31
 };
 

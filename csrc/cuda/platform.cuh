@@ -5,8 +5,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "element.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define DLKERN_DEVICE __device__ __forceinline__
@@ -30,9 +33,11 @@
 namespace dlkern::cuda {
 
 using bf16 = __nv_bfloat16;
+using fp16 = __half;
 
 DLKERN_DEVICE float to_float(float value) { return value; }
 DLKERN_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
+DLKERN_DEVICE float to_float(fp16 value) { return __half2float(value); }
 template <class T>
 DLKERN_DEVICE T from_float(float value);
 template <>
@@ -42,6 +47,18 @@ DLKERN_DEVICE float from_float<float>(float value) {
 template <>
 DLKERN_DEVICE bf16 from_float<bf16>(float value) {
   return __float2bfloat16(value);
+}
+template <>
+DLKERN_DEVICE fp16 from_float<fp16>(float value) {
+  return __float2half(value);
+}
+
+// Calls f(T*).
+template <class F>
+void with_type(Element element, F&& f) {
+  if (element == Element::float32) f(static_cast<float*>(nullptr));
+  if (element == Element::bfloat16) f(static_cast<bf16*>(nullptr));
+  if (element == Element::float16) f(static_cast<fp16*>(nullptr));
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

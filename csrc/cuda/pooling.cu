@@ -1,91 +1,18 @@
-// Max, average and adaptive average pooling, forward and backward, float and bfloat16.
+// Max, average and adaptive average pooling, forward and backward; bfloat16 and float16 are summed in float.
 // A thread makes the neighbouring channels that fill 16 bytes (channels_last) or one element (contiguous) of one pixel
 // of the result. The backward gathers: each pixel of grad_input asks the windows that cover it, in a fixed order, so
 // there are no atomics and the same bits every run. The max keeps one byte a window for the backward, its offset in
 // the window. Floor: every tensor read or written once, at the memory's bandwidth.
-#include "pooling.h"
-
-#include "fast_divide.cuh"
-#include "pack.cuh"
+#include "pooling_window.cuh"
 
 namespace dlkern::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-
-// ---- Where a thread works ----
-
-// Splits a thread's number into (outer, y, x, channel) over [outer, height, width, inner / VEC].
-struct Pixels {
-  uint32_t count;
-  FastDivide packs, width, height;
-
-  Pixels(int64_t outer, int64_t h, int64_t w, int64_t packs_of_inner)
-      : count(static_cast<uint32_t>(outer * h * w * packs_of_inner)), packs(packs_of_inner), width(w), height(h) {}
-
-  struct At {
-    uint32_t outer, y, x, pack;
-  };
-  DLKERN_DEVICE At at(uint32_t item) const {
-    At at;
-    item = packs.divide(item, at.pack);
-    item = width.divide(item, at.x);
-    at.outer = height.divide(item, at.y);
-    return at;
-  }
-};
-
-// Element offset of channel 0 of a pixel of a [outer, height, width, inner] tensor.
-DLKERN_DEVICE int64_t pixel_offset(uint32_t outer, int y, int x, int height, int width, int64_t inner) {
-  return ((static_cast<int64_t>(outer) * height + y) * width + x) * inner;
-}
-
-// ---- Windows along one axis ----
-
-// Positions [begin, end) of a window that lie inside the input, and how many with padding.
-struct Window {
-  int begin, end, padded;
-};
-// Windows [first, last] that may cover a position.
-struct Covering {
-  int first, last;
-};
-
-DLKERN_DEVICE Covering covering_windows(const PoolAxis& axis, int position) {
-  const int reach = (axis.kernel - 1) * axis.dilation;
-  const int padded = position + axis.padding;
-  return {padded > reach ? (padded - reach + axis.stride - 1) / axis.stride : 0,
-          min(padded / axis.stride, axis.out_size - 1)};
-}
-
-template <bool ADAPTIVE>
-DLKERN_DEVICE Window window(const PoolAxis& axis, int index) {
-  if (ADAPTIVE) {
-    const int begin = static_cast<int>(static_cast<int64_t>(index) * axis.size / axis.out_size);
-    const int end = static_cast<int>((static_cast<int64_t>(index + 1) * axis.size + axis.out_size - 1) / axis.out_size);
-    return {begin, end, end - begin};
-  }
-  const int begin = index * axis.stride - axis.padding;
-  const int padded_end = min(begin + axis.kernel, axis.size + axis.padding);
-  return {max(begin, 0), min(padded_end, axis.size), padded_end - begin};
-}
-
-template <bool ADAPTIVE>
-DLKERN_DEVICE Covering covering(const PoolAxis& axis, int position) {
-  if (ADAPTIVE) {
-    return {static_cast<int>(static_cast<int64_t>(position) * axis.out_size / axis.size),
-            static_cast<int>((static_cast<int64_t>(position + 1) * axis.out_size + axis.size - 1) / axis.size) - 1};
-  }
-  return covering_windows(axis, position);
-}
 
 DLKERN_DEVICE float divisor(const AverageRule& rule, const Window& h, const Window& w) {
   if (rule.divisor_override != 0) return static_cast<float>(rule.divisor_override);
   if (rule.count_include_pad) return static_cast<float>(static_cast<int64_t>(h.padded) * w.padded);
   return static_cast<float>(static_cast<int64_t>(h.end - h.begin) * (w.end - w.begin));
 }
-
-// ---- Kernels ----
 
 template <class T, int VEC, PoolIndices INDICES>
 __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const T* input, T* output, void* indices) {
@@ -235,40 +162,13 @@ __global__ void avg_pool2d_backward_kernel(Pixels inputs, PoolGeometry g, Averag
   store_pack(grad_input + pixel_offset(at.outer, h, w, g.height.size, g.width.size, g.inner) + channel, result);
 }
 
-// ---- Launchers ----
-
-// Calls f(T*, constant VEC): 16 bytes of channels a thread where every pixel's channels are a multiple of that.
-template <class T, class F>
-void with_width(int64_t inner, F&& f) {
-  constexpr int kVec = 16 / sizeof(T);
-  if (inner % kVec == 0)
-    f(static_cast<T*>(nullptr), std::integral_constant<int, kVec>{});
-  else
-    f(static_cast<T*>(nullptr), std::integral_constant<int, 1>{});
-}
-
-template <class F>
-void with_type(Element element, int64_t inner, F&& f) {
-  if (element == Element::float32)
-    with_width<float>(inner, f);
-  else
-    with_width<bf16>(inner, f);
-}
-
-dim3 blocks_for(const Pixels& pixels) { return dim3(static_cast<unsigned>(ceil_div(pixels.count, kThreads))); }
-
-Pixels output_pixels(const PoolGeometry& g, int vec) {
-  return Pixels(g.outer, g.height.out_size, g.width.out_size, g.inner / vec);
-}
-Pixels input_pixels(const PoolGeometry& g, int vec) {
-  return Pixels(g.outer, g.height.size, g.width.size, g.inner / vec);
-}
-
 }  // namespace
+
+// ---- Launchers ----
 
 void max_pool2d_forward(Element element, const PoolGeometry& geometry, const void* input, void* output,
                         PoolIndices kind, void* indices, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = output_pixels(geometry, VEC);
@@ -284,7 +184,7 @@ void max_pool2d_forward(Element element, const PoolGeometry& geometry, const voi
 
 void max_pool2d_backward(Element element, const PoolGeometry& geometry, const void* grad_output, PoolIndices kind,
                          const void* indices, void* grad_input, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = input_pixels(geometry, VEC);
@@ -303,7 +203,7 @@ void max_pool2d_backward(Element element, const PoolGeometry& geometry, const vo
 
 void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const AverageRule& rule, const void* input,
                         void* output, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = output_pixels(geometry, VEC);
@@ -320,7 +220,7 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
 
 void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const AverageRule& rule,
                          const void* grad_output, void* grad_input, void* stream) {
-  with_type(element, geometry.inner, [&](auto* type, auto vec) {
+  with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const Pixels pixels = input_pixels(geometry, VEC);

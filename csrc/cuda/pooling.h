@@ -1,10 +1,10 @@
-// Launchers of pooling.cu, in plain C++ for the op layer. Each throws std::runtime_error where its launch fails.
+// Launchers of pooling.cu, pooling_adaptive_max.cu and pooling_lp.cu, in plain C++ for the op layer. Each throws std::runtime_error where its launch fails.
 #pragma once
 #include <cstdint>
 
-namespace dlkern::cuda {
+#include "element.h"
 
-enum class Element { float32, bfloat16 };
+namespace dlkern::cuda {
 
 // One spatial axis of a pooling.
 struct PoolAxis {
@@ -36,5 +36,19 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
                         void* output, void* stream);
 void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const AverageRule& rule,
                          const void* grad_output, void* grad_input, void* stream);
+
+// `indices`: h * width + w, as many as the output has elements. A plane of the input has fewer than 2**31 elements.
+void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, const void* input, void* output,
+                                 int64_t* indices, void* stream);
+void adaptive_max_pool2d_backward(Element element, const PoolGeometry& geometry, const void* grad_output,
+                                  const int64_t* indices, void* grad_input, void* stream);
+
+// The geometry has no padding and no dilation. `slopes`: memory for as many doubles as the output has elements, or
+// floats where lp_pool2d_is_in_double says no.
+inline bool lp_pool2d_is_in_double(double norm) { return norm != 1.0 && norm != 2.0; }
+void lp_pool2d_forward(Element element, const PoolGeometry& geometry, double norm, const void* input, void* output,
+                       void* stream);
+void lp_pool2d_backward(Element element, const PoolGeometry& geometry, double norm, const void* grad_output,
+                        const void* input, void* slopes, void* grad_input, void* stream);
 
 }  // namespace dlkern::cuda

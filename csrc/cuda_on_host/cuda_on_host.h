@@ -1,5 +1,5 @@
 // CUDA C++ for the host compiler: what kernels see instead of cuda_runtime.h. Keywords, built-in variables, vector
-// types, bfloat16, warp intrinsics, atomics and launches, over the runtime in this folder (see README.md).
+// types, bfloat16 and float16, warp intrinsics, atomics and launches, over the runtime in this folder (see README.md).
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -8,6 +8,8 @@
 #include <mutex>
 #include <new>
 #include <type_traits>
+
+#include "../cpu/scalar.h"
 
 #define __global__
 #define __device__
@@ -53,6 +55,19 @@ inline __nv_bfloat16 __float2bfloat16(float value) {
   std::memcpy(&word, &value, 4);
   if ((word & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
   return {static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16)};
+}
+
+// float16 as cuda_fp16.h has it; rounds to nearest even, NaN becomes the canonical one.
+struct __half {
+  uint16_t bits;
+};
+inline float __half2float(__half value) {
+  dlkern::float16 half;
+  half.bits = value.bits;
+  return half;
+}
+inline __half __float2half(float value) {
+  return {value == value ? dlkern::float16(value).bits : static_cast<uint16_t>(0x7fff)};
 }
 
 namespace cuda_on_host {

@@ -1,5 +1,5 @@
 // Batch norm, op layer of the CUDA column: batch_norm_train_forward, batch_norm_eval_forward, batch_norm_backward.
-// float32 and bfloat16; parameters and running statistics in the input's dtype or float32.
+// float32, bfloat16 and float16; parameters and running statistics in the input's dtype or float32.
 #include "../cuda/batch_norm.h"
 
 #include "cuda_common.h"
@@ -17,14 +17,13 @@ using OptionalTensor = std::optional<Tensor>;
 NormType type_of(ScalarType dtype) {
   return dtype == ScalarType::Double     ? NormType::float64
          : dtype == ScalarType::BFloat16 ? NormType::bfloat16
+         : dtype == ScalarType::Half     ? NormType::float16
                                          : NormType::float32;
 }
 
 void check_input(const char* op, const Tensor& input) {
-  check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
+  element_of(op, input);
   check<std::out_of_range>(input.dim() >= 2, op, ": expected [N, C, ...], got ", input.dim(), " dimensions");
-  check_device(op, "input", input, input);
 }
 
 void check_like(const char* op, const OptionalTensor& x, const Tensor& input, const char* name) {

@@ -1,6 +1,7 @@
 // What the op layer of the CUDA column shares. Its sources are compiled twice: into libdlkern.so, where they serve CUDA
 // tensors, and with DLKERN_CUDA_ON_HOST into the test library, where they serve CPU tensors (see csrc/cuda_on_host).
 #pragma once
+#include "../cuda/element.h"
 #include "common.h"
 
 #ifdef DLKERN_CUDA_ON_HOST
@@ -41,6 +42,16 @@ inline void check_device(const char* op, const char* name, const Tensor& x, cons
   check(x.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
         " is not on the same CUDA device as the first argument");
 #endif
+}
+
+// Of the first tensor of an op that has float16.
+inline cuda::Element element_of(const char* op, const Tensor& x) {
+  check_device(op, "input", x, x);
+  check(x.scalar_type() == ScalarType::Float || is_reduced(x.scalar_type()), op,
+        ": expected float32, bfloat16 or float16 (cuda column)");
+  return x.scalar_type() == ScalarType::Float  ? cuda::Element::float32
+         : x.scalar_type() == ScalarType::Half ? cuda::Element::float16
+                                               : cuda::Element::bfloat16;
 }
 
 // A dense x whose data begins at a multiple of 16 bytes, as kernels that load 16 at once need: a copy where it does

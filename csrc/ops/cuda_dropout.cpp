@@ -1,5 +1,5 @@
 // Dropout, op layer of the CUDA column: dropout_cuda(input, p, seed), and feature_dropout_cuda, which drops whole
-// channels. float32 and bfloat16.
+// channels. float32, bfloat16 and float16.
 #include "../cuda/dropout.h"
 
 #include "cuda_common.h"
@@ -8,9 +8,7 @@ namespace dlkern::ops {
 namespace {
 
 void check_arguments(const Tensor& input, double p, const Tensor& seed) {
-  check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::BFloat16,
-        "dropout: expected float32 or bfloat16 (cuda column)");
-  check_device("dropout", "input", input, input);
+  element_of("dropout", input);
   check<std::invalid_argument>(p >= 0.0 && p <= 1.0, "dropout probability has to be between 0 and 1, but got ", p);
   check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "dropout: seed must be one int64");
   check_device("dropout", "seed", seed, input);
@@ -27,7 +25,7 @@ Tensor dropout_cuda(const Tensor& input, double p, const Tensor& seed) {
   if (x.numel() == 0) return output;
   if (p == 1.0) return torch::stable::zero_(output);
   Call call(x);
-  cuda::dropout(x.scalar_type() == ScalarType::Float, call.reads(x), call.writes(output), x.numel(), p,
+  cuda::dropout(element_of("dropout", x), call.reads(x), call.writes(output), x.numel(), p,
                 static_cast<const int64_t*>(call.reads(seed)), call.stream());
   return output;
 }
@@ -42,9 +40,8 @@ Tensor feature_dropout_cuda(const Tensor& input, double p, const Tensor& seed) {
   if (p == 1.0) return torch::stable::zero_(output);
   const int64_t n = x.size(0), c = x.size(1);
   Call call(x);
-  cuda::feature_dropout(x.scalar_type() == ScalarType::Float, call.reads(x), call.writes(output), n, c,
-                        x.numel() / (n * c), channels_last, p, static_cast<const int64_t*>(call.reads(seed)),
-                        call.stream());
+  cuda::feature_dropout(element_of("dropout", x), call.reads(x), call.writes(output), n, c, x.numel() / (n * c),
+                        channels_last, p, static_cast<const int64_t*>(call.reads(seed)), call.stream());
   return output;
 }
 

@@ -1,5 +1,5 @@
-// layer_norm, op layer of the CUDA column: layer_norm_forward, layer_norm_backward. float32 and bfloat16; weight and bias
-// are in the input's dtype, or float32 beside bfloat16.
+// layer_norm, op layer of the CUDA column: layer_norm_forward, layer_norm_backward. float32, bfloat16 and float16;
+// weight and bias are in the input's dtype or float32.
 #include "../cuda/layer_norm.h"
 
 #include "cuda_common.h"
@@ -8,11 +8,9 @@ namespace dlkern::ops {
 namespace {
 
 cuda::LayerNormRows check_rows(const char* op, const Tensor& input, int64_t dims) {
-  check_device(op, "input", input, input);
-  check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
+  const cuda::Element element = element_of(op, input);
   check(dims >= 1 && dims <= input.dim(), op, ": cannot normalize ", dims, " of ", input.dim(), " dimensions");
-  cuda::LayerNormRows result{input.scalar_type() == ScalarType::Float, false, 1, 1};
+  cuda::LayerNormRows result{element, false, 1, 1};
   for (int64_t d = 0; d < input.dim(); ++d) (d < input.dim() - dims ? result.rows : result.columns) *= input.size(d);
   check(result.rows < int64_t{1} << 31, op, ": more than 2^31 - 1 rows (cuda column)");
   return result;
@@ -25,8 +23,8 @@ void check_parameter(const char* op, const char* name, const std::optional<Tenso
   bool fits = x->dim() == dims;
   for (int64_t d = 0; fits && d < dims; ++d) fits = x->size(d) == input.size(input.dim() - dims + d);
   check(fits, op, ": ", name, " is not of the normalized shape");
-  const bool wide = input.scalar_type() == ScalarType::BFloat16 && x->scalar_type() == ScalarType::Float;
-  check(wide || x->scalar_type() == input.scalar_type(), op, ": ", name, " differs in dtype");
+  check(x->scalar_type() == ScalarType::Float || x->scalar_type() == input.scalar_type(), op, ": ", name,
+        " differs in dtype");
 }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;

@@ -1,5 +1,5 @@
-// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d and their backwards. float32 and
-// bfloat16.
+// Pooling, op layer of the CUDA column: max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, lp_pool2d
+// and their backwards. float32, bfloat16 and float16.
 #include "../cuda/pooling.h"
 
 #include "cuda_common.h"
@@ -14,13 +14,6 @@ using cuda::PoolIndices;
 
 constexpr int64_t kLargest = int64_t{1} << 31;  // exclusive: extents, and elements on the side that has a thread each
 
-Element element_of(const char* op, const Tensor& x) {
-  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
-  check_device(op, "input", x, x);
-  return x.scalar_type() == ScalarType::Float ? Element::float32 : Element::bfloat16;
-}
-
 // Windows along one axis: rounded up in ceil_mode, but none starts beyond the input and the left padding.
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
   const int64_t last = size + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
@@ -29,7 +22,7 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
   return ceil_mode && (count - 1) * stride >= size + padding ? count - 1 : count;
 }
 
-// Kernel size, stride, padding and (of max_pool2d) dilation, in pairs.
+// Kernel size, stride, (not of lp_pool2d) padding and (of max_pool2d) dilation, in pairs.
 struct Windows {
   Ints kernel, stride, padding, dilation;
 
@@ -38,12 +31,12 @@ struct Windows {
                                  ints.size());
     kernel = Ints(ints.data(), 2);
     stride = Ints(ints.data() + 2, 2);
-    padding = Ints(ints.data() + 4, 2);
+    padding = Ints(pairs >= 3 ? ints.data() + 4 : kNoPadding, 2);
     dilation = Ints(pairs == 4 ? ints.data() + 6 : kNoDilation, 2);
   }
 
  private:
-  static constexpr int64_t kNoDilation[2] = {1, 1};
+  static constexpr int64_t kNoPadding[2] = {0, 0}, kNoDilation[2] = {1, 1};
 };
 
 // Sizes N, C, H, W of the input, and the two axes with their windows.
@@ -230,6 +223,95 @@ Tensor adaptive_avg_pool2d_backward_cuda(const Tensor& grad_output, Ints input_s
                           kAdaptive);
 }
 
+// ---- adaptive_max_pool2d ----
+
+// Sizes of an adaptive maximum; the kernels number a plane's pixels by ints.
+Pooling adaptive_max_pooling(const char* op, Ints size, Ints output, bool channels_last) {
+  const Pooling pool = adaptive_pooling(op, size, output, channels_last);
+  check(size[2] * size[3] < kLargest, op, ": more than 2^31 - 1 pixels (cuda column)");
+  return pool;
+}
+
+std::tuple<Tensor, Tensor> adaptive_max_pool2d_forward_cuda(const Tensor& input, Ints output_size) {
+  const char* op = "adaptive_max_pool2d";
+  const Element element = element_of(op, input);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = adaptive_max_pooling(op, input.sizes(), output_size, channels_last);
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = result(op, pool.output_size(), x, channels_last);
+  Tensor indices = allocate(pool.output_size(), ScalarType::Long, x, channels_last);
+  if (output.numel() == 0) return {output, indices};
+  Call call(x);
+  cuda::adaptive_max_pool2d_forward(element, pool.geometry(), call.reads(x), call.writes(output),
+                                    static_cast<int64_t*>(call.writes(indices)), call.stream());
+  return {output, indices};
+}
+
+Tensor adaptive_max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices, Ints input_size,
+                                         bool channels_last) {
+  const char* op = "adaptive_max_pool2d_backward";
+  const Element element = element_of(op, grad_output);
+  check<std::invalid_argument>(grad_output.dim() == 4, op, ": expected a 4-D grad_output");
+  const int64_t output_size[2] = {grad_output.size(2), grad_output.size(3)};
+  const Pooling pool = adaptive_max_pooling(op, input_size, Ints(output_size, 2), channels_last);
+  check_size(op, "grad_output", grad_output, pool.output_size());
+  check_size(op, "indices", indices, pool.output_size());
+  check_device(op, "indices", indices, grad_output);
+  check(indices.scalar_type() == ScalarType::Long, op, ": indices must be int64");
+  const Tensor g = ordered(grad_output, channels_last), winners = ordered(indices, channels_last);
+  Tensor grad_input = result(op, pool.input_size(), g, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  if (g.numel() == 0) return torch::stable::zero_(grad_input);
+  Call call(g);
+  cuda::adaptive_max_pool2d_backward(element, pool.geometry(), call.reads(g),
+                                     static_cast<const int64_t*>(call.reads(winners)), call.writes(grad_input),
+                                     call.stream());
+  return grad_input;
+}
+
+// ---- lp_pool2d ----
+
+void check_norm(const char* op, double norm) {
+  check<std::invalid_argument>(norm - norm == 0.0 && norm != 0.0, op, ": the norm must be finite and not 0, got ",
+                               norm);
+}
+
+Tensor lp_pool2d_forward_cuda(const Tensor& input, double norm, Ints window, bool ceil_mode) {
+  const char* op = "lp_pool2d";
+  const Element element = element_of(op, input);
+  check_norm(op, norm);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = pooling(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
+  const Tensor x = ordered(input, channels_last);
+  Tensor output = result(op, pool.output_size(), x, channels_last);
+  if (output.numel() == 0) return output;
+  Call call(x);
+  cuda::lp_pool2d_forward(element, pool.geometry(), norm, call.reads(x), call.writes(output), call.stream());
+  return output;
+}
+
+Tensor lp_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& input, double norm, Ints window,
+                               bool ceil_mode) {
+  const char* op = "lp_pool2d_backward";
+  const Element element = element_of(op, input);
+  check_norm(op, norm);
+  check(grad_output.scalar_type() == input.scalar_type(), op, ": grad_output and input differ in dtype");
+  check_device(op, "grad_output", grad_output, input);
+  const bool channels_last = suggests_channels_last(input);
+  const Pooling pool = pooling(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
+  check_size(op, "grad_output", grad_output, pool.output_size());
+  const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
+  check(g.numel() < kLargest, op, ": more than 2^31 - 1 elements (cuda column)");
+  Tensor grad_input = result(op, pool.input_size(), x, channels_last);
+  if (grad_input.numel() == 0) return grad_input;
+  const ScalarType sums = cuda::lp_pool2d_is_in_double(norm) ? ScalarType::Double : ScalarType::Float;
+  Tensor slopes = allocate(pool.output_size(), sums, x);
+  Call call(x);
+  cuda::lp_pool2d_backward(element, pool.geometry(), norm, call.reads(g), call.reads(x), call.writes(slopes),
+                           call.writes(grad_input), call.stream());
+  return grad_input;
+}
+
 }  // namespace
 
 DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
@@ -239,6 +321,10 @@ DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
   m.impl("avg_pool2d_backward_cuda", TORCH_BOX(&avg_pool2d_backward_cuda));
   m.impl("adaptive_avg_pool2d_forward_cuda", TORCH_BOX(&adaptive_avg_pool2d_forward_cuda));
   m.impl("adaptive_avg_pool2d_backward_cuda", TORCH_BOX(&adaptive_avg_pool2d_backward_cuda));
+  m.impl("adaptive_max_pool2d_forward_cuda", TORCH_BOX(&adaptive_max_pool2d_forward_cuda));
+  m.impl("adaptive_max_pool2d_backward_cuda", TORCH_BOX(&adaptive_max_pool2d_backward_cuda));
+  m.impl("lp_pool2d_forward_cuda", TORCH_BOX(&lp_pool2d_forward_cuda));
+  m.impl("lp_pool2d_backward_cuda", TORCH_BOX(&lp_pool2d_backward_cuda));
 }
 
 }  // namespace dlkern::ops

@@ -38,7 +38,7 @@ define("feature_dropout", _SCHEMA, _feature_fake, triton="dlkern.kernels.dropout
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }.items():
     for _op in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
         columns.declare(_op, _column, _dtypes)

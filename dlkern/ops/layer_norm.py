@@ -46,7 +46,7 @@ define(
     triton="dlkern.kernels.layer_norm:layer_norm_backward",
 )
 columns.declare("layer_norm", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-columns.declare("layer_norm", "cuda", (torch.float32, torch.bfloat16))
+columns.declare("layer_norm", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 columns.declare("layer_norm", "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _forward, _backward = raw["layer_norm_forward"], raw["layer_norm_backward"]

@@ -151,15 +151,11 @@ for _op, _schema, _fake in (
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }.items():
-    for _op in ("max_pool", "avg_pool", "adaptive_avg_pool"):
+    for _op in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool"):
         columns.declare(f"{_op}1d", _column, _dtypes)
         columns.declare(f"{_op}2d", _column, _dtypes)
-    if _column != "cuda":
-        for _op in ("adaptive_max_pool", "lp_pool"):
-            columns.declare(f"{_op}1d", _column, _dtypes)
-            columns.declare(f"{_op}2d", _column, _dtypes)
 
 
 _max_forward, _max_backward = raw["max_pool2d_forward"], raw["max_pool2d_backward"]

@@ -4,6 +4,7 @@ POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
     f"csrc/cuda/{name}"
     for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "dropout.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
 )
+POOLING_WINDOW, POOLING_ADAPTIVE_MAX, POOLING_LP = (f"csrc/cuda/pooling_{name}" for name in ("window.cuh", "adaptive_max.cu", "lp.cu"))
 LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS = (
     f"csrc/cuda/{name}" for name in ("layer_norm.cu", "rnn.cu", "rnn_backward.cu", "rnn_steps.cuh")
 )
@@ -48,17 +49,27 @@ MUTANTS = [
     _mutant(POOLING, "      if (w >= g.width.size) break;", "      if (w >= g.width.size - 1) break;", _MAX),
     # max_pool2d_backward_kernel
     _mutant(POOLING, "if (down % g.height.dilation != 0) continue;", "", _MAX),
-    _mutant(POOLING, "(padded - reach + axis.stride - 1)", "(padded - reach + axis.stride)", _MAX),
+    _mutant(POOLING_WINDOW, "(padded - reach + axis.stride - 1)", "(padded - reach + axis.stride)", _MAX),
     _mutant(POOLING, "down / g.height.dilation * g.width.kernel", "down / g.height.dilation * g.height.kernel", _MAX),
     # avg_pool2d_forward_kernel
-    _mutant(POOLING, "axis.size + axis.padding)", "axis.size + 2 * axis.padding)", "test_avg_pool2d and ceil"),
+    _mutant(POOLING_WINDOW, "axis.size + axis.padding)", "axis.size + 2 * axis.padding)", "test_avg_pool2d and ceil"),
     _mutant(POOLING, "sum[v] += row_sum[v]", "sum[v] = row_sum[v]", _AVERAGE),
-    _mutant(POOLING, "axis.size + axis.out_size - 1) / axis.out_size", "axis.size) / axis.out_size", _AVERAGE),
+    _mutant(POOLING_WINDOW, "axis.size + axis.out_size - 1) / axis.out_size", "axis.size) / axis.out_size", _AVERAGE),
     _mutant(POOLING, "return static_cast<float>(rule.divisor_override);", "return 1.0f;", "test_avg_pool2d and divisor"),
     # avg_pool2d_backward_kernel
     _mutant(POOLING, "to_float(grad.at[v]) / by", "to_float(grad.at[v]) * by", _AVERAGE),
-    _mutant(POOLING, "axis.size - 1) / axis.size) - 1}", "axis.size - 1) / axis.size) - 2}", _AVERAGE),
+    _mutant(POOLING_WINDOW, "axis.size - 1) / axis.size) - 1}", "axis.size - 1) / axis.size) - 2}", _AVERAGE),
     _mutant(POOLING, "window<ADAPTIVE>(g.width, ow)", "window<ADAPTIVE>(g.width, columns.first)", _AVERAGE),
+    # pooling_adaptive_max.cu
+    _mutant(POOLING_ADAPTIVE_MAX, "value > best[v] ||", "value >= best[v] ||", "test_adaptive_max_pool2d_special"),
+    _mutant(POOLING_ADAPTIVE_MAX, "|| value != value", "", "test_adaptive_max_pool2d_special"),
+    _mutant(POOLING_ADAPTIVE_MAX, "== self ?", "!= -1 ?", "test_adaptive_max_pool2d and float32"),
+    # pooling_lp.cu
+    _mutant(POOLING_LP, "sum[v] *= share", "share = 1", "test_lp_pool2d and ceil and float32"),
+    _mutant(POOLING_LP, "sum[v] == 0 ? 0 :", "", "test_lp_pool2d_special"),
+    _mutant(POOLING_LP, "sum[v] != sum[v] ? slope * 0 :", "", "test_lp_pool2d_special"),
+    _mutant(POOLING_LP, "Power<A>(norm - 1.0)", "Power<A>(norm)", "test_lp_pool2d and ceil and float32"),
+    _mutant(POOLING_LP, "whole < 0 ? 1 / result : result", "result", "test_lp_pool2d and ceil and float32"),
     # linear_forward_kernel
     _mutant(LINEAR, "second += to_float(args.bias[column + 1])", "second += to_float(args.bias[column])", _LINEAR),
     _mutant(LINEAR, "activated(second, args.activation)", "second", _LINEAR_ACTIVATION),
