@@ -71,15 +71,33 @@ def rows_product(
     a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, own,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    """a bᵀ over the whole depth; a and b hold block `own` of it."""
-    s = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
-    if BLOCKS > 1:
-        for other in range(1, BLOCKS):
-            d = (own + other) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-            x = load_rows(a_ptr, a_row, a_rows, a_strides[2], d, depth, a_strides[3])
-            y = load_rows(b_ptr, b_row, b_rows, b_strides[2], d, depth, b_strides[3])
-            s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION, out_dtype=ACC)
+    """a bᵀ over the whole depth; a and b hold block `own` of it. Blocks are added in their order whichever is held, so
+    that a backward's exponentials are those of the forward's scores: where one is near 1, its rounding is the gradient."""
+    if BLOCKS == 1:
+        s = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        s = tl.zeros((a.shape[0], b.shape[0]), ACC)
+        for block in range(0, own):
+            s = _add_block(
+                s, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, block, ACC, PRECISION, BLOCK
+            )
+        s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION, out_dtype=ACC)
+        for block in range(own + 1, BLOCKS):
+            s = _add_block(
+                s, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, block, ACC, PRECISION, BLOCK
+            )
     return s
+
+
+@triton.jit
+def _add_block(
+    s, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, block,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    x = load_rows(a_ptr, a_row, a_rows, a_strides[2], d, depth, a_strides[3])
+    y = load_rows(b_ptr, b_row, b_rows, b_strides[2], d, depth, b_strides[3])
+    return tl.dot(x, tl.trans(y), s, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
