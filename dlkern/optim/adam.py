@@ -47,7 +47,8 @@ def _step(optimizer: torch.optim.Adam, theirs: type[torch.optim.Optimizer]) -> N
             state = states[param]
             if not state:
                 fused = bool(optimizer.param_groups[number].get("fused"))  # then torch counts on the device, in float32
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device) if fused else torch.zeros((), dtype=counter)
+                device, dtype = (param.device, torch.float32) if fused else (torch.device("cpu"), counter)
+                state["step"] = torch.zeros((), dtype=dtype, device=device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
                 if amsgrad:
                     state["max_exp_avg_sq"] = torch.zeros_like(param)
