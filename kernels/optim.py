@@ -478,7 +478,8 @@ class _Table:
         """Of rows `indices`. `places` addresses, absent ones the parameter's, are followed by numbers(i), packed."""
         config = configs.optimizer()
         block, pack = config["BLOCK"], struct.Struct(f"{2 + places}q").pack
-        self.indices, self.copies, self.blocks = indices, [], 0
+        self.indices, self.blocks = indices, 0
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         packed, reached, bits = bytearray(), [], 0
         for i in indices:
             count, tensors, addresses = rows[i]
@@ -494,7 +495,7 @@ class _Table:
         self.rows = torch.frombuffer(packed, dtype=torch.int64)
         if device.type != "cpu":
             self.rows = self.rows.pin_memory().to(device, non_blocking=True)
-        self.rows.reached = reached  # for the interpreter's check of addresses
+        self.rows.reached = reached  # type: ignore[attr-defined]  # for the interpreter's check of addresses
         self.row = len(packed) // (8 * len(indices))
         self.options = dict(TYPE=triton_type(dtype), ACC=accumulator(dtype), ALIGNED=bits % 16 == 0, ROW=self.row, **config)
 
@@ -506,7 +507,7 @@ class _Table:
 
 def _tables(rows, written, places, numbers, in_turn):
     """Tables of all tensors that have elements: one a device and dtype, or one a tensor."""
-    groups = {}
+    groups: dict[object, list[int]] = {}
     for i, (count, tensors, _) in enumerate(rows):
         if count:
             groups.setdefault(i if in_turn else (tensors[0].get_device(), tensors[0].dtype), []).append(i)
@@ -578,7 +579,8 @@ def adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, s
             raise RuntimeError(f"adam: expected steps in float32, on the host also in float64; got {step.dtype}")
         check(host or step.device == param.device, f"adam: a step on {step.device}")
     counts = [0.0] * n
-    pack, known = struct.Struct("q12d").pack, {}
+    pack = struct.Struct("q12d").pack
+    known: dict[tuple[int, float], bytes] = {}
 
     def numbers(i):
         group, count = groups[i], counts[i]
