@@ -602,6 +602,8 @@ def adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, s
         if counted[i]:
             counts[i] = step.item() + 1
             step.fill_(counts[i])
+        elif not params[i].numel():  # has no row; its step counts all the same, as in torch
+            step.add_(1)
     for table in tables:
         tensors = len(table.indices)
         on_device = [steps[i] for i in table.indices if not counted[i]]
