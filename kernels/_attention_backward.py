@@ -87,7 +87,7 @@ def attention_backward_query_kernel(
                 k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
                 v = load_rows(v_ptr, j, S, v_strides[2], dv, DV, v_strides[3])  # [BLOCK_N, BLOCK_V]
                 s = raw_scores(
-                    q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D, own,
+                    q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D,
                     SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
                 )
                 s, cap = finish_scores(
@@ -97,7 +97,7 @@ def attention_backward_query_kernel(
                 )
                 p = exponential(s, shift[:, None], log2_scale.to(ACC), FOLD) * inverse[:, None]
                 dp = rows_product(
-                    g, v, g_ptr, v_ptr, i, j, L, S, g_strides, v_strides, DV, 0, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                    g, v, g_ptr, v_ptr, i, j, L, S, g_strides, v_strides, DV, ACC, PRECISION, BLOCK_V, V_BLOCKS
                 )
                 if HAS_DROPOUT:
                     stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
@@ -198,7 +198,7 @@ def attention_backward_key_kernel(
                 delta = tl.load(delta_ptr + head * L + i, mask=i < L, other=0.0)
                 s = raw_scores(
                     k, q, k_ptr, q_at, j, i, S, L, k_strides, q_strides, k_unit_ptr, q_unit_ptr + head * L, weight_ptr, D,
-                    own_d, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_N, BLOCK_M,
+                    SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_N, BLOCK_M,
                 )
                 s, cap = finish_scores(
                     s, i[None, :], j[:, None], mask_at, mask_strides, length[None, :], slope, scale.to(ACC),
@@ -207,7 +207,7 @@ def attention_backward_key_kernel(
                 )
                 p = exponential(s, shift[None, :], log2_scale.to(ACC), FOLD) * inverse[None, :]  # [BLOCK_N, BLOCK_M]
                 dp = rows_product(
-                    v, g, v_ptr, g_at, j, i, S, L, v_strides, g_strides, DV, own_v, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                    v, g, v_ptr, g_at, j, i, S, L, v_strides, g_strides, DV, ACC, PRECISION, BLOCK_V, V_BLOCKS
                 )
                 ds = p
                 if HAS_DROPOUT:
@@ -301,7 +301,7 @@ def attention_backward_mask_kernel(
                     v = load_rows(v_at, j, S, v_strides[2], dv, DV, v_strides[3])
                     s = raw_scores(
                         q, k, q_at, k_at, i, j, L, S, q_strides, k_strides, q_unit_ptr + head * L,
-                        k_unit_ptr + head // GROUP * S, weight_ptr, D, 0, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M,
+                        k_unit_ptr + head // GROUP * S, weight_ptr, D, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M,
                         BLOCK_N,
                     )
                     s, _cap = finish_scores(
@@ -311,7 +311,7 @@ def attention_backward_mask_kernel(
                     )
                     p = exponential(s, shift[:, None], log2_scale.to(ACC), FOLD) * inverse[:, None]
                     dp = rows_product(
-                        g, v, g_at, v_at, i, j, L, S, g_strides, v_strides, DV, 0, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                        g, v, g_at, v_at, i, j, L, S, g_strides, v_strides, DV, ACC, PRECISION, BLOCK_V, V_BLOCKS
                     )
                     if HAS_DROPOUT:
                         stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)

@@ -68,14 +68,18 @@ def load_rows(ptr, row, rows, stride_row, column, columns, stride_column):
 
 @triton.jit
 def rows_product(
-    a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, own,
+    a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    """a bᵀ over the whole depth; a and b hold block `own` of it."""
-    s = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
-    if BLOCKS > 1:
-        for other in range(1, BLOCKS):
-            d = (own + other) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    """a bᵀ over the whole depth; a and b hold a block of it, all of it where there is one. Several are added in their
+    order, whichever is held, so that a backward's scores are the forward's: where a probability is near 1, its rounding
+    would be the gradient. (The held one is read again: adding it from registers takes more of them than there are.)"""
+    if BLOCKS == 1:
+        s = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        s = tl.zeros((a.shape[0], b.shape[0]), ACC)
+        for block in range(0, BLOCKS):
+            d = block * BLOCK + tl.arange(0, BLOCK)
             x = load_rows(a_ptr, a_row, a_rows, a_strides[2], d, depth, a_strides[3])
             y = load_rows(b_ptr, b_row, b_rows, b_strides[2], d, depth, b_strides[3])
             s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION, out_dtype=ACC)
@@ -118,7 +122,7 @@ def _pairwise(
 
 @triton.jit
 def raw_scores(
-    a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, a_unit_ptr, b_unit_ptr, weight_ptr, depth, own,
+    a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, a_unit_ptr, b_unit_ptr, weight_ptr, depth,
     SCORE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):
@@ -142,7 +146,7 @@ def raw_scores(
             s = s * 0.5
         return s
     s = rows_product(
-        a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, own, ACC, PRECISION, BLOCK, BLOCKS
+        a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, ACC, PRECISION, BLOCK, BLOCKS
     )
     if SCORE == _COSINE:
         a_unit = tl.load(a_unit_ptr + a_row, mask=a_row < a_rows, other=0.0)

@@ -81,7 +81,7 @@ def attention_forward_kernel(
                 j = j.to(tl.int64)
             k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
             s = raw_scores(
-                q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D, 0,
+                q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D,
                 SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
             )
             s, _ = finish_scores(

@@ -84,31 +84,33 @@ def numpy_lars(params, grads, lr, momentum, weight_decay, trust_coefficient):
     return joined(torch.from_numpy(w) for w in weights)
 
 
+def lars_formula(settings, *tensors):
+    """The same in torch expressions of the tensors' dtype."""
+    half, decay, trust = len(tensors) // 2, settings["weight_decay"], settings["trust_coefficient"]
+    params, moments = [x.clone() for x in tensors[:half]], [torch.zeros_like(x) for x in tensors[:half]]
+    for step in range(tensors[half].shape[0]):
+        for p, v, grads in zip(params, moments, tensors[half:]):
+            g, local = grads[step], 1.0
+            if trust is not None and p.norm() > 0 and g.norm() > 0:
+                local = trust * p.norm() / (g.norm() + decay * p.norm())
+            v.mul_(settings["momentum"]).add_(settings["lr"] * local * (g + decay * p))
+            p.sub_(v)
+    return joined(params)
+
+
+LARS_SETTINGS = {
+    "scaled": dict(lr=0.5, momentum=0.9, weight_decay=5e-3, trust_coefficient=0.02),
+    "plain": dict(lr=0.1, momentum=0.0, weight_decay=0.0, trust_coefficient=0.1),
+    "unscaled": dict(lr=0.01, momentum=0.9, weight_decay=0.1, trust_coefficient=None),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(lr=0.5, momentum=0.9, weight_decay=5e-3, trust_coefficient=0.02),
-        dict(lr=0.1, momentum=0.0, weight_decay=0.0, trust_coefficient=0.1),
-        dict(lr=0.01, momentum=0.9, weight_decay=0.1, trust_coefficient=None),
-    ],
-    ids=["scaled", "plain", "unscaled"],
-)
+@pytest.mark.parametrize("settings", LARS_SETTINGS.values(), ids=LARS_SETTINGS)
 def test_lars_follows_its_paper(settings, dtype):
     """torch has none: the baseline is the formula in torch expressions of the dtype."""
 
-    def formula(*tensors):
-        half, decay, trust = len(tensors) // 2, settings["weight_decay"], settings["trust_coefficient"]
-        params, moments = [x.clone() for x in tensors[:half]], [torch.zeros_like(x) for x in tensors[:half]]
-        for step in range(tensors[half].shape[0]):
-            for p, v, grads in zip(params, moments, tensors[half:]):
-                g, local = grads[step], 1.0
-                if trust is not None and p.norm() > 0 and g.norm() > 0:
-                    local = trust * p.norm() / (g.norm() + decay * p.norm())
-                v.mul_(settings["momentum"]).add_(settings["lr"] * local * (g + decay * p))
-                p.sub_(v)
-        return joined(params)
-
+    formula = functools.partial(lars_formula, settings)
     half = len(SHAPES)
     tensors = [x.to(dtype) for x in drawn()]
     exact = numpy_lars(tensors[:half], tensors[half:], **settings)
@@ -317,8 +319,8 @@ def test_gradient_scaler():
     torch.testing.assert_close(*ends)
 
 
-def raw(name):
-    return getattr(torch.ops.dlkern, f"{name}_cpu")
+def raw(name, column="cpu"):
+    return getattr(torch.ops.dlkern, f"{name}_{column}")
 
 
 BAD_CALLS = {
@@ -335,18 +337,21 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("column", ["cpu", "triton"])
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_wrong_raw_calls_raise_and_write_nothing(case):
+def test_wrong_raw_calls_raise_and_write_nothing(case, column):
+    if column == "triton":
+        pytest.importorskip("triton")
     param, grad = torch.ones(3), torch.ones(3)
     with pytest.raises((RuntimeError, ValueError, IndexError, NotImplementedError)):
-        raw("sgd")(*BAD_CALLS[case](param, grad))
+        raw("sgd", column)(*BAD_CALLS[case](param, grad))
     assert param.eq(1).all()
     if case in ("shape", "dtype", "integers"):
         with pytest.raises(RuntimeError):
-            raw("clip_grad_norm")([grad, torch.ones(2, dtype=torch.long)], 0.1, 2.0, False)
+            raw("clip_grad_norm", column)([grad, torch.ones(2, dtype=torch.long)], 0.1, 2.0, False)
         steps = [torch.zeros(()), torch.zeros(2)]
         with pytest.raises(RuntimeError):
-            raw("adam")([param] * 2, [grad] * 2, [grad.clone()] * 2, [grad.clone()] * 2, [], steps, [0, 0], [0.1] * 7)
+            raw("adam", column)([param] * 2, [grad] * 2, [grad.clone()] * 2, [grad.clone()] * 2, [], steps, [0, 0], [0.1] * 7)
         assert grad.eq(1).all() and param.eq(1).all() and steps[0] == 0
 
 
@@ -382,19 +387,19 @@ def exactly_clipped(max_norm, norm_type, *grads):
 
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_clipping_by_norm(dtype, norm_type):
+def test_clipping_by_norm(dtype, norm_type, shares=(1 / 3, 3), draws=16):
     shapes = [s for s in SHAPES if 0 not in s] if norm_type < 0 or norm_type == float("inf") else SHAPES
     grads = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     if norm_type == 0:
         grads[1] = torch.zeros(7, dtype=torch.float64)
     norm = clipped(torch.nn.utils, 1e30, norm_type, *grads)[0].item()
-    for max_norm in (norm / 3, norm * 3):
+    for max_norm in (share * norm for share in shares):
         # Of a handful of roundings chance decides: 16 draws of the signs and places of the same numbers.
         check(
             functools.partial(clipped_and_joined, dlkern.nn.utils, max_norm, norm_type),
             functools.partial(exactly_clipped, max_norm, norm_type),
             lambda: [g.reshape(-1)[torch.randperm(g.numel())].reshape(g.shape) for g in grads],
-            dtype=dtype, draws=16, name=f"norm {norm_type}",
+            dtype=dtype, draws=draws, name=f"norm {norm_type}",
             baseline=functools.partial(clipped_and_joined, torch.nn.utils, max_norm, norm_type),
         ).raise_if_failed()
 
@@ -525,7 +530,11 @@ def test_plain_expressions_agree():
         torch.testing.assert_close(a, b)
 
 
-def test_schemas_and_fake_kernels():
+@pytest.mark.parametrize("column", ["cpu", "triton"])
+def test_schemas_and_fake_kernels(column, request):
+    if column == "triton":
+        request.getfixturevalue("triton_column")
+
     def some():
         return [torch.randn(3, 2), torch.randn(5)]
 
@@ -538,4 +547,150 @@ def test_schemas_and_fake_kernels():
         "clip_grad_value": (some(), 0.5),
     }
     for name, arguments in calls.items():
-        torch.library.opcheck(raw(name).default, arguments, test_utils=["test_schema", "test_faketensor"])
+        torch.library.opcheck(raw(name, column).default, arguments, test_utils=["test_schema", "test_faketensor"])
+
+
+# --- the Triton column, interpreted: a step takes it 50 ms ------------------------------------------------------------
+
+
+@pytest.fixture
+def triton_column():
+    pytest.importorskip("triton")
+    with dlkern.testing.emulated(), dlkern.backend("triton"):
+        yield
+
+
+FEW = 3
+MOST = [(name, torch.float32) for name in OPTIMIZERS]
+MOST += zip(("sgd momentum", "sgd nesterov", "adamw amsgrad", "adam decoupled", "sgd momentum"), (*DTYPES[1:], *DTYPES[1:3]))
+
+
+@pytest.mark.parametrize(("name", "dtype"), MOST, ids=[f"{name}-{dtype}" for name, dtype in MOST])
+def test_triton_parity_over_a_few_steps(name, dtype, triton_column):
+    kind, settings = OPTIMIZERS[name]
+    with dlkern.trace() as calls:
+        check(
+            lambda *x: trained(lambda p: getattr(dlkern.optim, kind)(p, **settings), *x),
+            lambda *x: trained(lambda p: getattr(torch.optim, kind)(p, foreach=False, **settings), *x),
+            functools.partial(drawn, FEW), dtype=dtype, draws=4, name=name,
+        ).raise_if_failed()
+    assert {call.backend for call in calls} == {"triton"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("settings", LARS_SETTINGS.values(), ids=LARS_SETTINGS)
+def test_triton_lars_follows_its_paper(settings, dtype, triton_column):
+    half = len(SHAPES)
+    tensors = [x.to(dtype) for x in drawn(FEW)]
+    exact = numpy_lars(tensors[:half], tensors[half:], **settings)
+    with dlkern.trace() as calls:
+        ours = trained(lambda p: dlkern.optim.LARS(p, **settings), *tensors)[0]
+    rows = compare("lars", [ours], [lars_formula(settings, *tensors)], [exact], dtype)
+    assert rows and all(row.ok for row in rows), rows
+    assert {call.backend for call in calls} == {"triton"}
+
+
+def test_triton_lars_at_zero_norms_and_in_groups(triton_column):
+    test_lars_at_zero_norms_and_in_groups()
+
+
+CLIPPED = [*((norm_type, torch.float32, 1 / 3) for norm_type in NORMS), (2.0, torch.float32, 3),
+           (2.0, torch.bfloat16, 1 / 3), (3.5, torch.float16, 1 / 3), (2.0, torch.float64, 1 / 3)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm_type", "dtype", "share"), CLIPPED)
+def test_triton_clipping_by_norm(norm_type, dtype, share, triton_column):
+    test_clipping_by_norm(dtype, norm_type, [share], 6)
+
+
+def test_triton_clipping_by_value_and_of_what_is_not_finite(triton_column):
+    for dtype in DTYPES:
+        test_clipping_by_value(dtype)
+    for bad in (float("nan"), float("inf")):
+        test_norms_that_are_not_finite(bad)
+    test_clipping_takes_what_torchs_does()
+
+
+def test_triton_groups_and_shared_memory(triton_column):
+    test_groups_missing_gradients_and_schedulers()
+    test_parameters_that_share_memory_are_updated_in_their_order()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_triton_takes_any_strides(kind, triton_column):
+    test_any_strides(kind)
+
+
+def test_triton_dtypes_in_one_step_and_odd_addresses(triton_column):
+    """A launch a dtype; an address that fits no wide access gives the same bits."""
+    kind, settings = OPTIMIZERS["adamw amsgrad"]
+    values = [torch.randn(n) for n in (5, 4097, 33, 1)]
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float64)
+    ends = []
+    for offset in (0, 1):
+        params = []
+        for x, dtype in zip(values, dtypes):
+            room = torch.empty(x.numel() + offset, dtype=dtype)
+            params.append(nn.Parameter(room[offset:].copy_(x)))
+            params[-1].grad = x.to(dtype).sin()
+        optimizer = getattr(dlkern.optim, kind)(params, **settings)
+        optimizer.step()
+        dlkern.nn.utils.clip_grad_norm_(params, 0.5)
+        ends.append([x for p in params for x in (p.detach(), p.grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert len({x.dtype for x in ends[0]}) == 3
+
+
+def test_triton_steps_counted_on_the_device(triton_column, monkeypatch):
+    """As torch keeps them with fused=True; on this machine every step looks like the host's."""
+    from dlkern.kernels import optim as kernels
+
+    tensors, ends = [x.float() for x in drawn(FEW)], []
+    for beta in (0.9, 0.0):
+        for on_host in (True, False):
+            monkeypatch.setattr(kernels, "_on_host", lambda step, on_host=on_host: on_host)
+            params = [nn.Parameter(x.clone()) for x in tensors[: len(SHAPES)]]
+            optimizer = dlkern.optim.Adam(params, lr=0.01, betas=(beta, 0.99))
+            for step in range(FEW):
+                for param, grads in zip(params, tensors[len(SHAPES) :]):
+                    param.grad = grads[step].clone()
+                optimizer.step()
+            assert [optimizer.state[p]["step"].item() for p in params] == [FEW] * len(SHAPES)
+            ends.append(joined(p.detach() for p in params))
+        torch.testing.assert_close(ends[-1], ends[-2], rtol=1e-6, atol=1e-7)
+
+
+def test_triton_addresses_in_a_table_are_checked(triton_column):
+    from dlkern.kernels import optim as kernels
+
+    x = torch.ones(3)
+    (table,) = kernels._tables([(3, (x,), [x.data_ptr()])], [True], 1, lambda i: b"", False)
+    table.rows.reached.clear()
+    with pytest.raises(MemoryError):
+        kernels.launch(kernels.grad_clamp_kernel, (1,), table.rows, 1, 0.5, **table.options)
+    assert x.eq(1).all()
+
+
+def test_a_rate_on_a_gpu_is_torchs():
+    from dlkern.optim._common import settings_on_a_gpu
+
+    optimizer = dlkern.optim.Adam([nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), foreach=False)
+    assert settings_on_a_gpu(optimizer) == ""
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    assert "GPU" in settings_on_a_gpu(optimizer)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_are_counted_in_torchs_dtype(fused):
+    before, kinds = torch.get_default_dtype(), []
+    torch.set_default_dtype(torch.float64)
+    try:
+        for library in (torch, dlkern):
+            param = nn.Parameter(torch.ones(2))
+            param.grad = torch.ones(2)
+            optimizer = library.optim.AdamW([param], fused=fused)
+            optimizer.step()
+            kinds.append(optimizer.state[param]["step"].dtype)
+    finally:
+        torch.set_default_dtype(before)
+    assert kinds[0] == kinds[1]

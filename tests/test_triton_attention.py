@@ -205,3 +205,12 @@ def test_wrong_arguments_of_the_raw_ops_raise():
                                         (x, output, statistics[:1], False), (x, output, statistics, True)):  # fmt: skip
         with pytest.raises(RuntimeError, match="attention_backward"):
             backward(grad, *operands, out, numbers, *settings, of_mask)
+
+
+def test_sharp_scores_over_several_blocks_of_depth():
+    """Probabilities near 1: the gradient is what is left when they are subtracted, and a backward whose scores add their
+    blocks of depth in another order than the forward's has nothing but that difference."""
+    check(
+        lambda *x: SDPA(*x, scale=0.6), lambda *x: tF.scaled_dot_product_attention(*x, scale=0.6),
+        lambda: leaves((1, 1, 20, 200), (1, 1, 23, 200), (1, 1, 23, 200)), draws=4,
+    ).raise_if_failed()

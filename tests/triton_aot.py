@@ -42,6 +42,7 @@ from dlkern.kernels import (
     layer_norm,
     linear,
     loss,
+    optim,
     pooling,
     rnn,
 )
@@ -192,6 +193,28 @@ def _embedding(half):
     embedding.embedding_backward(_empty(4096, 1024, dtype=half), index, 32000, 0, True)
 
 
+def _optim(half):
+    """Two tensors of 16 bits with everything; float32; an address that fits no wide access, and steps on the device."""
+
+    def step(tensors, *ops):
+        zeros, numbers = [0] * len(tensors), [torch.zeros(()) for _ in tensors]
+        grads, first, second, third = ([torch.empty_like(x) for x in tensors] for _ in range(4))
+        if "sgd" in ops:
+            optim.sgd(tensors, grads, first, zeros, zeros, [0.1, 0.9, 0.0, 0.0, 0.0, 0.0])
+        if "lars" in ops:
+            optim.lars(tensors, grads, first, zeros, [0.1, 0.9, 0.0, 0.01, 0.0, 0.0])
+        optim.adam(tensors, grads, first, second, third, numbers, zeros, [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, 0.0])
+
+    tensors = [_empty(1024, 4096, dtype=half), _empty(4099, dtype=half)]
+    step(tensors, "sgd", "lars")
+    optim.clip_grad_value(tensors, 1.0)
+    for order in (2.0, float("inf"), 3.0, 0.0):
+        optim.clip_grad_norm(tensors, 1.0, order, False)
+    step([_empty(512, 512, dtype=torch.float32)], "sgd", "lars")
+    with mock.patch.object(optim, "_on_host", lambda step: False):
+        step([_empty(8193, dtype=torch.float32)[1:]])
+
+
 def _rnn(half):
     """Weights in registers, programs that wait for each other, a launch a step; the products before are linear's."""
     with mock.patch.multiple(rnn, matmul=mock.DEFAULT, weight_gradient=mock.DEFAULT):
@@ -231,7 +254,7 @@ def _attention(half):
 
 CALLS = {
     "attention": _attention, "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding,
-    "layer_norm": _layer_norm, "linear": _linear, "loss": _loss, "pooling": _pooling, "rnn": _rnn,
+    "layer_norm": _layer_norm, "linear": _linear, "loss": _loss, "optim": _optim, "pooling": _pooling, "rnn": _rnn,
 }
 
 

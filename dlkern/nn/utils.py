@@ -18,6 +18,8 @@ def _gradients(op: str, parameters: Iterable[torch.Tensor]) -> tuple[list[torch.
     """The gradients there are, and the column that serves them."""
     grads = [p.grad for p in parameters if p.grad is not None]
     reason = next((why for why in map(ops.refusal, grads) if why), "")
+    if not reason and len({g.device for g in grads}) > 1:
+        reason = "gradients on several devices"
     return grads, ops.choose(op, grads, reason=reason) if grads else ""
 
 
@@ -28,8 +30,8 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_: scales the gradients in place so that their norm is at most max_norm.
 
-    Norms are summed in double by blocks in a fixed order: the same bits whatever the number of threads. Gradients that
-    need no scaling are not written. `foreach` changes nothing.
+    Norms are summed in double by blocks in a fixed order: the same bits every time. Gradients that need no scaling are
+    not written. On a GPU nothing waits for the norm but error_if_nonfinite. `foreach` changes nothing.
 
     Args:
         parameters: tensors (or one) whose .grad is scaled; those without one are skipped.

@@ -34,29 +34,39 @@ define(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] fresh, int[] groups, float[] settings)"
     " -> ()",
     _fake,
+    triton="dlkern.kernels.optim:sgd",
 )
 define(
     "adam",
     # A row: lr, beta1, beta2, eps, weight_decay, decoupled, maximize. max_exp_avg_sqs is empty without amsgrad; steps
-    # are float32 or float64 scalars, counted up here.
+    # are float32 or float64 scalars on the host, counted up here; GPU columns also take float32 on the device.
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
     " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, int[] groups, float[] settings) -> ()",
     _fake,
+    triton="dlkern.kernels.optim:adam",
 )
 define(
     "lars",
     # A row: lr, momentum, weight_decay, trust_coefficient (negative: none), eps, maximize.
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] groups, float[] settings) -> ()",
     _fake,
+    triton="dlkern.kernels.optim:lars",
 )
 define(
     "clip_grad_norm",
     "(Tensor(a!)[] grads, float max_norm, float norm_type, bool error_if_nonfinite) -> Tensor",
     _fake_norm,
+    triton="dlkern.kernels.optim:clip_grad_norm",
 )
-define("clip_grad_value", "(Tensor(a!)[] grads, float clip_value) -> ()", _fake)
+define(
+    "clip_grad_value",
+    "(Tensor(a!)[] grads, float clip_value) -> ()",
+    _fake,
+    triton="dlkern.kernels.optim:clip_grad_value",
+)
 for _op in ("sgd", "adam", "lars", "clip_grad_norm_", "clip_grad_value_"):
-    columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    for _column in ("cpu", "triton"):
+        columns.declare(_op, _column, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -10,7 +10,7 @@ import torch
 
 from dlkern.ops import optim as ops
 
-__all__ = ["Batch", "collect", "evaluated", "torch_step", "written"]
+__all__ = ["Batch", "collect", "evaluated", "settings_on_a_gpu", "torch_step", "written"]
 
 
 @dataclass
@@ -62,6 +62,15 @@ def collect(
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return {}, "gradients that are still scaled"
     return batches, ""
+
+
+def settings_on_a_gpu(optimizer: torch.optim.Optimizer) -> str:
+    """Why the step has to be torch's where reading a rate would wait for a GPU, else ""."""
+    for group in optimizer.param_groups:
+        for value in (group["lr"], *group.get("betas", ())):
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                return "a rate that is a tensor on a GPU"
+    return ""
 
 
 def written(*lists: list[torch.Tensor]) -> None:

@@ -21,8 +21,8 @@ class LARS(torch.optim.Optimizer):
     v = momentum v + rate (g + weight_decay p); p -= v. Where a norm is 0 the rate is lr. Give biases and the parameters of
     batch norm a group with trust_coefficient=None: their rate is lr.
 
-    Norms are summed in double in a fixed order: the same bits whatever the number of threads. float32, float64,
-    bfloat16 and float16 on the CPU; other parameters run on plain torch expressions, and dlkern.trace() says so.
+    Norms are summed in double in a fixed order: the same bits every time. float32, float64, bfloat16 and float16; other
+    parameters run on plain torch expressions, and dlkern.trace() says so.
 
     Args:
         params: parameters, or dictionaries of parameter groups.

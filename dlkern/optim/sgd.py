@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dlkern.ops import optim as ops
-from dlkern.optim._common import collect, evaluated, torch_step, written
+from dlkern.optim._common import collect, evaluated, settings_on_a_gpu, torch_step, written
 
 __all__ = ["SGD"]
 
@@ -16,9 +16,10 @@ __all__ = ["SGD"]
 class SGD(torch.optim.SGD):
     """torch.optim.SGD on dlkern's kernels: momentum, dampening, Nesterov, weight decay, maximize.
 
-    All parameters are updated in one pass, each element read and written once. float32, float64, bfloat16 and float16
-    on the CPU; what has no kernel (sparse gradients, other devices, differentiable=True) runs torch's own step, and
-    dlkern.trace() says so. `foreach` and `fused` change nothing. 16-bit parameters are computed in float32 and rounded once.
+    All parameters are updated in one pass, each element read and written once, on a GPU by one launch for each dtype.
+    float32, float64, bfloat16 and float16; what has no kernel (sparse gradients, differentiable=True, a rate on a GPU)
+    runs torch's own step, and dlkern.trace() says so. `foreach` and `fused` change nothing. 16-bit parameters are
+    computed in float32 and rounded once.
 
     Formula: g = grad + weight_decay p; b = momentum b + (1 - dampening) g, at first b = g; p -= lr b, with nesterov
     p -= lr (g + momentum b). Sutskever et al. 2013, "On the importance of initialization and momentum", as torch has it.
@@ -29,6 +30,7 @@ class SGD(torch.optim.SGD):
         """One step. Returns what `closure`, which evaluates the model anew, returns."""
         loss = evaluated(closure)
         batches, reason = collect(self, lambda group: group["momentum"] != 0, ("momentum_buffer",))
+        reason = reason or settings_on_a_gpu(self)
         every = [p for batch in batches.values() for p in batch.params]
         if not reason and not every:
             return loss

@@ -269,7 +269,10 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **named: Any)
     missing = [name for name in names if name not in bound]
     if missing:
         raise TypeError(f"{kernel.__name__}: missing arguments {missing}")
-    memory = Memory({name: value for name, value in bound.items() if isinstance(value, torch.Tensor)})
+    tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
+    for name, value in list(tensors.items()):  # a table of addresses says whose they are
+        tensors.update((f"{name}[{i}]", x) for i, x in enumerate(getattr(value, "reached", ())))
+    memory = Memory(tensors)
     builder = backend.interpreter_builder
     changes = _language_patches() + [(builder, name, f) for name, f in _builder_methods(memory).items()]
     if callable(grid):

@@ -9,6 +9,10 @@ def _attention(file: str, old: str, new: str, selection: str) -> dict:
     return _mutant(file, old, new, selection) | {"tests": ["tests/test_triton_attention.py", "-k", selection]}
 
 
+def _optim(old: str, new: str, selection: str) -> dict:
+    return _mutant("optim", old, new, selection) | {"tests": ["tests/test_optim.py", "-k", f"triton and ({selection})"]}
+
+
 MUTANTS = [
     # dropout: words swapped, a lost tail mask, a scale
     _mutant("dropout", "first + 1024, word1", "first + 1024, word2", "dropout_drops"),
@@ -96,6 +100,17 @@ MUTANTS = [
     _attention("_attention_tile", "cap = 1.0 - t * t", "cap = 1.0 - t", "test_parity and softcap"),
     _attention("_attention_backward", "for block in range(0, V_BLOCKS):", "for block in range(1, V_BLOCKS):", "delta"),
     _attention("_attention_tile", "(0, 1, 4, 3, 2)", "(0, 1, 3, 4, 2)", "drops_the_same"),
+    _attention("_attention_tile", "d = block * BLOCK + tl.arange(0, BLOCK)", "d = (BLOCKS - 1) * BLOCK + tl.arange(0, BLOCK)",
+               "depths_beyond"),
     _attention("_attention_backward", "b_end = tl.where(MASK_B == 1, B,", "b_end = tl.where(MASK_B == 1, 1,",
                "test_parity and shared"),
+    # optimisers: the wrong tensor, a lost tail, a buffer of anything, a rate, a root, the device's count, copies left, order
+    _optim("middle * ROW + _FIRST) <= block", "middle * ROW + _FIRST) < block", "parity and maximize"),
+    _optim("x = tl.load(ptr + i, mask=i < left, other=0.0)", "x = tl.load(ptr + i, mask=i <= left, other=0.0)", "lars_follows"),
+    _optim("buffer = tl.where(fresh != 0, grad, buffer)", "buffer = tl.where(fresh == 2, grad, buffer)", "parity and nesterov"),
+    _optim("scaled = lr * (trust * param_norm", "scaled = lr * (param_norm", "lars_follows"),
+    _optim("norm = tl.sqrt(norm)", "norm = norm * 0.5", "clipping_by_norm"),
+    _optim("lr / (1.0 - tl.exp(count * log_beta1))", "lr / (1.0 - tl.exp(log_beta1))", "counted_on_the_device"),
+    _optim("for original, copy in self.copies:", "for original, copy in self.copies[1:]:", "any_strides"),
+    _optim("        if begin < end:", "        if begin < 0:", "shared_memory"),
 ]
