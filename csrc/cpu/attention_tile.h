@@ -119,8 +119,8 @@ template <class A> inline Tag<A> bytes(const uint8_t* from) {
 #if defined(__AVX512F__)
   const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   if constexpr (sizeof(A) == 4) return (Tag<A>)_mm512_cvtepu8_epi32(some);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4)
+#elif defined(__AVX2__)  // whose vectors need not be AVX2's: AVX-512's code is tested lowered to it
+  if constexpr (sizeof(A) == 4 && sizeof(Tag<A>) == 32)
     return (Tag<A>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #endif
   Bytes<A> lanes;
