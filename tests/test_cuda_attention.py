@@ -5,6 +5,7 @@ file again on the checked build."""
 import pytest
 import torch
 import torch.nn.functional as tF
+from attention_cases import KEYS, OPTIONS, QUERIES, leaves, randn, sides
 from cuda_column import certify, dtype_name, dtypes, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -17,59 +18,6 @@ SDPA = F.scaled_dot_product_attention
 FORWARD, BACKWARD = (ops.attention.raw[f"attention_{way}"] for way in ("forward", "backward"))
 
 
-def leaves(*shapes, dtype=torch.float64):
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
-QUERIES, KEYS = 67, 70
-OPTIONS = {
-    "plain": (Settings(scale=0.2), {}), "causal": (Settings(scale=0.2, right=0), {}),
-    "window": (Settings(scale=0.2, left=20, right=5), {}), "softcap": (Settings(scale=0.5, softcap=2.0), {}),
-    "negative scale": (Settings(scale=-0.3), {}), "alibi": (Settings(scale=0.2), dict(slopes=lambda: torch.rand(2).double())),
-    "bool mask": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, QUERIES, KEYS) > 0.3)),
-    "bool mask of keys": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 1, KEYS) > 0.3)),
-    "added mask": (Settings(scale=0.2), dict(mask=lambda: randn(2, 2, QUERIES, KEYS))),
-    "added mask, shared": (Settings(scale=0.2, softcap=3.0, right=7), dict(mask=lambda: randn(1, 2, 1, KEYS))),
-    "added mask of queries": (Settings(scale=0.2), dict(mask=lambda: randn(2, 1, QUERIES, 1))),
-    "lengths": (Settings(scale=0.2), dict(lengths=lambda: torch.tensor([[3], [KEYS]]))),
-    "lengths of queries": (Settings(scale=0.2), dict(lengths=lambda: torch.randint(0, KEYS + 1, (2, QUERIES)))),
-    "dropout": (Settings(scale=0.2, p=0.3), dict(seed=lambda: torch.randint(0, 2**62, ()))),
-    "gaussian": (Settings(scale=0.3, score=GAUSSIAN), {}), "cosine": (Settings(scale=2.0, score=COSINE), {}),
-    "additive": (Settings(score=ADDITIVE), {}),
-}
-
-
-def parity(settings, more, dtype, shapes, draws, name):
-    """Both columns' results and gradients of query, key, value, and of an added mask and the additive score's weight."""
-    more = {key: make() for key, make in more.items()}
-    mask, lengths, slopes, seed = (more.get(key) for key in ("mask", "lengths", "slopes", "seed"))
-    wanted = mask is not None and mask.is_floating_point()
-
-    def on(function):
-        def call(q, k, v, *rest):
-            rest = list(rest)
-            m = rest.pop(0) if wanted else mask
-            of_heads = None if slopes is None else slopes.to(q.dtype)
-            return function(q, k, v, m, lengths, of_heads, rest[0] if rest else None, seed, settings)
-
-        return call
-
-    def inputs():
-        drawn = leaves(*shapes)
-        if wanted:
-            drawn += leaves(mask.shape)
-        return drawn + (leaves((shapes[0][3],)) if settings.score == ADDITIVE else [])
-
-    certify(
-        on(lambda *a: ops.attention.attention("dot_attention", *a)), on(lambda *a: reference.attention(*a[:-1], *a[-1])),
-        inputs, dtype, draws,
-    )  # fmt: skip
-
-
 @dtypes
 @pytest.mark.parametrize("name", OPTIONS)
 def test_attention(name, dtype):
@@ -77,7 +25,8 @@ def test_attention(name, dtype):
     settings, more = OPTIONS[name]
     batch = 1 if not more or set(more) <= {"slopes", "seed"} else 2
     depth = 5 if settings.score in (ADDITIVE, GAUSSIAN) else 12
-    parity(settings, more, dtype, ((batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36)), 2, name)
+    shapes = (batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36)
+    certify(*sides(settings, more, shapes), dtype, 2)
 
 
 # Loads of 16 bytes and of single elements; one block of 128, several of one or both depths.
@@ -90,7 +39,7 @@ DEPTHS += [(score, depths) for score in (COSINE, ADDITIVE) for depths in ((40, 7
 def test_attention_depths(score, depths, dtype):
     depth, value_depth = depths
     settings = Settings(scale=depth**-0.5 if score == DOT else 1.0, score=score)
-    parity(settings, {}, dtype, ((1, 1, 5, depth), (1, 1, 9, depth), (1, 1, 9, value_depth)), 4, "depths")
+    certify(*sides(settings, {}, ((1, 1, 5, depth), (1, 1, 9, depth), (1, 1, 9, value_depth))), dtype, 4)
 
 
 @dtypes

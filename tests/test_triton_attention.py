@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as tF
+from attention_cases import KEYS, OPTIONS, QUERIES, leaves, sides
 from triton_column import emulated  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -17,32 +18,6 @@ pytest.importorskip("triton")
 SDPA = F.scaled_dot_product_attention
 
 
-def leaves(*shapes, dtype=torch.float64):
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
-QUERIES, KEYS = 67, 70
-OPTIONS = {
-    "plain": (Settings(scale=0.2), {}), "causal": (Settings(scale=0.2, right=0), {}),
-    "window": (Settings(scale=0.2, left=20, right=5), {}), "softcap": (Settings(scale=0.5, softcap=2.0), {}),
-    "negative scale": (Settings(scale=-0.3), {}), "alibi": (Settings(scale=0.2), dict(slopes=lambda: torch.rand(2).double())),
-    "bool mask": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, QUERIES, KEYS) > 0.3)),
-    "bool mask of keys": (Settings(scale=0.2), dict(mask=lambda: torch.rand(2, 1, 1, KEYS) > 0.3)),
-    "added mask": (Settings(scale=0.2), dict(mask=lambda: randn(2, 2, QUERIES, KEYS))),
-    "added mask, shared": (Settings(scale=0.2, softcap=3.0, right=7), dict(mask=lambda: randn(1, 2, 1, KEYS))),
-    "added mask of queries": (Settings(scale=0.2), dict(mask=lambda: randn(2, 1, QUERIES, 1))),
-    "lengths": (Settings(scale=0.2), dict(lengths=lambda: torch.tensor([[3], [KEYS]]))),
-    "lengths of queries": (Settings(scale=0.2), dict(lengths=lambda: torch.randint(0, KEYS + 1, (2, QUERIES)))),
-    "dropout": (Settings(scale=0.2, p=0.3), dict(seed=lambda: torch.randint(0, 2**62, ()))),
-    "gaussian": (Settings(scale=0.3, score=GAUSSIAN), {}), "cosine": (Settings(scale=2.0, score=COSINE), {}),
-    "additive": (Settings(score=ADDITIVE), {}),
-}
-
-
 SINGLE = [(name, torch.float32) for name in OPTIONS]
 HALF = [(name, torch.bfloat16) for name in ("plain", "window", "bool mask", "added mask, shared", "dropout", "cosine")]
 
@@ -51,31 +26,11 @@ HALF = [(name, torch.bfloat16) for name in ("plain", "window", "bool mask", "add
 def test_parity(name, dtype):
     """Two heads of queries share one of keys; two tiles of queries, of keys, and two blocks of the value's depth."""
     settings, more = OPTIONS[name]
-    more = {key: make() for key, make in more.items()}
-    mask, lengths, slopes, seed = (more.get(key) for key in ("mask", "lengths", "slopes", "seed"))
-    wanted = mask is not None and mask.is_floating_point()
-    batch = 1 if mask is None and lengths is None else 2
+    batch = 1 if not {"mask", "lengths"} & set(more) else 2
     depth = 5 if settings.score in (ADDITIVE, GAUSSIAN) else 12
-
-    def on(function):
-        def call(q, k, v, *rest):
-            rest = list(rest)
-            m = rest.pop(0) if wanted else mask
-            of_heads = None if slopes is None else slopes.to(q.dtype)
-            return function(q, k, v, m, lengths, of_heads, rest[0] if rest else None, seed, settings)
-
-        return call
-
-    def inputs():
-        drawn = leaves((batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36))
-        if wanted:
-            drawn += leaves(mask.shape)
-        return drawn + (leaves((depth,)) if settings.score == ADDITIVE else [])
-
-    check(
-        on(lambda *a: ops.attention.attention("dot_attention", *a)), on(lambda *a: reference.attention(*a[:-1], *a[-1])),
-        inputs, dtype=dtype, draws=2 if batch == 1 and dtype == torch.float32 else 1, name=name,
-    ).raise_if_failed()  # fmt: skip
+    ours, theirs, inputs = sides(settings, more, ((batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36)))
+    draws = 2 if batch == 1 and dtype == torch.float32 else 1
+    check(ours, theirs, inputs, dtype=dtype, draws=draws, name=name).raise_if_failed()
 
 
 @pytest.mark.parametrize("score", [0, COSINE, ADDITIVE])
