@@ -243,10 +243,8 @@ def test_dropout_between_layers(kind):
     assert torch.equal(half(x)[0], first) and not torch.equal(half(x)[0], first)
 
 
-@each_kind
-def test_one_thread_gives_the_same_bits(kind):
+def assert_threads_change_no_bit(module):
     threads = torch.get_num_threads()
-    module = dlkern.convert(make(kind, 40, 80))
     for batch in (2, 33):  # hidden units are shared out, and rows of the batch
         x, found = torch.randn(6, batch, 40), []
         for count in (1, 2):
@@ -256,6 +254,11 @@ def test_one_thread_gives_the_same_bits(kind):
             finally:
                 torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@each_kind
+def test_one_thread_gives_the_same_bits(kind):
+    assert_threads_change_no_bit(dlkern.convert(make(kind, 40, 80)))
 
 
 @each_kind
@@ -794,17 +797,9 @@ def test_options_may_be_computed_again(kind):
 
 @each_kind
 def test_one_thread_gives_the_same_bits_with_options(kind):
-    threads, options = torch.get_num_threads(), {"layer_norm": True, "zoneout": 0.2, "recurrent_dropout": 0.3}
-    module = Seeded(ours(kind, 40, 80, **options, **({"proj_size": 20, "peephole": True} if kind == "lstm" else {})))
-    for batch in (2, 33):
-        x, found = torch.randn(6, batch, 40), []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            try:
-                found.append(results(module, x, None, torch.float32))
-            finally:
-                torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for a, b in zip(*found))
+    options = {"layer_norm": True, "zoneout": 0.2, "recurrent_dropout": 0.3}
+    options |= {"proj_size": 20, "peephole": True} if kind == "lstm" else {}
+    assert_threads_change_no_bit(Seeded(ours(kind, 40, 80, **options)))
 
 
 def test_options_compile_without_unrolling_time():
@@ -842,6 +837,16 @@ def test_raw_ops_of_options(monkeypatch):
                 for wrong in (a.new_zeros((*a.shape[:-1], a.shape[-1] + 1)), a.to(torch.int32)):
                     with pytest.raises((RuntimeError, ValueError)):
                         op(*args[:i], wrong, *args[i + 1 :])
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_options_under_autocast_are_in_the_dtype_of_their_layer(kind, dtype):
+    module, x = ours(kind, 5, 9, layer_norm=True), torch.randn(4, 3, 5, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16), dlkern.trace() as calls:
+        y = module(x)[0]
+    assert y.dtype == (torch.float32 if kind == "gru" and dtype == torch.float32 else torch.bfloat16)
+    assert {call.backend for call in calls} == {"cpu"}
 
 
 def test_options_on_autocast_and_gpu_columns():

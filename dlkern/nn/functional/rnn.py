@@ -43,12 +43,16 @@ class Extras(NamedTuple):
         return Options(*weights, mask, fresh_h, fresh_c, of_h, of_c)  # type: ignore[call-arg, arg-type]
 
 
+def _is_lowered(x: torch.Tensor) -> bool:
+    return autocasts(x) and x.dtype == torch.get_autocast_dtype(x.device.type)
+
+
 def autocast(
     mode: int, x: torch.Tensor, states: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """The operands as torch.autocast has them. GRU is no op of its lists: torch lowers its products, and its state keeps the
     input's dtype, so that only an input which is lowered already makes it all lowered."""
-    if autocasts(x) and (mode != GRU or x.dtype == torch.get_autocast_dtype(x.device.type)):
+    if _is_lowered(x) if mode == GRU else autocasts(x):
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         return x, rest[: len(states)], rest[len(states) :]  # type: ignore[return-value]
     return x, list(states), list(params)
@@ -95,8 +99,8 @@ def stack(
     params: Sequence[torch.Tensor], biases: bool, layers: int, dropout: float, train: bool, directions: int,
     lengths: torch.Tensor | None = None, recompute: bool = False, extras: Extras | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """output and the last states; arguments as in `unusual`, which found nothing, and in ops.rnn.rnn."""
-    if extras is not None and autocasts(x):
+    """output and the last states; arguments as in `unusual`, which found nothing, after `autocast`, and in ops.rnn.rnn."""
+    if extras is not None and _is_lowered(x):
         extras = extras._replace(weights=[lowered(x, *weights)[1:] for weights in extras.weights])
     projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]
     initial = [state.unbind(0) for state in states]
