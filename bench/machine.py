@@ -73,12 +73,19 @@ def _read(path: str) -> str:
 
 
 @functools.cache
+def _cpu() -> tuple[str, str, str]:
+    """The CPU's name, family and model, "" where the system does not tell."""
+
+    def field(name: str) -> str:
+        match = re.search(rf"^{name}\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+        return match.group(1).strip() if match else ""
+
+    return field("model name") or platform.processor() or platform.machine(), field("cpu family"), field("model")
+
+
 def _cpu_name() -> str:
-    match = re.search(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    family = re.search(r"^cpu family\s*: (\d+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    model = re.search(r"^model\s*: (\d+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    name = match.group(1).strip() if match else platform.processor() or platform.machine()
-    return f"{name} (family {family.group(1)} model {model.group(1)})" if family and model else name
+    name, family, model = _cpu()
+    return f"{name} (family {family} model {model})" if family and model else name
 
 
 def isa() -> str:
@@ -87,9 +94,11 @@ def isa() -> str:
 
 
 def device_slug(device: str) -> str:
-    """The folder of bench/results a machine's results go to: "cpu-avx512", "h200"."""
+    """The folder of bench/results a machine's results go to: "cpu-amd-25-17-avx512" (vendor, family, model), "h200"."""
     if device == "cpu":
-        return f"cpu-{isa()}"
+        name, family, model = _cpu()
+        vendor = re.sub(r"[^a-z0-9]+.*", "", name.lower())
+        return "-".join(filter(None, ("cpu", vendor, family, model, isa())))
     return tuning.slug(torch.cuda.get_device_name())
 
 

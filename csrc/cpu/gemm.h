@@ -40,8 +40,8 @@ constexpr int kMR = 6;
 constexpr int kNV = kVectorBytes == 64 ? 4 : 2;  // 32 vector registers, or 16
 template <class T> constexpr int kNR = kNV * kLanes<T>;
 constexpr int64_t kKC = 256;
-constexpr int64_t kSum = 128;  // products in one sum at most, which bounds the rounding error
-static_assert(kKC <= 2 * kSum);
+// More products than this are summed in two halves, which bounds the rounding error.
+constexpr int64_t kSum = 64;
 // Rows of A packed at a time.
 template <class T> constexpr int64_t kMC = 48 * kMR * 4 / static_cast<int64_t>(sizeof(T));
 // Columns of B packed at a time: KC x NC fits the second-level cache. A panel that no other block of rows needs does not
@@ -127,14 +127,15 @@ template <int ROWS, int NV, class T>
       }
     }
   };
-  add_steps(0, smaller(kSum, k));
-  if (k > kSum) {
+  const int64_t half = k > kSum ? ceil_div(k, 2) : k;
+  add_steps(0, half);
+  if (half < k) {
     V before[ROWS][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) before[i][j] = sum[i][j], sum[i][j] = V{};
-    add_steps(kSum, k);
+    add_steps(half, k);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
