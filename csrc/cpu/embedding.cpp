@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // numbers for which another thread is worth waking
 constexpr int kVectors = 4;  // columns summed together, in vectors
+constexpr int64_t kPastBytes = 32 << 20;  // of a gradient whose rows of zeros are stored past the caches
 
 template <class T> void forward(const EmbeddingArgs<T>& args) {
   const int64_t width = args.width;
@@ -26,12 +27,20 @@ template <class T> void forward(const EmbeddingArgs<T>& args) {
   });
 }
 
+template <class T> void zero(T* to, int64_t count, bool past) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t c = 0;
+  if (past && reinterpret_cast<uintptr_t>(to) % (lanes * sizeof(T)) == 0)
+    for (; c + lanes <= count; c += lanes) stream(to + c, Vec<T>{});
+  std::memset(static_cast<void*>(to + c), 0, static_cast<size_t>(count - c) * sizeof(T));
+}
+
 // Columns [first, last) of row v: the sum over `count` positions.
 template <class T>
 void sum_row(const EmbeddingBackwardArgs<T>& args, int64_t v, int64_t first, int64_t last, const int64_t* positions,
              int64_t count) {
   constexpr int64_t lanes = kLanes<T>;
-  const double divisor = args.scale_grad_by_freq && count > 0 ? static_cast<double>(count) : 1.0;
+  const double divisor = args.scale_grad_by_freq ? static_cast<double>(count) : 1.0;
   for (int64_t c = first; c < last; c += kVectors * lanes) {
     Wide<T> sum[kVectors] = {};
     const int64_t whole = smaller(kVectors, (last - c) / lanes);
@@ -43,7 +52,9 @@ void sum_row(const EmbeddingBackwardArgs<T>& args, int64_t v, int64_t first, int
       if (rest) sum[whole] += __builtin_convertvector(load_partial<T>(from + whole * lanes, rest), Wide<T>);
     }
     T* to = args.grad_weight + v * args.width + c;
-    auto mean = [&](int64_t j) -> Vec<T> { return __builtin_convertvector(sum[j] / divisor, Vec<T>); };
+    auto mean = [&](int64_t j) -> Vec<T> {
+      return __builtin_convertvector(divisor == 1.0 ? sum[j] : sum[j] / divisor, Vec<T>);
+    };
     for (int64_t j = 0; j < whole; ++j) store(to + j * lanes, mean(j));
     if (rest) store_partial<T>(to + whole * lanes, mean(whole), rest);
   }
@@ -65,8 +76,14 @@ template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
   for (int64_t v = rows; v > 0; --v) start[v] = start[v - 1];  // each had become the next one's
   start[0] = 0;
 
-  const int64_t block = kVectors * kLanes<T>, blocks = ceil_div(width, block);
-  const int64_t parts = smaller(ceil_div(num_threads(), blocks), rows), work = count + rows;
+  // Threads take rows, which are whole stretches of memory; where one row has more than a thread's share of positions,
+  // columns too.
+  const int64_t threads = num_threads(), block = kVectors * kLanes<T>, blocks = ceil_div(width, block);
+  int64_t most = 0;
+  for (int64_t v = 0; v < rows; ++v) most = larger(most, start[v + 1] - start[v]);
+  const int64_t work = count + rows;
+  const int64_t parts = smaller(most > work / threads ? ceil_div(threads, blocks) : threads, rows);
+  const bool past = kStreams && rows * width * static_cast<int64_t>(sizeof(T)) >= kPastBytes;
   // A part's first row: the work before row v is start[v] + v.
   auto row_of = [&](int64_t part) {
     int64_t low = 0, high = rows;
@@ -85,10 +102,16 @@ template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
       const int64_t part = unit / blocks, upto = smaller(end, (part + 1) * blocks);
       const int64_t first = unit % blocks * block, last = smaller(width, first + (upto - unit) * block);
       const int64_t first_row = part == 0 ? 0 : row_of(part), last_row = part + 1 == parts ? rows : row_of(part + 1);
-      for (int64_t v = first_row; v < last_row; ++v)
-        sum_row(args, v, first, last, sorted + start[v], v == args.padding_idx ? 0 : start[v + 1] - start[v]);
+      for (int64_t v = first_row; v < last_row; ++v) {
+        const int64_t positions = v == args.padding_idx ? 0 : start[v + 1] - start[v];
+        if (positions == 0)
+          zero(args.grad_weight + v * width + first, last - first, past);
+        else
+          sum_row(args, v, first, last, sorted + start[v], positions);
+      }
       unit = upto;
     }
+    if (past) fence();
   });
 }
 
