@@ -2,7 +2,7 @@
 
 A mutant that survives fails the run. Results go to tests/mutants/results.json, a row a mutant, as soon as it is known:
 an interrupted run loses nothing and runs of parts add up. DLKERN_ISAS=avx512 makes a rebuild short.
-    python tests/mutate.py [--only SUBSTRING] [--results FILE]
+    python tests/mutate.py [--only SUBSTRING] [--missing] [--results FILE]
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ def mutants(only: str) -> list[dict]:
     return [m for m in found if only in m["name"] or only in m["file"]]
 
 
+def key(mutant: dict) -> tuple:
+    return mutant["file"], mutant["old"], mutant["new"]
+
+
+def recorded(path: Path) -> dict[tuple, dict]:
+    return {key(row): row for row in json.loads(path.read_text())} if path.exists() else {}
+
+
 def record(path: Path, row: dict) -> None:
     """Puts the row into the results, in the mutants' order; rows of mutants that are no more go."""
-    def key(mutant: dict) -> tuple:
-        return mutant["file"], mutant["old"], mutant["new"]
-
-    rows = {key(old): old for old in json.loads(path.read_text())} if path.exists() else {}
+    rows = recorded(path)
     rows[key(row)] = row
     everything = mutants("")
     known = [{**rows[key(m)], "name": m["name"]} for m in everything if key(m) in rows]
@@ -73,9 +78,11 @@ def run_tests(arguments: list[str]) -> subprocess.CompletedProcess:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
+    parser.add_argument("--missing", action="store_true", help="those the results do not have")
     parser.add_argument("--results", type=Path, default=ROOT / "tests" / "mutants" / "results.json")
     options = parser.parse_args()
-    chosen = mutants(options.only)
+    known = recorded(options.results) if options.missing else {}
+    chosen = [m for m in mutants(options.only) if key(m) not in known]
     COPY.mkdir(parents=True, exist_ok=True)
     for old in COPY.rglob("*"):  # what is gone from the sources; links, which are made anew; not what was built here
         inside = old.relative_to(COPY)
