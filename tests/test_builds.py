@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitizers
 
 import dlkern
 
@@ -52,19 +53,9 @@ def test_contract_with_avx512_vectors_on_any_machine():
     run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
 
 
-def runtime_library(name: str) -> str:
-    compiler = os.environ.get("CXX", "g++").split()[-1]
-    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-
-
 def sanitized(isas: str) -> dict[str, str]:
     """Environment of a process that runs on the sanitizers' library."""
-    return {
-        "LD_PRELOAD": f"{runtime_library('libasan.so')} {runtime_library('libubsan.so')}",
-        "DLKERN_LIBRARY": library("asan", isas),
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-    }
+    return {"DLKERN_LIBRARY": library("asan", isas), **sanitizers.environment()}
 
 
 def best_isa() -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,17 +32,9 @@ def test_on_the_checked_build():
     cuda_tests("checked", "not large_tiles and not no_bias and not reverse and not training")
 
 
-def runtime_library(name: str) -> str:
-    compiler = os.environ.get("CXX", "g++").split()[-1]
-    command = [compiler, f"-print-file-name={name}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 @pytest.mark.slow
 def test_under_address_and_undefined_behaviour_sanitizers():
     cuda_tests(
         "asan", "thread_order or views or out_of_range or wrong_arguments or nothing_to_do",
-        LD_PRELOAD=f"{runtime_library('libasan.so')} {runtime_library('libubsan.so')}",
-        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
-        OMP_NUM_THREADS="1",
+        OMP_NUM_THREADS="1", **sanitizers.environment(),
     )

@@ -1,8 +1,9 @@
 """Random arguments: dlkern agrees with torch by the rule, or raises where torch raises.
 
-100 examples an op here; `make fuzz` runs 2,000.
+100 examples an op here; `make fuzz` runs 2,000. DLKERN_FUZZ_COLUMN=cuda (or triton): that column, emulated.
 """
 
+import contextlib
 import functools
 import os
 
@@ -13,6 +14,7 @@ import torch.nn.functional as tF
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import dlkern
 import dlkern.nn.functional as F
 from dlkern.testing import compare
 
@@ -23,7 +25,8 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+COLUMN = os.environ.get("DLKERN_FUZZ_COLUMN", "cpu")
+dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, *[torch.float64] * (COLUMN != "cuda")])
 # Mostly sensible, sometimes not: both sides must refuse the same calls.
 small = st.integers(-1, 4)
 pairs = st.one_of(small, st.tuples(small, small))
@@ -42,6 +45,16 @@ def tensor(draw, shape, dtype):
     if layout == "expanded" and shape[0] > 0:
         return x[:1].expand(shape)
     return x
+
+
+@contextlib.contextmanager
+def column():
+    """Calls inside are ours, on the column under test."""
+    if COLUMN == "cpu":
+        yield
+    else:
+        with dlkern.testing.emulated(), dlkern.backend(COLUMN):
+            yield
 
 
 def run(function, inputs, dtype, cotangent_dtype=None, seed=5):
@@ -81,7 +94,8 @@ def rows_over_draws(ours_function, theirs_function, inputs, dtype, draws):
     for seed in range(draws):
         torch.manual_seed(1000 + seed)
         drawn = [redrawn(x) for x in inputs]
-        ours = run(ours_function, drawn, dtype, dtype, seed)
+        with column():
+            ours = run(ours_function, drawn, dtype, dtype, seed)
         exact = run(theirs_function, drawn, torch.float64, dtype, seed)
         narrow = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in drawn]
         double = dtype == torch.float64
@@ -107,7 +121,9 @@ def steps(x):
 
 def agree(ours_function, theirs_function, inputs, dtype, same_strides=True):
     torch.manual_seed(7)
-    ours, theirs = run(ours_function, inputs, dtype), run(theirs_function, inputs, dtype)
+    with column():
+        ours = run(ours_function, inputs, dtype)
+    theirs = run(theirs_function, inputs, dtype)
     if isinstance(theirs, Exception):
         assert isinstance(ours, Exception), f"torch raised {theirs!r}, dlkern returned"
         assert isinstance(ours, type(theirs)) or isinstance(theirs, type(ours)), f"torch: {theirs!r}; dlkern: {ours!r}"
@@ -507,10 +523,11 @@ def test_dropout(shape, p, dtype):
     try:
         tF.dropout(x, p)
     except ValueError:
-        with pytest.raises(ValueError):
+        with column(), pytest.raises(ValueError):
             F.dropout(x, p)
         return
-    y = F.dropout(x, p)
+    with column():
+        y = F.dropout(x, p)
     kept = y != 0
     scaled = (x.double() / (1 - p) if p < 1 else torch.zeros_like(x, dtype=torch.float64)).to(dtype)
     assert torch.equal(y[kept], scaled[kept]) or compare(

@@ -101,14 +101,11 @@ template <class T, int SCORE> void forward(const AttentionArgs<T>& args) {
   const int64_t chunks = ceil_div(s.queries, chunk), tasks = heads * chunks;
   const double work = static_cast<double>(heads * s.queries) * static_cast<double>(s.keys * (s.depth + s.value_depth));
   const int64_t workers = work < kWorthWaking ? 1 : smaller(threads, tasks);
-  // Every so many-th task each: later chunks see more keys where attention is causal.
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task = worker; task < tasks; task += workers) {
-        const int64_t head = task / chunks, i0 = task % chunks * chunk;
-        forward_chunk<T, SCORE>(args, head / s.heads, head % s.heads, i0, smaller(chunk, s.queries - i0),
-                                smaller(chunk, ceil_div(s.queries, kRows) * kRows));
-      }
+  // Later chunks first: they see more keys where attention is causal.
+  parallel_tasks(workers, tasks, [&](int64_t task) {
+    const int64_t head = task / chunks, i0 = (chunks - 1 - task % chunks) * chunk;
+    forward_chunk<T, SCORE>(args, head / s.heads, head % s.heads, i0, smaller(chunk, s.queries - i0),
+                            smaller(chunk, ceil_div(s.queries, kRows) * kRows));
   });
 }
 

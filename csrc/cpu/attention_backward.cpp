@@ -334,13 +334,10 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
     SCORE == kDotScore ? make_delta(args, delta) : make_delta_by_tiles<T, SCORE>(args, delta);
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
   const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task = worker; task < tasks; task += workers) {
-        const int64_t head = task / splits;
-        backward_keys<T, SCORE>(args, delta, head / s.key_heads, head % s.key_heads, task % splits, splits,
-                                partial + task * slice, weights ? weights + task * s.depth : nullptr);
-      }
+  parallel_tasks(workers, tasks, [&](int64_t task) {
+    const int64_t head = task / splits;
+    backward_keys<T, SCORE>(args, delta, head / s.key_heads, head % s.key_heads, task % splits, splits,
+                            partial + task * slice, weights ? weights + task * s.depth : nullptr);
   });
   parallel_for(heads * group * s.queries, 1 + 16384 / (depth * splits + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

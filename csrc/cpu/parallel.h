@@ -26,4 +26,13 @@ inline void parallel_for(int64_t n, int64_t grain, F&& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// f(task) for each of [0, tasks) on `workers` threads, which take the next one when they are done: for tasks of different
+// lengths, the longest first.
+template <class F> inline void parallel_tasks(int64_t workers, int64_t tasks, F&& f) {
+  int64_t next = 0;
+  parallel_for(workers, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) f(task);
+  });
+}
+
 }  // namespace dlkern::cpu
