@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as tF
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import dlkern
@@ -430,6 +430,8 @@ def layer_norm_calls(draw):
 @given(layer_norm_calls())
 def test_layer_norm(call):
     inputs, normalized, eps, dtype = call
+    # Of a row of equal numbers torch's float64 is not the exact result, which is 0, and ours is.
+    assume(dtype != torch.float64 or inputs[0].dim() == 0 or inputs[0].stride(0) != 0)
 
     def on(namespace):
         return lambda x, *parameters: namespace.layer_norm(x, normalized, *parameters, *(None,) * (2 - len(parameters)), eps)
@@ -487,7 +489,7 @@ def recurrent_calls(draw):
     gates = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[kind]
     states = [(layers * directions, batch, hidden)] * (2 if kind == "lstm" else 1)
     odd = draw(st.integers(0, 14))
-    if odd == 0:
+    if odd == 0 and batch > 1:  # of one sequence, torch's LSTM takes states of any number, or reads past them
         states = [(layers * directions, batch + 1, hidden)] * len(states)
     sizes = []
     for layer in range(layers):
@@ -497,7 +499,7 @@ def recurrent_calls(draw):
     if odd == 1:
         sizes[0] = (sizes[0][0], sizes[0][1] + 1)
     x = tensor(draw, (batch, steps, inputs) if first else (steps, batch, inputs), dtype)
-    rest = [torch.randn(size, dtype=torch.float64).to(dtype) * 0.5 for size in [*states, *sizes]]
+    rest = [torch.randn(size, dtype=torch.float64).to(dtype) for size in [*states, *sizes]]
     return kind, [x, *rest], len(states), (bias, layers, 0.0, True, directions == 2, first), dtype
 
 
@@ -508,6 +510,7 @@ def test_recurrent(call):
 
     def on(namespace):
         def f(x, *rest):
+            rest = [value * 0.5 for value in rest]  # states that grow from step to step overflow
             hx = rest[:states] if kind == "lstm" else rest[0]
             return getattr(namespace, kind)(x, hx, list(rest[states:]), *settings)
 

@@ -168,7 +168,7 @@ template <class T> void make_delta(const AttentionBackwardArgs<T>& args, acc_t<T
 }
 
 // delta as sum(P g V^T), another pass over the tiles: it cancels in dS as it does where the matrix of scores is in memory,
-// which is what torch does for scores other than dot products.
+// which is what torch does for scores other than dot products, and for all where a mask wants its gradient.
 template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardArgs<T>& args, acc_t<T>* delta) {
   using A = acc_t<T>;
   const AttentionShape& s = args.forward.shape;
@@ -269,7 +269,8 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
     for (int64_t d = 0; d < s.depth; ++d) grad_weight[d] = of_weight[d] * static_cast<A>(s.scale);
 }
 
-// The mask's gradient: a task is a tile of the mask and adds up, in order, the dS of all that it was broadcast to.
+// The mask's gradient: a task is a tile of the mask and adds up, in order and in double, the dS of all that it was broadcast
+// to: over keys they cancel.
 template <class T, int SCORE> void backward_mask(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta) {
   using A = acc_t<T>;
   const AttentionShape& s = args.forward.shape;
@@ -279,15 +280,13 @@ template <class T, int SCORE> void backward_mask(const AttentionBackwardArgs<T>&
   const int64_t tasks = size[0] * size[1] * row_blocks * key_blocks;
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
   parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
-    const int64_t tile_size = GradientTile<T, SCORE>::size(s);
-    A* memory = scratch<A>(Slot::family_0, tile_size + kRows * kKeys);
-    GradientTile<T, SCORE> tile(args, delta, memory);
+    GradientTile<T, SCORE> tile(args, delta, scratch<A>(Slot::family_0, GradientTile<T, SCORE>::size(s)));
     tile.through_cap = false;  // the mask is added behind it
-    A* total = memory + tile_size;
+    double* total = scratch<double>(Slot::family_4, kRows * kKeys);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_block = task % key_blocks, row_block = task / key_blocks % row_blocks,
                     mh = task / key_blocks / row_blocks % size[1], mb = task / key_blocks / row_blocks / size[1];
-      std::memset(static_cast<void*>(total), 0, sizeof(A) * static_cast<size_t>(kRows * kKeys));
+      std::memset(total, 0, sizeof(double) * static_cast<size_t>(kRows * kKeys));
       for (int64_t b = size[0] == 1 ? 0 : mb; b < (size[0] == 1 ? s.batch : mb + 1); ++b)
         for (int64_t h = size[1] == 1 ? 0 : mh; h < (size[1] == 1 ? s.heads : mh + 1); ++h) {
           tile.set_head(b, h);
@@ -302,9 +301,16 @@ template <class T, int SCORE> void backward_mask(const AttentionBackwardArgs<T>&
               if (seen.last <= j0 || seen.first >= j0 + n) continue;
               tile.load_queries(i0, rows);
               tile.compute(rows, n, seen);
-              for (int64_t r = 0; r < rows; ++r)
-                for (int64_t j = 0; j < n; ++j)
-                  total[(every_row ? 0 : r) * kKeys + (every_key ? 0 : j)] += tile.change[r * kKeys + j];
+              for (int64_t r = 0; r < rows; ++r) {
+                double* to = total + (every_row ? 0 : r) * kKeys;
+                Wide<A> sum{};
+                for (int64_t j = 0; j < n; j += kLanes<A>) {
+                  if (!every_key) std::memcpy(&sum, to + j, sizeof sum);
+                  sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
+                  if (!every_key) std::memcpy(to + j, &sum, sizeof sum);
+                }
+                if (every_key) to[0] += reduce_add(sum);
+              }
             }
           }
         }
@@ -330,8 +336,11 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   A* delta = scratch<A>(Slot::family_1, s.batch * s.heads * s.queries);
   A* partial = scratch<A>(Slot::family_2, tasks * slice);
   A* weights = args.grad_weight ? scratch<A>(Slot::family_3, tasks * s.depth) : nullptr;
+  // With the matrix of scores in memory, torch has exact sums where a rounded output of 16 bits would show.
+  const bool by_tiles =
+      SCORE != kDotScore || args.grad_mask || (sizeof(T) < sizeof(A) && (s.p > 0 || s.depth != s.value_depth));
   if (s.keys > kKeys)  // else every tile is whole and makes its own
-    SCORE == kDotScore ? make_delta(args, delta) : make_delta_by_tiles<T, SCORE>(args, delta);
+    by_tiles ? make_delta_by_tiles<T, SCORE>(args, delta) : make_delta(args, delta);
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
   const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
   parallel_tasks(workers, tasks, [&](int64_t task) {

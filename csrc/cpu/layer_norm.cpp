@@ -37,8 +37,12 @@ template <class T> void forward(const LayerNormArgs<T>& args) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = args.input + row * columns;
       T* y = args.output + row * columns;
-      const A mean =
-          sum_row<T>(columns, [&](int64_t j, int64_t count) { return load_some(x + j, count); }) / count_of_row;
+      // About the first number: a row of equal numbers has exactly that mean, and deviations of exactly 0.
+      const A first = static_cast<A>(x[0]);
+      const A mean = first + sum_row<T>(columns, [&](int64_t j, int64_t count) {
+                               const Vec<T> d = load_some(x + j, count) - first;
+                               return count == lanes ? d : first_lanes<T>(d, count);
+                             }) / count_of_row;
       const A square = sum_row<T>(columns, [&](int64_t j, int64_t count) {
         const Vec<T> d = load_some(x + j, count) - mean;
         return count == lanes ? d * d : first_lanes<T>(d * d, count);
