@@ -264,7 +264,7 @@ struct Product {
 };
 
 namespace {  // a kernel for each source
-__global__ void __launch_bounds__(kThreads) rnn_counters_kernel(unsigned* counters, int64_t count) {
+[[maybe_unused]] __global__ void __launch_bounds__(kThreads) rnn_counters_kernel(unsigned* counters, int64_t count) {
   for (int64_t i = threadIdx.x; i < count; i += kThreads) counters[i] = 0;
 }
 }  // namespace
