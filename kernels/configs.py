@@ -203,7 +203,7 @@ def rnn_row(x, hidden, whole):
     if architecture(x) == 0:
         return {"BLOCK_J": _block(hidden, 16, 1 << 20) if whole else 16}
     block = _block(hidden, 32, 1 << 20 if whole else 256)
-    return {"BLOCK_J": block, "num_warps": max(1, min(16, block // 128))}
+    return {"BLOCK_J": block, "num_warps": max(1, min(16, block // 64))}
 
 
 def _rnn_tile(blocks, warps, stages):

@@ -191,7 +191,7 @@ void rnn_forward(const RnnShape& s, RnnRoute route, const RnnForward& x, void* s
                               all};
     const auto shared = static_cast<size_t>(Tile::shared_bytes(s.hidden, all));
     if (all) {
-      DLKERN_LAUNCH(rnn_counters_kernel, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
+      DLKERN_LAUNCH(rnn_counters_kernel<kThreads>, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
       DLKERN_LAUNCH_COOPERATIVE((rnn_forward_kernel<T, gates.value, wide.value>), grid(s), dim3(kThreads), shared,
                                 stream, args, int64_t{0}, s.steps);
       return;

@@ -131,7 +131,7 @@ void rnn_backward(const RnnShape& s, RnnRoute route, const RnnBackward& x, void*
                                all};
     const auto shared = static_cast<size_t>(Tile::shared_bytes(gates.value * s.hidden, all));
     if (all) {
-      DLKERN_LAUNCH(rnn_counters_kernel, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
+      DLKERN_LAUNCH(rnn_counters_kernel<kThreads>, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
       DLKERN_LAUNCH_COOPERATIVE((rnn_backward_kernel<T, gates.value, wide.value>), grid(s), dim3(kThreads), shared,
                                 stream, args, int64_t{-1}, s.steps);
       return;

@@ -46,16 +46,17 @@ __global__ void __launch_bounds__(kThreads) rnn_start_kernel(ForwardArgs<T> a) {
   if (a.c0 && i < a.shape.batch * a.shape.hidden) a.cell[i] = to_float(a.c0[i]);
 }
 
-// A block normalises a row of what the input gives, in place; norms, where not null, gets it too.
+// A block normalises a row of what the input gives; norms, where not null, gets it too.
 __global__ void __launch_bounds__(kThreads)
-    rnn_norm_kernel(float* given, float* norms, int64_t count, int64_t norm_size) {
+    rnn_norm_kernel(const float* given, float* normed, float* norms, int64_t count, int64_t norm_size) {
   DLKERN_SHARED(float, partial, [3][kPartials]);
-  float* const x = given + blockIdx.x * count;
+  const float* const x = given + blockIdx.x * count;
+  float* const to = normed + blockIdx.x * count;
   float* const norm = norms ? norms + blockIdx.x * norm_size : nullptr;
   const Statistics found = statistics(count, partial, [x](int64_t j) { return x[j]; });
   for (int64_t j = threadIdx.x; j < count; j += kThreads) {
-    x[j] = (x[j] - found.mean) * found.scale;
-    if (norm) norm[j] = x[j];
+    to[j] = (x[j] - found.mean) * found.scale;
+    if (norm) norm[j] = to[j];
   }
   if (norm && threadIdx.x == 0) norm[norm_size - 3] = found.scale;
 }
@@ -193,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, 2) rnn_project_kernel(ForwardArgs<T>
 void rnn_options_forward(const RnnShape& s, const RnnOptions& o, const RnnOptionsForward& x, void* stream) {
   const int64_t width = s.gates() * s.hidden, units = s.hidden > o.state ? s.hidden : o.state;
   if (o.norm_ih)
-    DLKERN_LAUNCH(rnn_norm_kernel, dim3(static_cast<unsigned>(s.rows)), dim3(kThreads), 0, stream, x.given, x.norms,
-                  width, o.norm_size(s));
+    DLKERN_LAUNCH(rnn_norm_kernel, dim3(static_cast<unsigned>(s.rows)), dim3(kThreads), 0, stream, x.given, x.normed,
+                  x.norms, width, o.norm_size(s));
   const auto arguments = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t kPiece = 16 / sizeof(T);
@@ -206,7 +207,7 @@ void rnn_options_forward(const RnnShape& s, const RnnOptions& o, const RnnOption
                           static_cast<const T*>(x.bias_hh),
                           static_cast<const T*>(x.h0),
                           static_cast<const T*>(x.c0),
-                          x.given,
+                          o.norm_ih ? x.normed : x.given,
                           static_cast<T*>(x.output),
                           static_cast<T*>(x.h_n),
                           static_cast<T*>(x.c_n),

@@ -24,11 +24,12 @@ struct RnnOptions {
   }
 };
 
-// given = input weight_ih^T [rows, gates * hidden], normalised in place where there is a norm. gates, cells, norms: for
+// given = input weight_ih^T [rows, gates * hidden]; where there is a norm, normed is room for it normalised. gates, cells, norms: for
 // the backward, or null. Working memory: floats state [batch, state], cell [batch, hidden], sums [batch, gates * hidden],
 // units [batch, 2, hidden]; of the tensors' type operand [batch, state], and of projections made [batch, hidden].
 struct RnnOptionsForward {
-  float* given;
+  const float* given;
+  float* normed;
   const void *weight_hh, *weight_hr, *bias_ih, *bias_hh, *h0, *c0;
   void *output, *h_n, *c_n;
   float *gates, *cells, *norms;

@@ -87,6 +87,7 @@ Six rnn_options_forward_cuda(const Tensor& input, const Tensor& weight_ih, const
   Tensor cells = allocate({keep && l.lstm ? s.rows : 0, s.hidden}, sums, input);
   Tensor norms = allocate({keep && l.normed ? s.rows : 0, l.norm_size}, sums, input);
   const Tensor state = allocate({s.batch, l.state}, sums, input), operand = allocate({s.batch, l.state}, dtype, input),
+               normed = allocate({l.normed ? s.rows : 0, l.width}, sums, input),
                cell = allocate({l.lstm ? s.batch : 0, s.hidden}, sums, input),
                products = allocate({s.batch, l.width}, sums, input),
                units = allocate({l.lstm ? s.batch : 0, 2 * s.hidden}, sums, input),
@@ -94,7 +95,8 @@ Six rnn_options_forward_cuda(const Tensor& input, const Tensor& weight_ih, const
   Call call(x);
   const cuda::RnnShape shape = l.layer.reads(call);
   const cuda::RnnOptions options = l.reads(call);
-  const cuda::RnnOptionsForward tensors{floats(call.updates(given)),
+  const cuda::RnnOptionsForward tensors{floats(call.reads(given)),
+                                        floats(call.writes(normed)),
                                         call.reads(w_hh),
                                         call.reads(w_hr),
                                         call.reads(b_ih),
