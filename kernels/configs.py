@@ -179,15 +179,31 @@ def rnn(x, batch, hidden, operand, tf32):
     if tensor_cores and hidden <= (128 if half and not amd else 64):  # weights fit the registers
         block = _block(hidden, 16, 128)
         return {**_rnn_tile((16, block, block), max(1, block // 16), 1), "CARRY": True, "SYNC": False}
-    tile, block_k, warps, stages = (16, 32), 16, 8, 1
-    if tensor_cores:
-        few = [t for t in _RNN_TILES if triton.cdiv(batch, t[0]) * triton.cdiv(hidden, t[1]) <= processors]
-        tile = few[0] if few else _RNN_TILES[-1]
-        large = tile[0] * tile[1] > 512
-        block_k, warps, stages = (64 if half else 32) // (1 + large), 8 if large else 4, 3
+    tile = rnn_product(x, batch, hidden, operand, tf32)
     # A program waits for others, which must be resident: no more programs than processors, launched as one group.
-    programs = triton.cdiv(batch, tile[0]) * triton.cdiv(hidden, tile[1])
-    return {**_rnn_tile((*tile, block_k), warps, stages), "CARRY": False, "SYNC": not amd and programs <= processors}
+    programs = triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(hidden, tile["BLOCK_J"])
+    return {**tile, "CARRY": False, "SYNC": not amd and programs <= processors}
+
+
+def rnn_product(x, batch, units, operand, tf32):
+    """Tile of sequences x units of a step's product: as many programs as the GPU has processors, where that many there are."""
+    arch, half = architecture(x), operand.itemsize == 2
+    if arch == 0:
+        return _rnn_tile((16, 32, 32), 4, 1)
+    if arch == 75 or not (half or tf32):
+        return _rnn_tile((16, 32, 16), 8, 1)
+    few = [t for t in _RNN_TILES if triton.cdiv(batch, t[0]) * triton.cdiv(units, t[1]) <= _processors(x)]
+    tile = few[0] if few else _RNN_TILES[-1]
+    large = tile[0] * tile[1] > 512
+    return _rnn_tile((*tile, (64 if half else 32) // (1 + large)), 8 if large else 4, 3)
+
+
+def rnn_row(x, hidden, whole):
+    """Units of a sequence's step that a program has: all of them where it normalises."""
+    if architecture(x) == 0:
+        return {"BLOCK_J": _block(hidden, 16, 1 << 20) if whole else 16}
+    block = _block(hidden, 32, 1 << 20 if whole else 256)
+    return {"BLOCK_J": block, "num_warps": max(1, min(16, block // 64))}
 
 
 def _rnn_tile(blocks, warps, stages):

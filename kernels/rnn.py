@@ -13,6 +13,8 @@ t < length[b]; T and B are runtime arguments that compile nothing anew. Floor: 2
 tensor cores' peak, or a step's latency times T.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -40,6 +42,49 @@ _RUNTIME = ["B", "T", "first", "last"]  # never compiled anew for
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _plain_cell(x, MODE: tl.constexpr):
+    # The state, and the activation's derivative.
+    if MODE == 0:
+        new = libdevice.tanh(x)
+        slope = 1.0 - new * new
+    else:
+        new = tl.where(x <= 0, 0.0, x)  # NaN stays
+        slope = tl.where(x > 0, 1.0, new)
+    return new, slope
+
+
+@triton.jit
+def _gru_cell(x0, x1, x2, recurrent, h):
+    # r, z, n and the state.
+    r = _sigmoid(x0)
+    z = _sigmoid(x1)
+    candidate = libdevice.tanh(x2 + r * recurrent)
+    return r, z, candidate, candidate + z * (h - candidate)
+
+
+@triton.jit
+def _lstm_cell(x0, x1, x2, c):
+    # i, f, g and the cell.
+    i = _sigmoid(x0)
+    f = _sigmoid(x1)
+    g = libdevice.tanh(x2)
+    return i, f, g, f * c + i * g
+
+
+@triton.jit
+def _gru_gradients(dh, recurrent, r, z, candidate, h):
+    # Of what the recurrent product gave to n, of r, z and n, before their activations.
+    dn = dh * (1.0 - z) * (1.0 - candidate * candidate)
+    return dn * r, dn * recurrent * r * (1.0 - r), dh * (h - candidate) * z * (1.0 - z), dn
+
+
+@triton.jit
+def _lstm_gradients(dc, i, f, g, c_before):
+    # Of i, f and g, before their activations.
+    return dc * g * i * (1.0 - i), dc * c_before * f * (1.0 - f), dc * i * (1.0 - g * g)
 
 
 @triton.jit
@@ -203,11 +248,10 @@ def rnn_forward_kernel(
             end = tl.zeros_like(length)
         last_here = here & (t == end)[:, None]
         if MODE == _LSTM:
-            i = _sigmoid(x0 + bias0[None, :] + sum0)
-            f = _sigmoid(x1 + bias1[None, :] + sum1)
-            g = libdevice.tanh(x2 + bias2[None, :] + sum2)
+            i, f, g, new_c = _lstm_cell(
+                x0 + bias0[None, :] + sum0, x1 + bias1[None, :] + sum1, x2 + bias2[None, :] + sum2, c
+            )
             o = _sigmoid(x3 + bias3[None, :] + sum3)
-            new_c = f * c + i * g
             new = o * libdevice.tanh(new_c)
             c = tl.where(here, new_c, c)
             tl.store(c_n_ptr + place, c.to(DTYPE), mask=last_here)
@@ -216,20 +260,13 @@ def rnn_forward_kernel(
                 tl.store(cells_ptr + row[:, None] * H + j[None, :], c.to(cells_ptr.dtype.element_ty), mask=here)
         elif MODE == _GRU:
             recurrent = sum2 + bias3[None, :]
-            r = _sigmoid(x0 + bias0[None, :] + sum0)
-            z = _sigmoid(x1 + bias1[None, :] + sum1)
-            candidate = libdevice.tanh(x2 + bias2[None, :] + r * recurrent)
-            new = candidate + z * (h - candidate)
+            r, z, candidate, new = _gru_cell(
+                x0 + bias0[None, :] + sum0, x1 + bias1[None, :] + sum1, x2 + bias2[None, :], recurrent, h
+            )
             if KEEP:
                 _keep(gate, recurrent, r, z, candidate, here, H, gates_ptr.dtype.element_ty)
         else:
-            x = x0 + bias0[None, :] + sum0
-            if MODE == 0:
-                new = libdevice.tanh(x)
-                slope = 1.0 - new * new
-            else:
-                new = tl.where(x <= 0, 0.0, x)  # NaN stays
-                slope = tl.where(x > 0, 1.0, new)
+            new, slope = _plain_cell(x0 + bias0[None, :] + sum0, MODE)
             if KEEP:
                 tl.store(gate, slope.to(gates_ptr.dtype.element_ty), mask=here)
         if CARRY:
@@ -359,13 +396,11 @@ def rnn_backward_kernel(
                 c_before = _state(cells_ptr, c0_ptr, row_before, b, j, exists, active, H).to(ACC)
                 carried += tl.load(grad_c_n_ptr + place, mask=here & (goes_on == 0)[:, None], other=0.0).to(ACC)
                 dc = carried + dh * x3 * (1.0 - c * c)
-                grad0, grad1 = dc * x2 * x0 * (1.0 - x0), dc * c_before * x1 * (1.0 - x1)
-                grad2, grad3 = dc * x0 * (1.0 - x2 * x2), dh * c * x3 * (1.0 - x3)
+                grad0, grad1, grad2 = _lstm_gradients(dc, x0, x1, x2, c_before)
+                grad3 = dh * c * x3 * (1.0 - x3)
                 carried = tl.where(here, dc * x1, carried)
             else:  # what the recurrent product gave to n, r, z, n
-                dn = dh * (1.0 - x2) * (1.0 - x3 * x3)
-                grad0, grad1 = dn * x1, dn * x0 * x1 * (1.0 - x1)
-                grad2, grad3 = dh * (h.to(ACC) - x3) * x2 * (1.0 - x2), dn
+                grad0, grad1, grad2, grad3 = _gru_gradients(dh, x0, x1, x2, x3, h.to(ACC))
                 carried = tl.where(here, dh * x2, carried)
             grad0 = tl.where(here, grad0, 0.0).to(OPERAND)
             grad1 = tl.where(here, grad1, 0.0).to(OPERAND)
@@ -409,17 +444,19 @@ class _Sequence:
 
     def __init__(self, op, input, weight_ih, weight_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse):
         check_tensors(op, input, weight_ih, weight_hh, h0, c0)
-        check(weight_hr is None, f"{op}: the triton column has no projection")
         check(0 <= mode <= 3, f"{op}: no mode {mode}")
         dims = 3 if batch_sizes is None else 2
         check(input.dim() == dims, f"{op}: input has {input.dim()} dimensions, expected {dims}")
         check(weight_hh.dim() == 2, f"{op}: weight_hh has {weight_hh.dim()} dimensions, expected 2")
         check(batch_sizes is None or lengths is None, f"{op}: batch_sizes and lengths exclude each other")
-        self.op, self.mode, self.reverse, self.device = op, mode, reverse, input.device
-        self.inputs, self.hidden = input.shape[-1], weight_hh.shape[1]
+        self.op, self.mode, self.like, self.device = op, mode, input, input.device
+        lstm_weight = weight_hr is None or (mode == LSTM and weight_hr.dim() == 2)
+        check(lstm_weight, f"{op}: weight_hr is an LSTM's projection, [state, hidden]")
+        self.inputs, self.state = input.shape[-1], weight_hh.shape[1]
+        self.hidden = self.state if weight_hr is None else weight_hr.shape[1]
         self.width = GATES[mode] * self.hidden
         self.slots = 4 if mode == GRU else GATES[mode]
-        check(self.hidden > 0 and self.inputs > 0, f"{op}: input or hidden size is zero")
+        check(min(self.hidden, self.state, self.inputs) > 0, f"{op}: input, hidden or state size is zero")
         each, offsets = None, None
         if batch_sizes is not None:
             sizes = _numbers(op, "batch_sizes", batch_sizes)
@@ -448,38 +485,58 @@ class _Sequence:
                 check(longest <= self.steps, f"{op}: a length of {longest}, but input has {self.steps} time steps")
         check(self.steps > 0 and self.batch > 0, f"{op}: no time steps, or no sequences")
         self.size("weight_ih", weight_ih, self.width, self.inputs)
-        self.size("weight_hh", weight_hh, self.width, self.hidden)
-        self.size("h0", h0, self.batch, self.hidden)
+        self.size("weight_hh", weight_hh, self.width, self.state)
+        if weight_hr is not None:
+            self.size("weight_hr", weight_hr, self.state, self.hidden)
+        self.size("h0", h0, self.batch, self.state)
         check((c0 is not None) == (mode == LSTM), f"{op}: c0 is for LSTM, and LSTM wants one")
         if c0 is not None:
             self.size("c0", c0, self.batch, self.hidden)
         self.offsets, self.lengths = self._on_device(offsets), self._on_device(each)
         # Among few roundings chance decides who errs more: then products and what is between kernels are in a wider type.
-        few = self.rows * self.width * (self.inputs + self.hidden) <= _FEW_PRODUCTS
+        few = self.rows * self.width * (self.inputs + self.state) <= _FEW_PRODUCTS
         wider = torch.float32 if input.element_size() == 2 else torch.float64
         self.operand = wider if few else input.dtype
         precision = dot_precision(self.operand, allow_tf32_cudnn())
-        self.config = configs.rnn(input, self.batch, self.hidden, self.operand, precision == "tf32")
-        self.constants = {
-            "MODE": mode, "REVERSE": reverse, "PACKED": offsets is not None, "RAGGED": each is not None,
-            "ACC": accumulator(self.operand), "OPERAND": triton_type(self.operand), "PRECISION": precision, **self.config,
-        }
+        self.steps_are = {"REVERSE": reverse, "PACKED": offsets is not None, "RAGGED": each is not None}
+        self.types = {"ACC": accumulator(self.operand), "OPERAND": triton_type(self.operand), "PRECISION": precision}
         self.product = {"operand": self.operand, "allow_tf32": allow_tf32_cudnn()}  # how matrix products are to be made
+
+    @functools.cached_property
+    def config(self):
+        return configs.rnn(self.like, self.batch, self.hidden, self.operand, self.types["PRECISION"] == "tf32")
 
     def size(self, name, x, *expected):
         check(tuple(x.shape) == expected, f"{self.op}: {name} is {list(x.shape)}, not {list(expected)}")
+
+    def check_backward(self, grad_output, grad_h_n, grad_c_n, output, gates, cells, of_weight, of_bias):
+        """Sizes of the backward's tensors, whose dtype and device are checked but for gates and cells."""
+        op, lstm, steps = self.op, self.mode == LSTM, self.like.shape[:-1]
+        self.size("grad_output", grad_output, *steps, self.state)
+        self.size("output", output, *steps, self.state)
+        self.size("grad_h_n", grad_h_n, self.batch, self.state)
+        check((grad_c_n is not None) == lstm, f"{op}: grad_c_n is for LSTM, and LSTM wants one")
+        if lstm:
+            self.size("grad_c_n", grad_c_n, self.batch, self.hidden)
+        dtype = accumulator_dtype(self.like.dtype)
+        check(gates.dtype == cells.dtype == dtype, f"{op}: gates or cells are not what the forward gave")
+        check(gates.device == cells.device == self.device, f"{op}: gates or cells are not on {self.device}")
+        self.size("gates", gates, self.rows, self.slots * self.hidden)
+        self.size("cells", cells, self.rows if lstm else 0, self.hidden)
+        check(of_weight or not of_bias, f"{op}: gradients of biases come with those of weights")
 
     def _on_device(self, numbers):
         return None if numbers is None else torch.tensor(numbers, dtype=torch.int32).to(self.device)
 
     def launch(self, kernel, tensors, steps, **constants):
         """One launch of all steps where the configuration allows it, else a launch a step."""
+        constants |= {"MODE": self.mode, **self.steps_are, **self.types, **self.config}
         grid = (triton.cdiv(self.batch, self.config["BLOCK_B"]), triton.cdiv(self.hidden, self.config["BLOCK_J"]))
         at_once = self.config["CARRY"] or self.config["SYNC"]
         for first in range(0, 1 if at_once else steps):
             launch(
                 kernel, grid, *tensors, self.batch, self.steps, self.hidden, first, steps if at_once else first + 1,
-                **constants, **self.constants, launch_cooperative_grid=self.config["SYNC"] and grid[1] > 1,
+                **constants, launch_cooperative_grid=self.config["SYNC"] and grid[1] > 1,
             )
 
     def counters(self):
@@ -497,6 +554,7 @@ def rnn_forward(
 ):
     """output, h_n, c_n, and for the backward (where keep) the gates after their activations and the cells."""
     op = "rnn_forward"
+    check(weight_hr is None, f"{op}: a projection is rnn_options_{op[4:]}'s in the triton column")
     s = _Sequence(op, input, weight_ih, weight_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse)
     check_tensors(op, input, bias_ih, bias_hh)
     check((bias_ih is None) == (bias_hh is None), f"{op}: one of the biases is missing")
@@ -542,20 +600,11 @@ def rnn_backward(
 ):
     """Gradients of input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0 and c0."""
     op = "rnn_backward"
+    check(weight_hr is None, f"{op}: a projection is rnn_options_{op[4:]}'s in the triton column")
     s = _Sequence(op, input, weight_ih, weight_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse)
     check_tensors(op, input, grad_output, grad_h_n, grad_c_n, output)
-    lstm, dtype = mode == LSTM, accumulator_dtype(input.dtype)
-    s.size("grad_output", grad_output, *input.shape[:-1], s.hidden)
-    s.size("output", output, *input.shape[:-1], s.hidden)
-    s.size("grad_h_n", grad_h_n, s.batch, s.hidden)
-    check((grad_c_n is not None) == lstm, f"{op}: grad_c_n is for LSTM, and LSTM wants one")
-    if lstm:
-        s.size("grad_c_n", grad_c_n, s.batch, s.hidden)
-    check(gates.dtype == cells.dtype == dtype, f"{op}: gates or cells are not what rnn_forward gave")
-    check(gates.device == cells.device == input.device, f"{op}: gates or cells are not on {input.device}")
-    s.size("gates", gates, s.rows, s.slots * s.hidden)
-    s.size("cells", cells, s.rows if lstm else 0, s.hidden)
-    check(of_weight or not of_bias, f"{op}: gradients of biases come with those of weights")
+    lstm = mode == LSTM
+    s.check_backward(grad_output, grad_h_n, grad_c_n, output, gates, cells, of_weight, of_bias)
     new = input.new_empty
     grad_gates = new((s.rows, s.slots * s.hidden), dtype=s.operand)
     previous = new((s.rows if of_weight else 0, s.hidden))

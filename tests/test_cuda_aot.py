@@ -90,6 +90,18 @@ REQUIRED = {
         r"rnn_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],
         r"rnn_input_kernel<.*": ["HMMA.16816.F32.BF16", "LDSM.16"],
     },
+    "rnn_options": {
+        r"rnn_(product|project)_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128"],
+        r"rnn_(product|project)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
+        r"rnn_options_forward_kernel<.*": ["SHFL.BFLY", "MUFU.EX2"],
+    },
+    "rnn_options_backward": {
+        r"rnn_(state|project)_backward_kernel<__nv_bfloat16, .*": [
+            "HMMA.16816.F32.BF16", "LDSM.16.MT88", "LDGSTS.E.BYPASS.128"],
+        r"rnn_(state|project)_backward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
+        r"rnn_options_backward_kernel<.*": ["SHFL.BFLY"],
+        r"rnn_terms_kernel<.*": ["DADD"],
+    },
     "rnn_backward": {
         r"rnn_backward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16.MT88", "LDGSTS.E.BYPASS.128", "RED"],
         r"rnn_backward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],

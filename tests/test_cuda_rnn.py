@@ -1,12 +1,14 @@
 """RNN, LSTM and GRU of the CUDA column, run on the host: one launch for all steps and one a step, odd and aligned sizes,
 few and many sequences, packed and padded ones. tests/test_cuda_builds.py runs this file again on the checked build."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from cuda_column import dtypes, library, no_findings, on_cuda  # noqa: F401
-from test_rnn import KINDS, each_kind, leaves, make, moved, results, states
+from test_rnn import KINDS, OPTIONS, STACKS, Seeded, each_kind, each_option, leaves, looped, make, moved, ours, results, states
+from test_rnn import assert_by_the_rule as assert_options_by_the_rule
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dlkern
@@ -107,8 +109,8 @@ def test_rnn_lengths_are_packing(kind, dtype, batch):
             gradients = torch.autograd.grad(weighted + sum(leaf.sum() for leaf in leaves(hidden)), [x, *module.parameters()])
         found.append([output.detach(), *(leaf.detach() for leaf in leaves(hidden)), *gradients])
     assert found[0][-len(gradients)].isfinite().all()
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(padded, packed)
 
 
 def sample(kind, dtype, batch=3, hidden=40, lengths=None):
@@ -163,11 +165,100 @@ def test_rnn_wrong_arguments():
             call(*arguments)
 
 
-def test_rnn_projections_are_recorded_as_a_gap():
-    module = dlkern.convert(torch.nn.LSTM(3, 4, proj_size=2))
-    with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
-        module(torch.randn(2, 2, 3))
-    assert [(call.backend, call.reason) for call in calls] == [("reference", "cuda column has no projection (proj_size)")]
+PROJECTIONS = {"odd": (3, 9, 4, 3), "packs": (8, 40, 16, 2), "wide": (3, 24, 5, 18)}
+
+
+@dtypes
+@pytest.mark.parametrize("size", PROJECTIONS)
+def test_rnn_projections(size, dtype):
+    inputs, hidden, projected, batch = PROJECTIONS[size]
+    draw = lambda: (make("lstm", inputs, hidden, proj_size=projected), torch.randn(3, batch, inputs), None)  # noqa: E731
+    assert_by_the_rule(draw, dtype, draws=4)
+
+
+def options_by_the_rule(draw, dtype, draws):
+    with dlkern.testing.emulated():
+        assert_options_by_the_rule(draw, dtype, draws, looped, "cuda")
+
+
+@dtypes
+@each_option
+def test_rnn_options(kind, options, dtype):
+    draw = lambda: (ours(kind, 5, 37, **options), torch.randn(3, 3, 5), states(kind, 1, 3, 37))  # noqa: E731
+    options_by_the_rule(draw, dtype, draws=6)
+
+
+@each_kind
+def test_rnn_options_of_many_units(kind):
+    """More than threads, and blocks of 64 sequences."""
+    options = {name: value for name, value in OPTIONS["all"].items() if name != "peephole" or kind == "lstm"}
+    options_by_the_rule(lambda: (ours(kind, 3, 132, **options), torch.randn(2, 18, 3), None), torch.float32, draws=1)
+    unnormed = {**options, "layer_norm": False}
+    options_by_the_rule(lambda: (ours(kind, 3, 132, **unnormed), torch.randn(2, 2, 3), None), torch.float32, draws=1)
+
+
+@each_kind
+def test_rnn_options_evaluation(kind):
+    options = {"zoneout": (0.3, 0.6)} if kind == "lstm" else {"zoneout": 0.3}
+    draw = lambda: (ours(kind, 5, 37, bias=False, layer_norm=True, **options).eval(), torch.randn(3, 2, 5), None)  # noqa: E731
+    options_by_the_rule(draw, torch.float32, draws=4)
+
+
+def test_rnn_options_of_stacks_and_projections():
+    options = {**STACKS["all"], **OPTIONS["all"], "proj_size": 4, "zoneout": (0.3, 0.1)}
+    options_by_the_rule(lambda: (ours("lstm", 5, 37, **options), torch.randn(2, 3, 5), None), torch.float32, draws=4)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "train"])
+@each_kind
+def test_rnn_options_lengths(kind, train):
+    """Packed and padded, NaN in the padding, beside the CPU column with the same masks."""
+    lengths = torch.tensor([2, 3, 1])
+    options = {name: value for name, value in OPTIONS["all"].items() if name != "peephole" or kind == "lstm"}
+    options |= {"proj_size": 5} if kind == "lstm" and not train else {}
+    torch.manual_seed(0)
+    module = ours(kind, 4, 9, bidirectional=True, **options).train(train)
+    x = torch.randn(3, 3, 4)
+    for b, length in enumerate(lengths):
+        x[length:, b] = float("nan")
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    found = []
+    for column in (on_cuda, contextlib.nullcontext):
+        with column():
+            found.append([
+                *results(Seeded(module), packed, None, torch.float32),
+                *results(Seeded(module, lengths=lengths), x, None, torch.float32),
+            ])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("order,seed", [("reverse", 1), ("random", 1)])
+def test_rnn_options_same_bits_in_every_thread_order(order, seed):
+    module = ours("lstm", 3, 9, **OPTIONS["all"], proj_size=4)
+    found = []
+    for chosen in (contextlib.nullcontext(), cuda_on_host.thread_order(order, seed)):
+        x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1))
+        with chosen, on_cuda():
+            found.append(results(Seeded(module), x, None, torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_rnn_options_wrong_arguments(monkeypatch):
+    calls = []
+    for name in ("rnn_options_forward", "rnn_options_backward"):
+        monkeypatch.setitem(raw[name], "cuda", lambda *args, op=raw[name]["cuda"]: calls.append((op, args)) or op(*args))
+    with on_cuda():
+        results(ours("lstm", 3, 5, proj_size=4, **OPTIONS["all"]), torch.randn(2, 2, 3), None, torch.float32)
+    assert len(calls) == 2
+    for op, args in calls:
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        for i, a in enumerate(args):  # each tensor of another size, or another dtype
+            if isinstance(a, torch.Tensor) and a.numel():
+                for wrong in (a.new_zeros((*a.shape[:-1], a.shape[-1] + 1)), a.to(torch.int32)):
+                    with pytest.raises((RuntimeError, ValueError)):
+                        op(*args[:i], wrong, *args[i + 1 :])
 
 
 def test_rnn_why_a_launch_a_step_is_recorded():
@@ -178,6 +269,9 @@ def test_rnn_why_a_launch_a_step_is_recorded():
         return [call.reason for call in calls]
 
     assert reason(132) == [""]
+    with on_cuda(), dlkern.trace() as calls:
+        dlkern.convert(torch.nn.LSTM(3, 4, proj_size=2))(torch.randn(2, 2, 3))
+    assert [call.reason for call in calls] == ["launches for each step: a layer with options, or with a projection"]
     assert reason(1) == [""] and reason(0) == ["a launch a step in forward: the blocks of a launch do not all run at once"]
     assert reason(0, steps=1) == [""]
     route = lambda hidden, mode: [  # noqa: E731
@@ -198,5 +292,5 @@ def test_rnn_cells_and_second_derivatives(kind):
     cell = dlkern.convert({"gru": torch.nn.GRUCell, "lstm": torch.nn.LSTMCell}.get(kind, torch.nn.RNNCell)(4, 7))
     y = torch.randn(3, 4)
     with on_cuda():
-        ours = cell(y)
-    torch.testing.assert_close(ours, cell(y))
+        here = cell(y)
+    torch.testing.assert_close(here, cell(y))

@@ -246,8 +246,8 @@ def test_rnn_of_mixed_lengths(mode, reverse, hidden):
         assert {call.backend for call in calls} == {"triton"}
 
 
-def test_rnn_without_gradients_and_projections():
-    """Gates are not kept: the same numbers. A projection is refused with a reason."""
+def test_rnn_without_gradients():
+    """Gates are not kept: the same numbers."""
     torch.manual_seed(1)
     for name, module in MODES.items():
         options = {"nonlinearity": name[4:]} if name.startswith("rnn") else {}
@@ -256,10 +256,6 @@ def test_rnn_without_gradients_and_projections():
         with_gradients = ours(x)[0]
         with torch.no_grad():
             assert torch.equal(ours(x)[0], with_gradients)
-    projected = dlkern.convert(torch.nn.LSTM(5, 9, proj_size=4))
-    with dlkern.trace() as calls:
-        projected(x)
-    assert calls[0].backend == "reference" and "projection" in calls[0].reason
 
 
 def test_wrong_recurrent_arguments_raise():

@@ -11,7 +11,7 @@ import triton_aot as aot  # noqa: E402
 
 EACH = [(family, target) for family in aot.CALLS for target in aot.TARGETS]
 PRODUCTS = ("matmul_kernel", "conv2d_", "attention_")
-RECURRENT = ("rnn_forward", "rnn_backward")
+RECURRENT = ("rnn_forward", "rnn_backward", "rnn_product", "rnn_project", "rnn_state_backward")
 # Launches whose operands cannot be copied asynchronously: the stem's three channels are no aligned 4 bytes.
 # Additive scores are read one column at a time. On sm_100 keys shared by heads leave no registers to copies ahead.
 SYNCHRONOUS = {"conv2d_forward_kernel 1", "attention_forward_kernel 4", "sm_100 attention_backward_key_kernel 1"}

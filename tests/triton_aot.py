@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from dlkern.kernels import (
     _lp_pooling,
+    _rnn_options,
     attention,
     batch_norm,
     configs,
@@ -229,6 +230,31 @@ def _rnn(half):
             rnn.rnn_forward(x, w, w, bias, bias, None, h, c, None, None, mode, reverse, True)
             kept = [_empty(n, columns, dtype=torch.float32) for n, columns in ((batch, slots * size), (batch * lstm, size))]
             rnn.rnn_backward(x, h, c, x, w, w, None, h, c, x, *kept, None, None, mode, reverse, True, True, True)
+    _options_of_rnn(half)
+
+
+def _options_of_rnn(half):
+    """A projection; all options with one; a GRU's normalisation in float32; zoneout's expectation alone."""
+    for mode, batch, inputs, size, dtype, projects, normed, chosen, share in (
+        (2, 64, 512, 1024, half, 256, False, False, 0.0), (2, 64, 512, 1024, half, 256, True, True, 0.0),
+        (3, 32, 512, 512, torch.float32, 0, True, False, 0.0), (0, 64, 512, 1024, half, 0, False, False, 0.1),
+    ):  # fmt: skip
+        empty = functools.partial(_empty, dtype=dtype)
+        wide = functools.partial(_empty, dtype=torch.float32)
+        gates, slots, lstm = (1, 1, 4, 3)[mode], (1, 1, 4, 4)[mode], mode == 2
+        state, width = projects or size, gates * size
+        x, w_ih, w_hh, bias = empty(1, batch, inputs), empty(width, inputs), empty(width, state), empty(width)
+        w_hr, h, c = empty(state, size) if projects else None, empty(batch, state), empty(batch, size) if lstm else None
+        norms = [empty(width)] * 2 + [empty(size)] * 2 * lstm if normed else []
+        weights = [empty(3, size) if normed and lstm else None, *norms, *[None] * (4 - len(norms))]
+        masks = [wide(1, batch, n) if chosen else None for n in (state, state, size)]
+        layer, rest = (w_hr, h, c, *weights, *masks), (None, None, mode, False, share, 0.0)
+        y = empty(1, batch, state)
+        norm_size = (2 * width + size * lstm + 3) * normed
+        kept = wide(batch, slots * size), wide(batch * lstm, size), wide(batch * normed, norm_size)
+        with mock.patch.multiple(_rnn_options, matmul=mock.DEFAULT, weight_gradient=mock.DEFAULT):
+            _rnn_options.rnn_options_forward(x, w_ih, w_hh, bias, bias, *layer, *rest, True)
+            _rnn_options.rnn_options_backward(y, h, c, x, w_ih, w_hh, *layer, y, *kept, *rest, True, True, True)
 
 
 def _attention(half):

@@ -3,7 +3,7 @@
 // sums at once: one launch for all steps with the weights kept in shared memory, or where they do not fit one a step
 // (rnn_steps.cuh). States go from step to step as the output rounds them; an LSTM's cells are floats.
 // Floor: 2 rows gates hidden (inputs + hidden) operations, or a round through the second-level cache a step.
-#include "activation.cuh"
+#include "rnn_gates.cuh"
 #include "rnn_steps.cuh"
 
 namespace dlkern::cuda {
@@ -44,8 +44,6 @@ struct ForwardArgs {
   unsigned* counters;
   bool aligned, keep;
 };
-
-DLKERN_DEVICE float sigmoid(float x) { return activated(x, 3); }
 
 // Steps [n0, n1) of 16 units for the rows of blockIdx.y.
 template <class T, int GATES, bool WIDE>
@@ -98,27 +96,28 @@ __global__ void __launch_bounds__(kThreads, 2) rnn_forward_kernel(ForwardArgs<T>
         recurrent[g] = product.sum(Tile::row_of(i), g * kUnits + Tile::unit_of()) + of_hidden[g];
       float* gates = a.gates ? a.gates + row * s.slots() * hidden + unit : nullptr;
       if constexpr (GATES == 4) {
-        const float in = sigmoid(given[i][0] + recurrent[0]), forget = sigmoid(given[i][1] + recurrent[1]),
-                    candidate = tanhf(given[i][2] + recurrent[2]), out = sigmoid(given[i][3] + recurrent[3]);
         float* cell = a.cell + b * hidden + unit;
         const float c_before = b < before.size ? *cell : to_float(a.c0[at * hidden + unit]);
-        const float c = forget * c_before + in * candidate;
+        const LstmCell x =
+            lstm_cell(given[i][0] + recurrent[0], given[i][1] + recurrent[1], given[i][2] + recurrent[2], c_before);
+        const float c = x.cell, out = sigmoid(given[i][3] + recurrent[3]);
         h = out * tanhf(c);
         *cell = c;
         if (b >= after.size) a.c_n[at * hidden + unit] = from_float<T>(c);
         if (gates) {
-          gates[0] = in, gates[hidden] = forget, gates[2 * hidden] = candidate, gates[3 * hidden] = out;
+          gates[0] = x.in, gates[hidden] = x.forget, gates[2 * hidden] = x.candidate, gates[3 * hidden] = out;
           a.cells[row * hidden + unit] = c;
         }
       } else if constexpr (GATES == 3) {
-        const float r = sigmoid(given[i][0] + recurrent[0]), z = sigmoid(given[i][1] + recurrent[1]),
-                    candidate = tanhf(given[i][2] + r * recurrent[2]);
-        h = candidate + z * (to_float(state_before(b)[unit]) - candidate);
-        if (gates) gates[0] = recurrent[2], gates[hidden] = r, gates[2 * hidden] = z, gates[3 * hidden] = candidate;
+        const GruCell x = gru_cell(given[i][0] + recurrent[0], given[i][1] + recurrent[1], given[i][2], recurrent[2],
+                                   to_float(state_before(b)[unit]));
+        h = x.state;
+        if (gates)
+          gates[0] = recurrent[2], gates[hidden] = x.r, gates[2 * hidden] = x.z, gates[3 * hidden] = x.candidate;
       } else {
-        const float x = given[i][0] + recurrent[0];
-        h = activated(x, s.mode == kRnnTanh ? 2 : 1);
-        if (gates) gates[0] = s.mode == kRnnTanh ? 1.0f - h * h : x > 0.0f ? 1.0f : x != x ? x : 0.0f;
+        const PlainCell x = plain_cell(given[i][0] + recurrent[0], s.mode);
+        h = x.state;
+        if (gates) gates[0] = x.slope;
       }
       const T rounded = from_float<T>(h);
       a.output[row * hidden + unit] = rounded;
@@ -192,7 +191,7 @@ void rnn_forward(const RnnShape& s, RnnRoute route, const RnnForward& x, void* s
                               all};
     const auto shared = static_cast<size_t>(Tile::shared_bytes(s.hidden, all));
     if (all) {
-      DLKERN_LAUNCH(rnn_counters_kernel, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
+      DLKERN_LAUNCH(rnn_counters_kernel<kThreads>, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
       DLKERN_LAUNCH_COOPERATIVE((rnn_forward_kernel<T, gates.value, wide.value>), grid(s), dim3(kThreads), shared,
                                 stream, args, int64_t{0}, s.steps);
       return;

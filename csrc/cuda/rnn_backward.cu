@@ -2,6 +2,7 @@
 // before, step by step, in one launch or in one a step (rnn_steps.cuh). A block owns 16 units: it multiplies the gates'
 // gradients of the step after by the units' columns of the recurrent weight, and makes the gradients of their gates. The
 // gradients of input and weights are one product each over all steps (the op layer: linear.cu, conv.cu).
+#include "rnn_gates.cuh"
 #include "rnn_steps.cuh"
 
 namespace dlkern::cuda {
@@ -70,19 +71,17 @@ __global__ void __launch_bounds__(kThreads, 2) rnn_backward_kernel(BackwardArgs<
         const float c = tanhf(a.cells[row * hidden + unit]),
                     c_before = row_before < 0 ? to_float(a.c0[of_state]) : a.cells[row_before * hidden + unit];
         const float dc = (goes_on ? *carry : to_float(a.grad_c_n[of_state])) + dh * out * (1.0f - c * c);
-        to[0] = from_float<T>(dc * candidate * in * (1.0f - in));
-        to[hidden] = from_float<T>(dc * c_before * forget * (1.0f - forget));
-        to[2 * hidden] = from_float<T>(dc * in * (1.0f - candidate * candidate));
+        const LstmGradients d = lstm_gradients(dc, in, forget, candidate, c_before);
+        to[0] = from_float<T>(d.in), to[hidden] = from_float<T>(d.forget), to[2 * hidden] = from_float<T>(d.candidate);
         to[3 * hidden] = from_float<T>(dh * c * out * (1.0f - out));
         *carry = dc * forget;
       } else if constexpr (GATES == 3) {
         const float recurrent = gates[0], r = gates[hidden], z = gates[2 * hidden], candidate = gates[3 * hidden];
-        const float dn = dh * (1.0f - z) * (1.0f - candidate * candidate);
-        const T dr = from_float<T>(dn * recurrent * r * (1.0f - r)),
-                dz = from_float<T>(dh * (to_float(previous) - candidate) * z * (1.0f - z));
+        const GruGradients d = gru_gradients(dh, recurrent, r, z, candidate, to_float(previous));
+        const T dr = from_float<T>(d.r), dz = from_float<T>(d.z);
         T* back = a.grad_recurrent + row * width + unit;
-        to[0] = dr, to[hidden] = dz, to[2 * hidden] = from_float<T>(dn);
-        back[0] = dr, back[hidden] = dz, back[2 * hidden] = from_float<T>(dn * r);
+        to[0] = dr, to[hidden] = dz, to[2 * hidden] = from_float<T>(d.candidate);
+        back[0] = dr, back[hidden] = dz, back[2 * hidden] = from_float<T>(d.recurrent);
         *carry = dh * z;
       } else {
         to[0] = from_float<T>(dh * gates[0]);
@@ -132,7 +131,7 @@ void rnn_backward(const RnnShape& s, RnnRoute route, const RnnBackward& x, void*
                                all};
     const auto shared = static_cast<size_t>(Tile::shared_bytes(gates.value * s.hidden, all));
     if (all) {
-      DLKERN_LAUNCH(rnn_counters_kernel, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
+      DLKERN_LAUNCH(rnn_counters_kernel<kThreads>, dim3(1), dim3(kThreads), 0, stream, x.counters, rnn_counters(s));
       DLKERN_LAUNCH_COOPERATIVE((rnn_backward_kernel<T, gates.value, wide.value>), grid(s), dim3(kThreads), shared,
                                 stream, args, int64_t{-1}, s.steps);
       return;

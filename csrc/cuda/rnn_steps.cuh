@@ -263,11 +263,10 @@ struct Product {
   static DLKERN_DEVICE int unit_of() { return static_cast<int>(threadIdx.x) % kUnits; }
 };
 
-namespace {  // a kernel for each source
-__global__ void __launch_bounds__(kThreads) rnn_counters_kernel(unsigned* counters, int64_t count) {
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) counters[i] = 0;
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS) rnn_counters_kernel(unsigned* counters, int64_t count) {
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) counters[i] = 0;
 }
-}  // namespace
 
 // ---- Launching ----
 

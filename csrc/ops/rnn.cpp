@@ -6,53 +6,7 @@
 namespace dlkern::ops {
 namespace {
 
-// What rnn_options_forward and rnn_options_backward have beyond the others; see cpu/rnn_options.h.
-struct Options {
-  std::optional<Tensor> peephole, norm_ih, norm_hh, norm_c, norm_c_bias, mask, fresh_h, fresh_c;
-  double zoneout_h, zoneout_c;
-};
-
-void check_options(const char* op, const Options& o, const cpu::RnnShape& s, const Tensor& input) {
-  const int64_t width = s.gates() * s.hidden;
-  const bool lstm = s.mode == cpu::kRnnLstm;
-  const auto weight = [&](const char* name, const std::optional<Tensor>& x, std::vector<int64_t> size) {
-    if (x) check_tensor(op, name, *x, input, size);
-  };
-  weight("peephole", o.peephole, {3, s.hidden});
-  weight("norm_ih", o.norm_ih, {width});
-  weight("norm_hh", o.norm_hh, {width});
-  weight("norm_c", o.norm_c, {s.hidden});
-  weight("norm_c_bias", o.norm_c_bias, {s.hidden});
-  check(lstm || (!o.peephole && !o.fresh_c && o.zoneout_c == 0), op, ": peephole, fresh_c and zoneout_c are LSTM's");
-  check(o.norm_ih.has_value() == o.norm_hh.has_value() && o.norm_c.has_value() == (lstm && o.norm_ih) &&
-            (o.norm_c || !o.norm_c_bias),
-        op, ": norm_ih, norm_hh and, of LSTM, norm_c come together, norm_c_bias with norm_c");
-  const auto factors = [&](const char* name, const std::optional<Tensor>& x, int64_t rows, int64_t units) {
-    check(!x || (x->is_cpu() && x->scalar_type() == sum_type(input) && x->dim() > 1 && x->numel() == rows * units &&
-                 x->size(x->dim() - 1) == units),
-          op, ": ", name, " is not one number of the type of sums for each of ", rows, " x ", units, " units");
-  };
-  factors("mask", o.mask, s.batch, s.state);
-  factors("fresh_h", o.fresh_h, s.rows, s.state);
-  factors("fresh_c", o.fresh_c, s.rows, s.hidden);
-  for (double share : {o.zoneout_h, o.zoneout_c})
-    check<std::invalid_argument>(share >= 0 && share <= 1, op, ": zoneout has to be between 0 and 1, but got ", share);
-}
-
-Options dense(const Options& o) {
-  return {as_contiguous(o.peephole),
-          as_contiguous(o.norm_ih),
-          as_contiguous(o.norm_hh),
-          as_contiguous(o.norm_c),
-          as_contiguous(o.norm_c_bias),
-          as_contiguous(o.mask),
-          as_contiguous(o.fresh_h),
-          as_contiguous(o.fresh_c),
-          o.zoneout_h,
-          o.zoneout_c};
-}
-
-template <class T> cpu::RnnOptions<T> pointers(const Options& o) {
+template <class T> cpu::RnnOptions<T> pointers(const RnnOptions& o) {
   using A = acc_t<T>;
   return {data<T>(o.peephole), data<T>(o.norm_ih), data<T>(o.norm_hh), data<T>(o.norm_c), data<T>(o.norm_c_bias),
           data<A>(o.mask),     data<A>(o.fresh_h), data<A>(o.fresh_c), o.zoneout_h,       o.zoneout_c};
@@ -63,7 +17,7 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Six forward(const char* op, const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
             const std::optional<Tensor>& bias_ih, const std::optional<Tensor>& bias_hh,
             const std::optional<Tensor>& weight_hr, const Tensor& h0, const std::optional<Tensor>& c0,
-            const Options* options, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
+            const RnnOptions* options, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
             int64_t mode, bool reverse, bool keep) {
   check(input.is_cpu(), op, ": input is not on the CPU");
   const Sequence sequence =
@@ -72,7 +26,7 @@ Six forward(const char* op, const Tensor& input, const Tensor& weight_ih, const 
   if (bias_ih) check_tensor(op, "bias_ih", *bias_ih, input, {s.gates() * s.hidden});
   if (bias_hh) check_tensor(op, "bias_hh", *bias_hh, input, {s.gates() * s.hidden});
   if (options) check_options(op, *options, s, input);
-  const Options o = options ? dense(*options) : Options{};
+  const RnnOptions o = options ? dense(*options) : RnnOptions{};
   const Tensor x = as_contiguous(input), w_ih = as_contiguous(weight_ih), w_hh = as_contiguous(weight_hh),
                h = as_contiguous(h0);
   const std::optional<Tensor> b_ih = as_contiguous(bias_ih), b_hh = as_contiguous(bias_hh),
@@ -139,7 +93,8 @@ Six rnn_options_forward_cpu(const Tensor& input, const Tensor& weight_ih, const 
                             const std::optional<Tensor>& fresh_h, const std::optional<Tensor>& fresh_c,
                             const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
                             int64_t mode, bool reverse, double zoneout_h, double zoneout_c, bool keep) {
-  const Options options{peephole, norm_ih, norm_hh, norm_c, norm_c_bias, mask, fresh_h, fresh_c, zoneout_h, zoneout_c};
+  const RnnOptions options{peephole, norm_ih, norm_hh, norm_c,    norm_c_bias,
+                           mask,     fresh_h, fresh_c, zoneout_h, zoneout_c};
   return forward("rnn_options_forward", input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, &options,
                  batch_sizes, lengths, mode, reverse, keep);
 }
@@ -151,7 +106,7 @@ using Thirteen =
 Thirteen backward(const char* op, const Tensor& grad_output, const Tensor& grad_h_n,
                   const std::optional<Tensor>& grad_c_n, const Tensor& input, const Tensor& weight_ih,
                   const Tensor& weight_hh, const std::optional<Tensor>& weight_hr, const Tensor& h0,
-                  const std::optional<Tensor>& c0, const Options* options, const Tensor& output, const Tensor& gates,
+                  const std::optional<Tensor>& c0, const RnnOptions* options, const Tensor& output, const Tensor& gates,
                   const Tensor& cells, const Tensor* norms, const std::optional<Tensor>& batch_sizes,
                   const std::optional<Tensor>& lengths, int64_t mode, bool reverse, bool of_input, bool of_weight,
                   bool of_bias) {
@@ -175,7 +130,7 @@ Thirteen backward(const char* op, const Tensor& grad_output, const Tensor& grad_
   check(cells.dim() == 2 && cells.size(0) == (lstm ? s.rows : 0) && cells.size(1) == s.hidden, op, ": cells is not [",
         lstm ? s.rows : 0, ", ", s.hidden, "]");
   if (options) check_options(op, *options, s, input);
-  const Options o = options ? dense(*options) : Options{};
+  const RnnOptions o = options ? dense(*options) : RnnOptions{};
   const bool normed = o.norm_ih.has_value();
   const int64_t norm_size = normed ? cpu::rnn_norm_size(s) : 0;
   check(!options || (norms->is_cpu() && norms->scalar_type() == sums && norms->dim() == 2 &&
@@ -285,7 +240,8 @@ Thirteen rnn_options_backward_cpu(const Tensor& grad_output, const Tensor& grad_
                                   const Tensor& cells, const Tensor& norms, const std::optional<Tensor>& batch_sizes,
                                   const std::optional<Tensor>& lengths, int64_t mode, bool reverse, double zoneout_h,
                                   double zoneout_c, bool of_input, bool of_weight, bool of_bias) {
-  const Options options{peephole, norm_ih, norm_hh, norm_c, norm_c_bias, mask, fresh_h, fresh_c, zoneout_h, zoneout_c};
+  const RnnOptions options{peephole, norm_ih, norm_hh, norm_c,    norm_c_bias,
+                           mask,     fresh_h, fresh_c, zoneout_h, zoneout_c};
   return backward("rnn_options_backward", grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, weight_hr, h0,
                   c0, &options, output, gates, cells, &norms, batch_sizes, lengths, mode, reverse, of_input, of_weight,
                   of_bias);

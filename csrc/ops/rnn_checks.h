@@ -1,4 +1,4 @@
-// What the op layers of recurrent layers share: the checks of a sequence, and its steps.
+// What the op layers of recurrent layers share: the checks of a sequence, its steps, and the checks of options.
 #pragma once
 #include "../cpu/rnn.h"
 #include "common.h"
@@ -11,10 +11,13 @@ struct Sequence {
   std::vector<int64_t> batch_sizes, offsets, order;
 };
 
+inline bool together(const Tensor& x, const Tensor& like) {
+  return x.is_cpu() ? like.is_cpu() : !like.is_cpu() && x.get_device_index() == like.get_device_index();
+}
+
 inline void check_tensor(const char* op, const char* name, const Tensor& x, const Tensor& like,
                          std::vector<int64_t> size) {
-  const bool together = x.is_cpu() ? like.is_cpu() : !like.is_cpu() && x.get_device_index() == like.get_device_index();
-  check(together, op, ": ", name, " is not where input is");
+  check(together(x, like), op, ": ", name, " is not where input is");
   check(x.scalar_type() == like.scalar_type(), op, ": ", name, " differs in dtype");
   bool fits = x.dim() == static_cast<int64_t>(size.size());
   for (size_t d = 0; fits && d < size.size(); ++d) fits = x.size(static_cast<int64_t>(d)) == size[d];
@@ -105,6 +108,52 @@ inline Sequence check_sequence(const char* op, const Tensor& input, const Tensor
   check(c0.has_value() == (mode == cpu::kRnnLstm), op, ": c0 is for LSTM, and LSTM wants one");
   if (c0) check_tensor(op, "c0", *c0, input, {s.batch, s.hidden});
   return result;
+}
+
+// What rnn_options_forward and rnn_options_backward have beyond the others; see cpu/rnn_options.h.
+struct RnnOptions {
+  std::optional<Tensor> peephole, norm_ih, norm_hh, norm_c, norm_c_bias, mask, fresh_h, fresh_c;
+  double zoneout_h, zoneout_c;
+};
+
+inline void check_options(const char* op, const RnnOptions& o, const cpu::RnnShape& s, const Tensor& input) {
+  const int64_t width = s.gates() * s.hidden;
+  const bool lstm = s.mode == cpu::kRnnLstm;
+  const auto weight = [&](const char* name, const std::optional<Tensor>& x, std::vector<int64_t> size) {
+    if (x) check_tensor(op, name, *x, input, size);
+  };
+  weight("peephole", o.peephole, {3, s.hidden});
+  weight("norm_ih", o.norm_ih, {width});
+  weight("norm_hh", o.norm_hh, {width});
+  weight("norm_c", o.norm_c, {s.hidden});
+  weight("norm_c_bias", o.norm_c_bias, {s.hidden});
+  check(lstm || (!o.peephole && !o.fresh_c && o.zoneout_c == 0), op, ": peephole, fresh_c and zoneout_c are LSTM's");
+  check(o.norm_ih.has_value() == o.norm_hh.has_value() && o.norm_c.has_value() == (lstm && o.norm_ih) &&
+            (o.norm_c || !o.norm_c_bias),
+        op, ": norm_ih, norm_hh and, of LSTM, norm_c come together, norm_c_bias with norm_c");
+  const auto factors = [&](const char* name, const std::optional<Tensor>& x, int64_t rows, int64_t units) {
+    check(!x || (together(*x, input) && x->scalar_type() == sum_type(input) && x->dim() > 1 &&
+                 x->numel() == rows * units && x->size(x->dim() - 1) == units),
+          op, ": ", name, " is not one number of the type of sums for each of ", rows, " x ", units, " units");
+  };
+  factors("mask", o.mask, s.batch, s.state);
+  factors("fresh_h", o.fresh_h, s.rows, s.state);
+  factors("fresh_c", o.fresh_c, s.rows, s.hidden);
+  for (double share : {o.zoneout_h, o.zoneout_c})
+    check<std::invalid_argument>(share >= 0 && share <= 1, op, ": zoneout has to be between 0 and 1, but got ", share);
+}
+
+inline RnnOptions dense(const RnnOptions& o) {
+  return {as_contiguous(o.peephole),
+          as_contiguous(o.norm_ih),
+          as_contiguous(o.norm_hh),
+          as_contiguous(o.norm_c),
+          as_contiguous(o.norm_c_bias),
+          as_contiguous(o.mask),
+          as_contiguous(o.fresh_h),
+          as_contiguous(o.fresh_c),
+          o.zoneout_h,
+          o.zoneout_c};
 }
 
 }  // namespace dlkern::ops

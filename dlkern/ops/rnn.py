@@ -3,8 +3,8 @@
 The raw ops take a whole sequence, padded [T, B, I] (with the length of each sequence, or none) or packed [rows, I] with
 the number of rows of each step, so that a compiled graph does not unroll time. Saved for backward: input, weights, initial
 states, output, and the gates after their activations (and LSTM's cells). The second derivative is the reference's.
-A layer with options (layer_norm, recurrent_dropout, zoneout, peephole) has raw ops of its own, on the CPU alone; its masks are
-arguments, drawn by dropout's kernels, so that every column has the same.
+A layer with options (layer_norm, recurrent_dropout, zoneout, peephole) has raw ops of its own; its masks are arguments, drawn
+by dropout's kernels, so that every column has the same. On GPUs they also run an LSTM with a projection.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ define(
     f"Tensor h0, Tensor? c0, {_OPTIONS}Tensor? batch_sizes, Tensor? lengths, int mode, bool reverse, float zoneout_h, "
     "float zoneout_c, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _options_forward_fake,
+    triton="dlkern.kernels._rnn_options:rnn_options_forward",
 )
 define(
     "rnn_options_backward",
@@ -120,35 +121,16 @@ define(
     "bool of_weight, bool of_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _options_backward_fake,
+    triton="dlkern.kernels._rnn_options:rnn_options_backward",
 )
 # How the cuda column would run a layer of these states: a key of _ROUTES.
 define("rnn_route", "(Tensor h0, int mode, int steps, bool backward) -> int", lambda h0, mode, steps, backward: 0)
 PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trace() and columns know
-_PROJECTED = "projection (proj_size)"
-
-
-def _facts(weight_hr: torch.Tensor | None, options: Options) -> tuple[str, ...]:
-    """What of a layer is beyond the GPU columns."""
-    if weight_hr is None and options is NO_OPTIONS:
-        return ()
-    present = {
-        _PROJECTED: weight_hr is not None, "layer_norm": options.norm_ih is not None, "peephole": options.peephole is not None,
-        "recurrent_dropout": options.mask is not None,
-        "zoneout": options.fresh_h is not None or options.fresh_c is not None or options.zoneout_h + options.zoneout_c > 0,
-    }  # fmt: skip
-    return tuple(name for name, there in present.items() if there)
-
-
-def _refuses_facts(column):
-    return lambda facts: f"{column} column has no {', '.join(facts)}" if facts else None
-
 
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    columns.declare(
-        _op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64), _refuses_facts("triton")
-    )
-    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16), _refuses_facts("cuda"))
+    columns.declare(_op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16))
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
 _options_forward, _options_backward = raw["rnn_options_forward"], raw["rnn_options_backward"]
@@ -158,6 +140,8 @@ _ROUTES = {
     0: None, 1: None, 2: "the weights of 16 units do not fit a block's shared memory",
     3: "the blocks of a launch do not all run at once",
 }  # fmt: skip
+
+_PHASES = "launches for each step: a layer with options, or with a projection"
 
 
 def _slower(h0: torch.Tensor, mode: int, steps: int) -> str:
@@ -350,22 +334,24 @@ def rnn(
         options: what the layer has beyond torch's.
     """
     tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0)
-    column = "reference"
+    column, phases = "reference", False
     if not _autograd.use_reference():
         choice = columns.choose(
-            PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated,
-            _facts(weight_hr, options),
+            PUBLIC[mode], input.device.type, input.dtype, columns.state.forced, columns.state.emulated
         )
         column = choice.column
+        # The GPU columns project in a phase of its own, as a step with options has them.
+        phases = options is not NO_OPTIONS or (weight_hr is not None and column != "cpu")
         if tracing.active:
             reason = choice.reason
             if column == "cuda" and not torch.compiler.is_compiling():
-                reason = reason or _slower(h0, mode, input.shape[0] if batch_sizes is None else batch_sizes.shape[0])
+                steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+                reason = reason or (_PHASES if phases else _slower(h0, mode, steps))
             tracing.record(PUBLIC[mode], column, reason, input, weight_ih, weight_hh)
     if column == "reference":
         results = reference.rnn(*tensors, _numbers(batch_sizes), _numbers(lengths), mode, reverse, options)
         return results[0], results[1], results[2] if mode == LSTM else None
-    if options is not NO_OPTIONS:
+    if phases:
         *more, zoneout_h, zoneout_c = options
         with_options = (*tensors, *more, batch_sizes, lengths, mode, reverse, zoneout_h, zoneout_c)
         if _autograd.needs_grad(*tensors, *more[:_WEIGHTS]):

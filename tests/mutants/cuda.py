@@ -5,8 +5,11 @@ POOLING, LINEAR, BATCH_NORM, DROPOUT, ACTIVATION, TILE, LOAD = (
     for name in ("pooling.cu", "linear.cu", "batch_norm.cu", "dropout.cu", "activation.cuh", "mma_tile.cuh", "tile_load.cuh")
 )
 POOLING_WINDOW, POOLING_ADAPTIVE_MAX, POOLING_LP = (f"csrc/cuda/pooling_{name}" for name in ("window.cuh", "adaptive_max.cu", "lp.cu"))
-LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS = (
-    f"csrc/cuda/{name}" for name in ("layer_norm.cu", "rnn.cu", "rnn_backward.cu", "rnn_steps.cuh")
+LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_OPTIONS_BACKWARD = (
+    f"csrc/cuda/{name}" for name in (
+        "layer_norm.cu", "rnn.cu", "rnn_backward.cu", "rnn_steps.cuh", "rnn_gates.cuh", "rnn_rows.cuh", "rnn_options.cu",
+        "rnn_options_backward.cu",
+    )
 )
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
@@ -156,16 +159,39 @@ MUTANTS = [
     _rnn_mutant(RNN_STEPS, "for (int w = 1; w < kWarpsK; w++)", "for (int w = 2; w < kWarpsK; w++)", "test_rnn_long_sums"),
     _rnn_mutant(RNN_STEPS, "kLast ? of_unit < hidden : k_at < k", "true", "test_rnn and odd"),
     _rnn_mutant(RNN, "b < before.size ? *cell :", "n > 0 ? *cell :", "test_rnn_packed and lstm"),
-    _rnn_mutant(RNN, "given[i][2] + r * recurrent[2]", "given[i][2] + recurrent[2]", "test_rnn and gru and odd"),
+    _rnn_mutant(RNN_GATES, "candidate + x.r * recurrent", "candidate + recurrent", "test_rnn and gru and odd"),
     _rnn_mutant(RNN, "if (b >= after.size) a.h_n", "if (n + 1 == s.steps) a.h_n", "test_rnn_packed and sorted"),
     # rnn_padding_kernel
     _rnn_mutant(RNN, "if (t < s.steps && b < s.sizes[t]) return;", "if (t < s.steps) return;", "test_rnn_lengths"),
     # rnn_backward_kernel
     _rnn_mutant(RNN_BACKWARD, "if (GATES == 3 && goes_on) dh += *carry;", "", "test_rnn and gru and odd"),
-    _rnn_mutant(RNN_BACKWARD, "dn * recurrent * r * (1.0f - r)", "dn * r * (1.0f - r)", "test_rnn and gru and odd"),
+    _rnn_mutant(RNN_GATES, "dn * recurrent * r * (1.0f - r)", "dn * r * (1.0f - r)", "test_rnn and gru and odd"),
     _rnn_mutant(RNN_BACKWARD, "b >= step.size || b >= after.size", "b >= step.size", "test_rnn_packed and sorted"),
     _rnn_mutant(RNN_BACKWARD, "s.first_rows ? s.first_rows[b] : ", "", "test_rnn_packed and unsorted"),
-    _rnn_mutant(RNN_BACKWARD, "dc * c_before * forget", "dc * forget", "test_rnn and lstm and odd"),
+    _rnn_mutant(RNN_GATES, "of_cell * cell_before * forget", "of_cell * forget", "test_rnn and lstm and odd"),
+    # rnn_options: the mask in the product, the row of a norm, the sequences that a step has, the peephole of o
+    _rnn_mutant(RNN_OPTIONS, "operand[here] = from_float<T>(options.mask ? h * options.mask[here] : h);",
+                "operand[here] = from_float<T>(h);", "test_rnn_options and dropout and float32"),
+    _rnn_mutant(RNN_OPTIONS, "float* const x = given + blockIdx.x * count;", "float* const x = given;",
+                "test_rnn_options and norm and float32"),
+    _rnn_mutant(RNN_OPTIONS, "  if (b >= step.size) return;\n  const bool last", "  const bool last", "test_rnn_options_lengths"),
+    _rnn_mutant(RNN_OPTIONS, "to_float(peephole[2 * hidden + j]) * x.cell", "to_float(peephole[2 * hidden + j]) * before",
+                "test_rnn_options and peephole and float32"),
+    _rnn_mutant(RNN_OPTIONS, "if (last) h_n[here] = from_float<T>(h);", "h_n[here] = from_float<T>(0.0f);",
+                "test_rnn_projections and float32"),
+    # rnn_options_backward: the same of the gradients, what zoneout passes on, a barrier, the state that was multiplied
+    _rnn_mutant(RNN_OPTIONS_BACKWARD, "if (o.mask) dh *= o.mask[here];", "", "test_rnn_options and dropout and float32"),
+    _rnn_mutant(RNN_OPTIONS_BACKWARD, "a.carry[here] = zoned(0.0f, dh, chosen, o.zoneout_h);", "a.carry[here] = 0.0f;",
+                "test_rnn_options and zoneout and float32"),
+    _rnn_mutant(RNN_OPTIONS_BACKWARD, "passed += to_float(peephole[j]) * d.in +", "passed +=",
+                "test_rnn_options and peephole and float32"),
+    _rnn_mutant(RNN_OPTIONS_BACKWARD, "row_before = before.offset + at", "row_before = step.offset + at",
+                "test_rnn_options and gru and float32"),
+    _rnn_mutant(RNN_OPTIONS_BACKWARD, "for (int other = 1; other < kSumRows; other++)", "for (int other = 2; other < kSumRows; other++)",
+                "test_rnn_options and norm and float32"),
+    # rnn_rows.cuh: the mean's correction to a norm's gradient, the expectation of zoneout
+    _rnn_mutant(RNN_ROWS, "weighted - mean - normed * along", "weighted - normed * along", "test_rnn_options and norm and float32"),
+    _rnn_mutant(RNN_ROWS, "share * old + (1.0f - share) * fresh", "fresh", "test_rnn_options_evaluation"),
     # attention_forward_kernel
     _attention_mutant(ATTENTION, "__syncthreads();  // the values are there", "//", "test_attention and plain"),
     _attention_mutant(ATTENTION, "sum.at[r][c] *= shrink;", "sum.at[r][c] *= 1.0f;", "test_attention and plain"),

@@ -9,6 +9,10 @@ def _attention(file: str, old: str, new: str, selection: str) -> dict:
     return _mutant(file, old, new, selection) | {"tests": ["tests/test_triton_attention.py", "-k", selection]}
 
 
+def _options(file: str, old: str, new: str, selection: str) -> dict:
+    return _mutant(f"_rnn_{file}", old, new, selection) | {"tests": ["tests/test_triton_rnn.py", "-k", selection]}
+
+
 def _optim(old: str, new: str, selection: str) -> dict:
     return _mutant("optim", old, new, selection) | {"tests": ["tests/test_optim.py", "-k", f"triton and ({selection})"]}
 
@@ -90,6 +94,19 @@ MUTANTS = [
             "mixed_lengths and rnn_tanh-forward"),
     _mutant("rnn", "tl.store(cell_ptr + place, c, mask=inside & (last < T))", "tl.store(cell_ptr + place, c, mask=inside & (last > T))",
             "mixed_lengths and lstm-forward"),
+    # options of rnn: the mask in the product and in its gradient, which share zoneout keeps, a norm's mean in its gradient, the
+    # row of what is projected, padding, the peephole of o, a bias among the terms
+    _options("options", "h * tl.load(factor_ptr + at, mask=here, other=0.0).to(ACC), mask=here)", "h, mask=here)", "test_options and dropout"),
+    _options("options_backward", "        dh *= factor\n", "        pass\n", "test_options and dropout"),
+    _options("rows", "tl.cast(share, ACC) * old + tl.cast(1.0 - share, ACC) * new",
+             "tl.cast(share, ACC) * new + tl.cast(1.0 - share, ACC) * old", "test_lengths and evaluation"),
+    _options("options_backward", "scale * (g0 - mean - a0 * along)", "scale * (g0 - a0 * along)", "test_options and norm"),
+    _options("options_backward", "tl.store(projected_ptr + row * H + j,", "tl.store(projected_ptr + b * H + j,", "test_projections"),
+    _options("options", "h = tl.where(here, _zoned(h, old, fresh_ptr, out, here, share, ZONEOUT, ACC), 0.0)",
+             "h = _zoned(h, old, fresh_ptr, out, here, share, ZONEOUT, ACC)", "test_lengths"),
+    _options("options", "tl.load(peephole_ptr + 2 * H + j, mask=here, other=0.0).to(ACC) * made",
+             "tl.load(peephole_ptr + 2 * H + j, mask=here, other=0.0).to(ACC) * c", "test_options and peephole"),
+    _options("options_backward", "_put(terms_ptr + COUNT * H, d0, d1, h2, d3,", "_put(terms_ptr + COUNT * H, d0, d1, d2, d3,", "test_options and gru and norm"),
     # attention: sums not brought down to a new largest score, dropout's factor, a tile of keys skipped, a shared head's
     # gradient, the cap, delta, the order of dropout's words, the mask's batches
     _attention("attention", "total = total * shrink + ", "total = total + ", "test_parity and plain"),
