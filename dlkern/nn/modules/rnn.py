@@ -247,6 +247,8 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
                 elif packed and input.sorted_indices is not None:
                     states = [state.index_select(1, input.sorted_indices) for state in states]
             except (AttributeError, IndexError, RuntimeError, TypeError):
+                states = [None]
+            if not all(isinstance(state, torch.Tensor) for state in states):
                 return "states are not tensors of the right size"
         if column is not None and all(state.shape[0] == self.num_layers * directions for state in states):
             return x, batch_sizes, states, params
