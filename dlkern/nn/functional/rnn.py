@@ -112,7 +112,7 @@ def stack(
             i = layer * directions + direction
             weights: Any = weights_of(params, i, biases, projects)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
-            args = (x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute)
+            args: Any = (x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute)
             if column is not None:
                 output, *last = ops.rnn.run(column, *args)
             else:

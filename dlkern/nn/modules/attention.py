@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dlkern.nn import functional as F
@@ -39,7 +41,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         turned = self.batch_first and query.dim() == 3
         if turned:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        separate = {} if len(weights) == 1 else dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights))
+        separate: dict[str, Any] = {}
+        if len(weights) == 3:
+            separate = dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights))
         output, probabilities = F.multi_head_attention_forward(  # torch's, which says what is wrong
             query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
             self.bias_v, self.add_zero_attn, self.dropout, out.weight, out.bias, training=self.training,

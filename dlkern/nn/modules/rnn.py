@@ -247,7 +247,7 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
                 elif packed and input.sorted_indices is not None:
                     states = [state.index_select(1, input.sorted_indices) for state in states]
             except (AttributeError, IndexError, RuntimeError, TypeError):
-                states = [None]
+                states = [None]  # type: ignore[list-item]
             if not all(isinstance(state, torch.Tensor) for state in states):
                 return "states are not tensors of the right size"
         if column is not None and all(state.shape[0] == self.num_layers * directions for state in states):
@@ -344,9 +344,9 @@ class _Cell(_WithOptions, torch.nn.modules.rnn.RNNCellBase):
                 hx = input.new_zeros(input.shape[0], self.hidden_size)
                 hx = (hx, hx) if lstm else hx
             h0, c0 = hx if lstm else (hx, None)
-            biases = (self.bias_ih, self.bias_hh) if self.bias else (None, None)
+            b_ih, b_hh = (self.bias_ih, self.bias_hh) if self.bias else (None, None)
             _, h_n, c_n = ops.rnn.run(
-                column, input.unsqueeze(0), self.weight_ih, self.weight_hh, *biases, None, h0, c0, None, None, mode, False,
+                column, input.unsqueeze(0), self.weight_ih, self.weight_hh, b_ih, b_hh, None, h0, c0, None, None, mode, False,
                 False,
             )  # fmt: skip
             return (h_n, c_n) if lstm else h_n
