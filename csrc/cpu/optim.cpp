@@ -13,35 +13,20 @@ namespace {
 
 constexpr int64_t kGrain = 8;  // blocks worth another thread
 
-// The tensor that a block is of.
-template <class T> const T* tensor_of(const OptimTensors<T>& all, int64_t block) {
-  int64_t low = 0, high = all.count;  // the last tensor that starts at or before it
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (all.tensors[middle].first_block <= block ? low : high) = middle;
-  }
-  return all.tensors + low;
-}
 // f(tensor, begin, end) on ranges of elements that together cover all tensors, one thread a range.
 template <class T, class F> void over_elements(const OptimTensors<T>& all, F&& f) {
   parallel_for(all.blocks, kGrain, [&](int64_t begin, int64_t end) {
-    for (const T* tensor = tensor_of(all, begin); begin < end; ++tensor) {
+    int64_t low = 0, high = all.count;  // the last tensor that starts at or before `begin`
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (all.tensors[middle].first_block <= begin ? low : high) = middle;
+    }
+    for (const T* tensor = all.tensors + low; begin < end; ++tensor) {
       const int64_t last = smaller(end, tensor->first_block + optim_blocks(tensor->count));
       if (begin < last)
         f(*tensor, (begin - tensor->first_block) * kOptimBlock,
           smaller(tensor->count, (last - tensor->first_block) * kOptimBlock));
       begin = larger(begin, last);
-    }
-  });
-}
-// The same a block at a time and from the last to the first, after another pass: what that read last is in the caches.
-template <class T, class F> void over_elements_again(const OptimTensors<T>& all, F&& f) {
-  parallel_for(all.blocks, kGrain, [&](int64_t begin, int64_t end) {
-    const T* tensor = tensor_of(all, end - 1);
-    for (int64_t block = end; block-- > begin;) {
-      while (tensor->first_block > block) --tensor;
-      const int64_t i = (block - tensor->first_block) * kOptimBlock;
-      f(*tensor, i, smaller(tensor->count, i + kOptimBlock));
     }
   });
 }
@@ -160,14 +145,15 @@ template <class T> double over_tensor(const T& tensor, const double* sums) {
 
 // You, Gitman, Ginsburg 2017, "Large batch training of convolutional networks", algorithm 1.
 template <class T> void lars_all(const OptimTensors<LarsTensor<T>>& all, double* sums) {
-  double *params = sums, *grads = sums + all.blocks, *rates = grads + all.blocks;
-  over_blocks(all, params, [grads](const LarsTensor<T>& t, int64_t begin, int64_t end) {
-    if (t.trust_coefficient < 0) return 0.0;
-    grads[t.first_block + begin / kOptimBlock] = sum_of(t.grad, begin, end, Square{});
-    return sum_of(t.param, begin, end, Square{});
+  double *params = sums, *grads = sums + all.blocks;
+  over_blocks(all, params, [](const LarsTensor<T>& t, int64_t begin, int64_t end) {
+    return t.trust_coefficient < 0 ? 0.0 : sum_of(t.param, begin, end, Square{});
   });
-  for (int64_t i = 0; i < all.count; ++i) {
-    const LarsTensor<T>& t = all.tensors[i];
+  over_blocks(all, grads, [](const LarsTensor<T>& t, int64_t begin, int64_t end) {
+    return t.trust_coefficient < 0 ? 0.0 : sum_of(t.grad, begin, end, Square{});
+  });
+  over_elements(all, [&](const LarsTensor<T>& t, int64_t begin, int64_t end) {
+    using A = acc_t<T>;
     double rate = t.lr;
     if (t.trust_coefficient >= 0) {
       const double param_norm = __builtin_sqrt(over_tensor(t, params)),
@@ -175,12 +161,8 @@ template <class T> void lars_all(const OptimTensors<LarsTensor<T>>& all, double*
       const double below = grad_norm + t.weight_decay * param_norm + t.eps;
       if (param_norm > 0 && grad_norm > 0) rate *= t.trust_coefficient * param_norm / below;
     }
-    rates[i] = rate;
-  }
-  over_elements_again(all, [&](const LarsTensor<T>& t, int64_t begin, int64_t end) {
-    using A = acc_t<T>;
-    const A lr = static_cast<A>(rates[&t - all.tensors]), decay = static_cast<A>(t.weight_decay),
-            momentum = static_cast<A>(t.momentum), sign = t.maximize ? A(-1) : A(1);
+    const A lr = static_cast<A>(rate), decay = static_cast<A>(t.weight_decay), momentum = static_cast<A>(t.momentum),
+            sign = t.maximize ? A(-1) : A(1);
     for (int64_t i = begin; i < end; i += kLanes<T>) {
       const int64_t left = end - i;
       const Vec<T> param = load_some(t.param + i, left);
@@ -197,7 +179,7 @@ template <class T> void lars_all(const OptimTensors<LarsTensor<T>>& all, double*
 }
 
 template <class T> void scale_all(const OptimTensors<GradTensor<T>>& all, double factor) {
-  over_elements_again(all, [&](const GradTensor<T>& t, int64_t begin, int64_t end) {
+  over_elements(all, [&](const GradTensor<T>& t, int64_t begin, int64_t end) {
     const acc_t<T> by = static_cast<acc_t<T>>(factor);
     for (int64_t i = begin; i < end; i += kLanes<T>)
       store_some(t.grad + i, load_some(t.grad + i, end - i) * by, end - i);

@@ -59,7 +59,7 @@ enum class NormKind { squares, magnitudes, nonzeros, largest, smallest, powers }
 #define DLKERN_OPTIM(T)                                                                                            \
   DLKERN_DECLARE(void, sgd, const OptimTensors<SgdTensor<T>>&)                                                     \
   DLKERN_DECLARE(void, adam, const OptimTensors<AdamTensor<T>>&)                                                   \
-  /* sums: [2 * blocks + count], room for the squares of parameters and gradients, and for a rate a tensor */      \
+  /* sums: [2, blocks], room for the squares of parameters and gradients */                                        \
   DLKERN_DECLARE(void, lars, const OptimTensors<LarsTensor<T>>&, double* sums)                                     \
   DLKERN_DECLARE(void, grad_sums, const OptimTensors<GradTensor<T>>&, NormKind kind, double power, double* blocks) \
   DLKERN_DECLARE(void, grad_scale, const OptimTensors<GradTensor<T>>&, double factor)                              \

@@ -286,7 +286,7 @@ void lars_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices g
         entry.trust_coefficient = row[3], entry.eps = row[4], entry.maximize = row[5] != 0;
       },
       [&](auto*, const auto& all) {
-        std::vector<double> sums(static_cast<size_t>(2 * all.blocks + all.count));
+        std::vector<double> sums(static_cast<size_t>(2 * all.blocks));
         DLKERN_CALL(lars, all, sums.data());
       });
 }
