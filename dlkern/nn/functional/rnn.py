@@ -117,7 +117,7 @@ def stack(
                 output, *last = ops.rnn.run(column, *args)
             else:
                 options = NO_OPTIONS if extras is None else extras.of_layer(i, x, h0, c0, train)
-                output, *last = ops.rnn.rnn(*args, options)
+                output, *last = ops.rnn.rnn(*args, options)  # type: ignore[call-arg]
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)  # type: ignore[arg-type]
