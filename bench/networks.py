@@ -1,6 +1,6 @@
 """Whole networks: one training step and one answer of each reference network, beside its torch twin.
 
-    python -m dlkern.bench.networks [NAME ...] [--batch 16] [--layout channels_last] [--dtype bfloat16]
+    dlkern bench networks [NAME ...] [--batch 16] [--layout channels_last] [--dtype bfloat16]
 
 A step is forward, cross-entropy and backward; the parameters change between timed runs, as an optimiser's would. Four
 sides, interleaved: torch; dlkern (convert); fused (convert(fuse=True)); in inference also frozen (freeze of that). Peak
@@ -111,7 +111,7 @@ def _mean(rows: list[dict[str, Any]], what: str, side: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="dlkern bench networks", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layout", choices=["contiguous", "channels_last"], default="contiguous")

@@ -1,6 +1,6 @@
 """Optimisers and gradient clipping: a step over a network's parameters, beside torch's.
 
-    python -m dlkern.bench.optim [--network resnet18] [--seconds 2] [--output FOLDER]
+    dlkern bench optim [--network resnet18] [--seconds 2] [--output FOLDER]
 
 Interleaved: dlkern, torch's foreach, fused and single-tensor steps, each on parameters of its own. Floor: the bytes that
 have to cross the bus (parameters and state read and written, gradients read; clipping reads gradients twice and writes them
@@ -82,7 +82,7 @@ def measure(name: str, network: str, seconds: float, floors: machine.Floors) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time of an optimiser's step, dlkern's and torch's.")
+    parser = argparse.ArgumentParser("dlkern bench optim", description="Time of an optimiser's step, dlkern's and torch's.")
     parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help="which (default: all)")
     parser.add_argument("--network", default="resnet18", help="a name in dlkern.models")
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a row may take")

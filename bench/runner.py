@@ -7,6 +7,7 @@ set after Python's start those variables have no effect.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -349,9 +350,14 @@ def _from_dict(content: dict[str, Any]) -> Result:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """python -m dlkern.bench; the exit status is 1 where parity failed."""
+    """python -m dlkern.bench; the exit status is 1 where parity failed. `networks` and `optim` as the first word are
+    benchmarks with options of their own."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["networks"], ["optim"]):
+        return importlib.import_module(f"dlkern.bench.{words[0]}").main(words[1:])
     parser = argparse.ArgumentParser(
-        prog="dlkern bench", description="dlkern beside torch, and beside the machine's floor"
+        prog="dlkern bench", description="dlkern beside torch, and beside the machine's floor",
+        epilog="dlkern bench networks: whole networks; dlkern bench optim: optimisers (--help for each)",
     )
     known = ", ".join(dict.fromkeys(shapes.FAMILIES.values()))
     parser.add_argument("families", nargs="*", help=f"{known}, or single ops")
@@ -372,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", metavar="OLD.json", help="show what changed since these results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker-output", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     if given.worker:
         request = _Request(**json.loads(given.worker))
         if request.threads:

@@ -173,6 +173,9 @@ def wrong_calls():
         "weight dtype": ((x, t, torch.rand(3).double()), {}), "smoothing": ((x, t), dict(label_smoothing=1.5)),
         "reduction": ((x, t), dict(reduction="average")), "probabilities": ((x, torch.rand(2, 3)), dict(ignore_index=1)),
         "weight grad": ((x, t, torch.rand(3).requires_grad_()), {}),
+        "integer probabilities": ((x, torch.ones_like(x).long()), {}),
+        "weight of probabilities": ((x, torch.rand(2, 3), torch.rand(2)), {}),
+        "smoothing of probabilities": ((x, torch.rand(2, 3)), dict(label_smoothing=1.5)),
     }
 
 
@@ -205,11 +208,102 @@ def test_wrong_raw_calls():
         torch.ops.dlkern.cross_entropy_backward_cpu(loss, x, t + 2, None, None, lse, total, 1, -100, 0.0)
 
 
-def test_class_probabilities_run_on_the_reference():
-    x, p = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)
+def probable(shape, weight=False, offset=0.0):
+    """Logits, probabilities and, with weight, weights of classes; gradients for the first two."""
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + offset).requires_grad_()
+    target = torch.softmax(torch.randn(shape, dtype=torch.float64) * 2, 1).requires_grad_()
+    return [x, target, *([torch.rand(shape[1], dtype=torch.float64) + 0.1] if weight else [])]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_probabilities(shape, reduction, smoothing):
+    ours, theirs = both(reduction=reduction, label_smoothing=smoothing)
+    for dtype, weight in ((torch.float32, smoothing == 0.0), (torch.bfloat16, True)):
+        dlkern.testing.check(
+            ours, theirs, lambda w=weight: probable(shape, w), dtype=dtype, draws=12 if len(shape) == 2 else 4,
+            name=f"{shape} weight={weight}",
+        ).raise_if_failed()
+
+
+@pytest.mark.parametrize("offset", [300.0, -3000.0])
+def test_probabilities_with_large_logits(offset):
+    ours, theirs = both(label_smoothing=0.1)
+    dlkern.testing.check(ours, theirs, lambda: probable((40, 50), offset=offset), draws=10).raise_if_failed()
+
+
+@pytest.mark.parametrize("view", [
+    lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)
+])  # fmt: skip
+def test_probabilities_in_other_layouts(view):
+    """Logits and targets each in a layout of its own."""
+    ours, theirs = both(reduction="sum")
+    for change in (lambda f: lambda x, t: f(view(x), t), lambda f: lambda x, t: f(x, view(t))):
+        dlkern.testing.check(change(ours), change(theirs), lambda: probable((2, 9, 5, 3)), draws=10).raise_if_failed()
+    x, t = (z.detach().float().contiguous(memory_format=torch.channels_last).requires_grad_() for z in probable((2, 9, 5, 3)))
+    for gradient in torch.autograd.grad(F.cross_entropy(x, t), (x, t)):
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("options", [{}, dict(reduction="sum", label_smoothing=0.3), dict(reduction="none")])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2)])
+def test_gradients_of_gradients_of_probabilities(shape, options):
+    x, t, weight = probable(shape, True)
+    for w in (None, weight):
+        for fixed in ((), (0,), (1,)):  # both gradients, or one alone
+            leaves = [z.detach() if i in fixed else z for i, z in enumerate((x, t))]
+            assert torch.autograd.gradcheck(lambda x, t: F.cross_entropy(x, t, w, **options), leaves)  # noqa: B023
+            assert torch.autograd.gradgradcheck(lambda x, t: F.cross_entropy(x, t, w, **options), leaves)  # noqa: B023
+
+
+def test_probabilities_run_on_the_column_and_the_rest_on_torch():
+    x, t = torch.randn(4, 5, requires_grad=True), torch.rand(4, 5)
     with dlkern.trace() as calls:
-        assert torch.equal(F.cross_entropy(x, p), tF.cross_entropy(x, p))
-    assert [(call.backend, call.reason) for call in calls] == [("reference", "no kernel for class probabilities")]
+        traced = F.cross_entropy(x, t)
+        F.cross_entropy(x, t.double())
+        F.cross_entropy(x, t, torch.rand(5).requires_grad_())
+    assert [call.backend for call in calls] == ["cpu", "torch", "torch"]
+    assert torch.equal(traced, F.cross_entropy(x, t))
+    alone = F.cross_entropy(x[0], t[0], reduction="none")
+    assert alone.shape == () and torch.equal(alone, F.cross_entropy(x[:1], t[:1], reduction="none")[0])
+    torch.testing.assert_close(F.cross_entropy(x, t, label_smoothing=-1.0), tF.cross_entropy(x, t, label_smoothing=-1.0))
+    for shape in ((0, 3), (2, 0), (2, 3, 0)):
+        for reduction in ("mean", "sum", "none"):
+            ours, theirs = (f.cross_entropy(torch.randn(shape), torch.rand(shape), reduction=reduction) for f in (F, tF))
+            assert torch.equal(torch.nan_to_num(ours, nan=7.0), torch.nan_to_num(theirs, nan=7.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.cross_entropy(x.bfloat16(), t.bfloat16()).dtype == torch.float32
+    torch._dynamo.reset()
+    compiled = torch.compile(F.cross_entropy, fullgraph=True, backend="aot_eager")(x, t)
+    assert torch.equal(compiled, traced)
+    assert torch.equal(torch.autograd.grad(compiled, x)[0], torch.autograd.grad(traced, x)[0])
+
+
+def test_not_finite_logits_of_probabilities():
+    inf = float("inf")
+    for shape in ((6, 40), (6, 40, 3)):
+        x, t = torch.randn(shape), torch.softmax(torch.randn(shape), 1)
+        x[0, 1], x[1, 1], x[2, 1], x[3] = float("nan"), inf, -inf, -inf
+        t[4, 1], x[4, 1] = 0.0, -inf
+        ours, theirs = (f.cross_entropy(x, t, reduction="none") for f in (F, tF))
+        assert torch.equal(torch.isnan(ours), torch.isnan(theirs)) and torch.equal(torch.isinf(ours), torch.isinf(theirs))
+
+
+def test_wrong_raw_calls_with_probabilities():
+    forward, backward = (getattr(torch.ops.dlkern, f"cross_entropy_probabilities_{d}_cpu") for d in ("forward", "backward"))
+    x, t = torch.randn(2, 3), torch.rand(2, 3)
+    for arguments in (
+        (x, t, None, 5, 0.0), (x, t, torch.rand(2), 1, 0.0), (x, t.double(), None, 1, 0.0), (x, t[:1], None, 1, 0.0),
+        (x[0], t[0], None, 1, 0.0), (x, t, None, 1, 1.5), (x[:0], t[:0], None, 1, 0.0), (x.int(), t.int(), None, 1, 0.0),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            forward(*arguments)
+    loss, kept = forward(x, t, None, 1, 0.0)
+    assert [g.shape for g in backward(loss, x, t, None, kept, 1, 0.0, False, True)] == [(0,), (2, 3)]
+    for arguments in ((loss, x, t, None, kept[:2], 1, 0.0), (torch.rand(2), x, t, None, kept, 1, 0.0)):
+        with pytest.raises(RuntimeError):
+            backward(*arguments, True, True)
 
 
 def test_autocast_widens():

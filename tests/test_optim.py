@@ -499,11 +499,12 @@ def test_step_inside_a_compiled_function():
 
 
 def test_the_benchmark(tmp_path):
-    from dlkern.bench import optim as bench
+    from dlkern import bench
 
-    assert bench.main(["adam", "clip_grad_norm_", "--network", "lenet", "--seconds", "0.02", "--output", str(tmp_path)]) == 0
+    steps = ["adam", "clip_grad_norm_"]
+    assert bench.main(["optim", *steps, "--network", "lenet", "--seconds", "0.02", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "optim.json").read_text())["rows"]
-    assert [row["step"] for row in rows] == ["adam", "clip_grad_norm_"]
+    assert [row["step"] for row in rows] == steps
     assert set(rows[0]["ratio"]) == {"foreach", "fused", "single"} and rows[0]["floor ms"] > 0
 
 
@@ -694,3 +695,28 @@ def test_steps_are_counted_in_torchs_dtype(fused):
     finally:
         torch.set_default_dtype(before)
     assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_steps_of_empty_parameters_are_counted(amsgrad):
+    states = []
+    for namespace in (dlkern.optim, torch.optim):
+        params = with_grads(torch.ones(0, 3), torch.ones(2), torch.ones(0).double())
+        optimizer = namespace.Adam(params, amsgrad=amsgrad)
+        for _ in range(3):
+            optimizer.step()
+        states.append(optimizer.state_dict()["state"])
+    for ours, theirs in zip(*(s.values() for s in states), strict=True):
+        assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"] == 3
+
+
+@pytest.mark.parametrize("cls", ["Adam", "AdamW"])
+def test_capturable_on_a_cpu_is_refused_as_by_torch(cls):
+    messages = []
+    for namespace in (dlkern.optim, torch.optim):
+        (param,) = with_grads(torch.ones(2))
+        with pytest.raises(AssertionError) as caught:
+            getattr(namespace, cls)([param], capturable=True).step()
+        messages.append(str(caught.value))
+        assert param.eq(param[0]).all()
+    assert messages[0] == messages[1]

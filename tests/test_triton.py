@@ -289,6 +289,18 @@ def test_cross_entropy_over_several_tiles():
     certificate.raise_if_failed()
 
 
+def test_cross_entropy_of_probabilities_over_several_tiles():
+    weight = torch.rand(37) + 0.1
+
+    def on(namespace):
+        return lambda x, t: namespace.cross_entropy(x, t, weight.to(x.dtype), label_smoothing=0.2)
+
+    def drawn():
+        return [(torch.randn(21, 37) * 3).requires_grad_(), torch.softmax(torch.randn(21, 37), 1).requires_grad_()]
+
+    check(on(F), on(torch.nn.functional), drawn, draws=8).raise_if_failed()
+
+
 def test_cross_entropy_with_weights_of_positions():
     target = torch.randint(0, 5, (3, 7))
     target[0, 2] = -100

@@ -186,6 +186,8 @@ def _loss(half):
     x, target = _empty(4096, 32000, dtype=half), torch.zeros(4096, dtype=torch.int64)
     value, lse, total = loss.cross_entropy_forward(x, target, None, None, 1, -100, 0.1)
     loss.cross_entropy_backward(value, x, target, None, None, lse, total, 1, -100, 0.1)
+    value, kept = loss.probabilities_forward(x, x, None, 1, 0.1)
+    loss.probabilities_backward(value, x, x, None, kept, 1, 0.1, True, True)
 
 
 def _embedding(half):

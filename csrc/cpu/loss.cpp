@@ -25,6 +25,11 @@ inline int64_t chunk_of(const CrossEntropyShape& s) {
   return places < 1 ? 1 : places > 256 ? 256 : places;
 }
 
+// Where place i begins.
+inline int64_t offset_of(const CrossEntropyShape& s, int64_t i) {
+  return i / s.inner * s.outer_stride + i % s.inner * s.place_stride;
+}
+
 template <class T> using A = acc_t<T>;
 
 // What the reduction of one chunk needs.
@@ -136,7 +141,7 @@ template <class T>
 void read_rows(const CrossEntropyArgs<T>& args, double weights, int64_t begin, int64_t end, Sums& sums) {
   const CrossEntropyShape& s = args.shape;
   for (int64_t i = begin; i < end; ++i) {
-    const T* x = args.input + i / s.inner * s.outer_stride + i % s.inner * s.place_stride;
+    const T* x = args.input + offset_of(s, i);
     const Row<T> row = read_row(x, s.classes, args.weight, args.label_smoothing > 0);
     const double log_sum = std::log(row.sum);
     args.largest[i] = row.largest;
@@ -301,18 +306,149 @@ template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
         continue;
       }
       for (int64_t i = first; i < last; ++i) {
-        const int64_t offset = i / s.inner * s.outer_stride + i % s.inner * s.place_stride;
+        const int64_t offset = offset_of(s, i);
         write_row(args, weights, i, args.input + offset, args.grad_input + offset);
       }
     }
   });
 }
 
+// --- targets that are a probability for each class ------------------------------------------------------------------
+// With v[c] = ((1 - e) t[c] + e / C) w[c], a place's loss is sum_c v[c] (largest - x[c] + log_sum), and its gradients are
+// p[c] sum(v) - v[c] for the logits, -(1 - e) w[c] log p[c] for the targets. All but the exponentials is double: p and v
+// cancel in what has been learned.
+
+template <class T> inline Wide<T> wide(Vec<T> v) { return __builtin_convertvector(v, Wide<T>); }
+template <class T> inline Wide<T> wide_broadcast(double value) { return Wide<T>{} + value; }
+
+// v of some classes, or of some places of one class.
+struct Smoothed {
+  double keep, share;
+  Smoothed(double smoothing, int64_t classes) : keep(1 - smoothing), share(smoothing / static_cast<double>(classes)) {}
+  template <class V> V operator()(V target, V weight) const { return (target * keep + share) * weight; }
+};
+
+// Weights of `count` classes from c on, or where places lie side by side the weight of class c.
+template <class T> inline Wide<T> weights_at(const T* weight, int64_t c, int64_t count, bool rows) {
+  if (!weight) return wide_broadcast<T>(1);
+  return rows ? wide<T>(load_some(weight + c, count))
+              : wide_broadcast<T>(static_cast<double>(static_cast<A<T>>(weight[c])));
+}
+
+// Places [begin, end), as many at a time as lie side by side: one with all its classes, or some of each class in turn.
+// The sum of their losses.
+template <class T> double read_probable(const ProbabilitiesArgs<T>& args, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kLanes<T>;
+  const CrossEntropyShape& s = args.shape;
+  const Smoothed smoothed(args.label_smoothing, s.classes);
+  const bool rows = s.class_stride == 1;
+  double total = 0;
+  for (int64_t i = begin; i < end;) {
+    const int64_t offset = offset_of(s, i);
+    const int64_t places = rows ? 1 : smaller(smaller(end - i, lanes), s.inner - i % s.inner);
+    Vec<T> top = broadcast<T>(rows ? largest_of(args.input + offset, s.classes) : -__builtin_inf());
+    if (!rows)
+      for (int64_t c = 0; c < s.classes; ++c)
+        top = maximum(load_some(args.input + offset + c * s.class_stride, places), top);
+    Wide<T> sum{}, mass{}, apart{};
+    for (int64_t c = 0; c < s.classes; c += rows ? lanes : 1) {
+      const int64_t at = offset + c * s.class_stride, count = rows ? smaller(s.classes - c, lanes) : places;
+      const Vec<T> below = load_some(args.input + at, count) - top;
+      Wide<T> v = smoothed(wide<T>(load_some(args.target + at, count)), weights_at(args.weight, c, count, rows));
+      Wide<T> term = v * wide<T>(below);
+      Vec<T> exponential = exp_nonpositive(below);
+      if (rows && count < lanes) {
+        exponential = first_lanes<T>(exponential, count);
+        for (int64_t l = count; l < lanes; ++l) v[l] = term[l] = 0;
+      }
+      sum += wide<T>(exponential);
+      mass += v;
+      apart -= term;
+    }
+    if (rows) sum[0] = reduce_add(sum), mass[0] = reduce_add(mass), apart[0] = reduce_add(apart);
+    for (int64_t l = 0; l < places; ++l) {
+      const double loss = apart[l] + mass[l] * std::log(sum[l]);
+      args.largest[i + l] = top[l];
+      args.sum[i + l] = static_cast<A<T>>(sum[l]);
+      args.mass[i + l] = static_cast<A<T>>(mass[l]);
+      if (args.reduction == 0) args.loss[i + l] = static_cast<T>(static_cast<A<T>>(loss));
+      total += loss;
+    }
+    i += places;
+  }
+  return total;
+}
+
+template <class T> void forward(const ProbabilitiesArgs<T>& args) {
+  const CrossEntropyShape& s = args.shape;
+  const int64_t positions = s.outer * s.inner, chunk_places = chunk_of(s);
+  const int64_t chunks = (positions + chunk_places - 1) / chunk_places;
+  double* partial = scratch<double>(Slot::family_0, chunks);
+  parallel_for(chunks, 1 + 8192 / (chunk_places * (s.classes + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      partial[chunk] = read_probable(args, chunk * chunk_places, smaller((chunk + 1) * chunk_places, positions));
+  });
+  double total = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk];
+  if (args.reduction == 1) total /= static_cast<double>(positions);
+  if (args.reduction != 0) *args.loss = static_cast<T>(static_cast<A<T>>(total));
+}
+
+// The gradients of places [begin, end), taken as above.
+template <class T> void write_probable(const ProbabilitiesBackwardArgs<T>& args, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kLanes<T>;
+  const CrossEntropyShape& s = args.shape;
+  const Smoothed smoothed(args.label_smoothing, s.classes);
+  const bool rows = s.class_stride == 1;
+  const double share = args.reduction == 1 ? 1.0 / static_cast<double>(s.outer * s.inner) : 1.0;
+  for (int64_t i = begin; i < end;) {
+    const int64_t offset = offset_of(s, i);
+    const int64_t places = rows ? 1 : smaller(smaller(end - i, lanes), s.inner - i % s.inner);
+    Vec<T> top{};
+    Wide<T> grad{}, log_sum{}, factor{};  // p[c] sum(v) is factor times exp(x[c] - largest)
+    for (int64_t l = 0; l < (rows ? lanes : places); ++l) {
+      const int64_t place = rows ? i : i + l;
+      const double sum = static_cast<double>(args.sum[place]);
+      top[l] = args.largest[place];
+      grad[l] = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? place : 0])) * share;
+      factor[l] = static_cast<double>(args.mass[place]) / sum;
+      if (args.grad_target) log_sum[l] = std::log(sum);
+    }
+    for (int64_t c = 0; c < s.classes; c += rows ? lanes : 1) {
+      const int64_t at = offset + c * s.class_stride, count = rows ? smaller(s.classes - c, lanes) : places;
+      const Vec<T> below = load_some(args.input + at, count) - top;
+      const Wide<T> weight = weights_at(args.weight, c, count, rows);
+      if (args.grad_input) {
+        const Wide<T> v = smoothed(wide<T>(load_some(args.target + at, count)), weight);
+        const Wide<T> of_input = grad * (wide<T>(exp_nonpositive(below)) * factor - v);
+        store_some(args.grad_input + at, __builtin_convertvector(of_input, Vec<T>), count);
+      }
+      if (args.grad_target) {
+        const Wide<T> of_target = grad * smoothed.keep * weight * (log_sum - wide<T>(below));
+        store_some(args.grad_target + at, __builtin_convertvector(of_target, Vec<T>), count);
+      }
+    }
+    i += places;
+  }
+}
+
+template <class T> void backward(const ProbabilitiesBackwardArgs<T>& args) {
+  const CrossEntropyShape& s = args.shape;
+  const int64_t positions = s.outer * s.inner, chunk_places = chunk_of(s);
+  const int64_t chunks = (positions + chunk_places - 1) / chunk_places;
+  parallel_for(chunks, 1 + 8192 / (chunk_places * (s.classes + 1)), [&](int64_t begin, int64_t end) {
+    const int64_t last = end * chunk_places;
+    write_probable(args, begin * chunk_places, last < positions ? last : positions);
+  });
+}
+
 }  // namespace
 
-#define DLKERN_LOSS(T)                                                           \
-  void cross_entropy_forward(const CrossEntropyArgs<T>& args) { forward(args); } \
-  void cross_entropy_backward(const CrossEntropyBackwardArgs<T>& args) { backward(args); }
+#define DLKERN_LOSS(T)                                                                     \
+  void cross_entropy_forward(const CrossEntropyArgs<T>& args) { forward(args); }           \
+  void cross_entropy_backward(const CrossEntropyBackwardArgs<T>& args) { backward(args); } \
+  void probabilities_forward(const ProbabilitiesArgs<T>& args) { forward(args); }          \
+  void probabilities_backward(const ProbabilitiesBackwardArgs<T>& args) { backward(args); }
 DLKERN_LOSS(float)
 DLKERN_LOSS(double)
 DLKERN_LOSS(bfloat16)

@@ -40,9 +40,38 @@ template <class T> struct CrossEntropyBackwardArgs {
   double label_smoothing;
   T* grad_input;  // laid out as input
 };
-#define DLKERN_LOSS(T)                                                    \
-  DLKERN_DECLARE(void, cross_entropy_forward, const CrossEntropyArgs<T>&) \
-  DLKERN_DECLARE(void, cross_entropy_backward, const CrossEntropyBackwardArgs<T>&)
+// Targets that are a probability for each class, laid out as input.
+template <class T> struct ProbabilitiesArgs {
+  CrossEntropyShape shape;
+  const T* input;
+  const T* target;
+  const T* weight;  // of each class, or null
+  int reduction;    // 0 none, 1 mean over the places, 2 sum
+  double label_smoothing;
+  T* loss;
+  acc_t<T>* largest;  // with sum and mass, what is kept of each place: [positions] each
+  acc_t<T>* sum;      // of exp(x - largest), which is more exact than its rounded logarithm
+  acc_t<T>* mass;     // the sum of its smoothed and weighted targets
+};
+template <class T> struct ProbabilitiesBackwardArgs {
+  CrossEntropyShape shape;
+  const T* grad_loss;
+  const T* input;
+  const T* target;
+  const T* weight;
+  const acc_t<T>* largest;
+  const acc_t<T>* sum;
+  const acc_t<T>* mass;
+  int reduction;
+  double label_smoothing;
+  T* grad_input;   // laid out as input; null where it is not wanted
+  T* grad_target;  // likewise
+};
+#define DLKERN_LOSS(T)                                                             \
+  DLKERN_DECLARE(void, cross_entropy_forward, const CrossEntropyArgs<T>&)          \
+  DLKERN_DECLARE(void, cross_entropy_backward, const CrossEntropyBackwardArgs<T>&) \
+  DLKERN_DECLARE(void, probabilities_forward, const ProbabilitiesArgs<T>&)         \
+  DLKERN_DECLARE(void, probabilities_backward, const ProbabilitiesBackwardArgs<T>&)
 DLKERN_LOSS(float)
 DLKERN_LOSS(double)
 DLKERN_LOSS(bfloat16)

@@ -35,6 +35,16 @@ inline void check(bool ok, const Parts&... parts) {
   throw Error(message.str());
 }
 
+// Sizes in a message, [2, 3], written only where a check fails.
+struct Shown {
+  Ints sizes;
+};
+inline std::ostream& operator<<(std::ostream& out, const Shown& shown) {
+  out << "[";
+  for (size_t d = 0; d < shown.sizes.size(); ++d) out << (d ? ", " : "") << shown.sizes[d];
+  return out << "]";
+}
+
 // Dimensions from the innermost outwards when channels are innermost: 1, the spatial ones backwards, 0.
 inline int64_t channels_last_dim(int64_t position, int64_t dim) {
   return position == 0 ? 1 : position == dim - 1 ? 0 : dim - position;

@@ -7,14 +7,6 @@
 
 namespace dlkern::ops {
 
-inline std::string text(Ints sizes) {
-  std::ostringstream out;
-  out << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << "]";
-  return out.str();
-}
-
 inline void check_dim_and_dtype(const char* op, const char* name, const Tensor& x, const Tensor& like, int64_t dim) {
   check(x.dim() == dim, op, ": expected a ", dim, "-D ", name, ", but got ", x.dim(), " dimensions");
   check(x.scalar_type() == like.scalar_type(), op, ": ", name, " has another dtype than the first argument");
@@ -38,11 +30,11 @@ inline cpu::ConvShape shape_of(const char* op, Ints input, Ints weight, Ints str
   for (int64_t size : weight)
     check<std::invalid_argument>(size > 0 && size < kLargest, op, ": weight size out of range");
   check<std::invalid_argument>(input[1] > 0 && input[2] > 0 && input[3] > 0, op,
-                               ": only the batch may be empty, but got input of size ", text(input));
+                               ": only the batch may be empty, but got input of size ", Shown{input});
   check<std::invalid_argument>(groups > 0, op, ": non-positive groups is not supported");
   check<std::invalid_argument>(input[1] % groups == 0 && input[1] / groups == weight[1] && weight[0] % groups == 0, op,
-                               ": Given groups=", groups, " and weight of size ", text(weight), ", input of size ",
-                               text(input), " does not fit");
+                               ": Given groups=", groups, " and weight of size ", Shown{weight}, ", input of size ",
+                               Shown{input}, " does not fit");
   cpu::ConvShape z{};
   z.n = input[0], z.c = input[1], z.h = input[2], z.w = input[3];
   z.k = weight[0], z.r = weight[2], z.s = weight[3];
@@ -88,7 +80,7 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
 inline void check_residual(const char* op, const Tensor& residual, const cpu::ConvShape& z, bool channels_last) {
   const int64_t expected[] = {z.n, z.k, z.p, z.q};
   check<std::invalid_argument>(same_sizes(residual.sizes(), expected), op, ": expected a residual of size ",
-                               text(expected), ", but got ", text(residual.sizes()));
+                               Shown{expected}, ", but got ", Shown{residual.sizes()});
   int64_t stride_expected[4];
   fill_strides(expected, channels_last, stride_expected);
   for (int d = 0; d < 4; ++d)
@@ -99,7 +91,7 @@ inline void check_residual(const char* op, const Tensor& residual, const cpu::Co
 inline void check_grad_output(const char* op, const Tensor& grad_output, const cpu::ConvShape& z) {
   const int64_t expected[] = {z.n, z.k, z.p, z.q};
   check<std::invalid_argument>(same_sizes(grad_output.sizes(), expected), op, ": expected grad_output of size ",
-                               text(expected), ", but got ", text(grad_output.sizes()));
+                               Shown{expected}, ", but got ", Shown{grad_output.sizes()});
 }
 
 // The size of a transposed convolution's output. Here output_padding is less than stride: then convolving the output

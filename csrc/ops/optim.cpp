@@ -231,8 +231,10 @@ void sgd_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices fr
       [&](auto*, const auto& all) { DLKERN_CALL(sgd, all); });
 }
 
-double number_in(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? *data<double>(x) : static_cast<double>(*data<float>(x));
+// Counts a step up, and says how many there were.
+double counted(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Double) return *mutable_data<double>(x) += 1;
+  return static_cast<double>(*mutable_data<float>(x) += 1);
 }
 
 void adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
@@ -251,7 +253,7 @@ void adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
       [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
         using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
         const double* row = &settings[static_cast<size_t>(groups[i]) * 7];
-        const double lr = row[0], count = number_in(steps[i]) + 1;
+        const double lr = row[0], count = counted(steps[i]);
         entry.param = operands[0].pointer<T>();
         entry.grad = operands[1].pointer<T>();
         entry.exp_avg = operands[2].pointer<T>();
@@ -264,12 +266,10 @@ void adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
         entry.maximize = row[6] != 0;
         entry.step_size = lr / (1 - std::pow(entry.beta1, count));
         entry.correction_root = std::sqrt(1 - std::pow(entry.beta2, count));
-        if (steps[i].scalar_type() == ScalarType::Double)
-          *mutable_data<double>(steps[i]) = count;
-        else
-          *mutable_data<float>(steps[i]) = static_cast<float>(count);
       },
       [&](auto*, const auto& all) { DLKERN_CALL(adam, all); });
+  for (size_t i = 0; i < n; ++i)
+    if (params[i].numel() == 0) counted(steps[i]);  // as torch does, though there is nothing to update
 }
 
 void lars_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices groups, Numbers settings) {

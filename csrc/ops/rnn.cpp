@@ -40,7 +40,8 @@ Six forward(const char* op, const Tensor& input, const Tensor& weight_ih, const 
   const bool whole = keep || options, normed = o.norm_ih.has_value();
   Tensor gates = allocate({whole ? s.rows : 0, s.slots() * s.hidden}, sums, input);
   Tensor cells = allocate({keep && lstm ? s.rows : 0, s.hidden}, sums, input);
-  Tensor norms = allocate({normed ? s.rows : 0, normed ? cpu::rnn_norm_size(s) : 0}, sums, input);
+  Tensor norms;  // of no use without options
+  if (options) norms = allocate({normed ? s.rows : 0, normed ? cpu::rnn_norm_size(s) : 0}, sums, input);
   dispatch_floating(dtype, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
@@ -155,17 +156,23 @@ Thirteen backward(const char* op, const Tensor& grad_output, const Tensor& grad_
   const auto gradient = [&](bool wanted, const std::optional<Tensor>& x) {
     return allocate(of_weight && wanted ? x->sizes() : Ints({0}), dtype, input);
   };
-  Tensor grad_peephole = gradient(o.peephole.has_value(), o.peephole), grad_norm_ih = gradient(normed, o.norm_ih),
-         grad_norm_hh = gradient(normed, o.norm_hh), grad_norm_c = gradient(o.norm_c.has_value(), o.norm_c),
-         grad_norm_c_bias = gradient(o.norm_c_bias.has_value(), o.norm_c_bias);
+  Tensor grad_peephole, grad_norm_ih, grad_norm_hh, grad_norm_c, grad_norm_c_bias;  // of no use without options
+  if (options) {
+    grad_peephole = gradient(o.peephole.has_value(), o.peephole);
+    grad_norm_ih = gradient(normed, o.norm_ih);
+    grad_norm_hh = gradient(normed, o.norm_hh);
+    grad_norm_c = gradient(o.norm_c.has_value(), o.norm_c);
+    grad_norm_c_bias = gradient(o.norm_c_bias.has_value(), o.norm_c_bias);
+  }
   const bool two_sides = options && mode == cpu::kRnnGru;
   Tensor grad_gates = allocate({s.rows, options ? width : s.slots() * s.hidden}, sums, input);
-  Tensor grad_hidden = allocate({two_sides ? s.rows : 0, width}, sums, input);
-  Tensor grad_product = allocate({normed ? s.rows : 0, width}, sums, input);
-  Tensor grad_normed_cell = allocate({o.norm_c ? s.rows : 0, s.hidden}, sums, input);
-  Tensor previous = allocate({of_weight ? s.rows : 0, s.state}, sums, input);
-  Tensor grad_states = allocate({s.projects ? s.rows : 0, s.state}, sums, input);
-  Tensor unprojected = allocate({s.projects ? s.rows : 0, s.hidden}, sums, input);
+  Tensor grad_hidden, grad_product, grad_normed_cell, previous, grad_states, unprojected;
+  if (two_sides) grad_hidden = allocate({s.rows, width}, sums, input);
+  if (normed) grad_product = allocate({s.rows, width}, sums, input);
+  if (o.norm_c) grad_normed_cell = allocate({s.rows, s.hidden}, sums, input);
+  if (of_weight) previous = allocate({s.rows, s.state}, sums, input);
+  if (s.projects) grad_states = allocate({s.rows, s.state}, sums, input);
+  if (s.projects) unprojected = allocate({s.rows, s.hidden}, sums, input);
   dispatch_floating(dtype, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;

@@ -21,9 +21,7 @@ inline void check_tensor(const char* op, const char* name, const Tensor& x, cons
   check(x.scalar_type() == like.scalar_type(), op, ": ", name, " differs in dtype");
   bool fits = x.dim() == static_cast<int64_t>(size.size());
   for (size_t d = 0; fits && d < size.size(); ++d) fits = x.size(static_cast<int64_t>(d)) == size[d];
-  std::ostringstream expected;
-  for (size_t d = 0; d < size.size(); ++d) expected << (d ? ", " : "") << size[d];
-  check(fits, op, ": ", name, " is not [", expected.str(), "]");
+  check(fits, op, ": ", name, " is not ", Shown{Ints(size.data(), size.size())});
 }
 
 inline std::vector<int64_t> numbers(const char* op, const char* name, const Tensor& x) {

@@ -96,11 +96,14 @@ class Attention(_autograd.Function):
         *tensors, settings, column = inputs
         output, statistics = outputs
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output, statistics)
         ctx.constants = settings, ctx.needs_input_grad, column
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return (None,) * 10
         *tensors, output, statistics = ctx.saved_tensors
         settings, need, column = ctx.constants
         if torch.is_grad_enabled():

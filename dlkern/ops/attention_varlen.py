@@ -51,11 +51,14 @@ class AttentionVarlen(_autograd.Function):
     def setup_context(ctx, inputs, outputs):
         *tensors, settings, column = inputs
         ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *outputs)
         ctx.constants = settings, column
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return (None,) * 7
         settings, column = ctx.constants
         if torch.is_grad_enabled():
             found = _autograd.apply(AttentionVarlenBackward, grad_output, *ctx.saved_tensors, settings, column)

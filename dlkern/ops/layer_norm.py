@@ -64,6 +64,7 @@ class LayerNorm(_autograd.Function):
         input, dims, weight, bias, eps, column = inputs
         _, mean, rstd = outputs
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, mean, rstd)
         need = ctx.needs_input_grad
         # Without a weight, the bias tells in which dtype its gradient is wanted.
@@ -71,6 +72,8 @@ class LayerNorm(_autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, _, __):
+        if grad_output is None:
+            return (None,) * 6
         input, weight, mean, rstd = ctx.saved_tensors
         dims, eps, *wanted, bias_dtype, column = ctx.constants
         if torch.is_grad_enabled():

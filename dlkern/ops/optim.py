@@ -73,13 +73,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def refusal(*tensors: torch.Tensor) -> str:
     """Why no kernel can serve a parameter, its gradient and its state; "" where one can, if its column has the dtype."""
-    first = tensors[0]
+    dtype, device = tensors[0].dtype, tensors[0].device
     for x in tensors:
         if type(x) not in _PLAIN:
             return f"{type(x).__name__} is not a plain tensor"
         if x.layout is not torch.strided:
             return f"{str(x.layout).removeprefix('torch.')} tensors"
-        if x.dtype is not first.dtype or x.device != first.device:
+        if x.dtype is not dtype or x.device != device:
             return "a parameter and its gradient or state differ in dtype or device"
     return ""
 
@@ -88,10 +88,10 @@ def choose(op: str, tensors: Sequence[torch.Tensor], fallback: str = "reference"
     """The column of a call with these tensors, which may differ in dtype; recorded for trace(). Where one of them has no
     kernel, or `reason` says why there can be none, it is `fallback`."""
     column = ""
-    for device, dtype in dict.fromkeys((x.device.type, x.dtype) for x in tensors):
+    for device, dtype in dict.fromkeys([(x.device, x.dtype) for x in tensors]):
         if reason:
             break
-        choice = columns.choose(op, device, dtype, columns.state.forced, columns.state.emulated)
+        choice = columns.choose(op, device.type, dtype, columns.state.forced, columns.state.emulated)
         if choice.column == "reference":
             reason = choice.reason
         elif column and column != choice.column:

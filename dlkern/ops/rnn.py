@@ -18,7 +18,7 @@ from dlkern.ops._registry import define, raw
 from dlkern.reference import rnn as reference
 from dlkern.reference.rnn import GATES, GRU, LSTM, NO_OPTIONS, RELU, TANH, Options
 
-__all__ = ["GATES", "GRU", "LSTM", "NO_OPTIONS", "RELU", "TANH", "Options", "rnn", "sum_dtype"]
+__all__ = ["GATES", "GRU", "LSTM", "NO_OPTIONS", "RELU", "TANH", "Options", "rnn", "run", "sum_dtype"]
 
 
 def sum_dtype(x: torch.Tensor) -> torch.dtype:
@@ -167,6 +167,15 @@ def _without_biases(layer):
     return *layer[:3], *layer[5:]
 
 
+def _gradients(mode, grad_output, grad_h_n, grad_c_n, output, layer):
+    """The three gradients, zeros where there is none; h0 and c0 of the layer are as large as h_n and c_n."""
+    return (
+        torch.zeros_like(output) if grad_output is None else grad_output,
+        torch.zeros_like(layer[6]) if grad_h_n is None else grad_h_n,
+        None if mode != LSTM else torch.zeros_like(layer[7]) if grad_c_n is None else grad_c_n,
+    )
+
+
 class RnnBackward(_autograd.Function):
     """The gradients of rnn's tensors; their own derivatives are the reference's."""
 
@@ -233,6 +242,7 @@ class Rnn(_autograd.Function):
         *tensors, batch_sizes, lengths, mode, reverse, recompute, column = inputs
         output, _, _, gates, cells = outputs
         ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output, gates, cells, batch_sizes, lengths)
         need = ctx.needs_input_grad
         weights, biases = any(need[1:6]), any(need[3:5])
@@ -244,7 +254,7 @@ class Rnn(_autograd.Function):
         mode, reverse, wanted, need, recompute, column = ctx.constants
         if recompute:
             *_, gates, cells = _forward[column](*layer, *sizes, mode, reverse, True)
-        grads = (grad_output, grad_h_n, grad_c_n if mode == LSTM else None)
+        grads = _gradients(mode, grad_output, grad_h_n, grad_c_n, output, layer)
         if torch.is_grad_enabled():
             found = _autograd.apply(
                 RnnBackward, *grads, *layer, output, gates, cells, *sizes, mode, reverse, wanted, column
@@ -294,6 +304,7 @@ class RnnOptions(_autograd.Function):
         *tensors, batch_sizes, lengths, mode, reverse, zoneout_h, zoneout_c, recompute, column = inputs
         output, _, _, *saved = outputs
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output, *saved, batch_sizes, lengths)
         need = ctx.needs_input_grad
         weights = any(need[1:6]) or any(need[_LAYER : _LAYER + _WEIGHTS])
@@ -306,7 +317,7 @@ class RnnOptions(_autograd.Function):
         rest = batch_sizes, lengths, *settings
         if recompute:
             *_, gates, cells, norms = _options_forward[column](*tensors, *rest, True)
-        grads = (grad_output, grad_h_n, grad_c_n if settings[0] == LSTM else None)
+        grads = _gradients(settings[0], grad_output, grad_h_n, grad_c_n, output, tensors)
         saved = output, gates, cells, norms
         if torch.is_grad_enabled():
             found = _autograd.apply(RnnOptionsBackward, *grads, *tensors, *saved, *rest, wanted, column)
@@ -365,3 +376,18 @@ def rnn(
     else:
         output, h_n, c_n, _, _ = _forward[column](*args, False)
     return output, h_n, c_n if mode == LSTM else None
+
+
+def run(
+    column, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse, recompute
+):
+    """rnn without options on a given column, for a plain call (see _plain.py); c_n is empty but for LSTM."""
+    tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0)
+    wanted = False
+    for tensor in tensors:
+        wanted = wanted or (tensor is not None and tensor.requires_grad)
+    if wanted and _autograd.recording():
+        found = Rnn.fast_apply(*tensors, batch_sizes, lengths, mode, reverse, recompute, column)
+    else:
+        found = _forward[column](*tensors, batch_sizes, lengths, mode, reverse, False)
+    return found[:3]

@@ -49,8 +49,8 @@ def collect(
             grad = param.grad
             if grad is None:
                 continue
-            state = optimizer.state.get(param) or {}
-            kept = [state[key] for key in keys if state.get(key) is not None]
+            state = optimizer.state.get(param) if keys else None
+            kept = [state[key] for key in keys if state.get(key) is not None] if state else ()
             if reason := ops.refusal(param, grad, *kept):
                 return {}, reason
             if batch is None:

@@ -29,7 +29,8 @@ class SGD(torch.optim.SGD):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step. Returns what `closure`, which evaluates the model anew, returns."""
         loss = evaluated(closure)
-        batches, reason = collect(self, lambda group: group["momentum"] != 0, ("momentum_buffer",))
+        keys = ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
+        batches, reason = collect(self, lambda group: group["momentum"] != 0, keys)
         reason = reason or settings_on_a_gpu(self)
         every = [p for batch in batches.values() for p in batch.params]
         if not reason and not every:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["cross_entropy", "cross_entropy_backward"]
+__all__ = ["cross_entropy", "cross_entropy_backward", "probabilities", "probabilities_backward"]
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -62,3 +62,27 @@ def cross_entropy_backward(
     along_target = (1.0 - label_smoothing) * chosen
     result = probability * (along_target + spread * w.sum()) - along_target * one_hot - spread * w.reshape(shape)
     return torch.where(valid.unsqueeze(1), grad * result, torch.zeros_like(result))
+
+
+def probabilities(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, label_smoothing: float
+) -> torch.Tensor:
+    """torch's own cross_entropy of class probabilities, with its reduction by number."""
+    return torch.nn.functional.cross_entropy(
+        input, target, weight, reduction=REDUCTIONS[reduction], label_smoothing=label_smoothing
+    )
+
+
+def probabilities_backward(
+    grad_loss: torch.Tensor, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients for logits and targets: g_i (p sum(v) - v) and -(1 - e) g_i w log p, v = ((1 - e) t + e / C) w."""
+    classes = input.shape[1]
+    grad = grad_loss.unsqueeze(1) if reduction == 0 else grad_loss
+    if reduction == 1:
+        grad = grad / (input.numel() // classes)
+    w = 1.0 if weight is None else weight.reshape(1, classes, *(1,) * (input.dim() - 2))
+    v = ((1.0 - label_smoothing) * target + label_smoothing / classes) * w
+    log_p = torch.log_softmax(input, 1)
+    return grad * (log_p.exp() * v.sum(1, keepdim=True) - v), grad * w * log_p * (label_smoothing - 1.0)

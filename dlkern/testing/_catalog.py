@@ -296,6 +296,17 @@ def _loss() -> Iterator[Case]:
         yield Case("loss", "cross_entropy", label, lambda *t, o=options: F.cross_entropy(*t, **o),
                    lambda *t, o=options: tF.cross_entropy(*t, **o), lambda s=shape: inputs(*s), draws=8)
 
+    def probable(*shape: int) -> list[torch.Tensor]:
+        return [_randn(*shape), torch.softmax(_randn(*shape), 1).detach().requires_grad_(), torch.rand(shape[1]).double() + 0.1]
+
+    settings: dict[str, Any] = dict(reduction="sum", label_smoothing=0.1)
+    for label, sizes, options in (
+        ("probabilities", [19, 11], {}), ("probabilities, none", [2, 5, 4, 3], dict(reduction="none")),
+        ("probabilities, smoothed", [8, 7, 5], settings),
+    ):
+        yield Case("loss", "cross_entropy", label, lambda *t, o=options: F.cross_entropy(*t, **o),
+                   lambda *t, o=options: tF.cross_entropy(*t, **o), lambda s=sizes: probable(*s), draws=8)
+
 
 def _embedding() -> Iterator[Case]:
     for label, shape, table, options in (

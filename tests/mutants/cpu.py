@@ -425,4 +425,8 @@ MUTANTS += [
     # The weight of a single position, in what a mean is divided by and in the gradient.
     _loss("sums.weight += w * own;", "sums.weight += w;", "sample_weight"),
     _loss("if (args.sample_weight) g *=", "if (args.sample_weight && i < 0) g *=", "sample_weight"),
+    # Probabilities: a row's tail, the mean over places, the smoothed targets' gradient.
+    _loss("v[l] = term[l] = 0;", "(void)l;", "probabilities"),
+    _loss("if (args.reduction == 1) total /=", "if (args.reduction == 2) total /=", "probabilities"),
+    _loss("grad * smoothed.keep * weight *", "grad * weight *", "probabilities"),
 ]

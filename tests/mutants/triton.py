@@ -69,9 +69,13 @@ MUTANTS = [
     _mutant("batch_norm", "momentum * (m2 / (rows - 1.0))", "momentum * (m2 / rows)", "running_statistics"),
     _mutant("batch_norm", "g = g - mean_g[None, :] - ", "g = g - ", "test_float32 and batch_norm"),
     # loss: the running maximum, the ignored targets, the share of the smoothed target
-    _mutant("loss", "total = total * tl.exp(most - shift) + ", "total = total + ", "several_tiles"),
+    _mutant("loss", "total * tl.exp(most - shift) + ", "total + ", "several_tiles"),
     _mutant("loss", "(position < POSITIONS) & (target != ignore_index)", "position < POSITIONS", "test_float32 and cross_entropy"),
     _mutant("loss", "soft = grad * (smoothing / C).to(ACC)", "soft = grad * smoothing.to(ACC)", "test_float32 and smoothed"),
+    # its probabilities: the mean over positions, the smoothed targets, the targets' gradient
+    _mutant("loss", "grad = grad / tl.cast(POSITIONS, ACC)", "grad = grad / tl.cast(C, ACC)", "test_float32 and probabilities"),
+    _mutant("loss", "(target.to(ACC) * keep + spread)", "(target.to(ACC) * keep)", "test_float32 and probabilities"),
+    _mutant("loss", "-grad[:, None] * keep *", "-grad[:, None] *", "test_float32 and probabilities"),
     # embedding: a tile of columns, further positions of a row, the padding's row
     _mutant("embedding", "mask=inside & exists[:, None], other", "mask=inside, other", "outside"),
     _mutant("embedding", "start += BLOCK_P", "start += BLOCK_P + 1", "embedding"),

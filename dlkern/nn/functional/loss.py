@@ -15,16 +15,19 @@ __all__ = ["cross_entropy", "perplexity"]
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def _unusual(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float) -> str | None:
+def _unusual(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, label_smoothing: float
+) -> str | None:
     """What of a call is outside our kernels (torch takes it, or raises its own error), or None."""
-    if target.is_floating_point():
-        return "no kernel for class probabilities"
-    if target.dtype != torch.int64:
-        return f"no kernel for targets of {str(target.dtype).removeprefix('torch.')}"
     dims = input.dim()
-    if dims == 0 or target.dim() != max(dims - 1, 0) or not input.is_floating_point():
+    if target.is_floating_point():
+        if target.shape != input.shape or target.dtype != input.dtype or 0 in input.shape or dims == 0 or ignore_index >= 0:
+            return "probabilities are not of input's shape and dtype, or empty, or there is an ignore_index"
+    elif target.dtype != torch.int64:
+        return f"no kernel for targets of {str(target.dtype).removeprefix('torch.')}"
+    elif dims == 0 or target.dim() != max(dims - 1, 0) or not input.is_floating_point():
         return "input is not [C] or [N, C, ...] with a target of [] or [N, ...]"
-    if dims > 1 and (input.size(0) != target.size(0) or input.shape[2:] != target.shape[1:]):
+    elif dims > 1 and (input.size(0) != target.size(0) or input.shape[2:] != target.shape[1:]):
         return "input and target differ in size"
     if input.device != target.device:
         return "input and target are on different devices"
@@ -55,8 +58,8 @@ def cross_entropy(
 
     Args:
         input: logits [C], [N, C] or [N, C, d1, ...].
-        target: int64 class indices [], [N] or [N, d1, ...]; or class probabilities of input's shape (these, and
-            uint8 indices, run on torch's own op).
+        target: int64 class indices [], [N] or [N, d1, ...] (uint8 ones run on torch's own op); or probabilities of the
+            classes, in input's shape and dtype, which may require a gradient.
         weight: [C], the weight of each class.
         size_average, reduce: deprecated, as in torch.
         ignore_index: positions with this target count for nothing; their gradient is zero.
@@ -68,11 +71,13 @@ def cross_entropy(
     Returns:
         A scalar, or a tensor of target's shape with reduction "none". Position i contributes
         s[i] (-(1 - e) w[t] log p[t] - e / C sum_c w[c] log p[c]), p = softmax(input), w = weight, s = sample_weight; "mean"
-        divides the sum by that of s[i] w[t].
+        divides the sum by that of s[i] w[t]. With probabilities t it is -sum_c ((1 - e) t[c] + e / C) w[c] log p[c], and
+        "mean" divides by the number of positions.
 
     Raises:
         IndexError: a target is outside [0, C) and not ignore_index; on a GPU, where looking at the targets would wait
             for it, such a target gives NaN (torch fails an assertion on the device).
+        RuntimeError: probabilities with an ignore_index of 0 or more.
         RuntimeError, ValueError: sizes, dtypes or arguments do not fit; torch's own messages, but for sample_weight.
     """
     if size_average is not None or reduce is not None:
@@ -82,20 +87,30 @@ def cross_entropy(
         learned = (weight is not None and weight.requires_grad) or (sample_weight is not None and sample_weight.requires_grad)
         if column is not None and not learned:
             code = _REDUCTIONS[reduction]
-            return ops.loss.run(column, input, target, weight, sample_weight, code, ignore_index, label_smoothing)
+            if not target.is_floating_point():
+                return ops.loss.run(column, input, target, weight, sample_weight, code, ignore_index, label_smoothing)
+            if ignore_index < 0 and sample_weight is None:
+                return ops.loss.run_probabilities(column, input, target, weight, code, label_smoothing)
     except (*_plain.REFUSALS, KeyError):
         pass  # the long way says what is wrong
     try:
         if autocasts(input):  # on autocast's float32 list
             input = _widen(input)
+            target = _widen(target)
             weight = _widen(weight) if weight is not None else None
             sample_weight = _widen(sample_weight) if sample_weight is not None else None
-        reason = _unusual(input, target, weight, label_smoothing)
+        reason = _unusual(input, target, weight, ignore_index, label_smoothing)
     except AttributeError:  # not tensors: torch says which
         reason = "not tensors"
     if reason is None:
         code = _reduction.get_enum(reduction)
         smoothing = max(label_smoothing, 0.0)  # torch ignores negative ones
+        if target.is_floating_point():
+            if sample_weight is not None:
+                raise ValueError("cross_entropy: sample_weight is only for class indices")
+            batched = (input, target) if input.dim() > 1 else (input[None], target[None])
+            loss = ops.loss.probabilities(*batched, weight, code, smoothing)
+            return loss[0] if input.dim() == 1 and code == 0 else loss
         if sample_weight is not None:
             _check_sample_weight(sample_weight, input, target)
             if sample_weight.requires_grad:
@@ -111,9 +126,7 @@ def cross_entropy(
     if sample_weight is not None:
         raise ValueError(f"cross_entropy: sample_weight cannot be served where {reason}")
     if tracing.active:
-        # Probabilities are a call of ours that only plain torch expressions serve yet.
-        column = "reference" if target.is_floating_point() else "torch"
-        tracing.record("cross_entropy", column, reason, input, target, weight)
+        tracing.record("cross_entropy", "torch", reason, input, target, weight)
     return loss
 
 

@@ -97,9 +97,10 @@ def unusual(
 def stack(
     mode: int, x: torch.Tensor, batch_sizes: torch.Tensor | None, states: Sequence[torch.Tensor],
     params: Sequence[torch.Tensor], biases: bool, layers: int, dropout: float, train: bool, directions: int,
-    lengths: torch.Tensor | None = None, recompute: bool = False, extras: Extras | None = None,
+    lengths: torch.Tensor | None = None, recompute: bool = False, extras: Extras | None = None, column: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """output and the last states; arguments as in `unusual`, which found nothing, after `autocast`, and in ops.rnn.rnn."""
+    """output and the last states; arguments as in `unusual`, which found nothing, after `autocast`, and in ops.rnn.rnn. With
+    the column of a plain call (see ops/_plain.py) the raw ops find what is unusual."""
     if extras is not None and _is_lowered(x):
         extras = extras._replace(weights=[lowered(x, *weights)[1:] for weights in extras.weights])
     projects = mode == LSTM and states[0].shape[-1] != states[1].shape[-1]
@@ -111,10 +112,12 @@ def stack(
             i = layer * directions + direction
             weights: Any = weights_of(params, i, biases, projects)
             h0, c0 = initial[0][i], initial[1][i] if mode == LSTM else None
-            options = NO_OPTIONS if extras is None else extras.of_layer(i, x, h0, c0, train)
-            output, *last = ops.rnn.rnn(
-                x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute, options  # type: ignore[call-arg]
-            )
+            args: Any = (x, *weights, h0, c0, batch_sizes, lengths, mode, direction == 1, recompute)
+            if column is not None:
+                output, *last = ops.rnn.run(column, *args)
+            else:
+                options = NO_OPTIONS if extras is None else extras.of_layer(i, x, h0, c0, train)
+                output, *last = ops.rnn.rnn(*args, options)  # type: ignore[call-arg]
             outputs.append(output)
             for end, state in zip(ends, last):
                 end.append(state)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dlkern.nn import functional as F
+from dlkern.nn.functional.multi_head_attention import multi_head
 from dlkern.nn.modules.linear import Linear
 
 __all__ = [
@@ -26,25 +27,31 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         need_weights: bool = True, attn_mask: torch.Tensor | None = None, average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weights = (self.in_proj_weight,)
+        if self.in_proj_weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        out = self.out_proj
+        found = multi_head(
+            query, key, value, self.batch_first, self.embed_dim, self.num_heads, self.num_heads * self.head_dim, weights,
+            self.in_proj_bias, self.bias_k, self.bias_v, self.add_zero_attn, self.dropout if self.training else 0.0,
+            out.weight, out.bias, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
+        )
+        if not isinstance(found, str):
+            return found
         turned = self.batch_first and query.dim() == 3
         if turned:
-            same, same_key = query is key, key is value
-            query = query.transpose(0, 1)
-            key = query if same else key.transpose(0, 1)
-            value = key if same_key else value.transpose(0, 1)
-        options: dict[str, Any] = {}
-        if self.in_proj_weight is None:
-            options = dict(
-                use_separate_proj_weight=True, q_proj_weight=self.q_proj_weight, k_proj_weight=self.k_proj_weight,
-                v_proj_weight=self.v_proj_weight,
-            )
-        output, weights = F.multi_head_attention_forward(
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        separate: dict[str, Any] = {}
+        if len(weights) == 3:
+            separate = dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights))
+        output, probabilities = F.multi_head_attention_forward(  # torch's, which says what is wrong
             query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
-            self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
-            training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
-            average_attn_weights=average_attn_weights, is_causal=is_causal, width=self.num_heads * self.head_dim, **options,
+            self.bias_v, self.add_zero_attn, self.dropout, out.weight, out.bias, training=self.training,
+            key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights, is_causal=is_causal, width=self.num_heads * self.head_dim,
+            use_separate_proj_weight=bool(separate), **separate,
         )
-        return output.transpose(0, 1) if turned else output, weights
+        return output.transpose(0, 1) if turned else output, probabilities
 
 
 class PrunedMultiheadAttention(MultiheadAttention):

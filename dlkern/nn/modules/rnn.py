@@ -14,6 +14,7 @@ from dlkern import ops
 from dlkern import trace as tracing
 from dlkern.nn.functional import rnn as functional
 from dlkern.nn.functional._autocast import autocasts
+from dlkern.ops import _plain
 from dlkern.ops.rnn import GRU as _GRU
 from dlkern.ops.rnn import LSTM as _LSTM
 from dlkern.ops.rnn import RELU, TANH
@@ -117,7 +118,9 @@ class _WithOptions(torch.nn.Module):
     @property
     def beyond_torch(self) -> bool:
         """Whether an option is on, so that torch's class would compute something else."""
-        return bool(self.layer_norm or self.recurrent_dropout or self.peephole or self._pair != (0, 0))
+        return bool(
+            self.layer_norm or self.recurrent_dropout or self.peephole or (self.zoneout and self._pair != (0, 0))
+        )
 
     @property
     def _pair(self) -> tuple[float, float]:
@@ -176,7 +179,18 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
         if lengths is not None:
             self._check_lengths(input, lengths)
         mode = _MODES[self.mode]
-        found = self._arguments(mode, input, hx)
+        try:
+            x = input.data if isinstance(input, PackedSequence) else input
+            column = None if self.beyond_torch or self.proj_size else _plain.column(ops.rnn.PUBLIC[mode], x)
+            if column is not None:
+                return self._run(mode, input, hx, lengths, column)
+        except _plain.REFUSALS:
+            pass  # the long way says what is wrong
+        return self._run(mode, input, hx, lengths, None)
+
+    def _run(self, mode: int, input: Any, hx: Any, lengths: torch.Tensor | None, column: str | None) -> Any:
+        """forward; of a plain call (see ops/_plain.py) on its column."""
+        found = self._arguments(mode, input, hx, column)
         if isinstance(found, str):
             if tracing.active:
                 tracing.record(ops.rnn.PUBLIC[mode], "torch", found, input.data if isinstance(input, PackedSequence) else input)
@@ -187,7 +201,7 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         output, *last = functional.stack(
             mode, x, batch_sizes, states, params, self.bias, self.num_layers, self.dropout, self.training, directions,
-            lengths, self.save == "recompute", self._extras(mode == _LSTM),
+            lengths, self.save == "recompute", self._extras(mode == _LSTM), column,
         )  # fmt: skip
         if isinstance(input, PackedSequence):
             if input.unsorted_indices is not None:
@@ -198,8 +212,9 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
             return output.squeeze(1), _as_hidden(mode, [state.squeeze(1) for state in last])
         return output.transpose(0, 1) if self.batch_first else output, _as_hidden(mode, last)
 
-    def _arguments(self, mode: int, input: Any, hx: Any) -> Any:
-        """x [T, B, I] or packed, batch_sizes, states and weights; or why the call is torch's to answer."""
+    def _arguments(self, mode: int, input: Any, hx: Any, column: str | None) -> Any:
+        """x [T, B, I] or packed, batch_sizes, states and weights; or why the call is torch's to answer. With a column, what
+        the raw ops check is left to them."""
         packed = isinstance(input, PackedSequence)
         x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
         if not isinstance(x, torch.Tensor) or x.dim() not in ((2,) if packed else (2, 3)):
@@ -232,7 +247,11 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
                 elif packed and input.sorted_indices is not None:
                     states = [state.index_select(1, input.sorted_indices) for state in states]
             except (AttributeError, IndexError, RuntimeError, TypeError):
+                states = [None]  # type: ignore[list-item]
+            if not all(isinstance(state, torch.Tensor) for state in states):
                 return "states are not tensors of the right size"
+        if column is not None and all(state.shape[0] == self.num_layers * directions for state in states):
+            return x, batch_sizes, states, params
         x, states, params = functional.autocast(mode, x, states, params)
         found = functional.unusual(mode, x, batch_sizes, states, params, bool(self.bias), self.num_layers, directions)
         return found if found is not None else (x, batch_sizes, states, params)
@@ -300,6 +319,9 @@ class _Cell(_WithOptions, torch.nn.modules.rnn.RNNCellBase):
 
     def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
         mode = RELU if self._mode == TANH and self.nonlinearity == "relu" else self._mode
+        plain = self._plain(mode, input, hx)
+        if plain is not None:
+            return plain
         found = self._arguments(mode, input, hx)
         if isinstance(found, str):
             if tracing.active and isinstance(input, torch.Tensor):
@@ -310,6 +332,26 @@ class _Cell(_WithOptions, torch.nn.modules.rnn.RNNCellBase):
         _, *last = functional.stack(mode, x, None, states, params, self.bias, 1, 0.0, self.training, 1, extras=extras)
         last = [state[0] if input.dim() == 2 else state[0, 0] for state in last]
         return _as_hidden(mode, last)
+
+    def _plain(self, mode: int, input: Any, hx: Any) -> Any:
+        """The result of a plain call (see ops/_plain.py) of a batch, None for one that has to go the long way."""
+        try:
+            column = _plain.column(ops.rnn.PUBLIC[mode], input)
+            if column is None or input.dim() != 2 or self.beyond_torch or (mode == TANH and self.nonlinearity != "tanh"):
+                return None
+            lstm = mode == _LSTM
+            if hx is None:
+                hx = input.new_zeros(input.shape[0], self.hidden_size)
+                hx = (hx, hx) if lstm else hx
+            h0, c0 = hx if lstm else (hx, None)
+            b_ih, b_hh = (self.bias_ih, self.bias_hh) if self.bias else (None, None)
+            _, h_n, c_n = ops.rnn.run(
+                column, input.unsqueeze(0), self.weight_ih, self.weight_hh, b_ih, b_hh, None, h0, c0, None, None, mode, False,
+                False,
+            )  # fmt: skip
+            return (h_n, c_n) if lstm else h_n
+        except _plain.REFUSALS:
+            return None  # the long way says what is wrong
 
     def _arguments(self, mode: int, input: Any, hx: Any) -> Any:
         if mode == TANH and self.nonlinearity != "tanh":
