@@ -300,3 +300,9 @@ def attention(query, kind, depth, value_depth, dropout, busy, product, shared):
 def attention_rows(x):
     """Tile of vectors x depth, for their lengths."""
     return {"BLOCK": 16, "BLOCK_D": 32 if architecture(x) == 0 else 64, "num_warps": 4}
+
+
+def rotary(x, columns):
+    """Tile of rows x pairs of columns."""
+    block_d = _block(columns, 8, 64)
+    return {"BLOCK": max(1, 1024 // block_d), "BLOCK_D": block_d, "num_warps": 4}
