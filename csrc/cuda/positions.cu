@@ -3,6 +3,8 @@
 // of 16 bytes. Floor: one read and one write of the tensor, and one read of the angles.
 #include "positions.h"
 
+#include <type_traits>
+
 #include "fast_divide.cuh"
 #include "pack.cuh"
 
@@ -36,7 +38,8 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(Rotary args, Places pl
   const int64_t d = static_cast<int64_t>(chunk) * VEC;
   if (d >= args.half) {
     const int64_t behind = args.half + d;
-    store_pack(y + behind, load_pack<T, VEC>(x + behind));
+    using All = std::conditional_t<VEC == 1, T, uint4>;  // a pack would be stored element by element
+    *reinterpret_cast<All*>(y + behind) = *reinterpret_cast<const All*>(x + behind);
     return;
   }
   float cos[VEC], sin[VEC], in[2][VEC], out[2][VEC];
