@@ -412,5 +412,6 @@ def backward(op, call, grad_output, output, statistics, of_mask):
         grad_query = call.from_unit(query, call.units[0], grad_query)
         grad_key = call.from_unit(key, call.units[1], grad_key)
     if call.rotary:
-        grad_query, grad_key = (turned(x, *call.rotary, True, query.dtype) for x in (grad_query, grad_key))
+        cos, sin, interleaved = call.rotary
+        grad_query, grad_key = (turned(x, cos, sin, interleaved, True, query.dtype) for x in (grad_query, grad_key))
     return grad_query, grad_key, grad_value, grad_mask, grad_weight

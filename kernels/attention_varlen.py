@@ -29,8 +29,8 @@ class VarlenCall(Call):
         _check_starts(op, "cu_seq_q", starts_of_queries, query.shape[0])
         _check_starts(op, "cu_seq_k", starts_of_keys, key.shape[0])
         check(starts_of_queries.shape == starts_of_keys.shape, f"{op}: cu_seq_q and cu_seq_k count different sequences")
-        operands = (x.transpose(0, 1)[None] for x in (query, key, value))
-        super().__init__(op, *operands, None, None, None, None, seed, p, scale, softcap, left, right, DOT)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        super().__init__(op, query, key, value, None, None, None, None, seed, p, scale, softcap, left, right, DOT)
         self.flags |= dict(HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0)
         # Number, first query, first key, queries, keys of each sequence.
         firsts = starts_of_queries[:-1], starts_of_keys[:-1]

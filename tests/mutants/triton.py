@@ -109,7 +109,7 @@ MUTANTS = [
     _mutant("positions", "tl.join(a * cos - b * sin", "tl.join(a * cos + b * sin", "rotary_layouts"),
     _attention("_attention_tile", "tl.where(first[None, :], -sin, sin)", "tl.where(first[None, :], sin, -sin)", "test_parity and rotary"),
     _attention("_attention_tile", "tl.where(first, column + HALF, column - HALF)", "column + HALF", "test_parity and rotary"),
-    _attention("attention", "*call.rotary, True, query.dtype)", "*call.rotary, False, query.dtype)", "test_parity and rotary"),
+    _attention("attention", "interleaved, True, query.dtype)", "interleaved, False, query.dtype)", "test_parity and rotary"),
     # sequences one after another: a window's alignment, a sequence's seed, its statistics, where its tiles begin
     _attention("attention", "        left -= S - L\n", "", "varlen_windows"),
     _attention("attention", "            seed += sequence\n", "            seed += 0\n", "varlen_options"),
