@@ -98,6 +98,12 @@ def check_options(column):
     g = torch.randn_like(y)
     for a, b in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g)):
         torch.testing.assert_close(a, b)
+    tensors = *(x.detach() for x in inputs), of_queries, of_keys, seed
+    forward, backward = (raw[f"attention_varlen_{way}"][column] for way in ("forward", "backward"))
+    for op, call in (
+        (forward, (*tensors, *settings)), (backward, (g, *tensors, *forward(*tensors, *settings), *settings))
+    ):  # fmt: skip
+        torch.library.opcheck(op, call, test_utils=("test_schema", "test_faketensor"))
     a, b = of_queries[1:3]
     c, d = of_keys[1:3]
     q, k, v = (x.transpose(0, 1)[None] for x in (inputs[0][a:b], inputs[1][c:d], inputs[2][c:d]))
@@ -138,10 +144,6 @@ def test_what_it_promises():
     assert torch.equal(once, F.varlen_attn(*turned, of_queries, of_keys))  # any strides
     same = F.varlen_attn(inputs[0], inputs[0], inputs[0], of_queries)
     assert torch.equal(same, F.varlen_attn(inputs[0], inputs[0], inputs[0], of_queries, of_queries))
-    torch.library.opcheck(
-        torch.ops.dlkern.attention_varlen_forward_cpu.default, (*inputs, of_queries, of_keys, None, 0.0, 0.5, 0.0, -1, 0),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
     compiled = torch.compile(lambda *x: F.varlen_attn(*x, of_queries, of_keys), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), once)
     with torch.autocast("cpu", dtype=torch.bfloat16):

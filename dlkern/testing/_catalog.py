@@ -262,6 +262,7 @@ def _attention() -> Iterator[Case]:
         yield Case("attention", sdpa, label, lambda *t, o=options: F.scaled_dot_product_attention(*t, **o),
                    lambda *t, o=options: tF.scaled_dot_product_attention(*t, **o),
                    lambda a=(q, k, depth, mask): inputs(*a), draws=16)
+
     def turned_first(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
