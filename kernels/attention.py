@@ -263,7 +263,7 @@ class Call:
 
     def blocks(self, kind):
         """Tile of a kernel ("forward", "query", "key" or "mask")."""
-        busy = self.varlen or self.flags["MASK"] != NO_MASK
+        busy = (self.varlen and kind != "forward") or self.flags["MASK"] != NO_MASK
         busy = busy or any(self.flags[flag] for flag in ("HAS_CAP", "HAS_SLOPES", "ROTARY"))
         return configs.attention(
             self.query, kind, self.depth, self.value_depth, self.p > 0, busy, self.score in (DOT, COSINE),
