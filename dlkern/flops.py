@@ -90,6 +90,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "conv_transpose2d_forward": _conv_transpose,
     "attention_forward": _attention,
     "attention_backward": _attention_backward,
+    "attention_rotary_forward": _attention,
+    "attention_rotary_backward": _attention_backward,
     "rnn_forward": _rnn,
     "rnn_backward": _rnn_backward,
 }

@@ -21,12 +21,14 @@ from dlkern.kernels._attention_tile import (
     key_bounds,
     lengths_of,
     load_rows,
+    load_turned,
     operands_of_head,
     pairwise_gradient,
     queries_of_program,
     raw_scores,
     rows_product,
     slope_of,
+    tile_of_sequence,
 )
 
 _GAUSSIAN, _ADDITIVE, _COSINE = tl.constexpr(GAUSSIAN), tl.constexpr(ADDITIVE), tl.constexpr(COSINE)
@@ -34,22 +36,44 @@ _GAUSSIAN, _ADDITIVE, _COSINE = tl.constexpr(GAUSSIAN), tl.constexpr(ADDITIVE), 
 
 @triton.jit
 def attention_backward_query_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
-    g_ptr, statistics_ptr, delta_ptr, out_ptr, dq_ptr, dweight_ptr, heads, H, GROUP, L, S, D, DV,
-    q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides, out_strides,
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr, cos_ptr,
+    sin_ptr, g_ptr, statistics_ptr, delta_ptr, out_ptr, dq_ptr, dweight_ptr, tiles_ptr, ROWS, H, GROUP, L, S, D, DV, HALF,
+    ANGLES, q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides, out_strides, dq_strides,
     scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
-    BY_TILES: tl.constexpr, SPLIT: tl.constexpr,
+    BY_TILES: tl.constexpr, SPLIT: tl.constexpr, VARLEN: tl.constexpr, ROTARY: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
 ):
     # One program: BLOCK_M queries of one head x BLOCK_D columns of their gradient.
-    i0, i, head, b, h = queries_of_program(L, H, LARGE, BLOCK_M)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    if VARLEN:
+        head, sequence, first_q, first_k, L, S, i0 = tile_of_sequence(tiles_ptr, H)
+        b, h = head * 0, head
+        i = i0 + tl.arange(0, BLOCK_M)
+        if LARGE:
+            i = i.to(tl.int64)
+        q_ptr += first_q * q_strides[2]
+        k_ptr += first_k * k_strides[2]
+        v_ptr += first_k * v_strides[2]
+        out_ptr += first_q * out_strides[2]
+        g_ptr += first_q * g_strides[2]
+        dq_ptr += first_q * dq_strides[2]
+        statistics_ptr += first_q * H
+        delta_ptr += first_q * H
+        left -= S - L
+        right += S - L
+        if HAS_DROPOUT:
+            seed += sequence
+    else:
+        i0, i, head, b, h = queries_of_program(L, H, LARGE, BLOCK_M)
     q_ptr, k_ptr, v_ptr, mask_ptr = operands_of_head(
         q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides
     )
     g_ptr += b * g_strides[0] + h * g_strides[1]
+    cos_ptr += b * ANGLES
+    sin_ptr += b * ANGLES
     q_unit_ptr += head * L
     k_unit_ptr += head // GROUP * S
     length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
@@ -57,10 +81,10 @@ def attention_backward_query_kernel(
     own = tl.program_id(1)
     d = own * BLOCK_D + tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
-    q = load_rows(q_ptr, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
+    q = load_turned(q_ptr, i, L, q_strides, d, D, cos_ptr, sin_ptr, HALF, ROTARY, ACC)  # [BLOCK_M, BLOCK_D]
     g = load_rows(g_ptr, i, L, g_strides[2], dv, DV, g_strides[3])  # [BLOCK_M, BLOCK_V]
     shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))  # exponentials of no query are 0
-    inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
+    inverse = tl.load(statistics_ptr + ROWS + head * L + i, mask=i < L, other=0.0)
     delta = tl.zeros((BLOCK_M,), ACC)
     if not BY_TILES:
         out_ptr += b * out_strides[0] + h * out_strides[1]
@@ -84,11 +108,11 @@ def attention_backward_query_kernel(
                 j = j0 + tl.arange(0, BLOCK_N)
                 if LARGE:
                     j = j.to(tl.int64)
-                k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
+                k = load_turned(k_ptr, j, S, k_strides, d, D, cos_ptr, sin_ptr, HALF, ROTARY, ACC)  # [BLOCK_N, BLOCK_D]
                 v = load_rows(v_ptr, j, S, v_strides[2], dv, DV, v_strides[3])  # [BLOCK_N, BLOCK_V]
                 s = raw_scores(
                     q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D,
-                    SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
+                    cos_ptr, sin_ptr, HALF, ROTARY, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
                 )
                 s, cap = finish_scores(
                     s, i[:, None], j[None, :], mask_ptr, mask_strides, length[:, None], slope, scale.to(ACC),
@@ -97,10 +121,11 @@ def attention_backward_query_kernel(
                 )
                 p = exponential(s, shift[:, None], log2_scale.to(ACC), FOLD) * inverse[:, None]
                 dp = rows_product(
-                    g, v, g_ptr, v_ptr, i, j, L, S, g_strides, v_strides, DV, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                    g, v, g_ptr, v_ptr, i, j, L, S, g_strides, v_strides, DV, cos_ptr, sin_ptr, HALF, 0, ACC, PRECISION,
+                    BLOCK_V, V_BLOCKS,
                 )
                 if HAS_DROPOUT:
-                    stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
+                    stays = kept_by_dropout(head * L + i, j0, S, seed, threshold, BLOCK_M, BLOCK_N)
                     dp = tl.where(stays, dp * kept.to(ACC), 0.0)
                 if STEP == 0:
                     delta += tl.sum(p * dp, axis=1)
@@ -119,8 +144,9 @@ def attention_backward_query_kernel(
                         acc = add_product(acc, ds, k, ACC, PRECISION, SPLIT)
     if own == 0:
         tl.store(delta_ptr + head * L + i, delta, mask=i < L)
+    dq_ptr += b * dq_strides[0] + h * dq_strides[1]
     tl.store(
-        dq_ptr + head * L * D + i[:, None] * D + d[None, :], (acc * scale.to(ACC)).to(dq_ptr.dtype.element_ty),
+        dq_ptr + i[:, None] * dq_strides[2] + d[None, :], (acc * scale.to(ACC)).to(dq_ptr.dtype.element_ty),
         mask=(i < L)[:, None] & (d < D)[None, :],
     )
     if SCORE == _ADDITIVE:
@@ -129,11 +155,11 @@ def attention_backward_query_kernel(
 
 @triton.jit
 def attention_backward_key_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
-    g_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr, heads, H, GROUP, L, S, D, DV,
-    q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides,
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr, cos_ptr,
+    sin_ptr, g_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, ROWS, H, GROUP, L, S, D, DV, HALF, ANGLES,
+    q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides, dk_strides, dv_strides,
     scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, VARLEN: tl.constexpr, ROTARY: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -141,22 +167,41 @@ def attention_backward_key_kernel(
 ):
     # One program: BLOCK_N keys of one head, down the rows of its tiles, through all queries of the heads that share it;
     # BLOCK_D columns of the key's gradient and BLOCK_V of the value's.
-    tiles = tl.cdiv(S, BLOCK_N)
-    key_head = (tl.program_id(0) // tiles).to(tl.int64)
-    j0 = tl.program_id(0) % tiles * BLOCK_N
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    if VARLEN:
+        key_head, sequence, first_q, first_k, L, S, j0 = tile_of_sequence(tiles_ptr, H // GROUP)
+        b, kh = key_head * 0, key_head
+        q_ptr += first_q * q_strides[2]
+        g_ptr += first_q * g_strides[2]
+        k_ptr += first_k * k_strides[2]
+        v_ptr += first_k * v_strides[2]
+        dk_ptr += first_k * dk_strides[2]
+        dv_ptr += first_k * dv_strides[2]
+        statistics_ptr += first_q * H
+        delta_ptr += first_q * H
+        left -= S - L
+        right += S - L
+        if HAS_DROPOUT:
+            seed += sequence
+    else:
+        tiles = tl.cdiv(S, BLOCK_N)
+        key_head = (tl.program_id(0) // tiles).to(tl.int64)
+        j0 = tl.program_id(0) % tiles * BLOCK_N
+        b = key_head * GROUP // H
+        kh = key_head % (H // GROUP)
     j = j0 + tl.arange(0, BLOCK_N)
     if LARGE:
         j = j.to(tl.int64)
-    b = key_head * GROUP // H
-    kh = key_head % (H // GROUP)
     k_ptr += b * k_strides[0] + kh * k_strides[1]
     v_ptr += b * v_strides[0] + kh * v_strides[1]
+    cos_ptr += b * ANGLES
+    sin_ptr += b * ANGLES
     k_unit_ptr += key_head * S
     own_d = 0 if D_BLOCKS == 1 else tl.minimum(tl.program_id(1), D_BLOCKS - 1)
     own_v = 0 if V_BLOCKS == 1 else tl.minimum(tl.program_id(1), V_BLOCKS - 1)
     d = own_d * BLOCK_D + tl.arange(0, BLOCK_D)
     dv = own_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
+    k = load_turned(k_ptr, j, S, k_strides, d, D, cos_ptr, sin_ptr, HALF, ROTARY, ACC)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_ptr, j, S, v_strides[2], dv, DV, v_strides[3])  # [BLOCK_N, BLOCK_V]
     of_key = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     of_value = tl.zeros((BLOCK_N, BLOCK_V), ACC)
@@ -191,14 +236,14 @@ def attention_backward_key_kernel(
                 if LARGE:
                     i = i.to(tl.int64)
                 length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
-                q = load_rows(q_at, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
+                q = load_turned(q_at, i, L, q_strides, d, D, cos_ptr, sin_ptr, HALF, ROTARY, ACC)  # [BLOCK_M, BLOCK_D]
                 g = load_rows(g_at, i, L, g_strides[2], dv, DV, g_strides[3])  # [BLOCK_M, BLOCK_V]
                 shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))
-                inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
+                inverse = tl.load(statistics_ptr + ROWS + head * L + i, mask=i < L, other=0.0)
                 delta = tl.load(delta_ptr + head * L + i, mask=i < L, other=0.0)
                 s = raw_scores(
                     k, q, k_ptr, q_at, j, i, S, L, k_strides, q_strides, k_unit_ptr, q_unit_ptr + head * L, weight_ptr, D,
-                    SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_N, BLOCK_M,
+                    cos_ptr, sin_ptr, HALF, ROTARY, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_N, BLOCK_M,
                 )
                 s, cap = finish_scores(
                     s, i[None, :], j[:, None], mask_at, mask_strides, length[None, :], slope, scale.to(ACC),
@@ -207,11 +252,12 @@ def attention_backward_key_kernel(
                 )
                 p = exponential(s, shift[None, :], log2_scale.to(ACC), FOLD) * inverse[None, :]  # [BLOCK_N, BLOCK_M]
                 dp = rows_product(
-                    v, g, v_ptr, g_at, j, i, S, L, v_strides, g_strides, DV, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                    v, g, v_ptr, g_at, j, i, S, L, v_strides, g_strides, DV, cos_ptr, sin_ptr, HALF, 0, ACC, PRECISION,
+                    BLOCK_V, V_BLOCKS,
                 )
                 ds = p
                 if HAS_DROPOUT:
-                    stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
+                    stays = kept_by_dropout(head * L + i, j0, S, seed, threshold, BLOCK_M, BLOCK_N)
                     dp = tl.where(tl.trans(stays), dp * kept.to(ACC), 0.0)
                     p = tl.where(tl.trans(stays), p, 0.0)
                 ds = ds * (dp - delta[None, :])
@@ -231,22 +277,25 @@ def attention_backward_key_kernel(
     if HAS_DROPOUT:
         of_value = of_value * kept.to(ACC)
     block = tl.program_id(1)
+    dk_ptr += b * dk_strides[0] + kh * dk_strides[1]
+    dv_ptr += b * dv_strides[0] + kh * dv_strides[1]
     tl.store(
-        dk_ptr + key_head * S * D + j[:, None] * D + d[None, :], of_key.to(dk_ptr.dtype.element_ty),
+        dk_ptr + j[:, None] * dk_strides[2] + d[None, :], of_key.to(dk_ptr.dtype.element_ty),
         mask=(j < S)[:, None] & (d < D)[None, :] & (block < D_BLOCKS),
     )
     tl.store(
-        dv_ptr + key_head * S * DV + j[:, None] * DV + dv[None, :], of_value.to(dv_ptr.dtype.element_ty),
+        dv_ptr + j[:, None] * dv_strides[2] + dv[None, :], of_value.to(dv_ptr.dtype.element_ty),
         mask=(j < S)[:, None] & (dv < DV)[None, :] & (block < V_BLOCKS),
     )
 
 
 @triton.jit
 def attention_backward_mask_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
-    g_ptr, statistics_ptr, delta_ptr, dmask_ptr, heads, H, GROUP, L, S, D, DV,
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr, cos_ptr,
+    sin_ptr, g_ptr, statistics_ptr, delta_ptr, dmask_ptr, ROWS, H, GROUP, L, S, D, DV, HALF, ANGLES,
     q_strides, k_strides, v_strides, mask_strides, lengths_strides, g_strides, B, MASK_B, MASK_H, MASK_L, MASK_S,
     scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
+    ROTARY: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -279,16 +328,18 @@ def attention_backward_mask_kernel(
                 q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides
             )
             g_at = g_ptr + (b * g_strides[0] + h * g_strides[1])
+            cos_at = cos_ptr + b * ANGLES
+            sin_at = sin_ptr + b * ANGLES
             slope = slope_of(slopes_ptr, h, HAS_SLOPES, ACC)
             for i0 in range(i_first, i_end, BLOCK_M):
                 i = i0 + tl.arange(0, BLOCK_M)
                 if LARGE:
                     i = i.to(tl.int64)
                 length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
-                q = load_rows(q_at, i, L, q_strides[2], d, D, q_strides[3])
+                q = load_turned(q_at, i, L, q_strides, d, D, cos_at, sin_at, HALF, ROTARY, ACC)
                 g = load_rows(g_at, i, L, g_strides[2], dv, DV, g_strides[3])
                 shift = tl.load(statistics_ptr + head * L + i, mask=i < L, other=float("inf"))
-                inverse = tl.load(statistics_ptr + (heads + head) * L + i, mask=i < L, other=0.0)
+                inverse = tl.load(statistics_ptr + ROWS + head * L + i, mask=i < L, other=0.0)
                 delta = tl.load(delta_ptr + head * L + i, mask=i < L, other=0.0)
                 begin, _full, end = key_bounds(
                     i0, L, S, left, right, length, i < L, HAS_LENGTHS, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -297,12 +348,12 @@ def attention_backward_mask_kernel(
                     j = j0 + tl.arange(0, BLOCK_N)
                     if LARGE:
                         j = j.to(tl.int64)
-                    k = load_rows(k_at, j, S, k_strides[2], d, D, k_strides[3])
+                    k = load_turned(k_at, j, S, k_strides, d, D, cos_at, sin_at, HALF, ROTARY, ACC)
                     v = load_rows(v_at, j, S, v_strides[2], dv, DV, v_strides[3])
                     s = raw_scores(
                         q, k, q_at, k_at, i, j, L, S, q_strides, k_strides, q_unit_ptr + head * L,
-                        k_unit_ptr + head // GROUP * S, weight_ptr, D, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M,
-                        BLOCK_N,
+                        k_unit_ptr + head // GROUP * S, weight_ptr, D, cos_at, sin_at, HALF,
+                        ROTARY, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
                     )
                     s, _cap = finish_scores(
                         s, i[:, None], j[None, :], mask_at, mask_strides, length[:, None], slope, scale.to(ACC),
@@ -311,7 +362,8 @@ def attention_backward_mask_kernel(
                     )
                     p = exponential(s, shift[:, None], log2_scale.to(ACC), FOLD) * inverse[:, None]
                     dp = rows_product(
-                        g, v, g_at, v_at, i, j, L, S, g_strides, v_strides, DV, ACC, PRECISION, BLOCK_V, V_BLOCKS
+                        g, v, g_at, v_at, i, j, L, S, g_strides, v_strides, DV, cos_at, sin_at, HALF, 0, ACC, PRECISION,
+                        BLOCK_V, V_BLOCKS,
                     )
                     if HAS_DROPOUT:
                         stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)

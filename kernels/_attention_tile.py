@@ -31,6 +31,17 @@ def queries_of_program(L, H, LARGE: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def tile_of_sequence(tiles_ptr, heads):
+    """(head, sequence, its first query and first key, L, S, first row of the tile) of a program, where sequences lie one after
+    another and a table has six numbers for each tile."""
+    tiles = tl.num_programs(0) // heads
+    at = tiles_ptr + tl.program_id(0) % tiles * 6
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    first_q, first_k = tl.load(at + 1).to(tl.int64), tl.load(at + 2).to(tl.int64)
+    return head, tl.load(at), first_q, first_k, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit
 def operands_of_head(q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides):
     """Where query, key, value and mask of batch b and head h begin."""
     q_ptr += b * q_strides[0] + h * q_strides[1]
@@ -67,9 +78,32 @@ def load_rows(ptr, row, rows, stride_row, column, columns, stride_column):
 
 
 @triton.jit
+def load_turned(ptr, row, rows, strides, column, columns, cos_ptr, sin_ptr, HALF, ROTARY: tl.constexpr, ACC: tl.constexpr):
+    """load_rows, of queries or keys that have rotary positions turned: a pair is (d, d + HALF), or (2d, 2d + 1) where ROTARY
+    is 2. An element's partner is read again, out of a cache."""
+    x = load_rows(ptr, row, rows, strides[2], column, columns, strides[3])
+    if ROTARY != 0:
+        if ROTARY == 2:
+            first = column % 2 == 0
+            partner = tl.where(first, column + 1, column - 1)
+            pair = column // 2
+        else:
+            first = column < HALF
+            partner = tl.where(first, column + HALF, column - HALF)
+            pair = tl.where(first, column, partner)
+        turns = (row < rows)[:, None] & (column < 2 * HALF)[None, :]
+        y = tl.load(ptr + row[:, None] * strides[2] + partner[None, :] * strides[3], mask=turns, other=0.0).to(ACC)
+        angle = row[:, None] * HALF + pair[None, :]
+        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0).to(ACC)
+        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0).to(ACC)
+        x = (x.to(ACC) * cos + y * tl.where(first[None, :], -sin, sin)).to(x.dtype)
+    return x
+
+
+@triton.jit
 def rows_product(
-    a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, cos_ptr, sin_ptr, HALF,
+    ROTARY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
     """a bᵀ over the whole depth; a and b hold a block of it, all of it where there is one. Several are added in their
     order, whichever is held, so that a backward's scores are the forward's: where a probability is near 1, its rounding
@@ -80,8 +114,8 @@ def rows_product(
         s = tl.zeros((a.shape[0], b.shape[0]), ACC)
         for block in range(0, BLOCKS):
             d = block * BLOCK + tl.arange(0, BLOCK)
-            x = load_rows(a_ptr, a_row, a_rows, a_strides[2], d, depth, a_strides[3])
-            y = load_rows(b_ptr, b_row, b_rows, b_strides[2], d, depth, b_strides[3])
+            x = load_turned(a_ptr, a_row, a_rows, a_strides, d, depth, cos_ptr, sin_ptr, HALF, ROTARY, ACC)
+            y = load_turned(b_ptr, b_row, b_rows, b_strides, d, depth, cos_ptr, sin_ptr, HALF, ROTARY, ACC)
             s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION, out_dtype=ACC)
     return s
 
@@ -123,8 +157,8 @@ def _pairwise(
 @triton.jit
 def raw_scores(
     a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, a_unit_ptr, b_unit_ptr, weight_ptr, depth,
-    SCORE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    cos_ptr, sin_ptr, HALF, ROTARY: tl.constexpr, SCORE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):
     """score(a, b) of rows a against rows b, [BLOCK_A, BLOCK_B], without scale; every score is symmetric in a and b."""
     if SCORE == _GAUSSIAN or SCORE == _ADDITIVE:
@@ -146,7 +180,8 @@ def raw_scores(
             s = s * 0.5
         return s
     s = rows_product(
-        a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, ACC, PRECISION, BLOCK, BLOCKS
+        a, b, a_ptr, b_ptr, a_row, b_row, a_rows, b_rows, a_strides, b_strides, depth, cos_ptr, sin_ptr, HALF, ROTARY, ACC,
+        PRECISION, BLOCK, BLOCKS,
     )
     if SCORE == _COSINE:
         a_unit = tl.load(a_unit_ptr + a_row, mask=a_row < a_rows, other=0.0)

@@ -27,10 +27,12 @@ from dlkern.kernels._attention_tile import (
     largest_shift,
     lengths_of,
     load_rows,
+    load_turned,
     operands_of_head,
     queries_of_program,
     raw_scores,
     slope_of,
+    tile_of_sequence,
     unit_backward_kernel,
     unit_kernel,
 )
@@ -44,30 +46,51 @@ from dlkern.kernels._launch import (
     launch,
 )
 from dlkern.kernels._parts import sum_parts
+from dlkern.kernels.positions import turned
 
 
 @triton.jit
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr,
-    out_ptr, statistics_ptr, heads, H, GROUP, L, S, D, DV, q_strides, k_strides, v_strides, mask_strides, lengths_strides,
-    out_strides, scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64, kept: tl.float64, left, right, threshold,
+    q_ptr, k_ptr, v_ptr, mask_ptr, lengths_ptr, slopes_ptr, weight_ptr, seed_ptr, q_unit_ptr, k_unit_ptr, cos_ptr,
+    sin_ptr, out_ptr, statistics_ptr, tiles_ptr, ROWS, H, GROUP, L, S, D, DV, HALF, ANGLES, q_strides, k_strides, v_strides,
+    mask_strides, lengths_strides, out_strides, scale: tl.float64, log2_scale: tl.float64, softcap: tl.float64,
+    kept: tl.float64, left, right, threshold, VARLEN: tl.constexpr, ROTARY: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, D_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, V_BLOCKS: tl.constexpr,
 ):
     # One program: BLOCK_M queries of one head x BLOCK_V columns of the value.
-    i0, i, head, b, h = queries_of_program(L, H, LARGE, BLOCK_M)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    if VARLEN:
+        head, sequence, first_q, first_k, L, S, i0 = tile_of_sequence(tiles_ptr, H)
+        b, h = head * 0, head
+        i = i0 + tl.arange(0, BLOCK_M)
+        if LARGE:
+            i = i.to(tl.int64)
+        q_ptr += first_q * q_strides[2]
+        k_ptr += first_k * k_strides[2]
+        v_ptr += first_k * v_strides[2]
+        out_ptr += first_q * out_strides[2]
+        statistics_ptr += first_q * H
+        left -= S - L
+        right += S - L
+        if HAS_DROPOUT:
+            seed += sequence
+    else:
+        i0, i, head, b, h = queries_of_program(L, H, LARGE, BLOCK_M)
     q_ptr, k_ptr, v_ptr, mask_ptr = operands_of_head(
         q_ptr, k_ptr, v_ptr, mask_ptr, b, h, GROUP, q_strides, k_strides, v_strides, mask_strides
     )
+    cos_ptr += b * ANGLES
+    sin_ptr += b * ANGLES
     q_unit_ptr += head * L
     k_unit_ptr += head // GROUP * S
     length = lengths_of(lengths_ptr, b, i, L, lengths_strides, HAS_LENGTHS)
     slope = slope_of(slopes_ptr, h, HAS_SLOPES, ACC)
     d = tl.arange(0, BLOCK_D)
     dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    q = load_rows(q_ptr, i, L, q_strides[2], d, D, q_strides[3])  # [BLOCK_M, BLOCK_D]
+    q = load_turned(q_ptr, i, L, q_strides, d, D, cos_ptr, sin_ptr, HALF, ROTARY, ACC)  # [BLOCK_M, BLOCK_D]
     most = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_V), ACC)
@@ -79,10 +102,10 @@ def attention_forward_kernel(
             j = j0 + tl.arange(0, BLOCK_N)
             if LARGE:
                 j = j.to(tl.int64)
-            k = load_rows(k_ptr, j, S, k_strides[2], d, D, k_strides[3])  # [BLOCK_N, BLOCK_D]
+            k = load_turned(k_ptr, j, S, k_strides, d, D, cos_ptr, sin_ptr, HALF, ROTARY, ACC)  # [BLOCK_N, BLOCK_D]
             s = raw_scores(
                 q, k, q_ptr, k_ptr, i, j, L, S, q_strides, k_strides, q_unit_ptr, k_unit_ptr, weight_ptr, D,
-                SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
+                cos_ptr, sin_ptr, HALF, ROTARY, SCORE, ACC, PRECISION, BLOCK_D, D_BLOCKS, BLOCK_M, BLOCK_N,
             )
             s, _ = finish_scores(
                 s, i[:, None], j[None, :], mask_ptr, mask_strides, length[:, None], slope, scale.to(ACC), softcap.to(ACC),
@@ -95,7 +118,7 @@ def attention_forward_kernel(
             most = higher
             total = total * shrink + tl.sum(p, axis=1)
             if HAS_DROPOUT:
-                stays = kept_by_dropout(head * L + i, j0, S, tl.load(seed_ptr), threshold, BLOCK_M, BLOCK_N)
+                stays = kept_by_dropout(head * L + i, j0, S, seed, threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(stays, p, 0.0)
             v = load_rows(v_ptr, j, S, v_strides[2], dv, DV, v_strides[3])  # [BLOCK_N, BLOCK_V]
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
@@ -103,7 +126,7 @@ def attention_forward_kernel(
     if tl.program_id(1) == 0:
         shift = tl.where(total == 0, 0.0, largest_shift(most, log2_scale.to(ACC), FOLD))
         tl.store(statistics_ptr + head * L + i, shift, mask=i < L)
-        tl.store(statistics_ptr + (heads + head) * L + i, inverse, mask=i < L)
+        tl.store(statistics_ptr + ROWS + head * L + i, inverse, mask=i < L)
     if HAS_DROPOUT:
         inverse = inverse * kept.to(ACC)
     out_ptr += b * out_strides[0] + h * out_strides[1]
@@ -134,7 +157,11 @@ def _broadcast_strides(x, dims):
 class Call:
     """The operands of a call, checked, as kernels want them."""
 
-    def __init__(self, op, query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score):
+    varlen = False  # whether sequences lie one after another, see attention_varlen.py
+
+    def __init__(
+        self, op, query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score, rotary=None
+    ):
         check_tensors(op, query, key, value)
         for name, x in (("query", query), ("key", key), ("value", value)):
             check(x.dim() == 4, f"{op}: {name} has {x.dim()} dimensions, expected 4")
@@ -172,10 +199,22 @@ class Call:
                 known = x.dtype in (query.dtype, accumulator_dtype(query.dtype))
                 check(known, f"{op}: {name} differs in dtype")
         check((weight is not None) == (score == ADDITIVE), f"{op}: weight is for the additive score")
+        self.rotary, half = rotary, 0
+        cos = sin = None
+        if rotary is not None:
+            cos, sin, interleaved = rotary
+            fits = cos.dim() == 4 and cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == 1
+            check(fits and cos.shape[2] >= max(queries, keys), f"{op}: cos and sin must be [1 or batch, 1, positions, half]")
+            half = cos.shape[3]
+            check(2 * half <= depth, f"{op}: cos has {half} angles, too many for depth {depth}")
+            known = cos.dtype == sin.dtype and cos.dtype in (query.dtype, accumulator_dtype(query.dtype))
+            check(known, f"{op}: cos and sin must be in the dtype of query or of its sums")
+            check(cos.device == sin.device == query.device, f"{op}: cos or sin is on another device")
+            cos, sin = cos.contiguous(), sin.contiguous()
         self.query, self.key, self.value, self.mask = query, key, value, mask
         self.weight = weight.contiguous() if weight is not None else None
         self.batch, self.heads, self.key_heads, self.queries, self.keys = batch, heads, key_heads, queries, keys
-        self.depth, self.value_depth, self.score, self.p = depth, value.shape[3], score, p
+        self.depth, self.value_depth, self.score, self.p, self.most_keys = depth, value.shape[3], score, p, keys
         self.units = (query, key)
         if score == COSINE:
             self.units = (self._unit(query), self._unit(key))
@@ -184,10 +223,11 @@ class Call:
         slopes = slopes.contiguous() if slopes is not None else None
         self.operands = tuple(
             x if x is not None else query
-            for x in (query, key, value, shown, lengths, slopes, self.weight, seed if p > 0 else None, *self.units)
+            for x in (query, key, value, shown, lengths, slopes, self.weight, seed if p > 0 else None, *self.units, cos, sin)
         )
         self.sizes = (
-            batch * heads, heads, max(heads // max(key_heads, 1), 1), queries, keys, depth, self.value_depth,
+            batch * heads * queries, heads, max(heads // max(key_heads, 1), 1), queries, keys, depth, self.value_depth, half,
+            0 if cos is None or cos.shape[0] == 1 else cos.stride(0),
         )  # fmt: skip
         self.strides = (
             query.stride(), key.stride(), value.stride(), _broadcast_strides(mask, 4), _broadcast_strides(lengths, 2),
@@ -199,18 +239,35 @@ class Call:
             max(right, 0), int(p * 2**32) - 2**31,
         )  # fmt: skip
         self.flags = dict(
+            ROTARY=0 if rotary is None else 2 if interleaved else 1,
             SCORE=score, MASK=kind, HAS_LENGTHS=lengths is not None, HAS_SLOPES=slopes is not None, HAS_CAP=softcap > 0,
             HAS_LEFT=0 <= left < queries, HAS_RIGHT=0 <= right < keys, HAS_DROPOUT=p > 0, FOLD=fold,
             ACC=accumulator(query.dtype), PRECISION=dot_precision(query.dtype, allow_tf32_matmul()),
-            LARGE=_far(query, key, value, mask),
+            LARGE=_far(query, key, value, mask, cos),
         )
+
+    def tiles(self, of_keys, block):
+        """A table of tiles of `block` rows (only where sequences lie one after another), and how many programs take them."""
+        heads, rows = (self.key_heads, self.keys) if of_keys else (self.heads, self.queries)
+        return self.query, triton.cdiv(rows, block) * self.batch * heads
+
+    def output(self):
+        """In query's order of heads and queries, so that [B, L, H, D] seen as [B, H, L, D] stays that."""
+        if self.query.stride(1) < self.query.stride(2):
+            return self.query.new_empty((self.batch, self.queries, self.heads, self.value_depth)).transpose(1, 2)
+        return self.query.new_empty((self.batch, self.heads, self.queries, self.value_depth))
+
+    def gradient(self, x, dtype):
+        """Uninitialised, of an operand."""
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
 
     def blocks(self, kind):
         """Tile of a kernel ("forward", "query", "key" or "mask")."""
-        busy = self.flags["MASK"] != NO_MASK or self.flags["HAS_CAP"] or self.flags["HAS_SLOPES"]
+        busy = (self.varlen and kind != "forward") or self.flags["MASK"] != NO_MASK
+        busy = busy or any(self.flags[flag] for flag in ("HAS_CAP", "HAS_SLOPES", "ROTARY"))
         return configs.attention(
             self.query, kind, self.depth, self.value_depth, self.p > 0, busy, self.score in (DOT, COSINE),
-            self.heads > self.key_heads,
+            self.heads > self.key_heads, self.rotary is not None,
         )  # fmt: skip
 
     def _unit(self, x):
@@ -235,32 +292,40 @@ class Call:
         return gradient
 
 
-def _output(query, value_depth):
-    """In query's order of heads and queries, so that [B, L, H, D] seen as [B, H, L, D] stays that."""
-    batch, heads, queries, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty((batch, queries, heads, value_depth)).transpose(1, 2)
-    return query.new_empty((batch, heads, queries, value_depth))
-
-
 def attention_forward(
     query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score
 ):
     """(output, statistics [2, B, H, L]) of query [B, H, L, D], key [B, Hk, S, D] and value [B, Hk, S, Dv]."""
-    call = Call(
-        "attention", query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score
+    return forward(
+        Call("attention", query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score)
     )
-    output = _output(query, call.value_depth)
+
+
+def attention_rotary_forward(
+    query, key, value, mask, lengths, slopes, seed, cos, sin, p, scale, softcap, left, right, interleaved
+):
+    """attention_forward of dot products, of queries and keys turned by cos and sin [B or 1, 1, positions, half]."""
+    return forward(
+        Call(
+            "attention_rotary", query, key, value, mask, lengths, slopes, None, seed, p, scale, softcap, left, right, DOT,
+            (cos, sin, interleaved),
+        )
+    )
+
+
+def forward(call):
+    """(output, statistics [2, B, H, L]) of a Call."""
+    query, output = call.query, call.output()
     statistics = query.new_empty((2, *query.shape[:3]), dtype=accumulator_dtype(query.dtype))
     if statistics.numel() == 0:
         return output, statistics
-    if p == 1:  # nothing is kept
+    if call.p == 1:  # nothing is kept
         return output.zero_(), statistics.zero_()
     config = call.blocks("forward")
-    tiles = triton.cdiv(call.queries, config["BLOCK_M"]) * call.batch * call.heads
+    tiles, programs = call.tiles(False, config["BLOCK_M"])
     launch(
-        attention_forward_kernel, (tiles, config["V_BLOCKS"]), *call.operands, output, statistics, *call.sizes,
-        *call.strides, output.stride(), *call.constants, **call.flags, **config,
+        attention_forward_kernel, (programs, config["V_BLOCKS"]), *call.operands, output, statistics, tiles, *call.sizes,
+        *call.strides, output.stride(), *call.constants, VARLEN=call.varlen, **call.flags, **config,
     )
     return output, statistics
 
@@ -272,6 +337,24 @@ def attention_backward(
     """Gradients of query, key, value, mask (of size [0] unless of_mask) and weight (of size [0] where there is none)."""
     op = "attention_backward"
     call = Call(op, query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score)
+    return backward(op, call, grad_output, output, statistics, of_mask)
+
+
+def attention_rotary_backward(
+    grad_output, query, key, value, mask, lengths, slopes, seed, cos, sin, output, statistics, p, scale, softcap, left, right,
+    interleaved, of_mask,
+):
+    """attention_backward of what attention_rotary_forward gave, without a weight."""
+    op = "attention_rotary_backward"
+    call = Call(
+        op, query, key, value, mask, lengths, slopes, None, seed, p, scale, softcap, left, right, DOT, (cos, sin, interleaved)
+    )
+    return backward(op, call, grad_output, output, statistics, of_mask)[:4]
+
+
+def backward(op, call, grad_output, output, statistics, of_mask):
+    """Gradients of query, key, value, mask and weight."""
+    query, key, value, mask, weight, score = call.query, call.key, call.value, call.mask, call.weight, call.score
     check_tensors(op, query, grad_output, output)
     size = (*query.shape[:3], call.value_depth)
     fits = tuple(grad_output.shape) == tuple(output.shape) == size
@@ -281,39 +364,41 @@ def attention_backward(
     check(fits and statistics.device == query.device, f"{op}: statistics is not what attention_forward gave")
     check(not of_mask or call.flags["MASK"] == ADDED_MASK, f"{op}: no gradient of this mask")
 
-    through_unit = wide if score == COSINE else query.dtype
-    grad_query, grad_key = (torch.empty(x.shape, dtype=through_unit, device=x.device) for x in (query, key))
-    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    # Of units, or of what was turned: another kernel goes on from there.
+    between = wide if score == COSINE or call.rotary else query.dtype
+    grad_query, grad_key = call.gradient(query, between), call.gradient(key, between)
+    grad_value = call.gradient(value, value.dtype)
     grad_mask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device) if of_mask else query.new_empty((0,))
     grad_weight = query.new_empty((0,)) if weight is None else weight.new_empty(weight.shape)
-    if p == 1 or call.batch * call.heads == 0 or call.keys == 0:
+    if call.p == 1 or call.batch * call.heads == 0 or call.keys == 0:
         return tuple(
             x.zero_() for x in (grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value, grad_mask, grad_weight)
         )
     # With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
     # these scores and masks, and does not round probabilities to 16 bits. Where keys are few it costs nothing.
-    by_tiles = score != DOT or of_mask or call.keys <= 128
+    by_tiles = score != DOT or of_mask or call.most_keys <= 128
     split = by_tiles and score == DOT and query.element_size() == 2
     delta = torch.empty(query.shape[:3], dtype=wide, device=query.device)
     common = (*call.operands, grad_output, statistics, delta)
     strides = (*call.strides, grad_output.stride())
 
     config = call.blocks("query")
-    programs = triton.cdiv(call.queries, config["BLOCK_M"]) * call.batch * call.heads
+    tiles, programs = call.tiles(False, config["BLOCK_M"])
     parts = torch.empty((programs, call.depth if weight is not None else 0), dtype=wide, device=query.device)
     if programs:
         launch(
             _attention_backward.attention_backward_query_kernel, (programs, config["D_BLOCKS"]), *common, output,
-            grad_query, parts, *call.sizes, *strides, output.stride(), *call.constants, BY_TILES=by_tiles, SPLIT=split,
-            **call.flags, **config,
+            grad_query, parts, tiles, *call.sizes, *strides, output.stride(), grad_query.stride(), *call.constants,
+            BY_TILES=by_tiles, SPLIT=split, VARLEN=call.varlen, **call.flags, **config,
         )
     if grad_weight.numel():
         sum_parts(parts, grad_weight)
     config = call.blocks("key")
-    programs = triton.cdiv(call.keys, config["BLOCK_N"]) * call.batch * call.key_heads
+    tiles, programs = call.tiles(True, config["BLOCK_N"])
     launch(
         _attention_backward.attention_backward_key_kernel, (programs, max(config["D_BLOCKS"], config["V_BLOCKS"])), *common,
-        grad_key, grad_value, *call.sizes, *strides, *call.constants, SPLIT=split, **call.flags, **config,
+        grad_key, grad_value, tiles, *call.sizes, *strides, grad_key.stride(), grad_value.stride(), *call.constants,
+        SPLIT=split, VARLEN=call.varlen, **call.flags, **config,
     )
     if of_mask and grad_mask.numel():
         config = call.blocks("mask")
@@ -326,4 +411,7 @@ def attention_backward(
     if score == COSINE:
         grad_query = call.from_unit(query, call.units[0], grad_query)
         grad_key = call.from_unit(key, call.units[1], grad_key)
+    if call.rotary:
+        cos, sin, interleaved = call.rotary
+        grad_query, grad_key = (turned(x, cos, sin, interleaved, True, query.dtype) for x in (grad_query, grad_key))
     return grad_query, grad_key, grad_value, grad_mask, grad_weight

@@ -287,11 +287,13 @@ _ATTENTION_WIDE = {
 }  # fmt: skip
 
 
-def attention(query, kind, depth, value_depth, dropout, busy, product, shared):
+def attention(query, kind, depth, value_depth, dropout, busy, product, shared, rotary=False):
     """Tile of attention's kernels ("forward", "query", "key", "mask"), and how depths are cut into blocks.
 
     `busy`: scores are masked by elements, capped or lowered by distance. `product`: they are products of matrices; others
-    hold no operands, but a sum for every element of the tile. `shared`: several heads of queries share one of keys.
+    hold no operands, but a sum for every element of the tile. `shared`: several heads of queries share one of keys. `rotary`:
+    operands are turned, whose partners and angles want registers, and shared memory that only sm_90 and later have where
+    they are loaded ahead.
     Dropout's words come 64 keys at a time.
     """
     arch = architecture(query)
@@ -305,6 +307,14 @@ def attention(query, kind, depth, value_depth, dropout, busy, product, shared):
             block_m, warps = 16, 4 if arch == 75 else 8
     if kind == "key" and shared and isinstance(arch, int) and arch >= 100:
         stages = 1  # its loop over heads, and pipelined loops in it, would spill there
+    if rotary and isinstance(arch, str):
+        largest = 64 if kind == "key" else largest
+    elif rotary and (query.element_size() > 2 or arch < 90):
+        stages = 1
+        if query.element_size() > 2:
+            warps = 8
+        elif kind == "forward":
+            block_m = min(block_m, 64)
     block_d, block_v = _block(depth, 16, largest), _block(value_depth, 16, largest)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "D_BLOCKS": max(1, triton.cdiv(depth, block_d)),
@@ -316,3 +326,9 @@ def attention(query, kind, depth, value_depth, dropout, busy, product, shared):
 def attention_rows(x):
     """Tile of vectors x depth, for their lengths."""
     return {"BLOCK": 16, "BLOCK_D": 32 if architecture(x) == 0 else 64, "num_warps": 4}
+
+
+def rotary(x, columns):
+    """Tile of rows x pairs of columns."""
+    block_d = _block(columns, 8, 64)
+    return {"BLOCK": max(1, 1024 // block_d), "BLOCK_D": block_d, "num_warps": 4}

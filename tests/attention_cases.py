@@ -4,6 +4,7 @@ sides of a comparison with the reference."""
 import torch
 
 from dlkern import ops
+from dlkern.nn import functional
 from dlkern.ops.attention import ADDITIVE, COSINE, GAUSSIAN, Settings
 from dlkern.reference import attention as reference
 
@@ -34,11 +35,31 @@ OPTIONS = {
 }
 
 
+def _angles(batch, half):
+    positions = torch.randint(0, 100, (batch, 1, KEYS))
+    return torch.stack(functional.rotary_angles(positions, 2 * half))  # [2, batch, 1, KEYS, half]
+
+
+# Of a depth of 12: all of it or a part, the same for all rows or not, halves or neighbours as pairs.
+ROTARY = {
+    "rotary": (Settings(scale=0.2, right=0), dict(rotary=lambda: (*_angles(1, 6), False))),
+    "rotary, neighbours": (
+        Settings(scale=0.2), dict(rotary=lambda: (*_angles(2, 6), True), lengths=lambda: torch.tensor([[3], [KEYS]])),
+    ),
+    "rotary of a part": (Settings(scale=0.2, left=20, right=5), dict(rotary=lambda: (*_angles(1, 4), False))),
+    "rotary of a part, neighbours": (
+        Settings(scale=0.2, softcap=3.0),
+        dict(rotary=lambda: (*_angles(2, 5), True), mask=lambda: randn(1, 2, 1, KEYS), slopes=lambda: torch.rand(2).double()),
+    ),
+}  # fmt: skip
+
+
 def sides(settings, more, shapes):
     """Our op, the reference, and what draws their inputs: query, key and value of these shapes, an added mask and the
     additive score's weight. `more` is the second half of an option."""
     more = {key: make() for key, make in more.items()}
     mask, lengths, slopes, seed = (more.get(key) for key in ("mask", "lengths", "slopes", "seed"))
+    rotary = more.get("rotary")
     wanted = mask is not None and mask.is_floating_point()
 
     def on(function):
@@ -46,6 +67,9 @@ def sides(settings, more, shapes):
             rest = list(rest)
             m = rest.pop(0) if wanted else mask
             of_heads = None if slopes is None else slopes.to(q.dtype)
+            if rotary is not None:
+                angles = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in rotary[:2])
+                return function(q, k, v, m, lengths, of_heads, seed, settings, *angles, rotary[2])
             return function(q, k, v, m, lengths, of_heads, rest[0] if rest else None, seed, settings)
 
         return call
@@ -56,5 +80,8 @@ def sides(settings, more, shapes):
             drawn += leaves(mask.shape)
         return drawn + (leaves((shapes[0][3],)) if settings.score == ADDITIVE else [])
 
+    if rotary is not None:
+        ours = on(lambda *a: ops.attention_rotary.attention_rotary("scaled_dot_product_attention", *a))
+        return ours, on(lambda *a: reference.attention_rotary(*a[:7], *a[8:10], *a[7][:-1], a[10])), inputs
     ours = on(lambda *a: ops.attention.attention("dot_attention", *a))
     return ours, on(lambda *a: reference.attention(*a[:-1], *a[-1])), inputs

@@ -4,6 +4,7 @@ arguments. tests/test_cuda_builds.py runs this file again on the checked build, 
 import contextlib
 
 import pytest
+import test_positions
 import torch
 import torch.nn.functional as tF
 from cuda_column import LAYOUTS, all_dtypes, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
@@ -13,6 +14,7 @@ import dlkern
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
 from dlkern.reference import dropout as reference
+from dlkern.reference.positions import rotary as reference_rotary
 from dlkern.testing import compare, cuda_on_host
 
 # ---- linear ----
@@ -597,6 +599,59 @@ def test_dropout_empty_views_and_wrong_arguments():
                 call(*wrong)
     with pytest.raises(RuntimeError):
         raw["feature_dropout"]["cuda"](x[0], 0.5, seed)
+
+
+# ---- rotary positions ----
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("layout", test_positions.LAYOUTS)
+def test_rotary_layouts(layout, interleaved):
+    with on_cuda():
+        test_positions.check_layout(layout, interleaved, "cuda")
+
+
+@all_dtypes
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("depth,half", [(48, 16), (32, 16), (31, 13)])
+def test_rotary(depth, half, interleaved, dtype):
+    """Packs of 16 bytes and single pairs, angles in the operand's dtype and in float32."""
+    for wide in (torch.float32, dtype):
+        cos, sin = torch.randn(2, 2, 1, 5, half).to(wide)
+        certify(
+            lambda x: F.rotary(x, cos, sin, interleaved=interleaved),  # noqa: B023
+            lambda x: reference_rotary(x, cos, sin, interleaved),  # noqa: B023
+            lambda: [leaf(2, 3, 5, depth)], dtype, draws=2,
+        )  # fmt: skip
+
+
+def test_rotary_in_attention_is_turned_first():
+    cos, sin = F.rotary_angles(torch.arange(9), 6)
+    inputs = [torch.randn(2, 2, n, 8, requires_grad=True) for n in (5, 9, 9)]
+    with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
+        y = F.scaled_dot_product_attention(*inputs, rotary=(cos, sin))
+        found = torch.autograd.grad(y.square().sum(), inputs)
+    reason = "cuda column turns queries and keys before attention"
+    assert [(c.op, c.backend) for c in calls] == [("rotary", "cuda")] * 2 + [("scaled_dot_product_attention", "cuda")]
+    assert calls[-1].reason == reason
+    expected = F.scaled_dot_product_attention(*inputs, rotary=(cos, sin))
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(found, torch.autograd.grad(expected.square().sum(), inputs)):
+        torch.testing.assert_close(a, b)
+
+
+def test_rotary_odd_addresses_and_wrong_arguments():
+    cos, sin = torch.randn(2, 1, 1, 4, 8)
+    call = raw["rotary"]["cuda"]
+    for x, c in ((torch.randn(97)[1:].view(2, 3, 1, 16), cos[:, :, :1]), (torch.randn(2, 3, 4, 20)[..., 4:], cos),
+                 (torch.randn(2, 3, 4, 17)[..., :16], cos), (torch.randn(2, 4, 3, 16).transpose(1, 2), cos)):  # fmt: skip
+        s = sin[:, :, : c.shape[2]]
+        torch.testing.assert_close(call(x, c, s, True, True), reference_rotary(x, c, s, True, True))
+    x = torch.randn(2, 3, 4, 16)
+    for wrong in ((x.double(), cos, sin), (x[0], cos, sin), (x, cos, sin[..., :7]), (x, cos.bfloat16(), sin.bfloat16()),
+                  (x[..., :15], cos, sin), (x[:, :, :3], cos, sin)):
+        with pytest.raises(RuntimeError, match="rotary"):
+            call(*wrong, False, False)
 
 
 # ---- float16 ----

@@ -85,6 +85,7 @@ REQUIRED = {
         r"lp_pool2d_(forward|slope|backward)_kernel<(float, 4|(__nv_bfloat16|__half), 8), float>": ["LDG.E.128", "STG.E.128"],
         r"lp_pool2d_(forward|slope)_kernel<.*, double>": ["DFMA", "DADD"],
     },
+    "positions": {r"rotary_kernel<(float, float, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128", "STG.E.128"]},
     "rnn": {
         r"rnn_forward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"],
         r"rnn_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],

@@ -1,13 +1,16 @@
 """Positions against transformers' own and against what defines them."""
 
+import importlib
 import math
 
+import attention_cases
 import pytest
 import torch
 from torchvision_stub import transformers
 
 import dlkern
 from dlkern.nn import functional as F
+from dlkern.ops._registry import raw
 from dlkern.reference import positions as reference
 from dlkern.testing import check
 
@@ -160,16 +163,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rotary_layouts(layout, interleaved):
+def check_layout(layout, interleaved, column):
     """Whatever the strides, forward and backward; queries keep theirs, as attention reads them."""
     draw, angles = LAYOUTS[layout]
     x, cos, sin = draw(), torch.randn(angles), torch.randn(angles)
     leaf = x.detach().requires_grad_()
     with dlkern.trace() as calls:
         y = F.rotary(leaf, cos, sin, interleaved=interleaved)
-    assert [call.backend for call in calls] == ["cpu"]
+    assert [call.backend for call in calls] == [column]
     expected = reference.rotary(x.double(), cos.double(), sin.double(), interleaved)
     torch.testing.assert_close(y, expected.float())
     if layout == "heads inside positions":
@@ -177,6 +178,12 @@ def test_rotary_layouts(layout, interleaved):
     cotangent = torch.randn_like(y)
     turned_back = reference.rotary(cotangent.double(), cos.double(), sin.double(), interleaved, inverse=True)
     torch.testing.assert_close(torch.autograd.grad(y, leaf, cotangent)[0], turned_back.float())
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotary_layouts(layout, interleaved):
+    check_layout(layout, interleaved, "cpu")
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -207,16 +214,22 @@ def test_rotary_compiles_whole():
         ((2, 2, 3, 4), (1, 1, 3, 3), (1, 1, 3, 3)), ((2, 2, 3, 4), (3, 2), (3, 2)),
     ],
 )  # fmt: skip
-def test_raw_op_refuses(x, cos, sin):
+@pytest.mark.parametrize("column", ["cpu", "triton"])
+def test_raw_op_refuses(x, cos, sin, column):
+    if column == "triton":
+        pytest.importorskip("triton")
     with pytest.raises(RuntimeError, match="rotary"):
-        torch.ops.dlkern.rotary_cpu(torch.randn(x), torch.randn(cos), torch.randn(sin), False, False)
+        raw["rotary"][column](torch.randn(x), torch.randn(cos), torch.randn(sin), False, False)
 
 
-def test_raw_op_refuses_dtypes():
+@pytest.mark.parametrize("column", ["cpu", "triton"])
+def test_raw_op_refuses_dtypes(column):
+    if column == "triton":
+        pytest.importorskip("triton")
     x, angles = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 2)
     for t in ((x, angles.double(), angles.double()), (x, angles, angles.double()), (x.int(), angles, angles)):
         with pytest.raises(RuntimeError, match="rotary"):
-            torch.ops.dlkern.rotary_cpu(*t, False, False)
+            raw["rotary"][column](*t, False, False)
 
 
 @pytest.mark.parametrize(
@@ -251,3 +264,108 @@ def test_self_attention_without_positions_is_equivariant():
     for positions in (dlkern.nn.SinusoidalPositions(8), dlkern.nn.LearnedPositions(9, 8)):
         moved, still = attend(positions(x[:, order])), attend(positions(x))[:, order]
         assert (moved - still).abs().max() > 1e-4
+
+
+# --- turned as attention loads them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", attention_cases.ROTARY)
+def test_rotary_in_attention_parity(name, dtype):
+    """Two heads of queries share one of keys; sizes are no multiples of a tile."""
+    shapes = (2, 2, attention_cases.QUERIES, 12), (2, 1, attention_cases.KEYS, 12), (2, 1, attention_cases.KEYS, 20)
+    ours, theirs, inputs = attention_cases.sides(*attention_cases.ROTARY[name], shapes)
+    for draws in (4, 32):
+        with dlkern.trace() as calls:
+            certificate = check(ours, theirs, inputs, dtype=dtype, draws=draws, name=name)
+        assert {(call.op, call.backend) for call in calls} == {("scaled_dot_product_attention", "cpu")}
+        if certificate.ok:
+            return
+    certificate.raise_if_failed()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotary_in_attention_is_rotary_before_it(interleaved):
+    """More keys than a tile has; tables of float32 for any operand, or of its dtype; any number of dimensions."""
+    cos, sin = F.rotary_angles(torch.arange(300), 10)
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (200, 300, 300))
+
+    def both(q, k, v, **options):
+        state = torch.get_rng_state()
+        fused = F.scaled_dot_product_attention(q, k, v, rotary=(cos, sin), rotary_interleaved=interleaved, **options)
+        a, b = (F.rotary(x, cos[: x.shape[-2]], sin[: x.shape[-2]], interleaved=interleaved) for x in (q, k))
+        torch.set_rng_state(state)
+        torch.testing.assert_close(fused, F.scaled_dot_product_attention(a, b, v, **options))
+
+    both(q, k, v, is_causal=True)
+    both(q[0], k[0], v[0])
+    both(q[:, 0], k[:, 0], v[:, 0], window=(30, 4))
+    both(q.transpose(1, 2).contiguous().transpose(1, 2), k[..., :16], v, attn_mask=torch.rand(200, 300) > 0.3)
+    both(q, k[:, :1], v[:, :1], enable_gqa=True, dropout_p=0.3)
+    both(q.double(), k.double(), v.double())
+    y = F.scaled_dot_product_attention(
+        q.bfloat16(), k.bfloat16(), v.bfloat16(), rotary=(cos.bfloat16(), sin.bfloat16()), rotary_interleaved=interleaved
+    )
+    assert y.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.scaled_dot_product_attention(q, k, v, rotary=(cos, sin)).dtype == torch.bfloat16
+
+
+def test_rotary_in_attention_gradients():
+    """To second order; and of the angles, which are turned before attention then."""
+    shapes = (1, 2, 3, 6), (1, 1, 4, 6), (1, 1, 4, 3), (3, 4)
+    q, k, v, mask = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    angles = [t.double().requires_grad_() for t in F.rotary_angles(torch.arange(4), 4)]
+
+    def call(q, k, v, mask, *angles):
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, rotary=angles)
+
+    fixed = [t.detach() for t in angles]
+    assert torch.autograd.gradcheck(lambda *t: call(*t, *fixed), (q, k, v, mask))
+    assert torch.autograd.gradgradcheck(lambda *t: call(*t, *fixed), (q, k, v, mask))
+    with dlkern.trace() as calls:
+        assert torch.autograd.gradcheck(call, (q, k, v, mask, *angles))
+    reason = "the angles require a gradient"
+    assert {(c.op, c.backend, c.reason) for c in calls} == {
+        ("rotary", "reference", reason), ("scaled_dot_product_attention", "cpu", reason)
+    }  # fmt: skip
+
+
+def test_rotary_in_attention_compiles_whole():
+    torch._dynamo.reset()
+    angles = F.rotary_angles(torch.arange(9), 6)
+    call = lambda *t: F.scaled_dot_product_attention(*t, is_causal=True, rotary=angles)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    q.requires_grad_()
+    y, expected = compiled(q, k, v), call(q, k, v)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.sum(), q)[0], torch.autograd.grad(expected.sum(), q)[0])
+    tensors = (q.detach(), k, k, None, None, None, None, *(t[None, None] for t in angles))
+    torch.library.opcheck(
+        raw["attention_rotary_forward"]["cpu"], (*tensors, 0.0, 0.3, 0.0, -1, 0, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [
+        (torch.ones(9, 2), torch.ones(9, 3)), (torch.ones(8, 2), torch.ones(8, 2)), (torch.ones(9, 5), torch.ones(9, 5)),
+        (torch.ones(9, 0), torch.ones(9, 0)), (torch.ones(3, 1, 9, 2), torch.ones(3, 1, 9, 2)), (torch.ones(9), torch.ones(9)),
+        (torch.ones(1, 2, 9, 2), torch.ones(1, 2, 9, 2)), (torch.ones(9, 2), torch.ones(9, 2).double()),
+        (torch.ones(9, 2).long(), torch.ones(9, 2).long()),
+    ],
+)  # fmt: skip
+def test_rotary_in_attention_refuses(angles):
+    q, k = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 9, 8)
+    with pytest.raises(RuntimeError, match="rotary"):
+        F.scaled_dot_product_attention(q, k, k, rotary=angles)
+    with pytest.raises(RuntimeError, match="torch's arguments alone"):
+        F.scaled_dot_product_attention(q.int(), k.int(), k.int(), dropout_p=0.5, rotary=angles)
+    fours = [t if t.dim() == 4 else t[None, None] for t in angles]
+    for column in ("cpu", "triton"):
+        if column == "cpu" or importlib.util.find_spec("triton"):
+            tensors = q, k, k, None, None, None, None, *(t if t.shape[-1] else torch.ones(2) for t in fours)
+            with pytest.raises(RuntimeError, match="cos"):
+                raw["attention_rotary_forward"][column](*tensors, 0.0, 0.3, 0.0, -1, -1, False)

@@ -7,7 +7,7 @@ import torch
 
 import dlkern
 from dlkern import models, translation
-from dlkern.decoding import beam_search, greedy_search
+from dlkern.decoding import beam_search, exhaustive_search, greedy_search
 from dlkern.testing._training import check_training
 
 SOURCE, TARGET = 13, 11  # vocabularies; 0 is padding, 1 begins, 2 ends
@@ -123,6 +123,52 @@ def test_steps_are_teacher_forcing(name):
     expected = torch.log_softmax(model(source, lengths, tokens), -1).gather(-1, greedy.tokens[:, 0, :, None])[..., 0]
     expected = expected.masked_fill(torch.arange(tokens.shape[1]) >= greedy.lengths, 0.0).sum(1)
     torch.testing.assert_close(greedy.scores[:, 0], expected)
+
+
+@pytest.mark.parametrize("side", ["dlkern", "torch", "converted", "pruned"])
+@pytest.mark.parametrize("name", ["transformer", "transformer, norm first"])
+def test_kept_keys_change_nothing(name, side):
+    """The Transformer's steps against the whole sequence computed again at each, in every search."""
+    model = make(name)(torch.nn if side in ("torch", "converted") else dlkern.nn).double().eval()
+    for p in model.parameters():  # biases too
+        torch.nn.init.normal_(p, std=0.5)
+    if side == "converted":
+        dlkern.convert(model)
+    elif side == "pruned":
+        dlkern.nn.prune_heads(model.decoder.layers[0].self_attn, [1])
+        dlkern.nn.prune_heads(model.decoder.layers[0].multihead_attn, [0])
+    source, lengths, _ = draw(2, 5)
+    start = torch.ones(2, dtype=torch.int64)
+
+    def step(tokens, state):
+        written = torch.cat((state["written"], tokens[:, None]), 1)
+        return model(state["source"], state["lengths"], written)[:, -1], state | {"written": written}
+
+    again = {"source": source, "lengths": lengths, "written": source[:, :0]}
+    for search, options in (
+        (greedy_search, dict(max_length=7)), (beam_search, dict(max_length=7, beams=3, length_penalty=0.75)),
+        (exhaustive_search, dict(max_length=3, count=4)),
+    ):  # fmt: skip
+        with dlkern.trace() as calls:
+            found = search(model.step, model.start(source, lengths), start, end=2, **options)
+        expected = search(step, again, start, end=2, **options)
+        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.lengths, expected.lengths)
+        torch.testing.assert_close(found.scores, expected.scores)
+        assert bool(calls) == (side != "torch") and {call.backend for call in calls} <= {"cpu"}
+
+
+def test_a_step_computes_one_token():
+    """However long the sequence is: only keys of the new token are made, and those of the source never again."""
+    model = make("transformer")(dlkern.nn).eval()
+    source, lengths, target = draw(3, 6)
+    with torch.no_grad():
+        state = model.start(source, lengths)
+        for i, token in enumerate(target.unbind(1)):
+            with dlkern.trace() as calls:
+                _, state = model.step(token, state)
+            shapes = [call.shapes for call in calls if call.op == "scaled_dot_product_attention"]
+            assert [s[0][2] for s in shapes] == [1] * 4 and [s[1][2] for s in shapes] == [i + 1, S] * 2
+            assert all(call.shapes[0][-2] in (1, 3) for call in calls if call.op == "linear")
 
 
 @each_network

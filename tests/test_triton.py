@@ -7,6 +7,7 @@ as NaN. A tl operation costs 0.1 ms, so shapes are tiny: a new case should stay 
 import math
 
 import pytest
+import test_positions
 import torch
 from triton_column import emulated  # noqa: F401
 
@@ -520,3 +521,19 @@ def test_a_target_out_of_range_raises_where_targets_are_on_the_host():
     with pytest.raises(IndexError, match="Target -1 is out of bounds"):
         F.cross_entropy(x, target - 1)
     assert F.cross_entropy(x, target, ignore_index=4).isfinite()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("layout", test_positions.LAYOUTS)
+def test_rotary_layouts(layout, interleaved):
+    test_positions.check_layout(layout, interleaved, "triton")
+
+
+def test_rotary_cuts_rows_and_depth(monkeypatch):
+    """Tiles with tails on both sides, of pairs and of what is behind them."""
+    monkeypatch.setattr(configs, "rotary", lambda x, columns: {"BLOCK": 4, "BLOCK_D": 8})
+    x, angles = torch.randn(2, 3, 5, 61), torch.randn(2, 2, 1, 5, 19)
+    for interleaved in (True, False):
+        y = F.rotary(x, *angles, interleaved=interleaved)
+        expected = dlkern.reference.positions.rotary(x.double(), *angles.double(), interleaved)
+        torch.testing.assert_close(y, expected.float())

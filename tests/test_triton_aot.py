@@ -13,8 +13,12 @@ EACH = [(family, target) for family in aot.CALLS for target in aot.TARGETS]
 PRODUCTS = ("matmul_kernel", "conv2d_", "attention_")
 RECURRENT = ("rnn_forward", "rnn_backward", "rnn_product", "rnn_project", "rnn_state_backward")
 # Launches whose operands cannot be copied asynchronously: the stem's three channels are no aligned 4 bytes.
-# Additive scores are read one column at a time. On sm_100 keys shared by heads leave no registers to copies ahead.
-SYNCHRONOUS = {"conv2d_forward_kernel 1", "attention_forward_kernel 4", "sm_100 attention_backward_key_kernel 1"}
+# Additive scores are read one column at a time. On sm_100 keys shared by heads leave no registers to copies ahead; on sm_80
+# operands with rotary positions leave no shared memory.
+SYNCHRONOUS = {
+    "conv2d_forward_kernel 1", "attention_forward_kernel 4", "sm_100 attention_backward_key_kernel 1",
+    "sm_80 attention_forward_kernel 5", "sm_80 attention_backward_query_kernel 3", "sm_80 attention_backward_key_kernel 3",
+}
 # Launches in float32, where torch's default allows no TF32: no tensor cores on NVIDIA. (It does for convolutions.)
 SINGLE = {"matmul_kernel 3", "attention_forward_kernel 3", "attention_forward_kernel 4"}
 

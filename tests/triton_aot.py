@@ -35,6 +35,7 @@ from dlkern.kernels import (
     _lp_pooling,
     _rnn_options,
     attention,
+    attention_varlen,
     batch_norm,
     configs,
     conv,
@@ -45,6 +46,7 @@ from dlkern.kernels import (
     loss,
     optim,
     pooling,
+    positions,
     rnn,
 )
 
@@ -218,6 +220,13 @@ def _optim(half):
         step([_empty(8193, dtype=torch.float32)[1:]])
 
 
+def _positions(half):
+    x, heads = _empty(4, 8, 1024, 128, dtype=half), _empty(4, 1024, 8, 96, dtype=half).transpose(1, 2)
+    angles = torch.empty(1, 1, 1024, 64)
+    positions.rotary(x, angles, angles, False, False)
+    positions.rotary(heads, angles[..., :32], angles[..., :32], True, True)
+
+
 def _rnn(half):
     """Weights in registers, programs that wait for each other, a launch a step; the products before are linear's."""
     with mock.patch.multiple(rnn, matmul=mock.DEFAULT, weight_gradient=mock.DEFAULT):
@@ -260,7 +269,8 @@ def _options_of_rnn(half):
 
 
 def _attention(half):
-    """Plain; causal with shared keys; dropout; a mask that wants its gradient; float32, as a product and as a sum."""
+    """Plain; causal with shared keys; dropout; a mask that wants its gradient; float32, as a product and as a sum; rotary
+    positions; sequences one after another."""
 
     def both(depth, dtype=half, key_heads=8, mask=None, p=0.0, right=-1, score=0, forward=True, backward=True):
         q, k = (_empty(4, heads, 1024, depth, dtype=dtype) for heads in (8, key_heads))
@@ -279,10 +289,20 @@ def _attention(half):
     both(64, dtype=torch.float32, backward=False)
     both(64, dtype=torch.float32, score=2, backward=False)
 
+    q, angles, statistics = _empty(4, 8, 1024, 128, dtype=half), torch.empty(1, 1, 1024, 64), torch.empty(2, 4, 8, 1024)
+    options, settings = (None, None, None, None, angles, angles), (0.0, 0.1, 0.0, -1, 0, False)
+    attention.attention_rotary_forward(q, q, q, *options, *settings)
+    attention.attention_rotary_backward(q, q, q, q, *options, q, statistics, *settings, False)
+    q, starts, statistics = _empty(4096, 8, 64, dtype=half), torch.tensor([0, 1000, 4096]), torch.empty(2, 8 * 4096)
+    options, settings = (starts, starts, None), (0.0, 0.1, 0.0, -1, 0)
+    attention_varlen.attention_varlen_forward(q, q, q, *options, *settings)
+    attention_varlen.attention_varlen_backward(q, q, q, q, *options, q, statistics, *settings)
+
 
 CALLS = {
     "attention": _attention, "batch_norm": _batch_norm, "conv": _conv, "dropout": _dropout, "embedding": _embedding,
-    "layer_norm": _layer_norm, "linear": _linear, "loss": _loss, "optim": _optim, "pooling": _pooling, "rnn": _rnn,
+    "layer_norm": _layer_norm, "linear": _linear, "loss": _loss, "optim": _optim, "pooling": _pooling,
+    "positions": _positions, "rnn": _rnn,
 }
 
 

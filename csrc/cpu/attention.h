@@ -27,6 +27,13 @@ struct AttentionShape {
   int64_t mask_size[4];    // each the attention's or 1
 };
 
+// Rotary positions: query i and key j are turned by the angles of i and j, in [batch, positions, half].
+template <class A> struct AttentionRotary {
+  const A *cos, *sin;  // null: none
+  int64_t batch_stride, half;
+  bool interleaved;
+};
+
 template <class T> struct AttentionArgs {
   AttentionShape shape;
   Strided<const T> query, key, value;
@@ -34,6 +41,7 @@ template <class T> struct AttentionArgs {
   Strided<const int64_t> lengths;  // keys a query sees: (b, -, i, -); or null
   const acc_t<T>* slopes;          // [heads], of -slope |i - j|; or null
   const acc_t<T>* weight;          // [depth], of the additive score
+  AttentionRotary<acc_t<T>> rotary;  // of the dot score
   Strided<T> output;
   acc_t<T>* largest;               // [batch, heads, queries] each: the two halves of the log-sum-exp,
   acc_t<T>* inverse;               // the largest score and 1 / sum(exp(score - largest))

@@ -261,6 +261,7 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
       for (int64_t j = 0; j < n; ++j)
         normalize_backward(tile.key_copy + j * depth, tile.of_key[j], grad_key + j * depth, depth);
     for (int64_t j = 0; j < n; ++j) {
+      if (args.forward.rotary.cos) turn(args.forward.rotary, b, j0 + j, A(-1), grad_key + j * depth);
       narrow(grad_key + j * depth, element(args.grad_key, b, key_head, j0 + j), s.depth, static_cast<A>(s.scale));
       narrow(grad_value + j * value_depth, element(args.grad_value, b, key_head, j0 + j), s.value_depth, A(1));
     }
@@ -360,6 +361,7 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
         const A inverse = normalize(query, depth);
         normalize_backward(query, inverse, sum, depth);
       }
+      if (args.forward.rotary.cos) turn(args.forward.rotary, b, i, A(-1), sum);
       narrow(sum, element(args.grad_query, b, h, i), s.depth, static_cast<A>(s.scale));
     }
   });

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "philox_vector.h"
+#include "positions_turn.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace attention_detail {
@@ -292,6 +293,13 @@ inline vfloat exp_rounded(vfloat x) {
 }
 #endif
 
+// A row of a query or key, or of its gradient, turned by its position; by sign -1 back.
+template <class A>
+inline void turn(const AttentionRotary<A>& rotary, int64_t b, int64_t position, A sign, A* row) {
+  const int64_t at = b * rotary.batch_stride + position * rotary.half;
+  turn_row(row, rotary.cos + at, rotary.sin + at, rotary.half, rotary.interleaved, sign, row);
+}
+
 // Some queries against some keys of one head.
 template <class T, int SCORE> struct Tile {
   using A = acc_t<T>;
@@ -363,11 +371,18 @@ template <class T, int SCORE> struct Tile {
     b = batch;
     h = head;
   }
+  // Rows of queries or keys from position `first` on: where they lie, or a copy, turned if they have rotary positions.
+  Rows<A> operand(const T* from, int64_t row, int64_t column, int64_t first, int64_t count, A* memory) const {
+    if (!kDot || !args.rotary.cos) return rows_of<kDot>(from, row, column, count, s.depth, memory);
+    load_rows(from, row, column, count, s.depth, memory, depth);
+    for (int64_t r = 0; r < count; ++r) turn(args.rotary, b, first + r, A(1), memory + r * depth);
+    return {memory, depth};
+  }
   void load_queries(int64_t first, int64_t rows) {
     i0 = first;
     const Strided<const T>& q = args.query;
-    query = rows_of<kDot>(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], rows,
-                          s.depth, query_copy);
+    query = operand(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], i0, rows,
+                    query_copy);
     if constexpr (kCosine)
       for (int64_t i = 0; i < rows; ++i) normalize(query_copy + i * depth, depth);
     if constexpr (kAdditive)
@@ -380,8 +395,8 @@ template <class T, int SCORE> struct Tile {
     n = count;
     const Strided<const T>& k = args.key;
     const Strided<const T>& v = args.value;
-    key = rows_of<kDot>(k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2], k.stride[2],
-                        k.stride[3], n, s.depth, key_copy);
+    key = operand(k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2], k.stride[2], k.stride[3], j0,
+                  n, key_copy);
     value = rows_of<true>(v.data + b * v.stride[0] + key_head() * v.stride[1] + j0 * v.stride[2], v.stride[2],
                           v.stride[3], n, s.value_depth, value_copy);
     if constexpr (kCosine)

@@ -3,14 +3,13 @@
 #include "positions.h"
 
 #include "parallel.h"
-#include "simd.h"
+#include "positions_turn.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
 template <class T> void turn(const RotaryArgs<T>& args) {
   using A = acc_t<T>;
-  constexpr int64_t lanes = kLanes<T>;
   const int64_t half = args.half;
   const A sign = args.inverse ? A(-1) : A(1);
   parallel_for(args.a * args.b * args.length, 1 + 32768 / (args.depth + 1), [&](int64_t begin, int64_t end) {
@@ -20,21 +19,7 @@ template <class T> void turn(const RotaryArgs<T>& args) {
       const T* x = args.x + at(args.x_stride);
       T* y = args.output + at(args.output_stride);
       const A *cos = args.cos + at(args.angle_stride), *sin = args.sin + at(args.angle_stride);
-      if (args.interleaved) {
-        for (int64_t d = 0; d < half; ++d) {
-          const A p = static_cast<A>(x[2 * d]), q = static_cast<A>(x[2 * d + 1]), s = sin[d] * sign;
-          y[2 * d] = static_cast<T>(p * cos[d] - q * s);
-          y[2 * d + 1] = static_cast<T>(q * cos[d] + p * s);
-        }
-      } else {
-        for (int64_t d = 0; d < half; d += lanes) {
-          const int64_t count = smaller(lanes, half - d);
-          const Vec<T> p = load_some(x + d, count), q = load_some(x + half + d, count), c = load_some(cos + d, count),
-                       s = load_some(sin + d, count) * sign;
-          store_some(y + d, p * c - q * s, count);
-          store_some(y + half + d, q * c + p * s, count);
-        }
-      }
+      turn_row(x, cos, sin, half, args.interleaved, sign, y);
       for (int64_t d = 2 * half; d < args.depth; ++d) y[d] = x[d];
     }
   });

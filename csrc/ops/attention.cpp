@@ -1,4 +1,4 @@
-// attention, op layer: attention_forward, attention_backward. Operands and masks are read where they lie.
+// attention, op layer: attention_forward, attention_backward, and the same with rotary positions. Operands and masks are read where they lie.
 #include "attention_checks.h"
 
 namespace dlkern::ops {
@@ -34,7 +34,7 @@ template <class T> struct Call {
     args.weight = parameter(x.weight, x.query);
   }
 
- private:
+  // In the type of sums and dense.
   const acc_t<T>* parameter(const std::optional<Tensor>& x, const Tensor& query) {
     if (!x) return nullptr;
     kept.push_back(*widened(x, query));
@@ -42,18 +42,36 @@ template <class T> struct Call {
   }
 };
 
+// Angles of rotary positions, [1 or batch, 1, positions, half].
+struct Rotary {
+  const Tensor &cos, &sin;
+  bool interleaved;
+};
+
+template <class T> void set_rotary(const char* op, const Tensor& query, const Rotary& rotary, Call<T>& call) {
+  const cpu::AttentionShape& s = call.args.shape;
+  const Tensor &cos = rotary.cos, &sin = rotary.sin;
+  check_place(op, "cos", cos), check_place(op, "sin", sin);
+  check(cos.dim() == 4 && same_sizes(cos.sizes(), sin.sizes()), op, ": cos and sin must be 4-D and alike in shape");
+  check((cos.size(0) == 1 || cos.size(0) == s.batch) && cos.size(1) == 1 &&
+            cos.size(2) >= std::max(s.queries, s.keys) && 2 * cos.size(3) <= s.depth,
+        op, ": cos must be [1 or batch, 1, positions, half], for all queries and keys and at most half of the depth");
+  check(cos.scalar_type() == sin.scalar_type() &&
+            (cos.scalar_type() == query.scalar_type() || cos.scalar_type() == sum_type(query)),
+        op, ": cos and sin must be in the dtype of query or of its sums");
+  check(s.score == cpu::kDotScore, op, ": rotary positions are of dot products");
+  const int64_t stride = cos.size(0) == 1 ? 0 : cos.size(2) * cos.size(3);
+  call.args.rotary = {call.parameter(cos, query), call.parameter(sin, query), stride, cos.size(3), rotary.interleaved};
+}
+
 using Two = std::tuple<Tensor, Tensor>;
-Two attention_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                          const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
-                          const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
-                          const std::optional<Tensor>& seed, double p, double scale, double softcap, int64_t left,
-                          int64_t right, int64_t score) {
-  const char* op = "attention";
+Two forward(const char* op, const AttentionOperands& x, const AttentionOptions& options, const Rotary* rotary) {
+  const Tensor& query = x.query;
   Tensor output, statistics;
   dispatch_floating(query.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const AttentionOperands operands{query, key, value, mask, lengths, slopes, weight, seed};
-    Call<T> call(op, operands, {p, scale, softcap, left, right, score});
+    Call<T> call(op, x, options);
+    if (rotary) set_rotary(op, query, *rotary, call);
     const cpu::AttentionShape& s = call.args.shape;
     output = allocate_attention_output(query, s.value_depth);
     statistics = allocate({2, s.batch, s.heads, s.queries}, sum_type(query), query);
@@ -68,20 +86,18 @@ Two attention_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& 
 
 // grad_mask is of size [0] where none is wanted, grad_weight where there is no weight.
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-                            const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
-                            const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
-                            const std::optional<Tensor>& seed, const Tensor& output, const Tensor& statistics, double p,
-                            double scale, double softcap, int64_t left, int64_t right, int64_t score, bool of_mask) {
-  const char* op = "attention_backward";
+Five backward(const char* op, const Tensor& grad_output, const AttentionOperands& x, const Tensor& output,
+              const Tensor& statistics, const AttentionOptions& options, bool of_mask, const Rotary* rotary) {
+  const Tensor &query = x.query, &key = x.key, &value = x.value;
+  const std::optional<Tensor>&mask = x.mask, &weight = x.weight;
   Tensor grad_query, grad_key, grad_value, grad_mask, grad_weight;
   dispatch_floating(query.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
-    const AttentionOperands operands{query, key, value, mask, lengths, slopes, weight, seed};
-    Call<T> call(op, operands, {p, scale, softcap, left, right, score});
+    Call<T> call(op, x, options);
+    if (rotary) set_rotary(op, query, *rotary, call);
     const cpu::AttentionShape& s = call.args.shape;
-    check_attention_backward(op, operands, s, grad_output, output, statistics, of_mask, check_place);
+    check_attention_backward(op, x, s, grad_output, output, statistics, of_mask, check_place);
     grad_query = allocate(query.sizes(), query.scalar_type(), query);
     grad_key = allocate(key.sizes(), query.scalar_type(), query);
     grad_value = allocate(value.sizes(), query.scalar_type(), query);
@@ -89,7 +105,7 @@ Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, cons
         of_mask ? allocate(mask->sizes(), mask->scalar_type(), query) : allocate({0}, query.scalar_type(), query);
     Tensor sums = allocate({weight ? s.depth : 0}, sum_type(query), query);
     if (s.batch * s.heads == 0 || s.keys == 0) {
-      for (Tensor* x : {&grad_query, &grad_key, &grad_value, &grad_mask, &sums}) torch::stable::zero_(*x);
+      for (Tensor* t : {&grad_query, &grad_key, &grad_value, &grad_mask, &sums}) torch::stable::zero_(*t);
     } else {
       call.args.output = strided(const_cast<T*>(data<T>(output)), output);
       call.args.output.stride[3] = 1;
@@ -109,11 +125,55 @@ Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, cons
   return {grad_query, grad_key, grad_value, grad_mask, grad_weight};
 }
 
+Two attention_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                          const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
+                          const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
+                          const std::optional<Tensor>& seed, double p, double scale, double softcap, int64_t left,
+                          int64_t right, int64_t score) {
+  return forward("attention", {query, key, value, mask, lengths, slopes, weight, seed},
+                 {p, scale, softcap, left, right, score}, nullptr);
+}
+
+Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+                            const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
+                            const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& seed, const Tensor& output, const Tensor& statistics, double p,
+                            double scale, double softcap, int64_t left, int64_t right, int64_t score, bool of_mask) {
+  return backward("attention_backward", grad_output, {query, key, value, mask, lengths, slopes, weight, seed}, output,
+                  statistics, {p, scale, softcap, left, right, score}, of_mask, nullptr);
+}
+
+Two attention_rotary_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                 const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
+                                 const std::optional<Tensor>& slopes, const std::optional<Tensor>& seed,
+                                 const Tensor& cos, const Tensor& sin, double p, double scale, double softcap,
+                                 int64_t left, int64_t right, bool interleaved) {
+  const Rotary rotary{cos, sin, interleaved};
+  return forward("attention_rotary", {query, key, value, mask, lengths, slopes, std::nullopt, seed},
+                 {p, scale, softcap, left, right, cpu::kDotScore}, &rotary);
+}
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+Four attention_rotary_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                   const Tensor& value, const std::optional<Tensor>& mask,
+                                   const std::optional<Tensor>& lengths, const std::optional<Tensor>& slopes,
+                                   const std::optional<Tensor>& seed, const Tensor& cos, const Tensor& sin,
+                                   const Tensor& output, const Tensor& statistics, double p, double scale,
+                                   double softcap, int64_t left, int64_t right, bool interleaved, bool of_mask) {
+  const Rotary rotary{cos, sin, interleaved};
+  auto [of_query, of_key, of_value, of_added, none] =
+      backward("attention_rotary_backward", grad_output, {query, key, value, mask, lengths, slopes, std::nullopt, seed},
+               output, statistics, {p, scale, softcap, left, right, cpu::kDotScore}, of_mask, &rotary);
+  return {of_query, of_key, of_value, of_added};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dlkern, CPU, m) {
   m.impl("attention_forward_cpu", TORCH_BOX(&attention_forward_cpu));
   m.impl("attention_backward_cpu", TORCH_BOX(&attention_backward_cpu));
+  m.impl("attention_rotary_forward_cpu", TORCH_BOX(&attention_rotary_forward_cpu));
+  m.impl("attention_rotary_backward_cpu", TORCH_BOX(&attention_rotary_backward_cpu));
 }
 
 }  // namespace dlkern::ops

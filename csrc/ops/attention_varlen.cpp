@@ -10,6 +10,12 @@ namespace {
 
 struct Operands {
   const Tensor &query, &key, &value, &starts_of_queries, &starts_of_keys;
+  const std::optional<Tensor>& seed;
+};
+
+struct Options {
+  double p, scale, softcap;
+  int64_t left, right;
 };
 
 struct Sequences {
@@ -30,7 +36,7 @@ const int64_t* check_starts(const char* op, const char* name, const Tensor& star
   return at;
 }
 
-Sequences check_operands(const char* op, const Operands& x, int64_t left, int64_t right) {
+Sequences check_operands(const char* op, const Operands& x, const Options& options) {
   for (const Tensor* t : {&x.query, &x.key, &x.value}) {
     check(t->is_cpu(), op, ": operands must be on the CPU");
     check(t->dim() == 3, op, ": operands must be [tokens, heads, depth]");
@@ -43,7 +49,14 @@ Sequences check_operands(const char* op, const Operands& x, int64_t left, int64_
         ": key and value differ in tokens or heads");
   check(s.heads == 0 || (s.key_heads > 0 && s.heads % s.key_heads == 0), op, ": ", s.key_heads,
         " heads of keys do not divide ", s.heads, " of queries");
-  check<std::invalid_argument>(left >= -1 && right >= -1, op, ": a window's sides are at least 0, or -1 for none");
+  check<std::invalid_argument>(options.left >= -1 && options.right >= -1, op,
+                               ": a window's sides are at least 0, or -1 for none");
+  check<std::invalid_argument>(options.p >= 0 && options.p <= 1,
+                               "dropout probability has to be between 0 and 1, but got ", options.p);
+  check<std::invalid_argument>(options.softcap >= 0, op, ": softcap must not be negative, got ", options.softcap);
+  check(options.p == 0 ||
+            (x.seed && x.seed->is_cpu() && x.seed->numel() == 1 && x.seed->scalar_type() == ScalarType::Long),
+        op, ": dropout wants a seed of one int64 on the CPU");
   s.queries = check_starts(op, "cu_seq_q", x.starts_of_queries, x.query.size(0));
   s.keys = check_starts(op, "cu_seq_k", x.starts_of_keys, x.key.size(0));
   s.count = x.starts_of_queries.size(0) - 1;
@@ -58,10 +71,11 @@ template <class P> cpu::Strided<P> from_token(P* data, const Tensor& x, int64_t 
   return {data + first * x.stride(0), {0, x.stride(1), x.stride(0), x.stride(2)}};
 }
 
-// The kernels' arguments for sequence b, without results. Windows are aligned at the last query and the last key.
+// The kernels' arguments for sequence b, without results. Windows are aligned at the last query and the last key; dropout
+// is that of a call of its own with seed + b.
 template <class T>
-cpu::AttentionArgs<T> sequence(const Operands& x, const Sequences& s, int64_t b, double scale, int64_t left,
-                               int64_t right, acc_t<T>* statistics) {
+cpu::AttentionArgs<T> sequence(const Operands& x, const Sequences& s, int64_t b, const Options& options,
+                               acc_t<T>* statistics) {
   cpu::AttentionArgs<T> args{};
   const int64_t first = s.queries[b], first_key = s.keys[b];
   args.shape.batch = 1;
@@ -72,9 +86,12 @@ cpu::AttentionArgs<T> sequence(const Operands& x, const Sequences& s, int64_t b,
   args.shape.depth = s.depth;
   args.shape.value_depth = s.value_depth;
   args.shape.score = cpu::kDotScore;
-  args.shape.scale = scale;
-  args.shape.left = left;
-  args.shape.right = right;
+  args.shape.p = options.p;
+  if (options.p > 0) args.shape.seed = static_cast<uint64_t>(*data<int64_t>(*x.seed)) + static_cast<uint64_t>(b);
+  args.shape.scale = options.scale;
+  args.shape.softcap = options.softcap;
+  args.shape.left = options.left;
+  args.shape.right = options.right;
   args.shape.shift = args.shape.keys - args.shape.queries;
   args.shape.mask = cpu::kNoMask;
   args.query = from_token(data<T>(x.query), x.query, first);
@@ -100,10 +117,12 @@ template <class F> void each_sequence(const Sequences& s, const F& run) {
 
 std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
                                                         const Tensor& starts_of_queries, const Tensor& starts_of_keys,
-                                                        double scale, int64_t left, int64_t right) {
+                                                        const std::optional<Tensor>& seed, double p, double scale,
+                                                        double softcap, int64_t left, int64_t right) {
   const char* op = "attention_varlen";
-  const Operands x{query, key, value, starts_of_queries, starts_of_keys};
-  const Sequences s = check_operands(op, x, left, right);
+  const Operands x{query, key, value, starts_of_queries, starts_of_keys, seed};
+  const Options options{p, scale, softcap, left, right};
+  const Sequences s = check_operands(op, x, options);
   Tensor output = allocate({query.size(0), s.heads, s.value_depth}, query.scalar_type(), query);
   Tensor statistics = allocate({2, s.heads * query.size(0)}, sum_type(query), query);
   dispatch_floating(query.scalar_type(), op, [&](auto* type) {
@@ -111,7 +130,7 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(const Tensor& query, con
     if (!s.all) torch::stable::zero_(output), torch::stable::zero_(statistics);
     if (s.heads == 0) return;
     each_sequence(s, [&](int64_t b) {
-      cpu::AttentionArgs<T> args = sequence<T>(x, s, b, scale, left, right, mutable_data<acc_t<T>>(statistics));
+      cpu::AttentionArgs<T> args = sequence<T>(x, s, b, options, mutable_data<acc_t<T>>(statistics));
       args.output = from_token(mutable_data<T>(output), output, s.queries[b]);
       DLKERN_CALL(attention_forward, args);
     });
@@ -119,15 +138,15 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(const Tensor& query, con
   return {output, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cpu(const Tensor& grad_output, const Tensor& query,
-                                                                 const Tensor& key, const Tensor& value,
-                                                                 const Tensor& starts_of_queries,
-                                                                 const Tensor& starts_of_keys, const Tensor& output,
-                                                                 const Tensor& statistics, double scale, int64_t left,
-                                                                 int64_t right) {
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& starts_of_queries, const Tensor& starts_of_keys, const std::optional<Tensor>& seed,
+    const Tensor& output, const Tensor& statistics, double p, double scale, double softcap, int64_t left,
+    int64_t right) {
   const char* op = "attention_varlen_backward";
-  const Operands x{query, key, value, starts_of_queries, starts_of_keys};
-  const Sequences s = check_operands(op, x, left, right);
+  const Operands x{query, key, value, starts_of_queries, starts_of_keys, seed};
+  const Options options{p, scale, softcap, left, right};
+  const Sequences s = check_operands(op, x, options);
   const int64_t size[3] = {query.size(0), s.heads, s.value_depth};
   for (const Tensor* t : {&grad_output, &output}) {
     check(t->is_cpu() && t->scalar_type() == query.scalar_type() && t->dim() == 3 &&
@@ -147,8 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cpu(const Tensor& g
       for (Tensor* t : {&grad_query, &grad_key, &grad_value}) torch::stable::zero_(*t);
     if (s.heads == 0) return;
     each_sequence(s, [&](int64_t b) {
-      cpu::AttentionArgs<T> forward =
-          sequence<T>(x, s, b, scale, left, right, const_cast<acc_t<T>*>(data<acc_t<T>>(statistics)));
+      cpu::AttentionArgs<T> forward = sequence<T>(x, s, b, options, const_cast<acc_t<T>*>(data<acc_t<T>>(statistics)));
       forward.output = from_token(const_cast<T*>(data<T>(output)), output, s.queries[b]);
       const cpu::AttentionBackwardArgs<T> args{forward,
                                                from_token(data<T>(grad_output), grad_output, s.queries[b]),

@@ -14,6 +14,8 @@ import dlkern.nn
 
 __all__ = ["Transformer", "transformer"]
 
+Kept = tuple[torch.Tensor, torch.Tensor]  # keys and values of some tokens, [B, tokens, heads, depth] each
+
 
 class Transformer(torch.nn.Module):
     """Encoder-decoder Transformer.
@@ -57,9 +59,9 @@ class Transformer(torch.nn.Module):
         for embedding in (self.source_embedding, self.target_embedding):  # of size 1 when scaled, as positions are
             torch.nn.init.normal_(embedding.weight, std=width**-0.5)
 
-    def _embedded(self, embedding: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, embedding: torch.nn.Module, tokens: torch.Tensor, offset: int = 0) -> torch.Tensor:
         x = embedding(tokens)
-        return self.dropout(self.positions(x * math.sqrt(x.shape[-1])))
+        return self.dropout(self.positions(x * math.sqrt(x.shape[-1]), offset))
 
     def _read(self, source: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padding = torch.arange(source.shape[1], device=source.device) >= lengths[:, None]  # True: is none
@@ -76,18 +78,29 @@ class Transformer(torch.nn.Module):
     def forward(self, source: torch.Tensor, lengths: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.output(self._write(target, *self._read(source, lengths)))
 
-    def start(self, source: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    def start(self, source: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
         """Reads the source; the state that step() goes on from: a row of each tensor for each row of source."""
         memory, padding = self._read(source, lengths)
-        return {"memory": memory, "padding": padding, "written": source[:, :0]}
+        attentions = [(layer.self_attn, layer.multihead_attn) for layer in self.decoder.layers]
+        return {
+            "written": source[:, :0],
+            "own": [tuple(_projected(own, memory[:, :0], (1, 2))) for own, _ in attentions],
+            "read": [tuple(_projected(across, memory, (1, 2))) for _, across in attentions],
+            "seen": ~padding,
+        }
 
-    def step(
-        self, tokens: torch.Tensor, state: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Logits [B, target_words] after the tokens [B], for dlkern.decoding. Computes the whole sequence again."""
+    def step(self, tokens: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits [B, target_words] after the tokens [B], for dlkern.decoding. Each layer's keys and values are kept in the
+        state: those of the source, and those of what is written, which grow by one."""
+        x = self._embedded(self.target_embedding, tokens[:, None], state["written"].shape[1])
+        seen, kept = state["seen"][:, None, None], []
+        for layer, own, read in zip(self.decoder.layers, state["own"], state["read"]):
+            x, own = _next(layer, x, own, read, seen)
+            kept.append(own)
+        if self.decoder.norm is not None:
+            x = self.decoder.norm(x)
         written = torch.cat((state["written"], tokens[:, None]), 1)
-        logits = self.output(self._write(written, state["memory"], state["padding"])[:, -1])
-        return logits, state | {"written": written}
+        return self.output(x[:, 0]), state | {"written": written, "own": kept}
 
     @torch.no_grad()
     def attention_map(self, source: torch.Tensor, lengths: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -105,6 +118,51 @@ class Transformer(torch.nn.Module):
             for hook in hooks:
                 hook.remove()
         return found[0]
+
+
+def _functional(attention: torch.nn.MultiheadAttention) -> Any:
+    return dlkern.nn.functional if isinstance(attention, dlkern.nn.MultiheadAttention) else torch.nn.functional
+
+
+def _projected(attention: torch.nn.MultiheadAttention, x: torch.Tensor, parts: tuple[int, ...]) -> list[torch.Tensor]:
+    """Of x [B, L, width] the queries (part 0), keys (1) or values (2) of an attention, [B, L, heads, depth] each."""
+    assert attention.in_proj_weight is not None and attention.in_proj_bias is not None
+    some = slice(parts[0], parts[-1] + 1)
+    weight, bias = (t.unflatten(0, (3, -1))[some].flatten(0, 1) for t in (attention.in_proj_weight, attention.in_proj_bias))
+    return list(_functional(attention).linear(x, weight, bias).unflatten(-1, (len(parts), attention.num_heads, -1)).unbind(2))
+
+
+def _attended(
+    attention: torch.nn.MultiheadAttention, query: torch.Tensor, kept: Kept, seen: torch.Tensor | None
+) -> torch.Tensor:
+    """What an attention gives [B, 1, width] for a query [B, 1, heads, depth]."""
+    functional = _functional(attention)
+    q, k, v = (x.transpose(1, 2) for x in (query, *kept))
+    p = attention.dropout if attention.training else 0.0
+    y = functional.scaled_dot_product_attention(q, k, v, seen, p).transpose(1, 2).flatten(2)
+    return functional.linear(y, attention.out_proj.weight, attention.out_proj.bias)
+
+
+def _next(layer: Any, x: torch.Tensor, own: Kept, read: Kept, seen: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    """A decoder layer's output [B, 1, width] for the next token x, and the keys and values of all so far."""
+
+    def itself(x: torch.Tensor) -> torch.Tensor:
+        nonlocal own
+        query, *new = _projected(layer.self_attn, x, (0, 1, 2))
+        own = (torch.cat((own[0], new[0]), 1), torch.cat((own[1], new[1]), 1))
+        return layer.dropout1(_attended(layer.self_attn, query, own, None))
+
+    def source(x: torch.Tensor) -> torch.Tensor:
+        (query,) = _projected(layer.multihead_attn, x, (0,))
+        return layer.dropout2(_attended(layer.multihead_attn, query, read, seen))
+
+    if layer.norm_first:
+        x = x + itself(layer.norm1(x))
+        x = x + source(layer.norm2(x))
+        return x + layer._ff_block(layer.norm3(x)), own
+    x = layer.norm1(x + itself(x))
+    x = layer.norm2(x + source(x))
+    return layer.norm3(x + layer._ff_block(x)), own
 
 
 def transformer(source_words: int, target_words: int, *, nn: Any = dlkern.nn, **settings: Any) -> Transformer:

@@ -2,6 +2,7 @@
 
 from dlkern.ops import (
     attention,
+    attention_rotary,
     attention_varlen,
     batch_norm,
     batch_norm_sync,
@@ -19,6 +20,6 @@ from dlkern.ops import (
 from dlkern.ops._activation import Activation
 
 __all__ = [
-    "Activation", "attention", "attention_varlen", "batch_norm", "batch_norm_sync", "conv", "dropout", "embedding",
-    "layer_norm", "linear", "loss", "optim", "pooling", "positions", "rnn",
+    "Activation", "attention", "attention_rotary", "attention_varlen", "batch_norm", "batch_norm_sync", "conv", "dropout",
+    "embedding", "layer_norm", "linear", "loss", "optim", "pooling", "positions", "rnn",
 ]  # fmt: skip

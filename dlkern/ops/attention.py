@@ -79,7 +79,10 @@ PUBLIC = (
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(_op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16))
+    columns.declare(
+        _op, "cuda", (torch.float32, torch.bfloat16),
+        lambda facts: "cuda column turns queries and keys before attention" if facts else None,
+    )
 
 _forward, _backward = raw["attention_forward"], raw["attention_backward"]
 
@@ -165,7 +168,7 @@ class AttentionBackward(_autograd.Function):
 def attention(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     lengths: torch.Tensor | None, slopes: torch.Tensor | None, weight: torch.Tensor | None, seed: torch.Tensor | None,
-    settings: Settings,
+    settings: Settings, reason: str = "",
 ) -> torch.Tensor:
     """Attention of [B, H, L, D], [B, Hk, S, D] and [B, Hk, S, Dv]; arguments are valid.
 
@@ -176,6 +179,7 @@ def attention(
         slopes: [H], of -slope · |i - j|; or None.
         weight: [D], of the additive score; or None.
         seed: of dropout, one int64; or None.
+        reason: what trace() is told where the column itself has none.
     """
     tensors = (query, key, value, mask, lengths, slopes, weight, seed)
     column = "reference"
@@ -183,7 +187,7 @@ def attention(
         choice = columns.choose(op, query.device.type, query.dtype, columns.state.forced, columns.state.emulated)
         column = choice.column
         if tracing.active:
-            tracing.record(op, column, choice.reason, query, key, value, mask)
+            tracing.record(op, column, choice.reason or reason, query, key, value, mask)
     if column == "reference":
         return reference.attention(*tensors, *settings)
     if _autograd.needs_grad(query, key, value, mask, weight):

@@ -20,8 +20,13 @@ def _fake(x, cos, sin, interleaved, inverse):
     return x.new_empty((a, b, length, depth))
 
 
-define("rotary", "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", _fake)
-columns.declare("rotary", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+define(
+    "rotary", "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", _fake,
+    triton="dlkern.kernels.positions:rotary",
+)
+for _column in ("cpu", "triton"):
+    columns.declare("rotary", _column, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+columns.declare("rotary", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 _rotary = raw["rotary"]
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from dlkern.reference.dropout import philox_words_of
+from dlkern.reference.positions import rotary
 
-__all__ = ["ADDITIVE", "COSINE", "DOT", "GAUSSIAN", "attention", "attention_varlen", "kept"]
+__all__ = ["ADDITIVE", "COSINE", "DOT", "GAUSSIAN", "attention", "attention_rotary", "attention_varlen", "kept"]
 
 DOT, GAUSSIAN, ADDITIVE, COSINE = 0, 1, 2, 3
 _SHORTEST = 1e-8
@@ -79,11 +80,22 @@ def attention(
     return probabilities @ value
 
 
+def attention_rotary(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    lengths: torch.Tensor | None, slopes: torch.Tensor | None, seed: torch.Tensor | None, cos: torch.Tensor,
+    sin: torch.Tensor, p: float, scale: float, softcap: float, left: int, right: int, interleaved: bool,
+) -> torch.Tensor:
+    """attention() of query and key turned by their positions."""
+    query, key = (rotary(x, cos[:, :, : x.shape[2]], sin[:, :, : x.shape[2]], interleaved) for x in (query, key))
+    return attention(query, key, value, mask, lengths, slopes, None, seed, p, scale, softcap, left, right, DOT)
+
+
 def attention_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts_of_queries: torch.Tensor,
-    starts_of_keys: torch.Tensor, scale: float, left: int, right: int,
+    starts_of_keys: torch.Tensor, seed: torch.Tensor | None, p: float, scale: float, softcap: float, left: int, right: int,
 ) -> torch.Tensor:
-    """attention() within each sequence of [tokens, H, D]; a window is aligned at the last query and the last key."""
+    """attention() within each sequence of [tokens, H, D], b with seed + b; a window is aligned at the last query and the last
+    key."""
     outputs = [query.new_zeros((0, query.shape[1], value.shape[2]))]
     starts, key_starts = starts_of_queries.tolist(), starts_of_keys.tolist()
     for b in range(len(starts) - 1):
@@ -95,6 +107,7 @@ def attention_varlen(
         seen = seen & (distance >= -left) if left >= 0 else seen
         seen = seen & (distance <= right) if right >= 0 else seen
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        y = attention(q, k, v, seen[None, None], None, None, None, None, 0.0, scale, 0.0, -1, -1, DOT)
+        of_row = None if seed is None else seed + b
+        y = attention(q, k, v, seen[None, None], None, None, None, of_row, p, scale, softcap, -1, -1, DOT)
         outputs.append(y[0].transpose(0, 1))
     return torch.cat(outputs)

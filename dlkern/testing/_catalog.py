@@ -262,6 +262,17 @@ def _attention() -> Iterator[Case]:
         yield Case("attention", sdpa, label, lambda *t, o=options: F.scaled_dot_product_attention(*t, **o),
                    lambda *t, o=options: tF.scaled_dot_product_attention(*t, **o),
                    lambda a=(q, k, depth, mask): inputs(*a), draws=16)
+
+    def turned_first(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        q, k = (reference.positions.rotary(x, cos, sin, False) for x in (q, k))
+        return tF.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    yield Case("attention", sdpa, "rotary positions",
+               lambda q, k, v, cos, sin: F.scaled_dot_product_attention(q, k, v, is_causal=True, rotary=(cos, sin)),
+               turned_first,
+               lambda: [*(_randn(1, 2, 19, 12) for _ in range(3)), *(_randn(19, 5, grad=False) for _ in range(2))], draws=16)
     scores: dict[str, tuple[int, dict[str, Any]]] = {
         "dot_attention": (reference.attention.DOT, {}), "gaussian_attention": (reference.attention.GAUSSIAN, dict(width=2.0)),
         "cosine_attention": (reference.attention.COSINE, dict(scale=3.0)),

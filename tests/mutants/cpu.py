@@ -108,8 +108,12 @@ def _positions(old: str, new: str) -> dict:
 MUTANTS += [
     # The gradient turned the same way, the wrong partner, what is beyond the pairs left out.
     _positions("args.inverse ? A(-1) : A(1)", "args.inverse ? A(1) : A(1)"),
-    _positions("q = load_some(x + half + d, count), c", "q = load_some(x + d, count), c"),
+    _positions("q = load_some(x + half + d, count), c", "q = load_some(x + d, count), c") | {"file": "csrc/cpu/positions_turn.h"},
     _positions("for (int64_t d = 2 * half; d < args.depth; ++d)", "for (int64_t d = 2 * half + 1; d < args.depth; ++d)"),
+    # In attention: a position of the tile, gradients not turned back.
+    _positions("turn(args.rotary, b, first + r, A(1)", "turn(args.rotary, b, r, A(1)") | {"file": "csrc/cpu/attention_tile.h"},
+    _positions("b, j0 + j, A(-1), grad_key", "b, j0 + j, A(1), grad_key") | {"file": "csrc/cpu/attention_backward.cpp"},
+    _positions("b, i, A(-1), sum", "b, i, A(1), sum") | {"file": "csrc/cpu/attention_backward.cpp"},
 ]
 
 _MAX, _MAX_BACKWARD = "csrc/cpu/pooling_max.cpp", "csrc/cpu/pooling_max_backward.cpp"

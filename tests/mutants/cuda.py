@@ -11,6 +11,7 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
+POSITIONS = "csrc/cuda/positions.cu"
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
@@ -206,4 +207,9 @@ MUTANTS = [
     _attention_mutant(ATTENTION_BACKWARD, "j0 + kTileRows + x.left", "j0 + x.left", "test_attention and window"),
     _attention_mutant(ATTENTION_BACKWARD, "for (int r = 0; r < kTileRows; r++) sum += totals",
                       "for (int r = 1; r < kTileRows; r++) sum += totals", "test_attention and shared"),
+    # rotary_kernel
+    _mutant(POSITIONS, "args.inverse ? -sin[v] : sin[v]", "sin[v]", "test_rotary"),
+    _mutant(POSITIONS, "in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] :", "in[1][v] :", "test_rotary"),
+    _mutant(POSITIONS, "const int64_t behind = args.half + d;", "const int64_t behind = d;", "test_rotary"),
+    _mutant(POSITIONS, "for (int64_t stride : args.x_stride) wide = wide && stride % vec == 0;", "", "test_rotary_odd"),
 ]

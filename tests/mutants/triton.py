@@ -125,6 +125,18 @@ MUTANTS = [
                "depths_beyond"),
     _attention("_attention_backward", "b_end = tl.where(MASK_B == 1, B,", "b_end = tl.where(MASK_B == 1, 1,",
                "test_parity and shared"),
+    # rotary positions: the gradient turned the same way, the partner's sign, the partner itself, angles of another row
+    _mutant("positions", "            sin = -sin\n", "            sin = sin * 1.0\n", "rotary_layouts"),
+    _mutant("positions", "tl.join(a * cos - b * sin", "tl.join(a * cos + b * sin", "rotary_layouts"),
+    _attention("_attention_tile", "tl.where(first[None, :], -sin, sin)", "tl.where(first[None, :], sin, -sin)", "test_parity and rotary"),
+    _attention("_attention_tile", "tl.where(first, column + HALF, column - HALF)", "column + HALF", "test_parity and rotary"),
+    _attention("attention", "interleaved, True, query.dtype)", "interleaved, False, query.dtype)", "test_parity and rotary"),
+    # sequences one after another: a window's alignment, a sequence's seed, its statistics, where its tiles begin
+    _attention("attention", "        left -= S - L\n", "", "varlen_windows"),
+    _attention("attention", "            seed += sequence\n", "            seed += 0\n", "varlen_options"),
+    _attention("attention", "        statistics_ptr += first_q * H\n", "        statistics_ptr += first_q\n", "varlen_windows"),
+    _attention("attention_varlen", "(torch.arange(len(before)) - before) * block", "torch.arange(len(before)) * block",
+               "varlen_parity and several"),
     # optimisers: the wrong tensor, a lost tail, a buffer of anything, a rate, a root, the device's count, copies left, order
     _optim("middle * ROW + _FIRST) <= block", "middle * ROW + _FIRST) < block", "parity and maximize"),
     _optim("x = tl.load(ptr + i, mask=i < left, other=0.0)", "x = tl.load(ptr + i, mask=i <= left, other=0.0)", "lars_follows"),

@@ -78,8 +78,9 @@ def _attend(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float,
     gqa: bool, settings: Settings, lengths: torch.Tensor | None = None, slopes: torch.Tensor | None = None,
     weight: torch.Tensor | None = None, seed: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor, bool] | None = None,
 ) -> torch.Tensor:
-    """Operands [*, L, D], [*, S, D], [*, S, Dv] with leading dimensions that broadcast."""
+    """Operands [*, L, D], [*, S, D], [*, S, Dv] with leading dimensions that broadcast; rotary: cos, sin, interleaved."""
     if gqa:
         batch = _lead(query.shape[:-3], key.shape[:-3], value.shape[:-3])
         lead, of_keys = torch.Size((*batch, query.shape[-3])), torch.Size((*batch, key.shape[-3]))
@@ -96,7 +97,13 @@ def _attend(
         lengths = _lengths(op, lengths, q.shape, dims)
     if dropout_p > 0:
         settings, seed = settings._replace(p=dropout_p), _seed(query) if seed is None else seed
-    output = ops.attention.attention(op, q, k, v, mask, lengths, slopes, weight, seed, settings)
+    if rotary is not None:
+        cos, sin = _angles(op, *rotary[:2], q, k)
+        output = ops.attention_rotary.attention_rotary(
+            op, q, k, v, mask, lengths, slopes, seed, settings, cos, sin, rotary[2]
+        )
+    else:
+        output = ops.attention.attention(op, q, k, v, mask, lengths, slopes, weight, seed, settings)
     if dims == 4:
         return output
     return output.reshape(*lead, query.shape[-2], value.shape[-1])
@@ -108,6 +115,25 @@ def _lengths(op: str, lengths: torch.Tensor, shape: torch.Size, dims: int) -> to
     if lengths.dtype not in (torch.int64, torch.int32) or lengths.shape not in ((batch,), (batch, queries)):
         raise RuntimeError(f"{op}: lengths must be int64 [{batch}] or [{batch}, {queries}], got {tuple(lengths.shape)}")
     return (lengths[:, None] if lengths.dim() == 1 else lengths).to(torch.int64)
+
+
+def _angles(
+    op: str, cos: torch.Tensor, sin: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles of rotary positions as [B or 1, 1, P, half], in query's dtype or that of its sums."""
+    positions, half = max(query.shape[2], key.shape[2]), query.shape[3] // 2
+    fits = cos.shape == sin.shape and cos.dim() in (2, 4) and cos.shape[-2] == positions and 0 < cos.shape[-1] <= half
+    if not fits or (cos.dim() == 4 and (cos.shape[0] not in (1, query.shape[0]) or cos.shape[1] != 1)):
+        raise RuntimeError(
+            f"{op}: rotary wants cos and sin [{positions}, {half} or fewer], or such tables [{query.shape[0]}, 1, ...], got "
+            f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if not cos.is_floating_point() or cos.dtype != sin.dtype or not query.device == cos.device == sin.device:
+        raise RuntimeError(f"{op}: rotary's cos and sin must be floating point, alike, and where query is")
+    if cos.dtype != query.dtype:
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        cos, sin = cos.to(wide), sin.to(wide)
+    return (cos[None, None], sin[None, None]) if cos.dim() == 2 else (cos, sin)
 
 
 def _check_dropout(p: float) -> None:
@@ -129,13 +155,15 @@ def scaled_dot_product_attention(
     alibi_slopes: torch.Tensor | None = None,
     softcap: float = 0.0,
     lengths: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary_interleaved: bool = False,
 ) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention, without a matrix of scores, forward and backward.
 
     Args:
         query: [*, H, L, D]; key: [*, Hk, S, D]; value: [*, Hk, S, Dv], or without heads, with leading dimensions that
             broadcast. Read where they lie, whatever their strides. Nested tensors [B, H, ragged, D] of the jagged layout,
-            all three, without mask and dropout.
+            all three, with dropout, is_causal, window and softcap, without masks.
         attn_mask: bool (True: takes part) or floating point (added to the scores; may require grad), of any shape that
             broadcasts to [*, H, L, S]. Never expanded in memory.
         dropout_p: probability of dropping a probability, whatever the mode of a module. No mask is stored.
@@ -147,6 +175,9 @@ def scaled_dot_product_attention(
         alibi_slopes: [H]: adds -slope · |i - j|. Press et al. 2022, "Train short, test long".
         softcap: c > 0: scores become c · tanh(score / c), before masks. Gemma 2, 2024.
         lengths: int64 [B] or [B, L]: of each row of the batch (and query) only so many keys are seen.
+        rotary: (cos, sin), each [P, R / 2] or [B, 1, P, R / 2] with P = max(L, S), as rotary_angles gives them: query i
+            and key j are first turned by rows i and j, as by rotary(), which the kernels do as they load them.
+        rotary_interleaved: pairs are neighbours, as in rotary().
 
     Returns:
         softmax(scale · query keyᵀ + mask) value, [*, H, L, Dv] in query's dtype and order of heads and queries; zeros
@@ -155,7 +186,8 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, dropout_p not in [0, 1].
     """
-    plain = not dropout_p and window is None and alibi_slopes is None and not softcap and lengths is None
+    torchs = window is None and alibi_slopes is None and not softcap and lengths is None and rotary is None
+    plain = torchs and not dropout_p
     if plain and (attn_mask is None or attn_mask.dim() == 4):
         try:
             column = _plain.column("scaled_dot_product_attention", query)
@@ -166,8 +198,9 @@ def scaled_dot_product_attention(
         except (*_plain.REFUSALS, ZeroDivisionError):
             pass  # the long way says what is wrong
     try:
-        if plain and attn_mask is None and query.is_nested:
-            nested = jagged_attention(query, key, value, is_causal, scale, enable_gqa)
+        if query.is_nested and attn_mask is None and alibi_slopes is None and lengths is None and rotary is None:
+            _check_dropout(dropout_p)
+            nested = jagged_attention(query, key, value, dropout_p, is_causal, scale, enable_gqa, window, softcap)
             if nested is not None:
                 return nested
         query, key, value = lowered(query, key, value)  # type: ignore[assignment]
@@ -185,11 +218,12 @@ def scaled_dot_product_attention(
             0 if is_causal else right,
         )  # fmt: skip
         return _attend(
-            "scaled_dot_product_attention", query, key, value, attn_mask, dropout_p, enable_gqa, settings, lengths, alibi_slopes
+            "scaled_dot_product_attention", query, key, value, attn_mask, dropout_p, enable_gqa, settings, lengths,
+            alibi_slopes, rotary=None if rotary is None else (*rotary, rotary_interleaved),
         )
     if reason == _SIZES and key.shape[-2] != value.shape[-2]:  # which torch does not see
         raise RuntimeError(f"scaled_dot_product_attention: {key.shape[-2]} keys, {value.shape[-2]} values")
-    if not plain and not dropout_p:
+    if not torchs:
         raise RuntimeError(f"scaled_dot_product_attention: {reason}, which torch's arguments alone allow")
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -8,6 +8,7 @@ import torch
 
 from dlkern import ops
 from dlkern.nn.functional._autocast import lowered
+from dlkern.nn.functional.dropout import _seed
 
 __all__ = ["jagged_attention", "varlen_attn"]
 
@@ -42,6 +43,15 @@ def varlen_attn(
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit, or the starts do not rise from 0 to the number of tokens.
     """
+    starts = _starts("cu_seq_q", cu_seq_q, query.shape[0])
+    of_keys = starts if cu_seq_k is None else _starts("cu_seq_k", cu_seq_k, key.shape[0])
+    return _attend(query, key, value, starts, of_keys, scale, window_size, enable_gqa)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, of_keys: torch.Tensor,
+    scale: float | None, window: tuple[int, int], enable_gqa: bool, dropout_p: float = 0.0, softcap: float = 0.0,
+) -> torch.Tensor:
     query, key, value = lowered(query, key, value)  # type: ignore[assignment]
     if not query.dim() == key.dim() == value.dim() == 3:
         raise RuntimeError("varlen_attn: operands must be [tokens, heads, depth]")
@@ -56,16 +66,18 @@ def varlen_attn(
     heads, groups = query.shape[1], key.shape[1]
     if heads != groups and (not enable_gqa or groups == 0 or heads % groups):
         raise RuntimeError(f"varlen_attn: {heads} heads of queries, {groups} of keys, enable_gqa={enable_gqa}")
-    starts = _starts("cu_seq_q", cu_seq_q, query.shape[0])
-    of_keys = starts if cu_seq_k is None else _starts("cu_seq_k", cu_seq_k, key.shape[0])
-    left, right = window_size
+    left, right = window
     depth = query.shape[2]
     factor = (depth**-0.5 if depth else 0.0) if scale is None else scale
-    return ops.attention_varlen.attention_varlen(query, key, value, starts, of_keys, factor, left, right)
+    seed = _seed(query) if dropout_p > 0 else None
+    return ops.attention_varlen.attention_varlen(
+        query, key, value, starts, of_keys, seed, dropout_p, factor, softcap, left, right
+    )
 
 
 def jagged_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None,
+    enable_gqa: bool, window: tuple[int, int] | None, softcap: float,
 ) -> torch.Tensor | None:
     """scaled_dot_product_attention of nested tensors [B, H, ragged, D] of the jagged layout, or None for other forms."""
     tensors = query, key, value
@@ -76,9 +88,13 @@ def jagged_attention(
         return None
     starts, of_keys, of_values = (x.offsets() for x in rows)  # type: ignore[attr-defined]
     alike = starts is of_keys or torch.equal(starts, of_keys)
-    if (is_causal and not alike) or not (of_keys is of_values or torch.equal(of_keys, of_values)):
+    placed = is_causal or window is not None  # from the first query and key, which here is from the last
+    if (placed and not alike) or not (of_keys is of_values or torch.equal(of_keys, of_values)):
         return None
+    left, right = (-1, -1) if window is None else window
     q, k, v = (x.values() for x in rows)
-    window = -1, 0 if is_causal else -1
-    output = varlen_attn(q, k, v, starts, of_keys, scale=scale, window_size=window, enable_gqa=enable_gqa)
+    output = _attend(
+        q, k, v, starts.to("cpu", torch.int64), of_keys.to("cpu", torch.int64), scale, (left, 0 if is_causal else right),
+        enable_gqa, dropout_p, softcap,
+    )  # fmt: skip
     return torch.nested.nested_tensor_from_jagged(output, starts).transpose(1, 2)

@@ -1,0 +1,112 @@
+// Rotary positions (Su et al. 2021): each pair of a row's elements turned by an angle of its position. A thread turns
+// VEC neighbouring pairs, or copies VEC elements behind all pairs; where sizes, strides and addresses allow it, in accesses
+// of 16 bytes. Floor: one read and one write of the tensor, and one read of the angles.
+#include "positions.h"
+
+#include <type_traits>
+
+#include "fast_divide.cuh"
+#include "pack.cuh"
+
+namespace dlkern::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Places {
+  FastDivide chunks, length, heads;  // chunks of VEC pairs or elements a row
+  uint32_t count;  // of chunks in all
+  bool swapped;  // rows lie as [a, length, b]
+};
+
+template <class T, class A, int VEC>
+__global__ void __launch_bounds__(kThreads) rotary_kernel(Rotary args, Places places) {
+  const uint32_t number = blockIdx.x * kThreads + threadIdx.x;
+  if (number >= places.count) return;
+  uint32_t chunk, j, l;
+  uint32_t i = places.chunks.divide(number, chunk);
+  if (places.swapped) {
+    i = places.heads.divide(i, j);
+    i = places.length.divide(i, l);
+  } else {
+    i = places.length.divide(i, l);
+    i = places.heads.divide(i, j);
+  }
+  const auto at = [&](const int64_t* stride) { return i * stride[0] + j * stride[1] + l * stride[2]; };
+  const T* x = static_cast<const T*>(args.x) + at(args.x_stride);
+  T* y = static_cast<T*>(args.output) + at(args.output_stride);
+  const int64_t d = static_cast<int64_t>(chunk) * VEC;
+  if (d >= args.half) {
+    const int64_t behind = args.half + d;
+    using All = std::conditional_t<VEC == 1, T, uint4>;  // a pack would be stored element by element
+    *reinterpret_cast<All*>(y + behind) = *reinterpret_cast<const All*>(x + behind);
+    return;
+  }
+  float cos[VEC], sin[VEC], in[2][VEC], out[2][VEC];
+  load_floats<VEC>(cos, static_cast<const A*>(args.cos) + at(args.angle_stride) + d);
+  load_floats<VEC>(sin, static_cast<const A*>(args.sin) + at(args.angle_stride) + d);
+  const int64_t first = args.interleaved ? 2 * d : d, second = args.interleaved ? first + VEC : args.half + d;
+  load_floats<VEC>(in[0], x + first);
+  load_floats<VEC>(in[1], x + second);
+#pragma unroll
+  for (int v = 0; v < VEC; v++) {
+    // Neighbours: pair v is elements 2v and 2v + 1 of the 2 VEC loaded.
+    const float p = args.interleaved ? in[2 * v / VEC][2 * v % VEC] : in[0][v];
+    const float q = args.interleaved ? in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] : in[1][v];
+    const float s = args.inverse ? -sin[v] : sin[v];
+    const float turned_p = p * cos[v] - q * s, turned_q = q * cos[v] + p * s;
+    if (args.interleaved) {
+      out[2 * v / VEC][2 * v % VEC] = turned_p;
+      out[(2 * v + 1) / VEC][(2 * v + 1) % VEC] = turned_q;
+    } else {
+      out[0][v] = turned_p;
+      out[1][v] = turned_q;
+    }
+  }
+  store_floats<VEC>(y + first, out[0]);
+  store_floats<VEC>(y + second, out[1]);
+}
+
+template <class T, class A, int VEC>
+void launch_rotary(const Rotary& args, void* stream) {
+  const int64_t chunks = args.half / VEC + (args.depth - 2 * args.half) / VEC;
+  const int64_t count = args.a * args.b * args.length * chunks;
+  const bool swapped = args.output_stride[1] < args.output_stride[2];
+  const Places places{FastDivide(chunks), FastDivide(args.length), FastDivide(args.b), static_cast<uint32_t>(count),
+                      swapped};
+  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)));
+  DLKERN_LAUNCH((rotary_kernel<T, A, VEC>), grid, dim3(kThreads), 0, stream, args, places);
+}
+
+// Whether all rows, pairs and angles come in whole packs.
+template <class T>
+bool is_wide(const Rotary& args) {
+  constexpr int64_t vec = 16 / sizeof(T);
+  bool wide = args.half % vec == 0 && args.depth % vec == 0;
+  for (const void* p : {args.x, args.cos, args.sin, static_cast<const void*>(args.output)})
+    wide = wide && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  for (int64_t stride : args.x_stride) wide = wide && stride % vec == 0;
+  return wide;
+}
+
+template <class T, class A>
+void any_width(const Rotary& args, void* stream) {
+  if (is_wide<T>(args))
+    launch_rotary<T, A, 16 / sizeof(T)>(args, stream);
+  else
+    launch_rotary<T, A, 1>(args, stream);
+}
+
+}  // namespace
+
+void rotary(const Rotary& args, void* stream) {
+  with_type(args.element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (args.wide_angles)
+      any_width<T, float>(args, stream);
+    else
+      any_width<T, T>(args, stream);
+  });
+}
+
+}  // namespace dlkern::cuda
