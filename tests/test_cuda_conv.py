@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as tF
-from cuda_column import LAYOUTS, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import LAYOUTS, all_dtypes, certify, layouts, leaf, library, no_findings, on_cuda, short_dtypes  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
@@ -19,7 +19,7 @@ CONV = [case for case in CASES if case.family == "conv"]
 
 
 @pytest.mark.parametrize("case", CONV, ids=lambda case: case.name.replace(" ", "_"))
-@dtypes
+@all_dtypes
 def test_catalogue(case, dtype):
     layout = LAYOUTS[(CONV.index(case) + (dtype == torch.bfloat16)) % 2] if case.images else LAYOUTS[0]
 
@@ -32,7 +32,7 @@ def test_catalogue(case, dtype):
     certify(case.ours, case.theirs, inputs, dtype, draws=16 if dtype == torch.float32 else case.draws)
 
 
-# label -> input, weight, options. Channels in multiples of 8 are loaded 8 at a time in bfloat16.
+# label -> input, weight, options. Channels in multiples of 8 are loaded 8 at a time in 16-bit types.
 PRODUCTS = {
     "tails": ((2, 24, 7, 9), (40, 24, 3, 3), dict(padding=1)),
     "groups": ((2, 16, 9, 8), (48, 8, 3, 2), dict(groups=2, stride=(2, 1), padding=(1, 0), dilation=(1, 2))),
@@ -53,7 +53,7 @@ def convolution(function, x, w, options, layout):
 
 @pytest.mark.parametrize("label", PRODUCTS)
 @layouts
-@dtypes
+@all_dtypes
 def test_products(label, layout, dtype):
     ours, inputs = convolution(F.conv2d, *PRODUCTS[label], layout)
     theirs, _ = convolution(tF.conv2d, *PRODUCTS[label], layout)
@@ -72,21 +72,23 @@ HOPPER = {
 
 
 @pytest.mark.parametrize("label", HOPPER)
-def test_on_hopper(label):
+@short_dtypes
+def test_on_hopper(label, dtype):
     *sizes, multiprocessors = HOPPER[label]
     layout = LAYOUTS[list(HOPPER).index(label) % 2]  # others are copied into channels_last
     ours, inputs = convolution(F.conv2d, *sizes, layout)
     theirs, _ = convolution(tF.conv2d, *sizes, layout)
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(multiprocessors):
-        certify(ours, theirs, inputs, torch.bfloat16, draws=2)
+        certify(ours, theirs, inputs, dtype, draws=2)
 
 
-def test_activation_and_residual_on_hopper():
+@short_dtypes
+def test_activation_and_residual_on_hopper(dtype):
     options, kind = dict(padding=1), dlkern.Activation.SIGMOID
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):
         certify(lambda x, w, b, r: F.conv2d_act(x, w, b, **options, activation=kind, residual=r),
                 lambda x, w, b, r: torch.sigmoid(tF.conv2d(x, w, b, **options) + r),
-                lambda: [leaf(2, 8, 5, 6), leaf(16, 8, 3, 3), leaf(16), leaf(2, 16, 5, 6)], torch.bfloat16, draws=4)
+                lambda: [leaf(2, 8, 5, 6), leaf(16, 8, 3, 3), leaf(16), leaf(2, 16, 5, 6)], dtype, draws=4)
 
 
 @pytest.mark.parametrize("shape,settings,kernels", [
@@ -121,7 +123,7 @@ DEPTHWISE = {
 
 @pytest.mark.parametrize("label", DEPTHWISE)
 @layouts
-@dtypes
+@all_dtypes
 def test_depthwise(label, layout, dtype):
     x, w, options = DEPTHWISE[label]
     options = dict(options, groups=x[1])
@@ -131,7 +133,7 @@ def test_depthwise(label, layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_transposed(layout, dtype):
     options = dict(stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2))
     draw = lambda: [leaf(2, 16, 4, 5, memory_format=layout), leaf(16, 8, 3, 2), leaf(16)]  # noqa: E731
@@ -139,7 +141,7 @@ def test_transposed(layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_activation_and_residual(layout, dtype, groups, activation):
@@ -162,7 +164,7 @@ LARGE = {  # channels, filters, images, height, width
 
 
 @pytest.mark.parametrize("op", LARGE)
-@dtypes
+@all_dtypes
 def test_large_tiles(op, dtype):
     """Sizes from which the large tiles serve, with tails on every side: 8 x 8 of them in each pass."""
     channels, filters, n, h, w = LARGE[op]
@@ -188,7 +190,7 @@ def test_large_tiles(op, dtype):
     assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
 
-@dtypes
+@all_dtypes
 def test_formats_and_views(dtype):
     """The result's format is torch's; operands between 16-byte boundaries and strided ones serve as their copies do."""
     x, weight = torch.randn(2, 8, 6, 5).to(dtype), torch.randn(16, 8, 3, 3).to(dtype)
@@ -207,7 +209,7 @@ def test_formats_and_views(dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_empty_batch(layout, dtype):
     x, w, b = (t.to(dtype).requires_grad_() for t in (torch.randn(0, 8, 6, 5), torch.randn(8, 8, 3, 3), torch.randn(8)))
     with on_cuda():
@@ -219,7 +221,7 @@ def test_empty_batch(layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_nan_and_infinity(layout, dtype):
     x, weight = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=layout), torch.randn(8, 8, 3, 3).to(dtype)
     x[0, 1, 2, 3], x[1, 2, 0, 0] = float("nan"), float("inf")

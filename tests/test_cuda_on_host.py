@@ -167,8 +167,9 @@ def test_instruction_twins():
     for lane in range(32):
         g, t = lane // 4, 2 * (lane % 4)
         exact = [c[g][t], c[g][t + 1], c[g + 8][t], c[g + 8][t + 1]]
-        got = struct.unpack("4f", struct.pack("4I", *found["mma"][4 * lane : 4 * lane + 4]))
-        assert list(got) == exact
+        for first in (0, 128):  # bfloat16, float16
+            got = struct.unpack("4f", struct.pack("4I", *found["mma"][first + 4 * lane :][:4]))
+            assert list(got) == exact
 
     staged = [[x[4 * (32 * stage + 31 - lane) + i] if i < 4 - 2 * stage else 0 for lane in range(32) for i in range(4)]
               for stage in range(3)]
@@ -202,7 +203,7 @@ def test_hopper_instruction_twins():
         assert np.array_equal(rows(found["copy"][2048 * case :][:2048]), expected)
 
     a, b, depth = matrix[:64, :64], matrix[32:96, 64:128], np.r_[0:16, 48:64]
-    for case, (a_first, b_first) in enumerate([(False, False), (False, True), (True, False), (True, True)]):
+    for case, (a_first, b_first) in enumerate(2 * [(False, False), (False, True), (True, False), (True, True)]):
         product = (a.T if a_first else a)[:, depth] @ (b.T if b_first else b)[:, depth].T
         registers = found["product"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)  # w, g, t, j, i, e
         assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), product)

@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_commit();
 
   Fragment<T, SIZE> sum;
+  RowScale<T> scale;
 #pragma unroll 1
   for (int n = 0; n < steps; n++) {
     if (Memory::kStages == 1)
@@ -221,11 +222,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         s.each([&](int r, int c, float& value) { value *= at.key(r, c) < x.keys ? unit[at.key(r, c)] : 0.0f; });
       }
       const int width = min(SIZE, x.depth - own * SIZE);
-      if constexpr (PAIRWISE)
+      if constexpr (PAIRWISE) {
         add_pairwise_gradient<SIZE>(s, x, queries.tile + warp() * 16 * Memory::kStride, keys.tile, own * SIZE, width,
                                     memory.row_sums(), memory.weight_sums(), Memory::kSumStride);
-      else
+      } else {
+        scale.fit(s, sum);
         add_product<SIZE>(sum, s, keys.tile, width, args.split, memory.scratch);
+      }
     }
     __syncthreads();  // everybody is done with this step's tiles
   }
@@ -252,6 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int i = first + Mine::row(r);
     if (own == 0 && i < x.queries && lane() % Mine::kAcross == 0) args.delta[head * x.queries + i] = delta[r];
   }
+  if (!PAIRWISE) scale.undo(sum);
   sum.each([&](int, int, float& value) { value *= x.scale; });
   if (args.wide)
     store_gradient<float>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
@@ -311,6 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_commit();
 
   Fragment<T, SIZE> of_key, of_value;
+  RowScale<T> key_scale, value_scale;
 #pragma unroll 1
   for (int n = 0; n < steps; n++) {
     if (Memory::kStages == 1)
@@ -344,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       {
         Fragment<T, kAcross> left;  // by dropout
         s.each([&](int r, int c, float value) { left.at[r][c] = through_dropout(x, kept, r * s.kColumns + c, value); });
+        value_scale.fit(left, of_value);
         add_product<SIZE>(of_value, left, grads.tile, x.value_depth - own_value * SIZE, args.split, memory.scratch);
       }
       if (x.softcap != 0.0f) s.each([&](int r, int c, float& value) { value *= cap[r][c]; });
@@ -357,11 +363,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         s.each([&](int r, int c, float& value) { value *= at.query(r, c) < x.queries ? unit[at.query(r, c)] : 0.0f; });
       }
       const int width = min(SIZE, x.depth - own_key * SIZE);
-      if constexpr (PAIRWISE)
+      if constexpr (PAIRWISE) {
         add_pairwise_gradient<SIZE>(s, x, keys.tile + warp() * 16 * Memory::kStride, queries.tile, own_key * SIZE,
                                     width, memory.row_sums(), static_cast<float*>(nullptr), Memory::kSumStride);
-      else
+      } else {
+        key_scale.fit(s, of_key);
         add_product<SIZE>(of_key, s, queries.tile, width, args.split, memory.scratch);
+      }
     }
     __syncthreads();  // everybody is done with this step's tiles
   }
@@ -372,6 +380,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       value = memory.row_sums()[Mine::row(r) * Memory::kSumStride + Mine::result_column(c)];
     });
   }
+  if (!PAIRWISE) key_scale.undo(of_key);
+  value_scale.undo(of_value);
   of_key.each([&](int, int, float& value) { value *= x.scale; });
   if (own == own_key && args.wide)
     store_gradient<float>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
@@ -529,8 +539,8 @@ int64_t attention_weight_parts(const Attention& a) {
 void attention_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
   BackwardArgs args{};
   const Args& x = args.x = arguments_of(a);
-  args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.is_float);
-  args.output = operand_of(tensors.output, a.value_depth, a.is_float);
+  args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.element);
+  args.output = operand_of(tensors.output, a.value_depth, a.element);
   // With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
   // these scores and masks, and does not round probabilities to 16 bits. Where keys are few it costs nothing.
   args.by_tiles = a.score != kDotScore || tensors.of_mask || a.keys <= 128;

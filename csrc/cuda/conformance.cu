@@ -30,10 +30,11 @@ __global__ void ldmatrix_case(const uint32_t* in, uint32_t* out) {
 }
 
 // Small integers: exact in whatever order the tensor core adds.
+template <class T>
 __global__ void mma_case(const uint32_t* in, uint32_t* out) {
   const auto integer = [&](int i) { return static_cast<float>(static_cast<int>(in[i] % 31) - 15); };
   const auto pair = [&](int i) {
-    const bf16 halves[2] = {from_float<bf16>(integer(i)), from_float<bf16>(integer(i + 1))};
+    const T halves[2] = {from_float<T>(integer(i)), from_float<T>(integer(i + 1))};
     uint32_t word;
     memcpy(&word, halves, 4);
     return word;
@@ -43,8 +44,8 @@ __global__ void mma_case(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 4; i++) a[i] = pair(static_cast<int>(threadIdx.x) * 16 + 2 * i);
   for (int i = 0; i < 2; i++) b[i] = pair(static_cast<int>(threadIdx.x) * 16 + 8 + 2 * i);
   for (int i = 0; i < 4; i++) c[i] = integer(static_cast<int>(threadIdx.x) * 16 + 12 + i);
-  mma_bf16_16x8x16(c, a, b[0], b[1]);
-  mma_bf16_16x8x16(c, a, b[1], b[0]);
+  mma_16x8x16<T>(c, a, b[0], b[1]);
+  mma_16x8x16<T>(c, a, b[1], b[0]);
   memcpy(out + 4 * threadIdx.x, c, 16);
 }
 
@@ -169,7 +170,8 @@ void run(const char* name, void (*kernel)(const uint32_t*, uint32_t*, Arguments.
 
 int main() {
   run("ldmatrix", ldmatrix_case, 256, 1, false);
-  run("mma", mma_case, 128, 1, false);
+  run("mma", mma_case<bf16>, 128, 1, false);
+  run("mma", mma_case<fp16>, 128, 1, false);
   run("cp_async", cp_async_case, 384, 1, false);
   run("cp_async4", cp_async4_case, 32, 1, false);
   run("warp", warp_case, 256, 1, false);

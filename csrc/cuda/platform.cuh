@@ -61,6 +61,13 @@ void with_type(Element element, F&& f) {
   if (element == Element::float16) f(static_cast<fp16*>(nullptr));
 }
 
+// The same of a type of 16 bits.
+template <class F>
+void with_16_bit_type(Element element, F&& f) {
+  if (element == Element::bfloat16) f(static_cast<bf16*>(nullptr));
+  if (element == Element::float16) f(static_cast<fp16*>(nullptr));
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC__

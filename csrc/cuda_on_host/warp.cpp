@@ -43,13 +43,12 @@ void collective(unsigned mask, void* argument, const char* where, Operation&& op
 
 bool all_there(void** arguments) { return std::find(arguments, arguments + 32, nullptr) == arguments + 32; }
 
-float low_half(uint32_t pair) {
-  const uint32_t word = pair << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
+// The low element of a pair, float16 or bfloat16.
+float low_of(uint32_t pair, bool half) {
+  const auto bits = static_cast<uint16_t>(pair);
+  return half ? __half2float({bits}) : __bfloat162float({bits});
 }
-float high_half(uint32_t pair) { return low_half(pair >> 16); }
+float high_of(uint32_t pair, bool half) { return low_of(pair >> 16, half); }
 
 }  // namespace
 
@@ -134,28 +133,28 @@ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed) {
 
 // C[16][8] += A[16][16] B[16][8] in float. With g = lane / 4 and t = lane % 4, a lane holds of A rows g and g + 8,
 // columns 2t, 2t + 1 (then + 8); of B column g, rows 2t, 2t + 1 (then + 8); of C rows g and g + 8, columns 2t, 2t + 1.
-void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool half) {
   struct Argument {
     float* c;
     const uint32_t* a;
     uint32_t b[2];
   } argument{c, a, {b0, b1}};
-  collective(kAllLanes, &argument, "mma.sync", [](void** arguments) {
+  collective(kAllLanes, &argument, half ? "mma.sync.f16" : "mma.sync.bf16", [half](void** arguments) {
     if (!all_there(arguments)) return;
     float A[16][16], B[16][8], C[16][8];
     for (int lane = 0; lane < 32; lane++) {
       const auto& mine = *static_cast<Argument*>(arguments[lane]);
       const int g = lane / 4, t = 2 * (lane % 4);
-      for (int half = 0; half < 2; half++) {
+      for (int i = 0; i < 2; i++) {
         for (int down = 0; down < 2; down++) {
-          const uint32_t pair = mine.a[2 * half + down];
-          A[g + 8 * down][t + 8 * half] = low_half(pair);
-          A[g + 8 * down][t + 8 * half + 1] = high_half(pair);
+          const uint32_t pair = mine.a[2 * i + down];
+          A[g + 8 * down][t + 8 * i] = low_of(pair, half);
+          A[g + 8 * down][t + 8 * i + 1] = high_of(pair, half);
         }
-        B[t + 8 * half][g] = low_half(mine.b[half]);
-        B[t + 8 * half + 1][g] = high_half(mine.b[half]);
-        C[g + 8 * half][t] = mine.c[2 * half];
-        C[g + 8 * half][t + 1] = mine.c[2 * half + 1];
+        B[t + 8 * i][g] = low_of(mine.b[i], half);
+        B[t + 8 * i + 1][g] = high_of(mine.b[i], half);
+        C[g + 8 * i][t] = mine.c[2 * i];
+        C[g + 8 * i][t + 1] = mine.c[2 * i + 1];
       }
     }
     for (int i = 0; i < 16; i++) {
@@ -166,9 +165,9 @@ void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     for (int lane = 0; lane < 32; lane++) {
       const auto& mine = *static_cast<Argument*>(arguments[lane]);
       const int g = lane / 4, t = 2 * (lane % 4);
-      for (int half = 0; half < 2; half++) {
-        mine.c[2 * half] = C[g + 8 * half][t];
-        mine.c[2 * half + 1] = C[g + 8 * half][t + 1];
+      for (int i = 0; i < 2; i++) {
+        mine.c[2 * i] = C[g + 8 * i][t];
+        mine.c[2 * i + 1] = C[g + 8 * i][t + 1];
       }
     }
   });
