@@ -113,6 +113,12 @@ DLKERN_DEVICE void to_probabilities(Fragment<T, ACROSS>& s, F&& numbers) {
   });
 }
 
+// The gradient of a score. It is zero where one key has all the weight: what rounding leaves of the difference there must
+// not pass for a gradient. (Infinities and NaN do pass.)
+DLKERN_DEVICE float through_softmax(float probability, float change, float delta) {
+  return (probability == 1.0f ? 0.0f : probability) * (change - delta);
+}
+
 // The gradient of a probability, from that of what dropout left of it.
 DLKERN_DEVICE float through_dropout(const Args& x, uint32_t kept, int place, float change) {
   return kept >> place & 1 ? change * x.kept : 0.0f;
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int r = 0; r < Mine::kRows; r++) delta[r] = row_sum<T>(delta[r]);
       }
     } else {
-      s.each([&](int r, int c, float& value) { value *= change.at[r][c] - delta[r]; });
+      s.each([&](int r, int c, float& value) { value = through_softmax(value, change.at[r][c], delta[r]); });
       if (x.softcap != 0.0f) s.each([&](int r, int c, float& value) { value *= cap[r][c]; });
       if (x.score == kCosineScore) {
         const float* unit = x.key_unit + (b * x.key_heads + h / x.group) * x.keys;
@@ -356,7 +362,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       Fragment<T, kAcross> change;
       multiply<false, SIZE>(change, x, values, grads, x.value_depth, own_value);
       s.each([&](int r, int c, float& value) {
-        value *= through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]) - numbers[2 * kAcross + Mine::column(c)];
+        value = through_softmax(value, through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]),
+                                numbers[2 * kAcross + Mine::column(c)]);
       });
       if (x.score == kCosineScore) {
         const float* unit = x.query_unit + head * x.queries;
@@ -455,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const uint32_t kept = x.dropout ? kept_bits<T, kAcross>(x, head, at) : ~0u;
           s.each([&](int r, int c, float value) {  // the mask is added behind the cap
             const float of_probability = through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]);
-            total.at[r][c] += value * (of_probability - numbers(r, c).delta);
+            total.at[r][c] += through_softmax(value, of_probability, numbers(r, c).delta);
           });
         }
       }
