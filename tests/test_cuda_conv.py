@@ -113,6 +113,81 @@ def test_which_kernel_on_hopper(shape, settings, kernels):
     assert [name.removeprefix("conv2d_").split("_kernel")[0] for name in found] == kernels
 
 
+@contextlib.contextmanager
+def tf32(*, convolutions, matrices):
+    """torch's settings, and the column goes by them."""
+    modules, wanted = (torch.backends.cudnn, torch.backends.cuda.matmul), (convolutions, matrices)
+    before = [module.allow_tf32 for module in modules]
+    try:
+        for module, allowed in zip(modules, wanted):
+            module.allow_tf32 = allowed
+        with cuda_on_host.precision_settings():
+            yield
+    finally:
+        for module, allowed in zip(modules, before):
+            module.allow_tf32 = allowed
+
+
+def in_tf32(x):
+    """Rounded to 10 bits of fraction, ties away from zero: what the tensor cores multiply."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+
+@pytest.mark.parametrize("label", PRODUCTS)
+@layouts
+def test_tf32(label, layout):
+    """All three passes where torch's setting allows TF32. The rule's other side is float64's product of operands rounded
+    to TF32, which is what torch's own errs by there; and the bits are not those of float32's products."""
+    x, w, options = PRODUCTS[label]
+    pair = lambda key, default: [n, n] if isinstance(n := options.get(key, default), int) else list(n)  # noqa: E731
+    settings = pair("stride", 1), pair("padding", 0), pair("dilation", 1), options.get("groups", 1)
+    x, w = (torch.randn(shape).contiguous(memory_format=layout) for shape in (x, w))
+    dy = torch.randn(tF.conv2d(x, w, None, *settings).shape)
+    last = layout == LAYOUTS[1]
+
+    def run():
+        found = [raw["conv2d_forward"]["cuda"](x, w, None, *settings)]
+        found.append(raw["conv2d_backward_input"]["cuda"](dy, w, x.shape, *settings, last))
+        return [*found, raw["conv2d_backward_weight"]["cuda"](dy, x, w.shape, *settings, False, last)[0]]
+
+    def expressions(x, w, dy):
+        return [tF.conv2d(x, w, None, *settings), torch.nn.grad.conv2d_input(x.shape, w, dy, *settings),
+                torch.nn.grad.conv2d_weight(x, w.shape, dy, *settings)]
+
+    exact_products = run()
+    with tf32(convolutions=False, matrices=True):
+        assert all(torch.equal(a, b) for a, b in zip(exact_products, run()))
+    with tf32(convolutions=True, matrices=False):
+        ours = run()
+    theirs, exact = expressions(*map(in_tf32, (x, w, dy))), expressions(x.double(), w.double(), dy.double())
+    for name, found, *sides, before in zip(("y", "dx", "dw"), ours, theirs, exact, exact_products):
+        rows = compare(name, [found], *([side] for side in sides), torch.float32)
+        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+        assert not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("rows,inputs,outputs", [(70, 40, 24), (5, 7, 3), (1030, 72, 1040)])
+def test_linear_in_tf32(rows, inputs, outputs):
+    """By the setting for matrix products, which is not the one for convolutions."""
+    x, w, dy = (torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+
+    def run():
+        return [raw["linear_forward"]["cuda"](x, w, None, 0), raw["linear_backward_input"]["cuda"](dy, w),
+                raw["linear_backward_weight"]["cuda"](dy, x, False)[0]]
+
+    expressions = lambda x, w, dy: [x @ w.T, dy @ w, dy.T @ x]  # noqa: E731
+    exact_products = run()
+    with tf32(convolutions=True, matrices=False):
+        assert all(torch.equal(a, b) for a, b in zip(exact_products, run()))
+    with tf32(convolutions=False, matrices=True):
+        ours = run()
+    theirs, exact = expressions(*map(in_tf32, (x, w, dy))), expressions(x.double(), w.double(), dy.double())
+    for name, found, *sides, before in zip(("y", "dx", "dw"), ours, theirs, exact, exact_products):
+        rows = compare(name, [found], *([side] for side in sides), torch.float32)
+        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+        assert not torch.equal(found, before)
+
+
 DEPTHWISE = {
     "packs": ((2, 16, 9, 11), (16, 1, 3, 3), dict(padding=1)),
     "strides": ((2, 8, 12, 13), (8, 1, 5, 4), dict(padding=(2, 1), stride=(2, 3))),

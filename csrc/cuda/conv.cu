@@ -1,6 +1,6 @@
 // conv2d, its input gradient (which is conv_transpose2d) and its weight gradient as products of gathered operands
 // (gather.cuh): no column matrix is ever stored. bfloat16 and float16 on the tensor cores, float32 by exact products on
-// the ordinary ones. One kernel serves all three passes; a pass is a plan of steps.
+// the ordinary ones, or there too, as TF32. One kernel serves all three passes; a pass is a plan of steps.
 //   forward          rows: output pixels,           columns: output channels,     k: taps x input channels
 //   input gradient   rows: input pixels of a class, columns: input channels,      k: taps of that class x output channels
 //   weight gradient  rows: output channels,         columns: taps x channels,     k: output pixels, cut into parts
@@ -62,7 +62,7 @@ struct TensorCores {
   using Shape = SHAPE;
   template <int OUTER, Stored STORED>
   using Operand =
-      Gathered<Staged<T, OUTER, STORED>, T, OUTER, kBlockK, STORED == Stored::k_last, WIDTH, SHAPE::kThreads>;
+      Gathered<Staged<T, OUTER, STORED>, T, OUTER, kBlockK<T>, STORED == Stored::k_last, WIDTH, SHAPE::kThreads>;
   using A = Operand<SHAPE::kBlockM, A_STORED>;
   using B = Operand<SHAPE::kBlockN, B_STORED>;
   using Sum = Accumulator<SHAPE>;
@@ -202,6 +202,12 @@ void launch_on(Element element, bool vectors, Product& product, int64_t most_row
       launch_product<Exact<LargeFfma>>(product, most_rows, layers, stream);
     else
       launch_product<Exact<SmallFfma>>(product, most_rows, layers, stream);
+  } else if (element == Element::tf32) {
+    constexpr auto kStored = Stored::k_first;
+    if (large)
+      launch_product<TensorCores<float, LargeMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
+    else
+      launch_product<TensorCores<float, SmallMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
   } else {
     with_16_bit_type(element, [&](auto* type) {
       launch_tensor_cores<std::remove_pointer_t<decltype(type)>, A_STORED, B_STORED>(vectors, large, product, most_rows,
@@ -236,7 +242,7 @@ Steps last_step(int64_t step) { return {0, 0, step}; }
 }  // namespace
 
 bool conv2d_takes_vectors(Element element, const ConvGeometry& g) {
-  return element != Element::float32 && g.c / g.groups % 8 == 0 && g.k / g.groups % 8 == 0;
+  return is_16_bit(element) && g.c / g.groups % 8 == 0 && g.k / g.groups % 8 == 0;
 }
 
 void conv2d_forward(Element element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w, const void* bias,

@@ -162,7 +162,7 @@ bool fits(Element element, const ConvGeometry& g) {
     return stride <= 8 && pad <= 127 && reach <= 255 && reach - pad <= 127;
   };
   constexpr int64_t kMost = int64_t{1} << 30;
-  return element != Element::float32 && g.groups == 1 && g.c % 8 == 0 && g.k % 8 == 0 && g.c > 0 &&
+  return is_16_bit(element) && g.groups == 1 && g.c % 8 == 0 && g.k % 8 == 0 && g.c > 0 &&
          axis(g.r, g.stride_h, g.pad_h, g.dilation_h) && axis(g.s, g.stride_w, g.pad_w, g.dilation_w) &&
          g.n * g.h * g.w < kMost && g.n * g.p * g.q < kMost && g.c < kMost && g.k < kMost;
 }

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backwa
                   tile_column<SHAPE>(), reinterpret_cast<T*>(shared), [&](const T* grad_output_tile) {
                     if (!sums_bias) return;
 #pragma unroll 8
-                    for (int k = 0; k < kBlockK; k++)
+                    for (int k = 0; k < kBlockK<T>; k++)
                       bias += to_float(grad_output_tile[k * Operands::A::TileType::kStride + column_of_bias]);
                   });
   if (sums_bias && tile_row<SHAPE>() + column_of_bias < args.out_features)

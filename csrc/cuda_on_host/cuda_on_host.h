@@ -108,6 +108,8 @@ unsigned ballot(unsigned mask, bool vote, const char* where);
 void warp_barrier(unsigned mask, const char* where);
 void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed);
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool half);
+void mma_tf32_16x8x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+uint32_t to_tf32(float value);
 
 // cp_async.cpp
 void cp_async(void* destination, const void* source, int bytes, int source_bytes);

@@ -3,6 +3,7 @@
 #include "conv_checks.h"
 #include "cuda_common.h"
 #include "cuda_conv_parts.h"
+#include "cuda_precision.h"
 
 namespace dlkern::ops {
 namespace {
@@ -81,7 +82,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     check_tensor(op, "residual", *residual, input, 4);
     check_residual(op, *residual, z, channels_last);
   }
-  const Element element = element_of(input);
+  const Element element = product_element(input, Products::convolutions);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand x(input, vectors), w(weight, vectors);
   Tensor output = allocate({z.n, z.k, z.p, z.q}, input.scalar_type(), input, channels_last);
@@ -109,7 +110,7 @@ Tensor conv2d_act_forward_cuda(const Tensor& input, const Tensor& weight, const 
 Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& grad_output, const Tensor& weight,
                       const std::optional<Tensor>& bias, bool channels_last) {
   const ConvGeometry g = geometry_of(op, z);
-  const Element element = element_of(grad_output);
+  const Element element = product_element(grad_output, Products::convolutions);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand y(grad_output, vectors), w(weight, vectors);
   Tensor grad_input = allocate({z.n, z.c, z.h, z.w}, grad_output.scalar_type(), grad_output, channels_last);
@@ -161,7 +162,7 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cuda(const Tensor& grad_output
   Tensor grad_bias = allocate({bias && z.n == 0 ? z.k : 0}, input.scalar_type(), input);
   if (z.n == 0)  // nothing to sum over
     return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
-  const Element element = element_of(input);
+  const Element element = product_element(input, Products::convolutions);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand y(grad_output, vectors), x(input, vectors);
   Call call(input);

@@ -6,6 +6,7 @@
 #include "../cuda/linear.h"
 #include "cuda_common.h"
 #include "cuda_conv_parts.h"
+#include "cuda_precision.h"
 
 namespace dlkern::ops {
 namespace {
@@ -45,25 +46,25 @@ cuda::ConvGeometry pixels(int64_t rows, int64_t in_features, int64_t out_feature
 }
 cuda::ConvTensor read(Call& call, const Tensor& x) { return {call.reads(x), x.size(x.dim() - 1), 1, 1, 1}; }
 cuda::ConvResult write(Call& call, const Tensor& x) { return {call.writes(x), x.size(x.dim() - 1), 1, 1, 1}; }
-constexpr auto kFloat = cuda::Element::float32;
 
 void backward_weight_float(const Tensor& grad_output, const Tensor& input, Tensor& grad_weight, Tensor& grad_bias,
                            int64_t rows) {
   const int64_t out_features = grad_weight.size(0), in_features = grad_weight.size(1);
   const cuda::ConvGeometry g = pixels(rows, in_features, out_features);
+  const cuda::Element element = product_element(input, Products::matrices);
   Call call(input);
   if (in_features > 0) {
     const cuda::ConvResult result = write(call, grad_weight);
-    in_parts(call, kFloat, cuda::conv2d_weight_parts(kFloat, g), grad_weight.numel(), input, result.data,
+    in_parts(call, element, cuda::conv2d_weight_parts(element, g), grad_weight.numel(), input, result.data,
              [&](float* sums) {
-               cuda::conv2d_backward_weight(kFloat, g, read(call, grad_output), read(call, input), sums, result,
+               cuda::conv2d_backward_weight(element, g, read(call, grad_output), read(call, input), sums, result,
                                             call.stream());
              });
   }
   if (grad_bias.numel() == 0) return;
   void* result = call.writes(grad_bias);
-  in_parts(call, kFloat, cuda::conv2d_bias_parts(g), out_features, input, result, [&](float* sums) {
-    cuda::conv2d_backward_bias(kFloat, g, read(call, grad_output), sums, result, call.stream());
+  in_parts(call, element, cuda::conv2d_bias_parts(g), out_features, input, result, [&](float* sums) {
+    cuda::conv2d_backward_bias(element, g, read(call, grad_output), sums, result, call.stream());
   });
 }
 
@@ -92,8 +93,9 @@ Tensor linear_forward_cuda(const Tensor& input, const Tensor& weight, const std:
   if (output.numel() == 0) return output;
   Call call(x);
   if (is_float(x)) {
-    cuda::conv2d_forward(kFloat, pixels(rows, in_features, out_features), read(call, x), read(call, w), call.reads(b),
-                         nullptr, static_cast<int>(activation), write(call, output), call.stream());
+    cuda::conv2d_forward(product_element(x, Products::matrices), pixels(rows, in_features, out_features), read(call, x),
+                         read(call, w), call.reads(b), nullptr, static_cast<int>(activation), write(call, output),
+                         call.stream());
     return output;
   }
   cuda::linear_forward(element_of(x), call.reads(x), call.reads(w), call.reads(b), call.writes(output), rows,
@@ -115,8 +117,8 @@ Tensor linear_backward_input_cuda(const Tensor& grad_output, const Tensor& weigh
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
   if (is_float(g)) {
-    cuda::conv2d_backward_input(kFloat, pixels(rows, in_features, out_features), read(call, g), read(call, w), nullptr,
-                                write(call, grad_input), call.stream());
+    cuda::conv2d_backward_input(product_element(g, Products::matrices), pixels(rows, in_features, out_features),
+                                read(call, g), read(call, w), nullptr, write(call, grad_input), call.stream());
     return grad_input;
   }
   cuda::linear_backward_input(element_of(g), call.reads(g), call.reads(w), call.writes(grad_input), rows, in_features,

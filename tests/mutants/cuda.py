@@ -78,14 +78,15 @@ MUTANTS = [
     # linear_backward_input_kernel, and what all three share
     _mutant(TILE, "ldmatrix_x4_transposed(out, tile + (k_at", "ldmatrix_x4(out, tile + (k_at", _LINEAR),
     _mutant(TILE, "(SECOND == Second::outer ? low : high)", "(SECOND == Second::outer ? high : low)", _LINEAR),
-    _mutant(TILE, "static_cast<int>(ceil_div(a.k, kBlockK))", "static_cast<int>(a.k / kBlockK)", _LINEAR),
+    _mutant(TILE, "static_cast<int>(ceil_div(a.k, kBlockK<T>))", "static_cast<int>(a.k / kBlockK<T>)", _LINEAR),
     _mutant(TILE, "cp_async_wait<SHAPE::kStages - 2>();", "cp_async_wait<SHAPE::kStages - 1>();", _LINEAR),
     _mutant(TILE, "    __syncthreads();", "    //", _LINEAR),
     _mutant(LOAD, "inside ? 16 : 0", "16", _LINEAR),
     _mutant(LOAD, "inside ? *source : from_float<T>(0.0f)", "*source", _LINEAR),
     _mutant(PTX, "mma_16x8x16(c, a, b0, b1, kHalf)", "mma_16x8x16(c, a, b0, b1, false)", _LINEAR),
+    _mutant(TILE, "at[4 * k * TileType::kStride", "at[k * TileType::kStride", "test_tf32", "_conv"),
     # linear_backward_weight_kernel
-    _mutant(LINEAR, "for (int k = 0; k < kBlockK; k++)", "for (int k = 1; k < kBlockK; k++)", _LINEAR),
+    _mutant(LINEAR, "for (int k = 0; k < kBlockK<T>; k++)", "for (int k = 1; k < kBlockK<T>; k++)", _LINEAR),
     _mutant(LINEAR, "args.grad_bias && blockIdx.y == 0", "args.grad_bias && blockIdx.y == 1", _LINEAR),
     _mutant(TILE, "if (step + SHAPE::kStages - 1 < steps) load", "if (step + SHAPE::kStages < steps) load",
             "test_linear and rows6"),
