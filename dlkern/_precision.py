@@ -10,21 +10,21 @@ import torch
 __all__ = ["allow_tf32_cudnn", "allow_tf32_matmul", "tell"]
 
 
-def _tf32(module: Any) -> bool:
+def _tf32(module: Any, newer: Any) -> bool:
     try:
         return bool(module.allow_tf32)
     except RuntimeError:  # set through torch's newer names
-        return bool(module.fp32_precision == "tf32")
+        return bool(newer.fp32_precision == "tf32")
 
 
 def allow_tf32_matmul() -> bool:
     """torch.backends.cuda.matmul.allow_tf32."""
-    return _tf32(torch.backends.cuda.matmul)
+    return _tf32(torch.backends.cuda.matmul, torch.backends.cuda.matmul)
 
 
 def allow_tf32_cudnn() -> bool:
     """torch.backends.cudnn.allow_tf32, which torch's convolutions and recurrent layers go by."""
-    return _tf32(torch.backends.cudnn)
+    return _tf32(torch.backends.cudnn, torch.backends.cudnn.conv)
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)

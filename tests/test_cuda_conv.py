@@ -11,6 +11,7 @@ from cuda_column import LAYOUTS, all_dtypes, certify, layouts, leaf, library, no
 import dlkern
 import dlkern.nn.functional as F
 from dlkern import models
+from dlkern._precision import allow_tf32_cudnn, allow_tf32_matmul
 from dlkern.ops._registry import raw
 from dlkern.testing import CASES, compare, cuda_on_host
 from dlkern.testing._training import check_training
@@ -164,6 +165,17 @@ def test_tf32(label, layout):
         rows = compare(name, [found], *([side] for side in sides), torch.float32)
         assert all(row.ok for row in rows), [row for row in rows if not row.ok]
         assert not torch.equal(found, before)
+
+
+def test_tf32_by_the_newer_names():
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        for wanted in ("ieee", "tf32"):
+            conv.fp32_precision = matmul.fp32_precision = wanted
+            assert allow_tf32_cudnn() == allow_tf32_matmul() == (wanted == "tf32")
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("rows,inputs,outputs", [(70, 40, 24), (5, 7, 3), (1030, 72, 1040)])

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_commit();
 
   Fragment<T, SIZE> of_key, of_value;
-  RowScale<T> key_scale, value_scale;
+  RowScale<T> scale;  // of of_key; probabilities themselves need none
 #pragma unroll 1
   for (int n = 0; n < steps; n++) {
     if (Memory::kStages == 1)
@@ -355,7 +355,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       {
         Fragment<T, kAcross> left;  // by dropout
         s.each([&](int r, int c, float value) { left.at[r][c] = through_dropout(x, kept, r * s.kColumns + c, value); });
-        value_scale.fit(left, of_value);
         add_product<SIZE>(of_value, left, grads.tile, x.value_depth - own_value * SIZE, args.split, memory.scratch);
       }
       if (x.softcap != 0.0f) s.each([&](int r, int c, float& value) { value *= cap[r][c]; });
@@ -374,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         add_pairwise_gradient<SIZE>(s, x, keys.tile + warp() * 16 * Memory::kStride, queries.tile, own_key * SIZE,
                                     width, memory.row_sums(), static_cast<float*>(nullptr), Memory::kSumStride);
       } else {
-        key_scale.fit(s, of_key);
+        scale.fit(s, of_key);
         add_product<SIZE>(of_key, s, queries.tile, width, args.split, memory.scratch);
       }
     }
@@ -387,8 +386,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       value = memory.row_sums()[Mine::row(r) * Memory::kSumStride + Mine::result_column(c)];
     });
   }
-  if (!PAIRWISE) key_scale.undo(of_key);
-  value_scale.undo(of_value);
+  if (!PAIRWISE) scale.undo(of_key);
   of_key.each([&](int, int, float& value) { value *= x.scale; });
   if (own == own_key && args.wide)
     store_gradient<float>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
