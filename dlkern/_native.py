@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dlkern import _precision
+
 __all__ = ["LIBRARY_ERROR", "cuda_unavailable", "facts", "library_loaded", "load"]
 
 LIBRARY_ERROR: str | None = None
@@ -37,6 +39,7 @@ def load() -> bool:
     except OSError as error:
         LIBRARY_ERROR = f"{path.name} does not load: {error}"
         return False
+    _precision.tell(ctypes.CDLL(str(path)))
     _loaded = True
     return True
 

@@ -5,7 +5,8 @@ import contextlib
 import torch
 import triton.language as tl
 
-from dlkern.ops._layout import suggests_channels_last  # noqa: F401  (launchers import it from here)
+from dlkern._precision import allow_tf32_cudnn, allow_tf32_matmul  # noqa: F401  (launchers import them from here)
+from dlkern.ops._layout import suggests_channels_last  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -75,18 +76,3 @@ def is_large(*tensors):
     return any(offset >= 2**31 - 2**20 for offset in last)
 
 
-def _tf32(module, flag):
-    try:
-        return bool(getattr(module, flag))
-    except RuntimeError:  # set through torch's newer names
-        return module.fp32_precision == "tf32"
-
-
-def allow_tf32_matmul():
-    """torch.backends.cuda.matmul.allow_tf32."""
-    return _tf32(torch.backends.cuda.matmul, "allow_tf32")
-
-
-def allow_tf32_cudnn():
-    """torch.backends.cudnn.allow_tf32, which torch's convolutions and recurrent layers go by."""
-    return _tf32(torch.backends.cudnn, "allow_tf32")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 dtype_name = lambda value: str(value).removeprefix("torch.")  # noqa: E731
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+short_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=dtype_name)
 

@@ -7,7 +7,17 @@ import pytest
 import test_positions
 import torch
 import torch.nn.functional as tF
-from cuda_column import LAYOUTS, all_dtypes, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import (  # noqa: F401
+    LAYOUTS,
+    all_dtypes,
+    certify,
+    layouts,
+    leaf,
+    library,
+    no_findings,
+    on_cuda,
+    short_dtypes,
+)
 from test_float16 import IN_RANGE
 
 import dlkern
@@ -25,37 +35,37 @@ LINEAR = [  # rows..., in_features, out_features
 ]
 
 
-@pytest.mark.parametrize("dtype,bias", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)],
-                         ids=["bfloat16", "no_bias", "float32"])
+@pytest.mark.parametrize("dtype,bias", [
+    (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, True),
+], ids=["bfloat16", "no_bias", "float16", "float32"])
 @pytest.mark.parametrize("rows,inputs,outputs", LINEAR)
 def test_linear(rows, inputs, outputs, dtype, bias):
     draw = lambda: [leaf(*rows, inputs), leaf(outputs, inputs), *([leaf(outputs)] if bias else [])]  # noqa: E731
-    certify(F.linear, tF.linear, draw, dtype, draws=4 if dtype == torch.bfloat16 else 16)
+    certify(F.linear, tF.linear, draw, dtype, draws=16 if dtype == torch.float32 else 4)
 
 
+@short_dtypes
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
-def test_linear_with_activation(activation):
-    # The fused op rounds once where torch rounds twice, so torch's is the float64 expression's error in bfloat16.
+def test_linear_with_activation(activation, dtype):
+    # The fused op rounds once where torch rounds twice, so torch's is the float64 expression's error in 16 bits.
     theirs = lambda *t: getattr(torch, activation)(tF.linear(*t))  # noqa: E731
     certify(lambda *t: F.linear(*t, activation=dlkern.Activation[activation.upper()]), theirs,
-            lambda: [leaf(37, 16), leaf(27, 16), leaf(27)], torch.bfloat16, draws=4)
+            lambda: [leaf(37, 16), leaf(27, 16), leaf(27)], dtype, draws=4)
 
 
 def bf16(*shape):
     return torch.randn(shape).bfloat16()
 
 
-def rows_of(name, ours, theirs, exact):
-    return compare(name, [ours], [theirs], [exact], torch.bfloat16)
-
-
-def test_linear_large_tiles():
+@short_dtypes
+def test_linear_large_tiles(dtype):
     """Sizes from which the 128 x 128 tiles serve, with tails on every side."""
     for op, (rows, inputs, outputs) in {
         "linear_forward": (1030, 72, 1040), "linear_backward_input": (1030, 1040, 72),
         "linear_backward_weight": (72, 1032, 1048),
     }.items():
-        x, weight, bias, grad = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs), bf16(rows, outputs)
+        shapes = (rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)
+        x, weight, bias, grad = (torch.randn(shape).to(dtype) for shape in shapes)
         if op == "linear_forward":
             found = [raw[op]["cuda"](x, weight, bias, 1)]
             expression = lambda x, w, b, g: [tF.linear(x, w, b).relu()]  # noqa: E731
@@ -67,16 +77,16 @@ def test_linear_large_tiles():
             expression = lambda x, w, b, g: [g.T @ x, g.sum(0)]  # noqa: E731
         exact = expression(*(t.double() for t in (x, weight, bias, grad)))
         for i, (ours, theirs, wanted) in enumerate(zip(found, expression(x, weight, bias, grad), exact)):
-            bad = [row for row in rows_of(f"{op} {i}", ours, theirs, wanted) if not row.ok]
+            bad = [row for row in compare(f"{op} {i}", [ours], [theirs], [wanted], dtype) if not row.ok]
             assert not bad, bad
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2], ids=["wide", "narrow"])  # as few make few tiles enough
 @pytest.mark.parametrize("rows,inputs,outputs", [((3, 43), 72, 136), ((5,), 8, 8), ((257,), 328, 264)])
-def test_linear_on_hopper(rows, inputs, outputs, multiprocessors):
+@short_dtypes
+def test_linear_on_hopper(rows, inputs, outputs, multiprocessors, dtype):
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(multiprocessors):
-        certify(F.linear, tF.linear, lambda: [leaf(*rows, inputs), leaf(outputs, inputs), leaf(outputs)], torch.bfloat16,
-                draws=2)
+        certify(F.linear, tF.linear, lambda: [leaf(*rows, inputs), leaf(outputs, inputs), leaf(outputs)], dtype, draws=2)
 
 
 @pytest.mark.parametrize("order", cuda_on_host.ORDERS)
@@ -122,7 +132,7 @@ def test_linear_views(offset):
     assert torch.equal(gradient, raw["activation_backward"]["cuda"](g.clone(), ours, 2))
 
 
-@dtypes
+@all_dtypes
 def test_linear_nothing_to_do(dtype):
     for rows, inputs, outputs in [(0, 8, 8), (4, 0, 8), (4, 8, 0)]:
         x, weight, bias, grad = (bf16(*n).to(dtype) for n in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)))
@@ -134,8 +144,9 @@ def test_linear_nothing_to_do(dtype):
         assert torch.allclose(bias_grad, grad.sum(0), rtol=2**-7)
 
 
-def test_linear_nan_and_infinity():
-    x, weight = bf16(9, 16), bf16(8, 16)
+@short_dtypes
+def test_linear_nan_and_infinity(dtype):
+    x, weight = torch.randn(9, 16).to(dtype), torch.randn(8, 16).to(dtype)
     x[2, 3], x[5, 1] = float("nan"), float("inf")
     for activation, function in [(0, lambda y: y), (1, torch.relu), (3, torch.sigmoid)]:
         ours = raw["linear_forward"]["cuda"](x, weight, None, activation)
@@ -657,7 +668,10 @@ def test_rotary_odd_addresses_and_wrong_arguments():
 # ---- float16 ----
 
 
-@pytest.mark.parametrize("name", ["average", "adaptive average", "batch norm", "batch norm of rows", "layer norm", "p-norms"])
+@pytest.mark.parametrize("name", [
+    "average", "adaptive average", "batch norm", "batch norm of rows", "layer norm", "p-norms", "linear", "convolution",
+    "scores",
+])
 def test_float16_of_what_overflows_on_the_way_only(name):
     function, make = IN_RANGE[name]
     tensors = [t.half() for t in make()]
@@ -666,6 +680,26 @@ def test_float16_of_what_overflows_on_the_way_only(name):
     exact = function(tF, *(t.double() for t in tensors))
     assert ours.dtype == torch.float16 and ours.isfinite().all()
     assert all(row.ok for row in compare(name, [ours], [exact.half()], [exact], torch.float16))
+
+
+def test_float16_beyond_its_range_is_infinite():
+    """The gradient of a loss that was scaled too far: infinite where torch's is, so that the step is skipped."""
+    x, w = torch.randn(4, 6).half(), torch.full((5, 6), 300.0).half()
+    g = torch.full((4, 5), 300.0).half()
+    assert (raw["linear_backward_input"]["cuda"](g, w) == torch.inf).all()
+    image, kernel = torch.full((2, 8, 3, 4), 300.0).half(), torch.full((8, 8, 1, 1), 30.0).half()
+    assert (raw["conv2d_forward"]["cuda"](image, kernel, None, [1, 1], [0, 0], [1, 1], 1) == torch.inf).all()
+    assert (raw["linear_backward_weight"]["cuda"](g, x * 0 + 65504, True)[0] == torch.inf).all()
+
+
+def test_float16_scaled_gradients():
+    """A scaled loss: gradients near 65504, whose sums and products leave the range and come back."""
+    grad, w = (IN_RANGE["linear"][1]()[0].half(), torch.randn(70, 24).half() / 70)
+    x = torch.randn(20, 24).half() / 30
+    found = [raw["linear_backward_input"]["cuda"](grad, w), raw["linear_backward_weight"]["cuda"](grad, x, False)[0]]
+    exact = [grad.double() @ w.double(), grad.double().T @ x.double()]
+    for ours, wanted in zip(found, exact):
+        assert all(row.ok for row in compare("scaled", [ours], [wanted.half()], [wanted], torch.float16))
 
 
 # ---- orders, the column as a whole ----

@@ -25,16 +25,18 @@ ARCHITECTURES = {family: ("90a",) if family.endswith("_sm90") else ("80", "90a")
 every_build = pytest.mark.parametrize(
     "family,architecture", [(family, name) for family in FAMILIES for name in ARCHITECTURES[family]])
 
-# family -> pattern of kernel names -> opcodes each such kernel must have.
+# family -> pattern of kernel names -> patterns of the opcodes each such kernel must have.
+MMA = {"__nv_bfloat16": "HMMA.16816.F32.BF16", "__half": "HMMA.16816.F32$"}
+WGMMA = {"__nv_bfloat16": "F32.BF16", "__half": "F32$"}
 REQUIRED = {
     "attention": {
-        r"attention_forward_kernel<__nv_bfloat16, .*": [
-            "HMMA.16816.F32.BF16", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
+        **{rf"attention_forward_kernel<{t}, .*": [mma, "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]
+           for t, mma in MMA.items()},
         r"attention_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
     },
     "attention_backward": {
-        r"attention_backward_(query|key)_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.E"],
-        r"attention_backward_\w+_kernel<__nv_bfloat16, \d+, false>": ["HMMA.16816.F32.BF16", "LDSM.16.M88.4"],
+        **{rf"attention_backward_(query|key)_kernel<{t}, .*": [mma, "LDSM.16.M88.4", "LDGSTS.E"] for t, mma in MMA.items()},
+        **{rf"attention_backward_\w+_kernel<{t}, \d+, false>": [mma, "LDSM.16.M88.4"] for t, mma in MMA.items()},
         r"attention_backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
     },
     "batch_norm": {
@@ -42,21 +44,22 @@ REQUIRED = {
         r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128"],
     },
     "conv": {
-        r"conv2d_product_kernel<TensorCores<.*, 8> >": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
-        r"conv2d_product_kernel<TensorCores<.*, 1> >": ["HMMA.16816.F32.BF16", "LDSM.16", "LDG.E.U16"],
+        **{rf"conv2d_product_kernel<TensorCores<{t}, .*, 8> >": [mma, "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"]
+           for t, mma in MMA.items()},
+        **{rf"conv2d_product_kernel<TensorCores<{t}, .*, 1> >": [mma, "LDSM.16", "LDG.E.U16"] for t, mma in MMA.items()},
         r"conv2d_product_kernel<TensorCores<.*, [01], 1, 8> >": ["LDSM.16.MT88.4"],
+        r"conv2d_product_kernel<TensorCores<float, .* >": ["HMMA.1688.F32.TF32", "LDS", "LDGSTS.E", "LDGDEPBAR"],
         r"conv2d_product_kernel<Exact<.* >": ["FFMA", "LDS.128", "LDGSTS.E", "LDGDEPBAR"],
     },
     "conv_sm90": {
-        r"conv2d_sm90_kernel<WgmmaShape<256, .*": ["HGMMA.64x256x16.F32.BF16", "SYNCS.PHASECHK", "USETMAXREG"],
-        r"conv2d_sm90_kernel<WgmmaShape<128, .*": ["HGMMA.64x128x16.F32.BF16", "SYNCS.PHASECHK", "USETMAXREG"],
-        r"conv2d_sm90_kernel<WgmmaShape<64, .*": ["HGMMA.64x64x16.F32.BF16", "SYNCS.PHASECHK", "USETMAXREG"],
+        **{rf"conv2d_sm90_kernel<{t}, WgmmaShape<{n}, .*": [f"HGMMA.64x{n}x16.{types}", "SYNCS.PHASECHK", "USETMAXREG"]
+           for t, types in WGMMA.items() for n in (256, 128, 64)},
         r"conv2d_sm90_kernel<.*, [01]>": ["UTMALDG.4D.IM2COL", "UTMALDG.3D"],
         r"conv2d_sm90_kernel<.*, 2>": ["UTMALDG.4D.IM2COL", "UTMALDG.2D"],
     },
     "conv_depthwise": {
-        r"depthwise_(forward|backward_input)_kernel<(float, 4|__nv_bfloat16, 8)>": ["LDG.E.128", "STG.E"],
-        r"pixel_sums_kernel<(float, 4|__nv_bfloat16, 8), (false|true)>": ["LDG.E.128"],
+        r"depthwise_(forward|backward_input)_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E"],
+        r"pixel_sums_kernel<(float, 4|(__nv_bfloat16|__half), 8), (false|true)>": ["LDG.E.128"],
     },
     "dropout": {r"dropout_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
     "layer_norm": {
@@ -64,14 +67,15 @@ REQUIRED = {
             "LDG.E.128", "STG.E"],
     },
     "linear": {
-        r"linear_\w+_kernel<.*true>": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"],
-        r"linear_\w+_kernel<.*false>": ["HMMA.16816.F32.BF16", "LDSM.16"],
+        **{rf"linear_\w+_kernel<{t}, .*true>": [mma, "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR"] for t, mma in MMA.items()},
+        **{rf"linear_\w+_kernel<{t}, .*false>": [mma, "LDSM.16"] for t, mma in MMA.items()},
         r"linear_backward_weight_kernel<.*": ["LDSM.16.MT88.4"],
         r"activation_backward_kernel<.*": ["LDG.E.128", "STG.E.128"],
     },
     "linear_sm90": {
-        r"linear_sm90_kernel<WgmmaShape<256, .*": ["HGMMA.64x256x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"],
-        r"linear_sm90_kernel<WgmmaShape<128, .*": ["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"],
+        **{rf"linear_sm90_kernel<{t}, WgmmaShape<{n}, .*": [
+            f"HGMMA.64x{n}x16.{types}", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"]
+           for t, types in WGMMA.items() for n in (256, 128)},
     },
     "pooling": {
         r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|(__nv_bfloat16|__half), 8).*": ["LDG.E.128", "STG.E.128"],
@@ -202,7 +206,7 @@ def test_instructions(family, architecture):
         assert matching, f"no kernel matches {pattern}"
         for name, ops in matching.items():
             for opcode in required:
-                assert any(op.startswith(opcode) for op in ops), f"{name} has no {opcode}"
+                assert any(re.match(opcode, op) for op in ops), f"{name} has no {opcode}"
     for name, ops in kernels.items():
         assert not [op for op in ops if op.startswith(FORBIDDEN)], f"{name} uses local memory"
 

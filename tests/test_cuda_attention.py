@@ -1,24 +1,24 @@
 """Attention of the CUDA column, run on the host: every score, mask and option by the numerics rule, over several tiles
-(64 queries; 64 keys in bfloat16, 32 in float32) and blocks of the depth (64 or 128). tests/test_cuda_builds.py runs this
+(64 queries; 64 keys in 16-bit types, 32 in float32) and blocks of the depth (64 or 128). tests/test_cuda_builds.py runs this
 file again on the checked build."""
 
 import pytest
 import torch
 import torch.nn.functional as tF
 from attention_cases import KEYS, OPTIONS, QUERIES, leaves, randn, sides
-from cuda_column import certify, dtype_name, dtypes, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern.nn.functional as F
 from dlkern import ops
 from dlkern.ops.attention import ADDITIVE, COSINE, DOT, GAUSSIAN, Settings
 from dlkern.reference import attention as reference
-from dlkern.testing import cuda_on_host
+from dlkern.testing import compare, cuda_on_host
 
 SDPA = F.scaled_dot_product_attention
 FORWARD, BACKWARD = (ops.attention.raw[f"attention_{way}"] for way in ("forward", "backward"))
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("name", OPTIONS)
 def test_attention(name, dtype):
     """Two heads of queries share one of keys; two tiles of queries and of keys, the second ones nearly empty."""
@@ -34,7 +34,7 @@ DEPTHS = [(DOT, depths) for depths in ((24, 40), (40, 72), (100, 8), (8, 129), (
 DEPTHS += [(score, depths) for score in (COSINE, ADDITIVE) for depths in ((40, 72), (130, 140))]
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize(("score", "depths"), DEPTHS, ids=str)
 def test_attention_depths(score, depths, dtype):
     depth, value_depth = depths
@@ -42,7 +42,7 @@ def test_attention_depths(score, depths, dtype):
     certify(*sides(settings, {}, ((1, 1, 5, depth), (1, 1, 9, depth), (1, 1, 9, value_depth))), dtype, 4)
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("queries", [1, 65])
 def test_attention_tile_borders(queries, causal, dtype):
@@ -55,7 +55,7 @@ def test_attention_tile_borders(queries, causal, dtype):
         )  # fmt: skip
 
 
-@dtypes
+@all_dtypes
 def test_attention_delta_from_the_output(dtype):
     """More keys than are gone through twice: delta is sum(g output)."""
     shapes = (1, 2, 33, 12), (1, 2, 150, 12), (1, 2, 150, 12)
@@ -83,7 +83,7 @@ def test_attention_operands_are_read_where_they_lie():
     assert found[0][0].transpose(1, 2).is_contiguous() and found[0][1].is_contiguous()
 
 
-@dtypes
+@all_dtypes
 def test_attention_of_a_query_that_sees_nothing(dtype):
     q, k, v = leaves((1, 2, 6, 8), (1, 2, 70, 8), (1, 2, 70, 8), dtype=dtype)
     mask = torch.ones(6, 70, dtype=torch.bool)
@@ -108,6 +108,32 @@ def test_attention_masked_tail_with_scores_far_below_zero(length):
     certify(SDPA, tF.scaled_dot_product_attention, inputs, torch.float32, 1)
 
 
+# Factors of query, key, value and the output's gradient. Up: the gradients of scores are beyond float16's 65504; down:
+# below its smallest number. What they become is well in range both times.
+@pytest.mark.parametrize("factors", [(2**-6, 2**-10, 2**8, 2**10), (2**-6, 2**6, 2**-6, 2**-12)], ids=["up", "down"])
+@pytest.mark.parametrize("keys", [20, 150])
+def test_attention_of_gradients_beyond_float16(keys, factors):
+    """The error is torch's where all is near 1, times the factor that the gradient has."""
+    q, k, v, g = (torch.randn(1, 2, n, 16) for n in (33, keys, keys, 33))
+    near = [(x * f).half() for x, f in zip((q, k), factors)] + [v.half(), g.half()]
+    far = [near[0], near[1], (v * factors[2]).half(), (g * factors[3]).half()]
+    scale = 0.25
+
+    def gradients(function, q, k, v, g):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(function(*leaves, scale=scale), leaves, g)
+
+    exact = gradients(tF.scaled_dot_product_attention, *(x.double() for x in far))
+    times = [factors[2] * factors[3]] * 2 + [factors[3]]
+    theirs = [(x.double() * f).half() for x, f in zip(gradients(tF.scaled_dot_product_attention, *near), times)]
+    with on_cuda():
+        ours = gradients(SDPA, *far)
+    assert all(x.isfinite().all() for x in ours)
+    for name, *one in zip("qkv", ours, theirs, exact):
+        rows = compare(name, *([x] for x in one), torch.float16)
+        assert all(row.ok for row in rows), rows
+
+
 def test_attention_of_nan():
     q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 6, 8)
     q[0, 0, 1, 0] = torch.nan
@@ -116,7 +142,7 @@ def test_attention_of_nan():
     assert y[0, 0, 1].isnan().all() and y[0, 0, [0, 2, 3]].isfinite().all()
 
 
-@dtypes
+@all_dtypes
 def test_attention_dropout_drops_the_same_elements(dtype):
     """As the reference, which is the CPU column's contract, over two groups of 64 keys and a tail; p = 1 drops all."""
     q, k, seed = torch.randn(2, 2, 5, 8, dtype=dtype), torch.randn(2, 2, 150, 8, dtype=dtype), torch.tensor(2**61 + 987654321)

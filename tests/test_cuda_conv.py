@@ -6,11 +6,12 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as tF
-from cuda_column import LAYOUTS, certify, dtypes, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import LAYOUTS, all_dtypes, certify, layouts, leaf, library, no_findings, on_cuda, short_dtypes  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
 from dlkern import models
+from dlkern._precision import allow_tf32_cudnn, allow_tf32_matmul
 from dlkern.ops._registry import raw
 from dlkern.testing import CASES, compare, cuda_on_host
 from dlkern.testing._training import check_training
@@ -19,7 +20,7 @@ CONV = [case for case in CASES if case.family == "conv"]
 
 
 @pytest.mark.parametrize("case", CONV, ids=lambda case: case.name.replace(" ", "_"))
-@dtypes
+@all_dtypes
 def test_catalogue(case, dtype):
     layout = LAYOUTS[(CONV.index(case) + (dtype == torch.bfloat16)) % 2] if case.images else LAYOUTS[0]
 
@@ -32,7 +33,7 @@ def test_catalogue(case, dtype):
     certify(case.ours, case.theirs, inputs, dtype, draws=16 if dtype == torch.float32 else case.draws)
 
 
-# label -> input, weight, options. Channels in multiples of 8 are loaded 8 at a time in bfloat16.
+# label -> input, weight, options. Channels in multiples of 8 are loaded 8 at a time in 16-bit types.
 PRODUCTS = {
     "tails": ((2, 24, 7, 9), (40, 24, 3, 3), dict(padding=1)),
     "groups": ((2, 16, 9, 8), (48, 8, 3, 2), dict(groups=2, stride=(2, 1), padding=(1, 0), dilation=(1, 2))),
@@ -53,7 +54,7 @@ def convolution(function, x, w, options, layout):
 
 @pytest.mark.parametrize("label", PRODUCTS)
 @layouts
-@dtypes
+@all_dtypes
 def test_products(label, layout, dtype):
     ours, inputs = convolution(F.conv2d, *PRODUCTS[label], layout)
     theirs, _ = convolution(tF.conv2d, *PRODUCTS[label], layout)
@@ -72,21 +73,23 @@ HOPPER = {
 
 
 @pytest.mark.parametrize("label", HOPPER)
-def test_on_hopper(label):
+@short_dtypes
+def test_on_hopper(label, dtype):
     *sizes, multiprocessors = HOPPER[label]
     layout = LAYOUTS[list(HOPPER).index(label) % 2]  # others are copied into channels_last
     ours, inputs = convolution(F.conv2d, *sizes, layout)
     theirs, _ = convolution(tF.conv2d, *sizes, layout)
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(multiprocessors):
-        certify(ours, theirs, inputs, torch.bfloat16, draws=2)
+        certify(ours, theirs, inputs, dtype, draws=2)
 
 
-def test_activation_and_residual_on_hopper():
+@short_dtypes
+def test_activation_and_residual_on_hopper(dtype):
     options, kind = dict(padding=1), dlkern.Activation.SIGMOID
     with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):
         certify(lambda x, w, b, r: F.conv2d_act(x, w, b, **options, activation=kind, residual=r),
                 lambda x, w, b, r: torch.sigmoid(tF.conv2d(x, w, b, **options) + r),
-                lambda: [leaf(2, 8, 5, 6), leaf(16, 8, 3, 3), leaf(16), leaf(2, 16, 5, 6)], torch.bfloat16, draws=4)
+                lambda: [leaf(2, 8, 5, 6), leaf(16, 8, 3, 3), leaf(16), leaf(2, 16, 5, 6)], dtype, draws=4)
 
 
 @pytest.mark.parametrize("shape,settings,kernels", [
@@ -111,6 +114,92 @@ def test_which_kernel_on_hopper(shape, settings, kernels):
     assert [name.removeprefix("conv2d_").split("_kernel")[0] for name in found] == kernels
 
 
+@contextlib.contextmanager
+def tf32(*, convolutions, matrices):
+    """torch's settings, and the column goes by them."""
+    modules, wanted = (torch.backends.cudnn, torch.backends.cuda.matmul), (convolutions, matrices)
+    before = [module.allow_tf32 for module in modules]
+    try:
+        for module, allowed in zip(modules, wanted):
+            module.allow_tf32 = allowed
+        with cuda_on_host.precision_settings():
+            yield
+    finally:
+        for module, allowed in zip(modules, before):
+            module.allow_tf32 = allowed
+
+
+def in_tf32(x):
+    """Rounded to 10 bits of fraction, ties away from zero: what the tensor cores multiply."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+
+@pytest.mark.parametrize("label", PRODUCTS)
+@layouts
+def test_tf32(label, layout):
+    """All three passes where torch's setting allows TF32. The rule's other side is float64's product of operands rounded
+    to TF32, which is what torch's own errs by there; and the bits are not those of float32's products."""
+    x, w, options = PRODUCTS[label]
+    pair = lambda key, default: [n, n] if isinstance(n := options.get(key, default), int) else list(n)  # noqa: E731
+    settings = pair("stride", 1), pair("padding", 0), pair("dilation", 1), options.get("groups", 1)
+    x, w = (torch.randn(shape).contiguous(memory_format=layout) for shape in (x, w))
+    dy = torch.randn(tF.conv2d(x, w, None, *settings).shape)
+    last = layout == LAYOUTS[1]
+
+    def run():
+        found = [raw["conv2d_forward"]["cuda"](x, w, None, *settings)]
+        found.append(raw["conv2d_backward_input"]["cuda"](dy, w, x.shape, *settings, last))
+        return [*found, raw["conv2d_backward_weight"]["cuda"](dy, x, w.shape, *settings, False, last)[0]]
+
+    def expressions(x, w, dy):
+        return [tF.conv2d(x, w, None, *settings), torch.nn.grad.conv2d_input(x.shape, w, dy, *settings),
+                torch.nn.grad.conv2d_weight(x, w.shape, dy, *settings)]
+
+    exact_products = run()
+    with tf32(convolutions=False, matrices=True):
+        assert all(torch.equal(a, b) for a, b in zip(exact_products, run()))
+    with tf32(convolutions=True, matrices=False):
+        ours = run()
+    theirs, exact = expressions(*map(in_tf32, (x, w, dy))), expressions(x.double(), w.double(), dy.double())
+    for name, found, *sides, before in zip(("y", "dx", "dw"), ours, theirs, exact, exact_products):
+        rows = compare(name, [found], *([side] for side in sides), torch.float32)
+        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+        assert not torch.equal(found, before)
+
+
+def test_tf32_by_the_newer_names():
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        for wanted in ("ieee", "tf32"):
+            conv.fp32_precision = matmul.fp32_precision = wanted
+            assert allow_tf32_cudnn() == allow_tf32_matmul() == (wanted == "tf32")
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("rows,inputs,outputs", [(70, 40, 24), (5, 7, 3), (1030, 72, 1040)])
+def test_linear_in_tf32(rows, inputs, outputs):
+    """By the setting for matrix products, which is not the one for convolutions."""
+    x, w, dy = (torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+
+    def run():
+        return [raw["linear_forward"]["cuda"](x, w, None, 0), raw["linear_backward_input"]["cuda"](dy, w),
+                raw["linear_backward_weight"]["cuda"](dy, x, False)[0]]
+
+    expressions = lambda x, w, dy: [x @ w.T, dy @ w, dy.T @ x]  # noqa: E731
+    exact_products = run()
+    with tf32(convolutions=True, matrices=False):
+        assert all(torch.equal(a, b) for a, b in zip(exact_products, run()))
+    with tf32(convolutions=False, matrices=True):
+        ours = run()
+    theirs, exact = expressions(*map(in_tf32, (x, w, dy))), expressions(x.double(), w.double(), dy.double())
+    for name, found, *sides, before in zip(("y", "dx", "dw"), ours, theirs, exact, exact_products):
+        rows = compare(name, [found], *([side] for side in sides), torch.float32)
+        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+        assert not torch.equal(found, before)
+
+
 DEPTHWISE = {
     "packs": ((2, 16, 9, 11), (16, 1, 3, 3), dict(padding=1)),
     "strides": ((2, 8, 12, 13), (8, 1, 5, 4), dict(padding=(2, 1), stride=(2, 3))),
@@ -121,7 +210,7 @@ DEPTHWISE = {
 
 @pytest.mark.parametrize("label", DEPTHWISE)
 @layouts
-@dtypes
+@all_dtypes
 def test_depthwise(label, layout, dtype):
     x, w, options = DEPTHWISE[label]
     options = dict(options, groups=x[1])
@@ -131,7 +220,7 @@ def test_depthwise(label, layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_transposed(layout, dtype):
     options = dict(stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2, dilation=(1, 2))
     draw = lambda: [leaf(2, 16, 4, 5, memory_format=layout), leaf(16, 8, 3, 2), leaf(16)]  # noqa: E731
@@ -139,7 +228,7 @@ def test_transposed(layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 def test_activation_and_residual(layout, dtype, groups, activation):
@@ -162,7 +251,7 @@ LARGE = {  # channels, filters, images, height, width
 
 
 @pytest.mark.parametrize("op", LARGE)
-@dtypes
+@all_dtypes
 def test_large_tiles(op, dtype):
     """Sizes from which the large tiles serve, with tails on every side: 8 x 8 of them in each pass."""
     channels, filters, n, h, w = LARGE[op]
@@ -188,7 +277,7 @@ def test_large_tiles(op, dtype):
     assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
 
-@dtypes
+@all_dtypes
 def test_formats_and_views(dtype):
     """The result's format is torch's; operands between 16-byte boundaries and strided ones serve as their copies do."""
     x, weight = torch.randn(2, 8, 6, 5).to(dtype), torch.randn(16, 8, 3, 3).to(dtype)
@@ -207,7 +296,7 @@ def test_formats_and_views(dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_empty_batch(layout, dtype):
     x, w, b = (t.to(dtype).requires_grad_() for t in (torch.randn(0, 8, 6, 5), torch.randn(8, 8, 3, 3), torch.randn(8)))
     with on_cuda():
@@ -219,7 +308,7 @@ def test_empty_batch(layout, dtype):
 
 
 @layouts
-@dtypes
+@all_dtypes
 def test_nan_and_infinity(layout, dtype):
     x, weight = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=layout), torch.randn(8, 8, 3, 3).to(dtype)
     x[0, 1, 2, 3], x[1, 2, 0, 0] = float("nan"), float("inf")

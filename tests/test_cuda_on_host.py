@@ -167,8 +167,26 @@ def test_instruction_twins():
     for lane in range(32):
         g, t = lane // 4, 2 * (lane % 4)
         exact = [c[g][t], c[g][t + 1], c[g + 8][t], c[g + 8][t + 1]]
-        got = struct.unpack("4f", struct.pack("4I", *found["mma"][4 * lane : 4 * lane + 4]))
-        assert list(got) == exact
+        for first in (0, 128):  # bfloat16, float16
+            got = struct.unpack("4f", struct.pack("4I", *found["mma"][first + 4 * lane :][:4]))
+            assert list(got) == exact
+
+    a, b, c = ([[0] * 8 for _ in range(rows)] for rows in (16, 8, 16))
+    for lane in range(32):
+        g, t = lane // 4, lane % 4
+        a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4] = (integer(lane, i) for i in range(4))
+        b[t][g], b[t + 4][g] = integer(lane, 4), integer(lane, 5)
+        c[g][2 * t], c[g][2 * t + 1], c[g + 8][2 * t], c[g + 8][2 * t + 1] = (integer(lane, 6 + i) for i in range(4))
+    for lane in range(32):
+        g, t = lane // 4, 2 * (lane % 4)
+        exact = [c[row][column] + sum(a[row][k] * (b[k][column] + b[(k + 4) % 8][column]) for k in range(8))
+                 for row, column in ((g, t), (g, t + 1), (g + 8, t), (g + 8, t + 1))]
+        assert list(struct.unpack("4f", struct.pack("4I", *found["mma_tf32"][4 * lane :][:4]))) == exact
+    for word, rounded in zip(x[:1024], found["tf32"], strict=True):
+        magnitude = word & 0x7FFFFFFF
+        if magnitude > 0x7F800000:
+            word = magnitude = 0x3F800000  # NaN was made 1
+        assert rounded == (word & 0x80000000) | (magnitude + 0x1000) // 0x2000 * 0x2000
 
     staged = [[x[4 * (32 * stage + 31 - lane) + i] if i < 4 - 2 * stage else 0 for lane in range(32) for i in range(4)]
               for stage in range(3)]
@@ -202,7 +220,7 @@ def test_hopper_instruction_twins():
         assert np.array_equal(rows(found["copy"][2048 * case :][:2048]), expected)
 
     a, b, depth = matrix[:64, :64], matrix[32:96, 64:128], np.r_[0:16, 48:64]
-    for case, (a_first, b_first) in enumerate([(False, False), (False, True), (True, False), (True, True)]):
+    for case, (a_first, b_first) in enumerate(2 * [(False, False), (False, True), (True, False), (True, True)]):
         product = (a.T if a_first else a)[:, depth] @ (b.T if b_first else b)[:, depth].T
         registers = found["product"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)  # w, g, t, j, i, e
         assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), product)

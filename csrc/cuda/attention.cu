@@ -143,9 +143,9 @@ void make_unit(const Operand& rows, int64_t batch, int64_t heads, int64_t length
 
 namespace attention {
 
-Operand operand_of(const AttentionOperand& x, int64_t depth, bool is_float) {
+Operand operand_of(const AttentionOperand& x, int64_t depth, Element element) {
   Operand to{x.data, {x.stride[0], x.stride[1], x.stride[2], x.stride[3]}, false};
-  const int64_t piece = is_float ? 4 : 8;
+  const int64_t piece = element == Element::float32 ? 4 : 8;
   to.aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride[3] == 1 && depth % piece == 0;
   for (int d = 0; d < 3; d++) to.aligned = to.aligned && x.stride[d] % piece == 0;
   return to;
@@ -171,10 +171,10 @@ Args arguments_of(const Attention& a) {
   x.threshold = static_cast<uint32_t>(philox::threshold(a.p));
   x.plain = a.mask == kNoMask && a.score != kCosineScore && a.softcap == 0 && !a.slopes;
   x.all_heads = a.batch * a.heads;
-  x.query = operand_of(a.query, a.depth, a.is_float);
-  x.key = operand_of(a.key, a.depth, a.is_float);
-  x.value = operand_of(a.value, a.value_depth, a.is_float);
-  x.mask_at = operand_of(a.mask_at, 1, a.is_float);
+  x.query = operand_of(a.query, a.depth, a.element);
+  x.key = operand_of(a.key, a.depth, a.element);
+  x.value = operand_of(a.value, a.value_depth, a.element);
+  x.mask_at = operand_of(a.mask_at, 1, a.element);
   x.lengths = a.lengths;
   x.lengths_stride[0] = a.lengths_stride[0], x.lengths_stride[1] = a.lengths_stride[1];
   x.slopes = a.slopes;
@@ -190,16 +190,12 @@ Args arguments_of(const Attention& a) {
 }
 
 void make_units(const Attention& a, const Args& x, void* stream) {
-  const auto run = [&](auto* type) {
+  if (a.score != kCosineScore) return;
+  with_type(a.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     make_unit<T>(x.query, a.batch, a.heads, a.queries, a.depth, a.query_unit, stream);
     make_unit<T>(x.key, a.batch, a.key_heads, a.keys, a.depth, a.key_unit, stream);
-  };
-  if (a.score != kCosineScore) return;
-  if (a.is_float)
-    run(static_cast<float*>(nullptr));
-  else
-    run(static_cast<bf16*>(nullptr));
+  });
 }
 
 }  // namespace attention
@@ -212,7 +208,7 @@ void attention_forward(const Attention& a, const AttentionOperand& output, void*
     const dim3 grid(static_cast<unsigned>(x.all_heads * ceil_div(a.queries, kTileRows)),
                     blocks_of(a.value_depth, size.value));
     DLKERN_LAUNCH((attention_forward_kernel<T, size.value, pairwise.value>), grid, dim3(kThreads),
-                  (forward_shared_bytes<T, size.value>()), stream, x, operand_of(output, a.value_depth, a.is_float));
+                  (forward_shared_bytes<T, size.value>()), stream, x, operand_of(output, a.value_depth, a.element));
   });
 }
 

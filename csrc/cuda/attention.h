@@ -1,7 +1,9 @@
-// Launchers of attention.cu and attention_backward.cu, in plain C++ for the op layer: attention of every score, float32
-// or bfloat16. Each throws std::runtime_error where its launch fails.
+// Launchers of attention.cu and attention_backward.cu, in plain C++ for the op layer: attention of every score,
+// float32, bfloat16 or float16. Each throws std::runtime_error where its launch fails.
 #pragma once
 #include <cstdint>
+
+#include "element.h"
 
 namespace dlkern::cuda {
 
@@ -17,7 +19,7 @@ struct AttentionOperand {
 
 // slopes and weight are floats where their `wide` is set, else of the operands' type.
 struct Attention {
-  bool is_float;
+  Element element;
   int score, mask;
   int64_t batch, heads, key_heads, queries, keys, depth, value_depth;
   double scale, softcap, p;

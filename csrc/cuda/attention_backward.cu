@@ -113,6 +113,12 @@ DLKERN_DEVICE void to_probabilities(Fragment<T, ACROSS>& s, F&& numbers) {
   });
 }
 
+// The gradient of a score. It is zero where one key has all the weight: what rounding leaves of the difference there must
+// not pass for a gradient. (Infinities and NaN do pass.)
+DLKERN_DEVICE float through_softmax(float probability, float change, float delta) {
+  return (probability == 1.0f ? 0.0f : probability) * (change - delta);
+}
+
 // The gradient of a probability, from that of what dropout left of it.
 DLKERN_DEVICE float through_dropout(const Args& x, uint32_t kept, int place, float change) {
   return kept >> place & 1 ? change * x.kept : 0.0f;
@@ -184,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_commit();
 
   Fragment<T, SIZE> sum;
+  RowScale<T> scale;
 #pragma unroll 1
   for (int n = 0; n < steps; n++) {
     if (Memory::kStages == 1)
@@ -214,18 +221,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int r = 0; r < Mine::kRows; r++) delta[r] = row_sum<T>(delta[r]);
       }
     } else {
-      s.each([&](int r, int c, float& value) { value *= change.at[r][c] - delta[r]; });
+      s.each([&](int r, int c, float& value) { value = through_softmax(value, change.at[r][c], delta[r]); });
       if (x.softcap != 0.0f) s.each([&](int r, int c, float& value) { value *= cap[r][c]; });
       if (x.score == kCosineScore) {
         const float* unit = x.key_unit + (b * x.key_heads + h / x.group) * x.keys;
         s.each([&](int r, int c, float& value) { value *= at.key(r, c) < x.keys ? unit[at.key(r, c)] : 0.0f; });
       }
       const int width = min(SIZE, x.depth - own * SIZE);
-      if constexpr (PAIRWISE)
+      if constexpr (PAIRWISE) {
         add_pairwise_gradient<SIZE>(s, x, queries.tile + warp() * 16 * Memory::kStride, keys.tile, own * SIZE, width,
                                     memory.row_sums(), memory.weight_sums(), Memory::kSumStride);
-      else
+      } else {
+        scale.fit(s, sum);
         add_product<SIZE>(sum, s, keys.tile, width, args.split, memory.scratch);
+      }
     }
     __syncthreads();  // everybody is done with this step's tiles
   }
@@ -252,6 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int i = first + Mine::row(r);
     if (own == 0 && i < x.queries && lane() % Mine::kAcross == 0) args.delta[head * x.queries + i] = delta[r];
   }
+  if (!PAIRWISE) scale.undo(sum);
   sum.each([&](int, int, float& value) { value *= x.scale; });
   if (args.wide)
     store_gradient<float>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
@@ -311,6 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_commit();
 
   Fragment<T, SIZE> of_key, of_value;
+  RowScale<T> scale;  // of of_key; probabilities themselves need none
 #pragma unroll 1
   for (int n = 0; n < steps; n++) {
     if (Memory::kStages == 1)
@@ -350,18 +361,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       Fragment<T, kAcross> change;
       multiply<false, SIZE>(change, x, values, grads, x.value_depth, own_value);
       s.each([&](int r, int c, float& value) {
-        value *= through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]) - numbers[2 * kAcross + Mine::column(c)];
+        value = through_softmax(value, through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]),
+                                numbers[2 * kAcross + Mine::column(c)]);
       });
       if (x.score == kCosineScore) {
         const float* unit = x.query_unit + head * x.queries;
         s.each([&](int r, int c, float& value) { value *= at.query(r, c) < x.queries ? unit[at.query(r, c)] : 0.0f; });
       }
       const int width = min(SIZE, x.depth - own_key * SIZE);
-      if constexpr (PAIRWISE)
+      if constexpr (PAIRWISE) {
         add_pairwise_gradient<SIZE>(s, x, keys.tile + warp() * 16 * Memory::kStride, queries.tile, own_key * SIZE,
                                     width, memory.row_sums(), static_cast<float*>(nullptr), Memory::kSumStride);
-      else
+      } else {
+        scale.fit(s, of_key);
         add_product<SIZE>(of_key, s, queries.tile, width, args.split, memory.scratch);
+      }
     }
     __syncthreads();  // everybody is done with this step's tiles
   }
@@ -372,6 +386,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       value = memory.row_sums()[Mine::row(r) * Memory::kSumStride + Mine::result_column(c)];
     });
   }
+  if (!PAIRWISE) scale.undo(of_key);
   of_key.each([&](int, int, float& value) { value *= x.scale; });
   if (own == own_key && args.wide)
     store_gradient<float>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
@@ -445,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const uint32_t kept = x.dropout ? kept_bits<T, kAcross>(x, head, at) : ~0u;
           s.each([&](int r, int c, float value) {  // the mask is added behind the cap
             const float of_probability = through_dropout(x, kept, r * s.kColumns + c, change.at[r][c]);
-            total.at[r][c] += value * (of_probability - numbers(r, c).delta);
+            total.at[r][c] += through_softmax(value, of_probability, numbers(r, c).delta);
           });
         }
       }
@@ -529,8 +544,8 @@ int64_t attention_weight_parts(const Attention& a) {
 void attention_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
   BackwardArgs args{};
   const Args& x = args.x = arguments_of(a);
-  args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.is_float);
-  args.output = operand_of(tensors.output, a.value_depth, a.is_float);
+  args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.element);
+  args.output = operand_of(tensors.output, a.value_depth, a.element);
   // With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
   // these scores and masks, and does not round probabilities to 16 bits. Where keys are few it costs nothing.
   args.by_tiles = a.score != kDotScore || tensors.of_mask || a.keys <= 128;

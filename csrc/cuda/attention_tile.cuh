@@ -1,7 +1,7 @@
 // Tiles of attention, 64 rows x N columns a block and 16 rows a warp: what the forward and backward kernels share.
 //
-// Rows are queries and columns keys, or the other way round. In bfloat16 a warp multiplies on the tensor cores, in
-// float32 exactly on the ordinary ones; both keep a tile of scores in registers, whose places Layout tells, so that all
+// Rows are queries and columns keys, or the other way round. In 16-bit types a warp multiplies on the tensor cores,
+// in float32 exactly on the ordinary ones; both keep a tile of scores in registers, whose places Layout tells, so that all
 // else is written once. Depths beyond SIZE pass through shared memory in blocks of it. Which keys a query sees by
 // position is one interval a query: tiles outside are skipped, only those on a border look at single keys.
 #pragma once
@@ -139,9 +139,7 @@ DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first
 
 // Which elements of 16 rows a lane holds: kRows rows, and of each every kAcross-th column, or a run of columns.
 template <class T>
-struct Layout;
-template <>
-struct Layout<bf16> {  // mma.sync's
+struct Layout {  // mma.sync's
   static constexpr int kRows = 2, kAcross = 4, kRun = 2, kEvery16 = 4;
   static DLKERN_DEVICE int row(int r) { return lane() / 4 + 8 * r; }
   static DLKERN_DEVICE int column(int c) { return c / 2 * 8 + lane() % 4 * 2 + c % 2; }
@@ -193,26 +191,30 @@ struct Scratch {
   static constexpr int kStride = N + 4, kFloats = sizeof(T) == 4 ? kWarps * 16 * kStride : 0;
 };
 
+template <class T>
+concept Short = sizeof(T) == 2;
+
+template <Short T>
 DLKERN_DEVICE uint32_t packed(float low, float high) {
-  const bf16 pair[2] = {from_float<bf16>(low), from_float<bf16>(high)};
+  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
   uint32_t word;
   memcpy(&word, pair, sizeof word);
   return word;
 }
-template <int N>
-DLKERN_DEVICE void mma_at(Fragment<bf16, N>& sum, int piece, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <Short T, int N>
+DLKERN_DEVICE void mma_at(Fragment<T, N>& sum, int piece, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   float c[4] = {sum.at[0][2 * piece], sum.at[0][2 * piece + 1], sum.at[1][2 * piece], sum.at[1][2 * piece + 1]};
-  mma_bf16_16x8x16(c, a, b0, b1);
+  mma_16x8x16<T>(c, a, b0, b1);
   sum.at[0][2 * piece] = c[0], sum.at[0][2 * piece + 1] = c[1];
   sum.at[1][2 * piece] = c[2], sum.at[1][2 * piece + 1] = c[3];
 }
 
 // s += a b^T over `depth` columns of both tiles; `a` begins at the warp's first row.
-template <int SIZE, int N>
-DLKERN_DEVICE void add_row_products(Fragment<bf16, N>& s, const bf16* a, const bf16* b, int depth) {
-  constexpr int kStride = TileOf<bf16, SIZE>::kStride;
-  const bf16* a_at = a + lane() % 16 * kStride + lane() / 16 * 8;
-  const bf16* b_at = b + (lane() / 16 * 8 + lane() % 8) * kStride + lane() / 8 % 2 * 8;
+template <int SIZE, int N, Short T>
+DLKERN_DEVICE void add_row_products(Fragment<T, N>& s, const T* a, const T* b, int depth) {
+  constexpr int kStride = TileOf<T, SIZE>::kStride;
+  const T* a_at = a + lane() % 16 * kStride + lane() / 16 * 8;
+  const T* b_at = b + (lane() / 16 * 8 + lane() % 8) * kStride + lane() / 8 % 2 * 8;
 #pragma unroll
   for (int k = 0; k < SIZE; k += 16) {
     if (k >= depth) break;
@@ -260,19 +262,19 @@ DLKERN_DEVICE void add_row_products(Fragment<float, N>& s, const float* a, const
 }
 
 // sum += p b, of which `width` columns are wanted; p is rounded to 16 bits, or with `split` is the sum of two such.
-template <int SIZE, int N>
-DLKERN_DEVICE void add_product(Fragment<bf16, SIZE>& sum, const Fragment<bf16, N>& p, const bf16* b, int width,
-                               bool split, float*) {
-  constexpr int kStride = TileOf<bf16, SIZE>::kStride;
-  const bf16* b_at = b + lane() % 16 * kStride + lane() / 16 * 8;
+template <int SIZE, int N, Short T>
+DLKERN_DEVICE void add_product(Fragment<T, SIZE>& sum, const Fragment<T, N>& p, const T* b, int width, bool split,
+                               float*) {
+  constexpr int kStride = TileOf<T, SIZE>::kStride;
+  const T* b_at = b + lane() % 16 * kStride + lane() / 16 * 8;
 #pragma unroll
   for (int k = 0; k < N / 16; k++) {
     uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float first = p.at[i % 2][4 * k + i / 2 * 2], second = p.at[i % 2][4 * k + i / 2 * 2 + 1];
-      high[i] = packed(first, second);
-      low[i] = packed(first - to_float(from_float<bf16>(first)), second - to_float(from_float<bf16>(second)));
+      high[i] = packed<T>(first, second);
+      low[i] = packed<T>(first - to_float(from_float<T>(first)), second - to_float(from_float<T>(second)));
     }
 #pragma unroll
     for (int j = 0; j < SIZE / 16; j++) {
@@ -331,6 +333,50 @@ DLKERN_DEVICE void add_product(Fragment<float, SIZE>& sum, const Fragment<float,
     }
   }
 }
+
+// A scale for each row of results, by which gradients of probabilities become a float16 operand: of a scaled loss they
+// may be beyond 65504, of a mean over many below its smallest number. Powers of two, so that nothing is rounded; the
+// other types need none.
+template <class T>
+struct RowScale {
+  static constexpr int kRows = Layout<T>::kRows;
+  float size[kRows];
+
+  DLKERN_DEVICE RowScale() {
+#pragma unroll
+    for (int r = 0; r < kRows; r++) size[r] = 0x1p-100f;
+  }
+
+  // Divides p by its rows' scales, after which no element exceeds 2, and brings the sums of what was before along.
+  template <int N, int SIZE>
+  DLKERN_DEVICE void fit(Fragment<T, N>& p, Fragment<T, SIZE>& sum) {
+    if constexpr (std::is_same_v<T, fp16>) {
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+        float highest = size[r];
+#pragma unroll
+        for (int c = 0; c < p.kColumns; c++) highest = fmaxf(highest, fabsf(p.at[r][c]));
+        highest = fminf(row_max<T>(highest), 0x1p100f);
+        uint32_t exponent;
+        memcpy(&exponent, &highest, 4);
+        exponent &= 0x7f800000u;
+        const uint32_t opposite = 0x7f000000u - exponent;
+        float inverse;
+        memcpy(&inverse, &opposite, 4);
+        const float shrink = size[r] * inverse;
+        memcpy(&size[r], &exponent, 4);
+#pragma unroll
+        for (int c = 0; c < p.kColumns; c++) p.at[r][c] *= inverse;
+#pragma unroll
+        for (int c = 0; c < sum.kColumns; c++) sum.at[r][c] *= shrink;
+      }
+    }
+  }
+  template <int SIZE>
+  DLKERN_DEVICE void undo(Fragment<T, SIZE>& sum) const {
+    if constexpr (std::is_same_v<T, fp16>) sum.each([&](int r, int, float& value) { value *= size[r]; });
+  }
+};
 
 // Stores a warp's rows from `first` on of a matrix of `rows` rows, its `columns` columns from `column` on.
 template <class OUT, int SIZE, class T>
@@ -561,7 +607,7 @@ DLKERN_DEVICE uint32_t kept_bits(const Args& x, int64_t head, const Places<T, KE
 // ---- Launching ----
 
 Args arguments_of(const Attention& attention);
-Operand operand_of(const AttentionOperand& x, int64_t depth, bool is_float);
+Operand operand_of(const AttentionOperand& x, int64_t depth, Element element);
 void make_units(const Attention& attention, const Args& x, void* stream);  // of the cosine score alone
 
 // Calls f(type, size, pairwise) with T, SIZE and PAIRWISE as values that carry them in their types.
@@ -573,16 +619,12 @@ void dispatch(const Attention& a, F&& f) {
     else
       f(type, std::integral_constant<int, 128>{}, pairwise);
   };
-  const auto with_type = [&](auto* type) {
+  with_type(a.element, [&](auto* type) {
     if (a.score == kGaussianScore || a.score == kAdditiveScore)
       with_size(type, std::true_type{});
     else
       with_size(type, std::false_type{});
-  };
-  if (a.is_float)
-    with_type(static_cast<float*>(nullptr));
-  else
-    with_type(static_cast<bf16*>(nullptr));
+  });
 }
 
 inline unsigned blocks_of(int64_t depth, int size) {

@@ -30,10 +30,11 @@ __global__ void ldmatrix_case(const uint32_t* in, uint32_t* out) {
 }
 
 // Small integers: exact in whatever order the tensor core adds.
+template <class T>
 __global__ void mma_case(const uint32_t* in, uint32_t* out) {
   const auto integer = [&](int i) { return static_cast<float>(static_cast<int>(in[i] % 31) - 15); };
   const auto pair = [&](int i) {
-    const bf16 halves[2] = {from_float<bf16>(integer(i)), from_float<bf16>(integer(i + 1))};
+    const T halves[2] = {from_float<T>(integer(i)), from_float<T>(integer(i + 1))};
     uint32_t word;
     memcpy(&word, halves, 4);
     return word;
@@ -43,9 +44,33 @@ __global__ void mma_case(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 4; i++) a[i] = pair(static_cast<int>(threadIdx.x) * 16 + 2 * i);
   for (int i = 0; i < 2; i++) b[i] = pair(static_cast<int>(threadIdx.x) * 16 + 8 + 2 * i);
   for (int i = 0; i < 4; i++) c[i] = integer(static_cast<int>(threadIdx.x) * 16 + 12 + i);
-  mma_bf16_16x8x16(c, a, b[0], b[1]);
-  mma_bf16_16x8x16(c, a, b[1], b[0]);
+  mma_16x8x16<T>(c, a, b[0], b[1]);
+  mma_16x8x16<T>(c, a, b[1], b[0]);
   memcpy(out + 4 * threadIdx.x, c, 16);
+}
+
+// The same of TF32: one integer a word, with bits below TF32's that must not count.
+__global__ void mma_tf32_case(const uint32_t* in, uint32_t* out) {
+  const auto integer = [&](int i) {
+    return static_cast<float>(static_cast<int>(in[static_cast<int>(threadIdx.x) * 16 + i] % 31) - 15);
+  };
+  uint32_t a[4], b[2];
+  float c[4];
+  for (int i = 0; i < 4; i++) a[i] = to_tf32(integer(i)) | 0x1abcu;
+  for (int i = 0; i < 2; i++) b[i] = to_tf32(integer(4 + i)) | 0x1fffu;
+  for (int i = 0; i < 4; i++) c[i] = integer(6 + i);
+  mma_tf32_16x8x8(c, a, b[0], b[1]);
+  mma_tf32_16x8x8(c, a, b[1], b[0]);
+  memcpy(out + 4 * threadIdx.x, c, 16);
+}
+
+// Any float pattern to TF32, NaNs apart.
+__global__ void tf32_case(const uint32_t* in, uint32_t* out) {
+  for (int i = static_cast<int>(threadIdx.x); i < 1024; i += 32) {
+    float value;
+    memcpy(&value, in + i, 4);
+    out[i] = to_tf32(value == value ? value : 1.0f);
+  }
 }
 
 // Copies of 16, 8 and 0 source bytes, waited for group by group.
@@ -169,7 +194,10 @@ void run(const char* name, void (*kernel)(const uint32_t*, uint32_t*, Arguments.
 
 int main() {
   run("ldmatrix", ldmatrix_case, 256, 1, false);
-  run("mma", mma_case, 128, 1, false);
+  run("mma", mma_case<bf16>, 128, 1, false);
+  run("mma", mma_case<fp16>, 128, 1, false);
+  run("mma_tf32", mma_tf32_case, 128, 1, false);
+  run("tf32", tf32_case, 1024, 1, false);
   run("cp_async", cp_async_case, 384, 1, false);
   run("cp_async4", cp_async4_case, 32, 1, false);
   run("warp", warp_case, 256, 1, false);

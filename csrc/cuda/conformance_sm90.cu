@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(128, 1)
 }
 
 // Two products of small integers: k 0..15 and 48..63 of two tiles that one thread copies, k last or k first.
-template <bool A_FIRST, bool B_FIRST>
+template <class T, bool A_FIRST, bool B_FIRST>
 __global__ void __launch_bounds__(128, 1) product_case(const __grid_constant__ TensorMap map, uint32_t* out) {
 #ifdef DLKERN_HOPPER
   DLKERN_DYNAMIC_SHARED(shared);
   DLKERN_SHARED(uint64_t, barrier, [1]);
-  bf16* const a = reinterpret_cast<bf16*>(shared);
-  bf16* const b = a + kTile;
+  T* const a = reinterpret_cast<T*>(shared);
+  T* const b = a + kTile;
   if (threadIdx.x == 0) {
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(128, 1) product_case(const __grid_constant__ T
   float c[32];
   wgmma_fence(c);
   for (int k = 0; k < 64; k += 48) {
-    wgmma_bf16<A_FIRST, B_FIRST>(c, matrix_descriptor(a + k * (A_FIRST ? 64 : 1), 16),
-                                 matrix_descriptor(b + k * (B_FIRST ? 64 : 1), 16), k > 0);
+    wgmma<T, A_FIRST, B_FIRST>(c, matrix_descriptor(a + k * (A_FIRST ? 64 : 1), 16),
+                               matrix_descriptor(b + k * (B_FIRST ? 64 : 1), 16), k > 0);
   }
   wgmma_commit();
   wgmma_wait_all(c);
@@ -113,29 +113,39 @@ void need(bool made) {
   if (!made) throw std::runtime_error("no tensor map");
 }
 
+// A matrix whose element i is i % 29 - 14.
+template <class Rounding>
+Memory matrix(Rounding rounded) {
+  Memory in(kRows * kColumns / 2);
+  for (int i = 0; i < kRows * kColumns; i++) {
+    const auto value = rounded(static_cast<float>(i % 29 - 14));
+    std::memcpy(reinterpret_cast<char*>(in.host) + 2 * i, &value, 2);
+  }
+  in.to_device();
+  return in;
+}
+
+template <class T>
+void products(const TensorMap& map) {
+  run("product", product_case<T, false, false>, kWords, map);
+  run("product", product_case<T, false, true>, kWords, map);
+  run("product", product_case<T, true, false>, kWords, map);
+  run("product", product_case<T, true, true>, kWords, map);
+}
+
 }  // namespace
 
 int main() {
-  // Element i is i % 29 - 14.
-  Memory in(kRows * kColumns / 2);
-  for (int i = 0; i < kRows * kColumns; i++) {
-    const auto value = static_cast<float>(i % 29 - 14);
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    const auto half = static_cast<uint16_t>(word >> 16);
-    std::memcpy(reinterpret_cast<char*>(in.host) + 2 * i, &half, 2);
-  }
-  in.to_device();
-
-  TensorMap map;
+  const Memory in = matrix([](float value) { return __float2bfloat16(value); });
+  const Memory in_half = matrix([](float value) { return __float2half(value); });
+  TensorMap map, half_map;
   need(make_tiled_map(map, in.device, 2, {kColumns, kRows, 1}, {kColumns, 0}, 64));
+  need(make_tiled_map(half_map, in_half.device, 2, {kColumns, kRows, 1}, {kColumns, 0}, 64));
   run("copy", copy_case<false>, kTile / 2, map, Coordinates{{8, 3}, {}});
   run("copy", copy_case<false>, kTile / 2, map, Coordinates{{96, 60}, {}});
   run("copy", copy_case<false>, kTile / 2, map, Coordinates{{-8, -5}, {}});
-  run("product", product_case<false, false>, kWords, map);
-  run("product", product_case<false, true>, kWords, map);
-  run("product", product_case<true, false>, kWords, map);
-  run("product", product_case<true, true>, kWords, map);
+  products<bf16>(map);
+  products<fp16>(half_map);
 
   // A filter of 3 x 2, padding 1 and 2, dilation 1 and 3; steps of 2 and 1.
   const int64_t size[4] = {kImage[0], kImage[1], kImage[2], kImage[3]};

@@ -1,6 +1,6 @@
 // conv2d, its input gradient (which is conv_transpose2d) and its weight gradient as products of gathered operands
-// (gather.cuh): no column matrix is ever stored. bfloat16 on the tensor cores, float32 by exact products on the ordinary
-// ones. One kernel serves all three passes; a pass is a plan of steps.
+// (gather.cuh): no column matrix is ever stored. bfloat16 and float16 on the tensor cores, float32 by exact products on
+// the ordinary ones, or there too, as TF32. One kernel serves all three passes; a pass is a plan of steps.
 //   forward          rows: output pixels,           columns: output channels,     k: taps x input channels
 //   input gradient   rows: input pixels of a class, columns: input channels,      k: taps of that class x output channels
 //   weight gradient  rows: output channels,         columns: taps x channels,     k: output pixels, cut into parts
@@ -56,20 +56,20 @@ struct Product {
   Class classes[kClasses];
 };
 
-template <class SHAPE, Stored A_STORED, Stored B_STORED, int WIDTH>
+template <class T, class SHAPE, Stored A_STORED, Stored B_STORED, int WIDTH>
 struct TensorCores {
-  using Element = bf16;
+  using Element = T;
   using Shape = SHAPE;
   template <int OUTER, Stored STORED>
   using Operand =
-      Gathered<Staged<OUTER, STORED>, bf16, OUTER, kBlockK, STORED == Stored::k_last, WIDTH, SHAPE::kThreads>;
+      Gathered<Staged<T, OUTER, STORED>, T, OUTER, kBlockK<T>, STORED == Stored::k_last, WIDTH, SHAPE::kThreads>;
   using A = Operand<SHAPE::kBlockM, A_STORED>;
   using B = Operand<SHAPE::kBlockN, B_STORED>;
   using Sum = Accumulator<SHAPE>;
   static constexpr int kSharedBytes = mma_shared_bytes<SHAPE, A, B>();
 
   static DLKERN_DEVICE void run(Sum& sum, const A& a, const B& b, void* shared) {
-    mma_tile<SHAPE>(sum, a, b, 0, 0, static_cast<bf16*>(shared), [](const bf16*) {});
+    mma_tile<SHAPE>(sum, a, b, 0, 0, static_cast<T*>(shared), [](const T*) {});
   }
 };
 
@@ -184,20 +184,35 @@ bool enough_for_large(int64_t rows, int64_t columns, int64_t groups, int64_t lay
   return rows >= 96 && columns >= 96 && tiles(rows, columns, groups, 128) * layers >= 64;
 }
 
+template <class T, Stored A_STORED, Stored B_STORED>
+void launch_tensor_cores(bool vectors, bool large, Product& product, int64_t most_rows, int64_t layers, void* stream) {
+  if (vectors && large)
+    launch_product<TensorCores<T, LargeMma, A_STORED, B_STORED, 8>>(product, most_rows, layers, stream);
+  else if (vectors)
+    launch_product<TensorCores<T, SmallMma, A_STORED, B_STORED, 8>>(product, most_rows, layers, stream);
+  else
+    launch_product<TensorCores<T, SmallMma, Stored::k_last, Stored::k_last, 1>>(product, most_rows, layers, stream);
+}
+
 template <Stored A_STORED, Stored B_STORED>
-void launch_on(ConvElement element, bool vectors, Product& product, int64_t most_rows, int64_t layers, void* stream) {
+void launch_on(Element element, bool vectors, Product& product, int64_t most_rows, int64_t layers, void* stream) {
   const bool large = enough_for_large(most_rows, product.n, product.groups, layers);
-  if (element == ConvElement::float32) {
+  if (element == Element::float32) {
     if (large)
       launch_product<Exact<LargeFfma>>(product, most_rows, layers, stream);
     else
       launch_product<Exact<SmallFfma>>(product, most_rows, layers, stream);
-  } else if (vectors && large) {
-    launch_product<TensorCores<LargeMma, A_STORED, B_STORED, 8>>(product, most_rows, layers, stream);
-  } else if (vectors) {
-    launch_product<TensorCores<SmallMma, A_STORED, B_STORED, 8>>(product, most_rows, layers, stream);
+  } else if (element == Element::tf32) {
+    constexpr auto kStored = Stored::k_first;
+    if (large)
+      launch_product<TensorCores<float, LargeMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
+    else
+      launch_product<TensorCores<float, SmallMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
   } else {
-    launch_product<TensorCores<SmallMma, Stored::k_last, Stored::k_last, 1>>(product, most_rows, layers, stream);
+    with_16_bit_type(element, [&](auto* type) {
+      launch_tensor_cores<std::remove_pointer_t<decltype(type)>, A_STORED, B_STORED>(vectors, large, product, most_rows,
+                                                                                     layers, stream);
+    });
   }
 }
 
@@ -226,12 +241,12 @@ Steps last_step(int64_t step) { return {0, 0, step}; }
 
 }  // namespace
 
-bool conv2d_takes_vectors(ConvElement element, const ConvGeometry& g) {
-  return element == ConvElement::bfloat16 && g.c / g.groups % 8 == 0 && g.k / g.groups % 8 == 0;
+bool conv2d_takes_vectors(Element element, const ConvGeometry& g) {
+  return is_16_bit(element) && g.c / g.groups % 8 == 0 && g.k / g.groups % 8 == 0;
 }
 
-void conv2d_forward(ConvElement element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w,
-                    const void* bias, const void* residual, int activation, const ConvResult& y, void* stream) {
+void conv2d_forward(Element element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w, const void* bias,
+                    const void* residual, int activation, const ConvResult& y, void* stream) {
   if (g.depthwise()) return depthwise_forward(element, g, x, w, bias, residual, activation, y, stream);
   if (conv2d_forward_sm90(element, g, x, w, bias, residual, activation, y, stream)) return;
   const int64_t channels = g.c / g.groups, filters = g.k / g.groups;
@@ -279,7 +294,7 @@ struct Residue {
 
 }  // namespace
 
-void conv2d_backward_input(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
+void conv2d_backward_input(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
                            const void* bias, const ConvResult& dx, void* stream) {
   if (g.depthwise()) return depthwise_backward_input(element, g, dy, w, bias, dx, stream);
   if (conv2d_backward_input_sm90(element, g, dy, w, bias, dx, stream)) return;
@@ -332,7 +347,7 @@ constexpr int64_t kLeastOfAPart = 512, kMostOfAPart = int64_t{1} << 29;  // pixe
 constexpr int64_t kPartUnit = 64;  // a step of either kernel
 
 // How many parts, none of them empty; `length` receives their pixels.
-int parts_of(ConvElement element, const ConvGeometry& g, int64_t& length) {
+int parts_of(Element element, const ConvGeometry& g, int64_t& length) {
   const int64_t rows = g.k / g.groups, columns = int64_t{g.r} * g.s * (g.c / g.groups), pixels = g.n * g.p * g.q;
   const int64_t on_hopper = conv2d_weight_tiles_sm90(element, g);
   const int64_t wanted = on_hopper ? multiprocessors() / on_hopper : kWantedBlocks / tiles(rows, columns, g.groups, 64);
@@ -345,13 +360,13 @@ int parts_of(ConvElement element, const ConvGeometry& g, int64_t& length) {
 
 }  // namespace
 
-int conv2d_weight_parts(ConvElement element, const ConvGeometry& g) {
+int conv2d_weight_parts(Element element, const ConvGeometry& g) {
   if (g.depthwise()) return depthwise_weight_parts(element, g);
   int64_t length;
   return parts_of(element, g, length);
 }
 
-void conv2d_backward_weight(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
+void conv2d_backward_weight(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
                             float* parts, const ConvResult& dw, void* stream) {
   if (g.depthwise()) return depthwise_backward_weight(element, g, dy, x, parts, dw, stream);
   int64_t length;

@@ -242,19 +242,15 @@ bool has_packs(const TENSOR& x) {
 
 // Calls f(T*, constant VEC): 16 bytes of channels a thread where both tensors allow.
 template <class F>
-void with_packs(ConvElement element, int64_t channels, const ConvTensor& a, const ConvResult& b, F&& f) {
-  const auto run = [&](auto* type) {
+void with_packs(Element element, int64_t channels, const ConvTensor& a, const ConvResult& b, F&& f) {
+  with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVec = 16 / sizeof(T);
     if (channels % kVec == 0 && has_packs<T>(a) && has_packs<T>(b))
       f(type, std::integral_constant<int, kVec>{});
     else
       f(type, std::integral_constant<int, 1>{});
-  };
-  if (element == ConvElement::float32)
-    run(static_cast<float*>(nullptr));
-  else
-    run(static_cast<bf16*>(nullptr));
+  });
 }
 
 Items items_of(int64_t packs, int64_t rows, int64_t runs, bool packs_first) {
@@ -282,7 +278,7 @@ int parts_of(const ConvGeometry& g, int64_t taps) {
 }
 
 template <bool WITH_INPUT>
-void launch_sums(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x, int count,
+void launch_sums(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x, int count,
                  float* parts, const ConvResult& result, int64_t part_stride, void* stream) {
   PixelSums args{
       g,  dy, x,        result, ceil_div(g.n * g.p * g.q, count), part_stride, FastDivide(g.p), FastDivide(g.q),
@@ -306,7 +302,7 @@ void launch_sums(ConvElement element, const ConvGeometry& g, const ConvTensor& d
 
 }  // namespace
 
-void depthwise_forward(ConvElement element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w,
+void depthwise_forward(Element element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w,
                        const void* bias, const void* residual, int activation, const ConvResult& y, void* stream) {
   Depthwise args{g, x, w, y, bias, residual, activation, static_cast<int>(g.k / g.c), FastDivide(g.k / g.c), {}, {}};
   const bool residual_aligned = reinterpret_cast<uintptr_t>(residual) % 16 == 0;
@@ -318,7 +314,7 @@ void depthwise_forward(ConvElement element, const ConvGeometry& g, const ConvTen
   });
 }
 
-void depthwise_backward_input(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
+void depthwise_backward_input(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
                               const void* bias, const ConvResult& dx, void* stream) {
   Depthwise args{g, dy, w, dx, bias, nullptr, 0, static_cast<int>(g.k / g.c), {}, {}, {}};
   with_packs(element, g.k == g.c ? g.k : 1, dy, dx, [&](auto* type, auto vec) {
@@ -332,9 +328,9 @@ void depthwise_backward_input(ConvElement element, const ConvGeometry& g, const 
   });
 }
 
-int depthwise_weight_parts(ConvElement, const ConvGeometry& g) { return parts_of(g, int64_t{g.r} * g.s); }
+int depthwise_weight_parts(Element, const ConvGeometry& g) { return parts_of(g, int64_t{g.r} * g.s); }
 
-void depthwise_backward_weight(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
+void depthwise_backward_weight(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
                                float* parts, const ConvResult& dw, void* stream) {
   const int64_t elements = g.k * g.r * g.s;
   launch_sums<true>(element, g, dy, x, depthwise_weight_parts(element, g), parts, dw, elements, stream);
@@ -342,20 +338,19 @@ void depthwise_backward_weight(ConvElement element, const ConvGeometry& g, const
 
 int conv2d_bias_parts(const ConvGeometry& g) { return parts_of(g, 1); }
 
-void conv2d_backward_bias(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, float* parts,
-                          void* grad_bias, void* stream) {
+void conv2d_backward_bias(Element element, const ConvGeometry& g, const ConvTensor& dy, float* parts, void* grad_bias,
+                          void* stream) {
   launch_sums<false>(element, g, dy, {}, conv2d_bias_parts(g), parts, {grad_bias, 1, 0, 0, 0}, g.k, stream);
 }
 
-void conv2d_sum_parts(ConvElement element, const float* parts, int count_of_parts, int64_t count, void* result,
+void conv2d_sum_parts(Element element, const float* parts, int count_of_parts, int64_t count, void* result,
                       void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)));
-  if (element == ConvElement::float32)
-    DLKERN_LAUNCH(sum_parts_kernel<float>, grid, dim3(kThreads), 0, stream, parts, count_of_parts, count,
-                  static_cast<float*>(result));
-  else
-    DLKERN_LAUNCH(sum_parts_kernel<bf16>, grid, dim3(kThreads), 0, stream, parts, count_of_parts, count,
-                  static_cast<bf16*>(result));
+  with_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    DLKERN_LAUNCH(sum_parts_kernel<T>, grid, dim3(kThreads), 0, stream, parts, count_of_parts, count,
+                  static_cast<T*>(result));
+  });
 }
 
 }  // namespace dlkern::cuda

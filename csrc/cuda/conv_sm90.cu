@@ -1,11 +1,12 @@
-// conv2d and its gradients in bfloat16 on Hopper, as products that are never laid out: tensor copies in im2col mode bring
-// each filter tap's pixels, padding as zeros, straight into the tiles that wgmma multiplies (wgmma_tile.cuh).
+// conv2d and its gradients in bfloat16 and float16 on Hopper, as products that are never laid out: tensor copies in
+// im2col mode bring each filter tap's pixels, padding as zeros, straight into the tiles that wgmma multiplies
+// (wgmma_tile.cuh).
 //   forward          rows: output pixels,    columns: output channels,   k: taps x input channels
 //   input gradient   rows: input pixels,     columns: input channels,    k: taps, from the last, x output channels
 //   weight gradient  rows: output channels,  columns: taps x channels,   k: output pixels, cut into parts
 // conv.cu serves where this does not: groups, channels that are no multiple of 8, input gradients with a stride, filters
 // beyond what a tensor map can tell, few tiles, other GPUs.
-// Floor: 2 N P Q K R S C operations at the tensor cores' bf16 rate, or the tensors once over the memory's bandwidth.
+// Floor: 2 N P Q K R S C operations at the tensor cores' rate, or the tensors once over the memory's bandwidth.
 #include "activation.cuh"
 #include "conv.h"
 #include "tile_store.cuh"
@@ -46,14 +47,14 @@ struct Args {
   int64_t step_n, step_h, step_w, step_c;  // of the result: of a row's digits and of a column
   int64_t tap_h, tap_w;  // of the weight gradient's taps
   void* result;
-  const bf16 *bias, *residual;
+  const void *bias, *residual;
   int activation;
   unsigned pixels, part_length;
   int64_t part_stride;  // of the parts, floats; 0: not cut
 };
 
 // One block makes one tile of the result, or of a part (blockIdx.y).
-template <class SHAPE, Pass PASS>
+template <class T, class SHAPE, Pass PASS>
 __global__ void __launch_bounds__(SHAPE::kThreads, 1) conv2d_sm90_kernel(const __grid_constant__ Args args) {
 #ifdef DLKERN_HOPPER
   DLKERN_DYNAMIC_SHARED(shared);
@@ -76,8 +77,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 1) conv2d_sm90_kernel(const _
   window.start(static_cast<unsigned>(row_start), w, h, n);
 
   wgmma_tile<SHAPE, kWeight<PASS>, kBFirst<PASS>>(
-      reinterpret_cast<bf16*>(shared), steps,
-      [&](bf16* a_tile, bf16* b_tile, uint64_t* barrier, int step) {
+      reinterpret_cast<T*>(shared), steps,
+      [&](T* a_tile, T* b_tile, uint64_t* barrier, int step) {
         if (kWeight<PASS>) {
           const unsigned pixel = first_pixel + static_cast<unsigned>(step) * 64;
           window.start(pixel, w, h, n);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 1) conv2d_sm90_kernel(const _
           }
         }
       },
-      [](const bf16*) {},
+      [](const T*) {},
       [&](const WgmmaSum<SHAPE>& sum) {
         const int first_row = WgmmaSum<SHAPE>::first_row();
         int64_t at[2];
@@ -116,6 +117,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 1) conv2d_sm90_kernel(const _
                                   : -1;
         }
         const int64_t of_tap = tap / window.taps_w * args.tap_h + tap % window.taps_w * args.tap_w;
+        const T *const bias = static_cast<const T*>(args.bias), *const residual = static_cast<const T*>(args.residual);
         sum.for_each_pair([&](int r, int c, float first, float second) {
           const int64_t row_at = at[r == first_row ? 0 : 1];
           const unsigned column = static_cast<unsigned>(column_start + c);
@@ -127,17 +129,17 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 1) conv2d_sm90_kernel(const _
             return store_columns(part, first_at, second_at, has_second, first, second);
           }
           if (!kWeight<PASS>) {
-            if (args.bias) {
-              first += to_float(args.bias[column]);
-              if (has_second) second += to_float(args.bias[column + 1]);
+            if (bias) {
+              first += to_float(bias[column]);
+              if (has_second) second += to_float(bias[column + 1]);
             }
-            if (args.residual) {
-              first += to_float(args.residual[first_at]);
-              if (has_second) second += to_float(args.residual[second_at]);
+            if (residual) {
+              first += to_float(residual[first_at]);
+              if (has_second) second += to_float(residual[second_at]);
             }
             first = activated(first, args.activation), second = activated(second, args.activation);
           }
-          store_columns(static_cast<bf16*>(args.result), first_at, second_at, has_second, first, second);
+          store_columns(static_cast<T*>(args.result), first_at, second_at, has_second, first, second);
         });
       });
 #endif
@@ -154,13 +156,13 @@ bool is_dense(const ConvTensor& x, int64_t channels, int height, int width) {
 }
 
 // Whether numbers, and what a tensor map tells of windows, fit; before any pass.
-bool fits(ConvElement element, const ConvGeometry& g) {
+bool fits(Element element, const ConvGeometry& g) {
   const auto axis = [](int filter, int stride, int pad, int dilation) {
     const int64_t reach = int64_t{filter - 1} * dilation;
     return stride <= 8 && pad <= 127 && reach <= 255 && reach - pad <= 127;
   };
   constexpr int64_t kMost = int64_t{1} << 30;
-  return element == ConvElement::bfloat16 && g.groups == 1 && g.c % 8 == 0 && g.k % 8 == 0 && g.c > 0 &&
+  return is_16_bit(element) && g.groups == 1 && g.c % 8 == 0 && g.k % 8 == 0 && g.c > 0 &&
          axis(g.r, g.stride_h, g.pad_h, g.dilation_h) && axis(g.s, g.stride_w, g.pad_w, g.dilation_w) &&
          g.n * g.h * g.w < kMost && g.n * g.p * g.q < kMost && g.c < kMost && g.k < kMost;
 }
@@ -187,13 +189,16 @@ Window window_of(const ConvGeometry& g) {
 }
 
 template <class SHAPE, Pass PASS>
-bool run(Args& args, int taps, int parts, void* stream) {
+bool run(Element element, Args& args, int taps, int parts, void* stream) {
   const int64_t rows = ceil_div(args.rows, SHAPE::kBlockM), columns = ceil_div(args.columns, SHAPE::kBlockN) * taps;
   if (rows * columns * TileGrid::kBand >= int64_t{1} << 31) return false;
   args.grid = {static_cast<int>(rows), static_cast<int>(columns)};
-  launch("conv2d_sm90_kernel", conv2d_sm90_kernel<SHAPE, PASS>,
-         dim3(static_cast<unsigned>(rows * columns), static_cast<unsigned>(parts)), dim3(SHAPE::kThreads),
-         SHAPE::kSharedBytes, stream, false, args);
+  with_16_bit_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch("conv2d_sm90_kernel", conv2d_sm90_kernel<T, SHAPE, PASS>,
+           dim3(static_cast<unsigned>(rows * columns), static_cast<unsigned>(parts)), dim3(SHAPE::kThreads),
+           SHAPE::kSharedBytes, stream, false, args);
+  });
   return true;
 }
 
@@ -205,17 +210,17 @@ int width_of(int64_t rows, int64_t columns, int64_t times) {
 }
 
 template <Pass PASS>
-bool run_pixels(Args& args, const ConvTensor& x, const ConvTensor& w, const ConvGeometry& g, int height, int width,
-                int64_t channels, void* stream) {
+bool run_pixels(Element element, Args& args, const ConvTensor& x, const ConvTensor& w, const ConvGeometry& g,
+                int height, int width, int64_t channels, void* stream) {
   const int tile = width_of(args.rows, args.columns, 1);
   if (tile == 0 || !is_dense(x, channels, height, width) || !is_dense(w, g.c, g.r, g.s)) return false;
   if (!make_window_map(args.a, x, args.window, g.n, channels, height, width, 128)) return false;
   if (!make_weight_map(args.b, w, g, kBFirst<PASS> ? 64 : tile)) return false;
   args.channel_blocks = static_cast<int>(ceil_div(channels, 64));
   args.steps = args.window.taps * args.channel_blocks;
-  return tile == 64    ? run<Slim, PASS>(args, 1, 1, stream)
-         : tile == 128 ? run<Narrow, PASS>(args, 1, 1, stream)
-                       : run<Wide, PASS>(args, 1, 1, stream);
+  return tile == 64    ? run<Slim, PASS>(element, args, 1, 1, stream)
+         : tile == 128 ? run<Narrow, PASS>(element, args, 1, 1, stream)
+                       : run<Wide, PASS>(element, args, 1, 1, stream);
 }
 
 void set_result(Args& args, const ConvResult& y, int height, int width) {
@@ -226,40 +231,40 @@ void set_result(Args& args, const ConvResult& y, int height, int width) {
 
 }  // namespace
 
-bool conv2d_forward_sm90(ConvElement element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w,
+bool conv2d_forward_sm90(Element element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w,
                          const void* bias, const void* residual, int activation, const ConvResult& y, void* stream) {
-  if (!fits(element, g) || !runs_on_hopper(conv2d_sm90_kernel<Narrow, Pass::forward>)) return false;
+  if (!fits(element, g) || !runs_on_hopper(conv2d_sm90_kernel<bf16, Narrow, Pass::forward>)) return false;
   Args args{};
   args.window = window_of(g);
   args.rows = static_cast<unsigned>(g.n * g.p * g.q), args.columns = static_cast<unsigned>(g.k);
-  args.bias = static_cast<const bf16*>(bias), args.residual = static_cast<const bf16*>(residual);
+  args.bias = bias, args.residual = residual;
   args.activation = activation;
   set_result(args, y, g.p, g.q);
-  return run_pixels<Pass::forward>(args, x, w, g, g.h, g.w, g.c, stream);
+  return run_pixels<Pass::forward>(element, args, x, w, g, g.h, g.w, g.c, stream);
 }
 
 // An input pixel meets tap r at output row h + pad - r * dilation: a forward pass over grad_output that goes through the
 // taps backwards.
-bool conv2d_backward_input_sm90(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
+bool conv2d_backward_input_sm90(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& w,
                                 const void* bias, const ConvResult& dx, void* stream) {
   if (!fits(element, g) || g.stride_h != 1 || g.stride_w != 1) return false;
-  if (!runs_on_hopper(conv2d_sm90_kernel<Narrow, Pass::backward_input>)) return false;
+  if (!runs_on_hopper(conv2d_sm90_kernel<bf16, Narrow, Pass::backward_input>)) return false;
   Args args{};
   args.window = window_of(g);
   args.window.height = g.h, args.window.width = g.w;
   args.window.first_h = g.pad_h - (g.r - 1) * g.dilation_h, args.window.first_w = g.pad_w - (g.s - 1) * g.dilation_w;
   args.rows = static_cast<unsigned>(g.n * g.h * g.w), args.columns = static_cast<unsigned>(g.c);
-  args.bias = static_cast<const bf16*>(bias);
+  args.bias = bias;
   set_result(args, dx, g.h, g.w);
-  return run_pixels<Pass::backward_input>(args, dy, w, g, g.p, g.q, g.k, stream);
+  return run_pixels<Pass::backward_input>(element, args, dy, w, g, g.p, g.q, g.k, stream);
 }
 
-int64_t conv2d_weight_tiles_sm90(ConvElement element, const ConvGeometry& g) {
-  if (!fits(element, g) || !runs_on_hopper(conv2d_sm90_kernel<Narrow, Pass::backward_weight>)) return 0;
+int64_t conv2d_weight_tiles_sm90(Element element, const ConvGeometry& g) {
+  if (!fits(element, g) || !runs_on_hopper(conv2d_sm90_kernel<bf16, Narrow, Pass::backward_weight>)) return 0;
   return ceil_div(g.k, 128) * ceil_div(g.c, g.c <= 64 ? 64 : 128) * g.r * g.s;
 }
 
-bool conv2d_backward_weight_sm90(ConvElement element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
+bool conv2d_backward_weight_sm90(Element element, const ConvGeometry& g, const ConvTensor& dy, const ConvTensor& x,
                                  float* parts, int count, int64_t length, const ConvResult& dw, void* stream) {
   if (conv2d_weight_tiles_sm90(element, g) == 0 || !is_dense(dy, g.k, g.p, g.q) || !is_dense(x, g.c, g.h, g.w))
     return false;
@@ -277,9 +282,9 @@ bool conv2d_backward_weight_sm90(ConvElement element, const ConvGeometry& g, con
   const int64_t size[3] = {g.k, args.pixels, 1}, stride[2] = {g.k, 0};
   if (!make_tiled_map(args.a, dy.data, 2, size, stride, 64)) return false;
   if (!make_window_map(args.b, x, args.window, g.n, g.c, g.h, g.w, 64)) return false;
-  return tile == 64    ? run<Slim, Pass::backward_weight>(args, taps, count, stream)
-         : tile == 128 ? run<Narrow, Pass::backward_weight>(args, taps, count, stream)
-                       : run<Wide, Pass::backward_weight>(args, taps, count, stream);
+  return tile == 64    ? run<Slim, Pass::backward_weight>(element, args, taps, count, stream)
+         : tile == 128 ? run<Narrow, Pass::backward_weight>(element, args, taps, count, stream)
+                       : run<Wide, Pass::backward_weight>(element, args, taps, count, stream);
 }
 
 }  // namespace dlkern::cuda

@@ -3,6 +3,8 @@
 
 namespace dlkern::cuda {
 
-enum class Element { float32, bfloat16, float16 };
+// tf32: float32, of which products may round their operands to TF32 (10 bits of fraction). Products alone know it.
+enum class Element { float32, bfloat16, float16, tf32 };
+constexpr bool is_16_bit(Element element) { return element == Element::bfloat16 || element == Element::float16; }
 
 }  // namespace dlkern::cuda

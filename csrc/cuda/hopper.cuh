@@ -207,32 +207,47 @@ DLKERN_DEVICE void wgmma_wait_all(float (&c)[N]) {
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
       "+f"(c[i + 7])
 #define DLKERN_C32(i) DLKERN_C8(i), DLKERN_C8(i + 8), DLKERN_C8(i + 16), DLKERN_C8(i + 24)
-#define DLKERN_WGMMA(n, registers, a, b, p, ta, tb)                                       \
-  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
-  "k16.f32.bf16.bf16 {" registers "}, " a ", " b ", adds, 1, 1, " ta ", " tb ";\n}"
+#define DLKERN_WGMMA(type, n, registers, a, b, p, ta, tb)                                                          \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
+  " {" registers "}, " a ", " b ", adds, 1, 1, " ta ", " tb ";\n}"
 #endif
 
-// c[64][2 N] (+)= a[64][16] b[16][2 N], asynchronously; an operand FIRST lies k first. Without `adds`, c is overwritten.
+// c[64][2 N] (+)= a[64][16] b[16][2 N], bfloat16 or float16 (T), asynchronously; an operand FIRST lies k first. Without
+// `adds`, c is overwritten.
 // With w, g and t a thread's warp, lane / 4 and lane % 4: c[4 j + 2 i + e] is row 16 w + 8 i + g, column 8 j + 2 t + e.
-template <bool A_FIRST, bool B_FIRST, int N>
-DLKERN_DEVICE void wgmma_bf16(float (&c)[N], uint64_t a, uint64_t b, bool adds) {
+template <class T, bool A_FIRST, bool B_FIRST, int N>
+DLKERN_DEVICE void wgmma(float (&c)[N], uint64_t a, uint64_t b, bool adds) {
+  constexpr bool kHalf = std::is_same_v<T, fp16>;
+  static_assert(kHalf || std::is_same_v<T, bf16>);
   static_assert(N == 32 || N == 64 || N == 128);
 #ifdef __CUDACC__
-  if constexpr (N == 32) {
-    asm volatile(DLKERN_WGMMA("64", DLKERN_REGISTERS_32, "%32", "%33", "%34", "%35", "%36")
-                 : DLKERN_C32(0)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST));
-  } else if constexpr (N == 64) {
-    asm volatile(DLKERN_WGMMA("128", DLKERN_REGISTERS_64, "%64", "%65", "%66", "%67", "%68")
-                 : DLKERN_C32(0), DLKERN_C32(32)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST));
-  } else {
-    asm volatile(DLKERN_WGMMA("256", DLKERN_REGISTERS_128, "%128", "%129", "%130", "%131", "%132")
-                 : DLKERN_C32(0), DLKERN_C32(32), DLKERN_C32(64), DLKERN_C32(96)
-                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST));
-  }
+#define DLKERN_INPUTS "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(A_FIRST), "n"(B_FIRST)
+#define DLKERN_WGMMA_64(type)                                                                   \
+  asm volatile(DLKERN_WGMMA(type, "64", DLKERN_REGISTERS_32, "%32", "%33", "%34", "%35", "%36") \
+               : DLKERN_C32(0)                                                                  \
+               : DLKERN_INPUTS)
+#define DLKERN_WGMMA_128(type)                                                                   \
+  asm volatile(DLKERN_WGMMA(type, "128", DLKERN_REGISTERS_64, "%64", "%65", "%66", "%67", "%68") \
+               : DLKERN_C32(0), DLKERN_C32(32)                                                   \
+               : DLKERN_INPUTS)
+#define DLKERN_WGMMA_256(type)                                                                         \
+  asm volatile(DLKERN_WGMMA(type, "256", DLKERN_REGISTERS_128, "%128", "%129", "%130", "%131", "%132") \
+               : DLKERN_C32(0), DLKERN_C32(32), DLKERN_C32(64), DLKERN_C32(96)                         \
+               : DLKERN_INPUTS)
+  if constexpr (N == 32 && kHalf)
+    DLKERN_WGMMA_64("f16");
+  else if constexpr (N == 32)
+    DLKERN_WGMMA_64("bf16");
+  else if constexpr (N == 64 && kHalf)
+    DLKERN_WGMMA_128("f16");
+  else if constexpr (N == 64)
+    DLKERN_WGMMA_128("bf16");
+  else if constexpr (kHalf)
+    DLKERN_WGMMA_256("f16");
+  else
+    DLKERN_WGMMA_256("bf16");
 #else
-  ::cuda_on_host::wgmma_bf16(c, 2 * N, a, b, A_FIRST, B_FIRST, adds);
+  ::cuda_on_host::wgmma(c, 2 * N, a, b, A_FIRST, B_FIRST, adds, kHalf);
 #endif
 }
 
@@ -298,8 +313,9 @@ Function* driver_function(const char* name) {
 
 constexpr int kMapRow = 64;  // elements of a box's row: 128 bytes
 
-// Makes the map of a bfloat16 tensor of `rank` dimensions, the first one without gaps, strides in elements (from the
-// second dimension on), to be copied in boxes of kMapRow x box_rows x 1. False where the hardware takes no such tensor.
+// Makes the map of a tensor of 16-bit elements (which ones is all the same: copies add zeros alone) of `rank` dimensions,
+// the first one without gaps, strides in elements (from the second dimension on), to be copied in boxes of
+// kMapRow x box_rows x 1. False where the hardware takes no such tensor.
 inline bool make_tiled_map(TensorMap& map, const void* data, int rank, const int64_t (&size)[3],
                            const int64_t (&stride)[2], int box_rows) {
 #ifdef __CUDACC__

@@ -1,7 +1,7 @@
-// linear and its gradients in bfloat16 on the tensor cores (mma.sync, sm_80 and newer), float sums.
+// linear and its gradients in bfloat16 and float16 on the tensor cores (mma.sync, sm_80 and newer), float sums.
 // One block makes one tile of the result over the whole sum, so every result has one fixed order of additions: no
 // split, no atomics. Bias and activation are applied, and the bias gradient summed up, on the way: no extra pass.
-// Floor: 2 * rows * in_features * out_features operations at the tensor cores' bf16 rate.
+// Floor: 2 * rows * in_features * out_features operations at the tensor cores' rate.
 #include "linear.h"
 
 #include <type_traits>
@@ -29,27 +29,28 @@ DLKERN_DEVICE int64_t tile_column() {
 
 // ---- Kernels ----
 
+template <class T>
 struct LinearArgs {
-  const bf16 *left, *right, *bias;
-  bf16 *result, *grad_bias;
+  const T *left, *right, *bias;
+  T *result, *grad_bias;
   int64_t rows, in_features, out_features;
   int activation;
 };
 
-template <class SHAPE, bool ALIGNED>
+template <class T, class SHAPE, bool ALIGNED>
 struct Forward {
-  using A = Operand<SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
-  using B = Operand<SHAPE::kBlockN, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
+  using A = Operand<T, SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
+  using B = Operand<T, SHAPE::kBlockN, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
 };
 
-template <class SHAPE, bool ALIGNED>
-__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_forward_kernel(LinearArgs args) {
-  using Operands = Forward<SHAPE, ALIGNED>;
+template <class T, class SHAPE, bool ALIGNED>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_forward_kernel(LinearArgs<T> args) {
+  using Operands = Forward<T, SHAPE, ALIGNED>;
   DLKERN_DYNAMIC_SHARED(shared);
   Accumulator<SHAPE> sum;
   mma_tile<SHAPE>(sum, typename Operands::A{args.left, args.rows, args.in_features},
                   typename Operands::B{args.right, args.out_features, args.in_features}, tile_row<SHAPE>(),
-                  tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [](const bf16*) {});
+                  tile_column<SHAPE>(), reinterpret_cast<T*>(shared), [](const T*) {});
   sum.for_each_pair([&](int r, int c, float first, float second) {
     const int64_t row = tile_row<SHAPE>() + r, column = tile_column<SHAPE>() + c;
     if (args.bias) {
@@ -61,35 +62,36 @@ __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_forwar
   });
 }
 
-template <class SHAPE, bool ALIGNED>
+template <class T, class SHAPE, bool ALIGNED>
 struct BackwardInput {
-  using A = Operand<SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;   // grad_output [rows, out_features]
-  using B = Operand<SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
+  using A = Operand<T, SHAPE::kBlockM, Stored::k_last, ALIGNED, SHAPE::kThreads>;  // grad_output [rows, out_features]
+  using B =
+      Operand<T, SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // weight [out_features, in_features]
 };
 
-template <class SHAPE, bool ALIGNED>
-__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backward_input_kernel(LinearArgs args) {
-  using Operands = BackwardInput<SHAPE, ALIGNED>;
+template <class T, class SHAPE, bool ALIGNED>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backward_input_kernel(LinearArgs<T> args) {
+  using Operands = BackwardInput<T, SHAPE, ALIGNED>;
   DLKERN_DYNAMIC_SHARED(shared);
   Accumulator<SHAPE> sum;
   mma_tile<SHAPE>(sum, typename Operands::A{args.left, args.rows, args.out_features},
                   typename Operands::B{args.right, args.in_features, args.out_features}, tile_row<SHAPE>(),
-                  tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [](const bf16*) {});
+                  tile_column<SHAPE>(), reinterpret_cast<T*>(shared), [](const T*) {});
   sum.for_each_pair([&](int r, int c, float first, float second) {
     store_pair(args.result, args.rows, args.in_features, tile_row<SHAPE>() + r, tile_column<SHAPE>() + c, first,
                second);
   });
 }
 
-template <class SHAPE, bool ALIGNED>
+template <class T, class SHAPE, bool ALIGNED>
 struct BackwardWeight {
-  using A = Operand<SHAPE::kBlockM, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // grad_output [rows, out_features]
-  using B = Operand<SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
+  using A = Operand<T, SHAPE::kBlockM, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // grad_output [rows, out_features]
+  using B = Operand<T, SHAPE::kBlockN, Stored::k_first, ALIGNED, SHAPE::kThreads>;  // input [rows, in_features]
 };
 
-template <class SHAPE, bool ALIGNED>
-__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backward_weight_kernel(LinearArgs args) {
-  using Operands = BackwardWeight<SHAPE, ALIGNED>;
+template <class T, class SHAPE, bool ALIGNED>
+__global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backward_weight_kernel(LinearArgs<T> args) {
+  using Operands = BackwardWeight<T, SHAPE, ALIGNED>;
   DLKERN_DYNAMIC_SHARED(shared);
   Accumulator<SHAPE> sum;
   // The first column of blocks has all of grad_output pass through shared memory: a thread a column adds it up.
@@ -98,14 +100,14 @@ __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kBlocks) linear_backwa
   float bias = 0.0f;
   mma_tile<SHAPE>(sum, typename Operands::A{args.left, args.out_features, args.rows},
                   typename Operands::B{args.right, args.in_features, args.rows}, tile_row<SHAPE>(),
-                  tile_column<SHAPE>(), reinterpret_cast<bf16*>(shared), [&](const bf16* grad_output_tile) {
+                  tile_column<SHAPE>(), reinterpret_cast<T*>(shared), [&](const T* grad_output_tile) {
                     if (!sums_bias) return;
 #pragma unroll 8
-                    for (int k = 0; k < kBlockK; k++)
+                    for (int k = 0; k < kBlockK<T>; k++)
                       bias += to_float(grad_output_tile[k * Operands::A::TileType::kStride + column_of_bias]);
                   });
   if (sums_bias && tile_row<SHAPE>() + column_of_bias < args.out_features)
-    args.grad_bias[tile_row<SHAPE>() + column_of_bias] = from_float<bf16>(bias);
+    args.grad_bias[tile_row<SHAPE>() + column_of_bias] = from_float<T>(bias);
   sum.for_each_pair([&](int r, int c, float first, float second) {
     store_pair(args.result, args.out_features, args.in_features, tile_row<SHAPE>() + r, tile_column<SHAPE>() + c, first,
                second);
@@ -138,10 +140,10 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 
 bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <template <class, bool> class OPERANDS, class SHAPE, bool ALIGNED>
-void launch_tiles(const char* name, void (*kernel)(LinearArgs), int64_t rows, int64_t columns, const LinearArgs& args,
-                  void* stream) {
-  using Operands = OPERANDS<SHAPE, ALIGNED>;
+template <template <class, class, bool> class OPERANDS, class SHAPE, bool ALIGNED, class T>
+void launch_tiles(const char* name, void (*kernel)(LinearArgs<T>), int64_t rows, int64_t columns,
+                  const LinearArgs<T>& args, void* stream) {
+  using Operands = OPERANDS<T, SHAPE, ALIGNED>;
   // One column of blocks at least: a weight without columns still has a bias gradient.
   const int64_t tiles = columns == 0 ? 1 : ceil_div(columns, SHAPE::kBlockN);
   const dim3 grid(static_cast<unsigned>(ceil_div(rows, SHAPE::kBlockM)), static_cast<unsigned>(tiles));
@@ -158,78 +160,87 @@ bool enough_for_large(int64_t rows, int64_t columns) {
 
 }  // namespace
 
-#define DLKERN_LAUNCH_LINEAR(kernel, OPERANDS, rows, columns, is_aligned)                                         \
-  do {                                                                                                            \
-    if (!(is_aligned))                                                                                            \
-      launch_tiles<OPERANDS, SmallShape, false>(#kernel, kernel<SmallShape, false>, rows, columns, args, stream); \
-    else if (enough_for_large(rows, columns))                                                                     \
-      launch_tiles<OPERANDS, LargeShape, true>(#kernel, kernel<LargeShape, true>, rows, columns, args, stream);   \
-    else                                                                                                          \
-      launch_tiles<OPERANDS, SmallShape, true>(#kernel, kernel<SmallShape, true>, rows, columns, args, stream);   \
+// Calls kernel<T, SHAPE, ALIGNED> with the arguments; T is the type that `type` points to.
+#define DLKERN_LAUNCH_LINEAR(kernel, OPERANDS, rows, columns, is_aligned)                                            \
+  do {                                                                                                               \
+    if (!(is_aligned))                                                                                               \
+      launch_tiles<OPERANDS, SmallShape, false>(#kernel, kernel<T, SmallShape, false>, rows, columns, args, stream); \
+    else if (enough_for_large(rows, columns))                                                                        \
+      launch_tiles<OPERANDS, LargeShape, true>(#kernel, kernel<T, LargeShape, true>, rows, columns, args, stream);   \
+    else                                                                                                             \
+      launch_tiles<OPERANDS, SmallShape, true>(#kernel, kernel<T, SmallShape, true>, rows, columns, args, stream);   \
   } while (0)
 
-void linear_forward(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
-                    int64_t in_features, int64_t out_features, int activation, void* stream) {
-  if (linear_forward_sm90(input, weight, bias, output, rows, in_features, out_features, activation, stream)) return;
-  const LinearArgs args{static_cast<const bf16*>(input),
-                        static_cast<const bf16*>(weight),
-                        static_cast<const bf16*>(bias),
-                        static_cast<bf16*>(output),
-                        nullptr,
-                        rows,
-                        in_features,
-                        out_features,
-                        activation};
-  const bool aligned = aligned16(input) && aligned16(weight) && in_features % 8 == 0;
-  DLKERN_LAUNCH_LINEAR(linear_forward_kernel, Forward, rows, out_features, aligned);
-}
-
-void linear_backward_input(const void* grad_output, const void* weight, void* grad_input, int64_t rows,
-                           int64_t in_features, int64_t out_features, void* stream) {
-  if (linear_backward_input_sm90(grad_output, weight, grad_input, rows, in_features, out_features, stream)) return;
-  const LinearArgs args{static_cast<const bf16*>(grad_output),
-                        static_cast<const bf16*>(weight),
-                        nullptr,
-                        static_cast<bf16*>(grad_input),
-                        nullptr,
-                        rows,
-                        in_features,
-                        out_features,
-                        0};
-  const bool aligned = aligned16(grad_output) && aligned16(weight) && in_features % 8 == 0 && out_features % 8 == 0;
-  DLKERN_LAUNCH_LINEAR(linear_backward_input_kernel, BackwardInput, rows, in_features, aligned);
-}
-
-void linear_backward_weight(const void* grad_output, const void* input, void* grad_weight, void* grad_bias,
-                            int64_t rows, int64_t in_features, int64_t out_features, void* stream) {
-  if (linear_backward_weight_sm90(grad_output, input, grad_weight, grad_bias, rows, in_features, out_features, stream))
+void linear_forward(Element element, const void* input, const void* weight, const void* bias, void* output,
+                    int64_t rows, int64_t in_features, int64_t out_features, int activation, void* stream) {
+  if (linear_forward_sm90(element, input, weight, bias, output, rows, in_features, out_features, activation, stream))
     return;
-  const LinearArgs args{static_cast<const bf16*>(grad_output),
-                        static_cast<const bf16*>(input),
-                        nullptr,
-                        static_cast<bf16*>(grad_weight),
-                        static_cast<bf16*>(grad_bias),
-                        rows,
-                        in_features,
-                        out_features,
-                        0};
-  const bool aligned = aligned16(grad_output) && aligned16(input) && in_features % 8 == 0 && out_features % 8 == 0;
-  DLKERN_LAUNCH_LINEAR(linear_backward_weight_kernel, BackwardWeight, out_features, in_features, aligned);
+  const bool aligned = aligned16(input) && aligned16(weight) && in_features % 8 == 0;
+  with_16_bit_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const LinearArgs<T> args{static_cast<const T*>(input),
+                             static_cast<const T*>(weight),
+                             static_cast<const T*>(bias),
+                             static_cast<T*>(output),
+                             nullptr,
+                             rows,
+                             in_features,
+                             out_features,
+                             activation};
+    DLKERN_LAUNCH_LINEAR(linear_forward_kernel, Forward, rows, out_features, aligned);
+  });
 }
 
-void activation_backward(bool is_float, const void* grad_output, const void* output, void* grad_input, int64_t count,
+void linear_backward_input(Element element, const void* grad_output, const void* weight, void* grad_input, int64_t rows,
+                           int64_t in_features, int64_t out_features, void* stream) {
+  if (linear_backward_input_sm90(element, grad_output, weight, grad_input, rows, in_features, out_features, stream))
+    return;
+  const bool aligned = aligned16(grad_output) && aligned16(weight) && in_features % 8 == 0 && out_features % 8 == 0;
+  with_16_bit_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const LinearArgs<T> args{static_cast<const T*>(grad_output),
+                             static_cast<const T*>(weight),
+                             nullptr,
+                             static_cast<T*>(grad_input),
+                             nullptr,
+                             rows,
+                             in_features,
+                             out_features,
+                             0};
+    DLKERN_LAUNCH_LINEAR(linear_backward_input_kernel, BackwardInput, rows, in_features, aligned);
+  });
+}
+
+void linear_backward_weight(Element element, const void* grad_output, const void* input, void* grad_weight,
+                            void* grad_bias, int64_t rows, int64_t in_features, int64_t out_features, void* stream) {
+  if (linear_backward_weight_sm90(element, grad_output, input, grad_weight, grad_bias, rows, in_features, out_features,
+                                  stream))
+    return;
+  const bool aligned = aligned16(grad_output) && aligned16(input) && in_features % 8 == 0 && out_features % 8 == 0;
+  with_16_bit_type(element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const LinearArgs<T> args{static_cast<const T*>(grad_output),
+                             static_cast<const T*>(input),
+                             nullptr,
+                             static_cast<T*>(grad_weight),
+                             static_cast<T*>(grad_bias),
+                             rows,
+                             in_features,
+                             out_features,
+                             0};
+    DLKERN_LAUNCH_LINEAR(linear_backward_weight_kernel, BackwardWeight, out_features, in_features, aligned);
+  });
+}
+
+void activation_backward(Element element, const void* grad_output, const void* output, void* grad_input, int64_t count,
                          int activation, void* stream) {
-  const auto run = [&](auto* type) {
+  with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const dim3 grid(static_cast<unsigned>(ceil_div(count, kElementwiseThreads * 16 / static_cast<int>(sizeof(T)))));
     DLKERN_LAUNCH(activation_backward_kernel<T>, grid, dim3(kElementwiseThreads), 0, stream,
                   static_cast<const T*>(grad_output), static_cast<const T*>(output), static_cast<T*>(grad_input), count,
                   activation);
-  };
-  if (is_float)
-    run(static_cast<float*>(nullptr));
-  else
-    run(static_cast<bf16*>(nullptr));
+  });
 }
 
 }  // namespace dlkern::cuda

@@ -1,13 +1,15 @@
-// A block's tile of C[m][n] = sum over k of A(m, k) B(n, k), bfloat16 operands, float sums: cp.async fills a ring of
-// STAGES tiles ahead of the tensor cores (ldmatrix, mma.sync m16n8k16), one barrier a step of 32.
-// Either operand may be stored with k last ([outer, k]) or k first ([k, outer]); ldmatrix transposes the latter.
+// A block's tile of C[m][n] = sum over k of A(m, k) B(n, k), bfloat16 or float16 operands (T), float sums: cp.async fills
+// a ring of STAGES tiles ahead of the tensor cores (ldmatrix, mma.sync m16n8k16), one barrier a step of 32.
+// Either operand may be stored with k last ([outer, k]) or k first ([k, outer]); ldmatrix transposes the latter. Floats,
+// k first, are rounded to TF32 on the way from shared memory (mma.sync m16n8k8, steps of 16).
 #pragma once
 #include "ptx.cuh"
 #include "tile_load.cuh"
 
 namespace dlkern::cuda {
 
-constexpr int kBlockK = 32;
+template <class T>
+constexpr int kBlockK = 64 / sizeof(T);
 
 // BLOCK_M x BLOCK_N of C by WARPS_M x WARPS_N warps.
 template <int BLOCK_M, int BLOCK_N, int WARPS_M, int WARPS_N, int STAGES>
@@ -23,16 +25,18 @@ struct MmaShape {
 enum class Stored { k_last, k_first };
 
 // An operand's tile in shared memory, of OUTER rows of C (or columns, for B), and its fragments.
-template <int OUTER, Stored STORED>
+template <class T, int OUTER, Stored STORED>
 struct Staged {
+  using Element = T;
   static constexpr bool kLast = STORED == Stored::k_last;
-  using TileType = Tile<kLast ? OUTER : kBlockK, kLast ? kBlockK : OUTER>;
+  static constexpr int kStepK = 16;
+  using TileType = Tile<kLast ? OUTER : kBlockK<T>, kLast ? kBlockK<T> : OUTER>;
 
   // The address that a lane passes to ldmatrix for the 16 x 16 fragment at (outer_start, k_start); matrices 0..3 of
   // the fragment are ordered by `second`: the second 8 of "outer" first (A), or the second 8 of k first (B).
   enum class Second { outer, k };
   template <Second SECOND>
-  static DLKERN_DEVICE void fragment(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
+  static DLKERN_DEVICE void fragment(uint32_t (&out)[4], const T* tile, int outer_start, int k_start) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;  // of matrices 1 and 3; of matrices 2 and 3
     const int o = outer_start + (SECOND == Second::outer ? low : high);
@@ -42,26 +46,54 @@ struct Staged {
     else
       ldmatrix_x4_transposed(out, tile + (k_at + lane % 8) * TileType::kStride + o);
   }
-  static DLKERN_DEVICE void a_fragment(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
+  static DLKERN_DEVICE void a_fragment(uint32_t (&out)[4], const T* tile, int outer_start, int k_start) {
     fragment<Second::outer>(out, tile, outer_start, k_start);
   }
   // Two B fragments: out[0..1] for columns outer_start.., out[2..3] for the next 8.
-  static DLKERN_DEVICE void b_fragments(uint32_t (&out)[4], const bf16* tile, int outer_start, int k_start) {
+  static DLKERN_DEVICE void b_fragments(uint32_t (&out)[4], const T* tile, int outer_start, int k_start) {
     fragment<Second::k>(out, tile, outer_start, k_start);
   }
 };
 
-// An operand that lies in memory as a matrix.
-template <int OUTER, Stored STORED, bool ALIGNED, int THREADS>
-struct Operand : Staged<OUTER, STORED> {
-  using TileType = typename Staged<OUTER, STORED>::TileType;
+template <int OUTER>
+struct Staged<float, OUTER, Stored::k_first> {
+  using Element = float;
+  static constexpr int kStepK = 8;
+  using TileType = Tile<kBlockK<float>, OUTER>;
 
-  const bf16* matrix;
+  // The words of a lane: k of lane % 4, then 4 further; of each outer element lane / 4, and 8 further.
+  static DLKERN_DEVICE void words(uint32_t (&out)[2][2], const float* tile, int outer_start, int k_start) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float* at = tile + (k_start + lane % 4) * TileType::kStride + outer_start + lane / 4;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+#pragma unroll
+      for (int o = 0; o < 2; o++) out[k][o] = to_tf32(at[4 * k * TileType::kStride + 8 * o]);
+    }
+  }
+  static DLKERN_DEVICE void a_fragment(uint32_t (&out)[4], const float* tile, int outer_start, int k_start) {
+    uint32_t word[2][2];
+    words(word, tile, outer_start, k_start);
+    out[0] = word[0][0], out[1] = word[0][1], out[2] = word[1][0], out[3] = word[1][1];
+  }
+  static DLKERN_DEVICE void b_fragments(uint32_t (&out)[4], const float* tile, int outer_start, int k_start) {
+    uint32_t word[2][2];
+    words(word, tile, outer_start, k_start);
+    out[0] = word[0][0], out[1] = word[1][0], out[2] = word[0][1], out[3] = word[1][1];
+  }
+};
+
+// An operand that lies in memory as a matrix.
+template <class T, int OUTER, Stored STORED, bool ALIGNED, int THREADS>
+struct Operand : Staged<T, OUTER, STORED> {
+  using TileType = typename Staged<T, OUTER, STORED>::TileType;
+
+  const T* matrix;
   int64_t outer, k;  // sizes
 
-  DLKERN_DEVICE Operand(const bf16* m, int64_t outer_size, int64_t k_size) : matrix(m), outer(outer_size), k(k_size) {}
+  DLKERN_DEVICE Operand(const T* m, int64_t outer_size, int64_t k_size) : matrix(m), outer(outer_size), k(k_size) {}
 
-  DLKERN_DEVICE void load(bf16* tile, int64_t outer_start, int64_t k_start) const {
+  DLKERN_DEVICE void load(T* tile, int64_t outer_start, int64_t k_start) const {
     if (STORED == Stored::k_last)
       load_tile<TileType, THREADS, ALIGNED>(tile, matrix, outer, k, outer_start, k_start);
     else
@@ -71,7 +103,8 @@ struct Operand : Staged<OUTER, STORED> {
 
 template <class SHAPE, class A, class B>
 constexpr int mma_shared_bytes() {
-  return SHAPE::kStages * (A::TileType::kElements + B::TileType::kElements) * static_cast<int>(sizeof(bf16));
+  return SHAPE::kStages * (A::TileType::kElements + B::TileType::kElements) *
+         static_cast<int>(sizeof(typename A::Element));
 }
 
 // A warp's part of C: 16 x 8 pieces, four values a lane in each.
@@ -101,15 +134,17 @@ struct Accumulator {
 // every thread also calls visit(A's tile in shared memory), between the barriers that guard it.
 template <class SHAPE, class A, class B, class Visit>
 DLKERN_DEVICE void mma_tile(Accumulator<SHAPE>& sum, const A& a, const B& b, int64_t m_start, int64_t n_start,
-                            bf16* shared, Visit&& visit) {
+                            typename A::Element* shared, Visit&& visit) {
+  using T = typename A::Element;
+  constexpr int kStepK = A::kStepK;
   constexpr int kStageElements = A::TileType::kElements + B::TileType::kElements;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_m = warp / SHAPE::kWarpsN * SHAPE::kWarpM, warp_n = warp % SHAPE::kWarpsN * SHAPE::kWarpN;
-  const int steps = static_cast<int>(ceil_div(a.k, kBlockK));
+  const int steps = static_cast<int>(ceil_div(a.k, kBlockK<T>));
   const auto load = [&](int step) {
-    bf16* tile = shared + step % SHAPE::kStages * kStageElements;
-    a.load(tile, m_start, static_cast<int64_t>(step) * kBlockK);
-    b.load(tile + A::TileType::kElements, n_start, static_cast<int64_t>(step) * kBlockK);
+    T* tile = shared + step % SHAPE::kStages * kStageElements;
+    a.load(tile, m_start, static_cast<int64_t>(step) * kBlockK<T>);
+    b.load(tile + A::TileType::kElements, n_start, static_cast<int64_t>(step) * kBlockK<T>);
   };
 
 #pragma unroll
@@ -122,11 +157,11 @@ DLKERN_DEVICE void mma_tile(Accumulator<SHAPE>& sum, const A& a, const B& b, int
     __syncthreads();  // this step's tile is there, and everybody is done with the one that is loaded over next
     if (step + SHAPE::kStages - 1 < steps) load(step + SHAPE::kStages - 1);
     cp_async_commit();
-    const bf16* a_tile = shared + step % SHAPE::kStages * kStageElements;
-    const bf16* b_tile = a_tile + A::TileType::kElements;
+    const T* a_tile = shared + step % SHAPE::kStages * kStageElements;
+    const T* b_tile = a_tile + A::TileType::kElements;
     visit(a_tile);
 #pragma unroll
-    for (int k = 0; k < kBlockK; k += 16) {
+    for (int k = 0; k < kBlockK<T>; k += kStepK) {
       uint32_t a_part[Accumulator<SHAPE>::kRows][4], b_part[Accumulator<SHAPE>::kColumns / 2][4];
 #pragma unroll
       for (int i = 0; i < Accumulator<SHAPE>::kRows; i++) A::a_fragment(a_part[i], a_tile, warp_m + 16 * i, k);
@@ -135,8 +170,13 @@ DLKERN_DEVICE void mma_tile(Accumulator<SHAPE>& sum, const A& a, const B& b, int
 #pragma unroll
       for (int i = 0; i < Accumulator<SHAPE>::kRows; i++) {
 #pragma unroll
-        for (int j = 0; j < Accumulator<SHAPE>::kColumns; j++)
-          mma_bf16_16x8x16(sum.value[i][j], a_part[i], b_part[j / 2][j % 2 * 2], b_part[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < Accumulator<SHAPE>::kColumns; j++) {
+          const uint32_t b0 = b_part[j / 2][j % 2 * 2], b1 = b_part[j / 2][j % 2 * 2 + 1];
+          if constexpr (std::is_same_v<T, float>)
+            mma_tf32_16x8x8(sum.value[i][j], a_part[i], b0, b1);
+          else
+            mma_16x8x16<T>(sum.value[i][j], a_part[i], b0, b1);
+        }
       }
     }
   }

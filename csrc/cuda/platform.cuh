@@ -56,7 +56,14 @@ DLKERN_DEVICE fp16 from_float<fp16>(float value) {
 // Calls f(T*).
 template <class F>
 void with_type(Element element, F&& f) {
-  if (element == Element::float32) f(static_cast<float*>(nullptr));
+  if (element == Element::float32 || element == Element::tf32) f(static_cast<float*>(nullptr));
+  if (element == Element::bfloat16) f(static_cast<bf16*>(nullptr));
+  if (element == Element::float16) f(static_cast<fp16*>(nullptr));
+}
+
+// The same of a type of 16 bits.
+template <class F>
+void with_16_bit_type(Element element, F&& f) {
   if (element == Element::bfloat16) f(static_cast<bf16*>(nullptr));
   if (element == Element::float16) f(static_cast<fp16*>(nullptr));
 }

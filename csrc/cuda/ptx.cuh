@@ -2,6 +2,8 @@
 // Kernels hold neither PTX nor host branches. Each function has a case in conformance.cu, which holds the twins
 // against the hardware.
 #pragma once
+#include <type_traits>
+
 #include "platform.cuh"
 
 namespace dlkern::cuda {
@@ -75,18 +77,51 @@ DLKERN_DEVICE void ldmatrix_x4_transposed(uint32_t (&fragment)[4], const void* r
 #endif
 }
 
-// c[16][8] += a[16][16] b[16][8] over a warp, bfloat16 with float sums. With g = lane / 4 and t = lane % 4, a lane
-// holds a: rows g, g + 8 of columns 2t.., then of 2t + 8..; b: rows 2t.., 2t + 8.. of column g; c: rows g, g + 8,
-// columns 2t...
-DLKERN_DEVICE void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// c[16][8] += a[16][16] b[16][8] over a warp, bfloat16 or float16 (T) with float sums. With g = lane / 4 and
+// t = lane % 4, a lane holds a: rows g, g + 8 of columns 2t.., then of 2t + 8..; b: rows 2t.., 2t + 8.. of column g;
+// c: rows g, g + 8, columns 2t...
+template <class T>
+DLKERN_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  constexpr bool kHalf = std::is_same_v<T, fp16>;
+  static_assert(kHalf || std::is_same_v<T, bf16>);
+#ifdef __CUDACC__
+#define DLKERN_MMA(type)                                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (kHalf)
+    DLKERN_MMA("f16");
+  else
+    DLKERN_MMA("bf16");
+#undef DLKERN_MMA
+#else
+  ::cuda_on_host::mma_16x8x16(c, a, b0, b1, kHalf);
+#endif
+}
+
+// The nearest TF32 number, of two as near the one away from zero: a float whose last 13 bits are zero.
+DLKERN_DEVICE uint32_t to_tf32(float value) {
+#ifdef __CUDACC__
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return rounded;
+#else
+  return ::cuda_on_host::to_tf32(value);
+#endif
+}
+
+// c[16][8] += a[16][8] b[8][8] over a warp, TF32 with float sums. With g = lane / 4 and t = lane % 4, a lane holds a: rows
+// g, g + 8 of column t, then of t + 4; b: rows t, t + 4 of column g; c: rows g, g + 8, columns 2t...
+DLKERN_DEVICE void mma_tf32_16x8x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-  ::cuda_on_host::mma_bf16_16x8x16(c, a, b0, b1);
+  ::cuda_on_host::mma_tf32_16x8x8(c, a, b0, b1);
 #endif
 }
 

@@ -18,8 +18,8 @@ template <bool ALIGNED>
 __global__ void __launch_bounds__(InputShape::kThreads, InputShape::kBlocks)
     rnn_input_kernel(const bf16* input, const bf16* weight, float* given, int64_t rows, int64_t inputs,
                      int64_t outputs) {
-  using A = Operand<InputShape::kBlockM, Stored::k_last, ALIGNED, InputShape::kThreads>;
-  using B = Operand<InputShape::kBlockN, Stored::k_last, ALIGNED, InputShape::kThreads>;
+  using A = Operand<bf16, InputShape::kBlockM, Stored::k_last, ALIGNED, InputShape::kThreads>;
+  using B = Operand<bf16, InputShape::kBlockN, Stored::k_last, ALIGNED, InputShape::kThreads>;
   DLKERN_DYNAMIC_SHARED(shared);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * InputShape::kBlockM,
                 column0 = static_cast<int64_t>(blockIdx.y) * InputShape::kBlockN;
@@ -143,7 +143,7 @@ void rnn_input(const void* input, const void* weight_ih, float* given, int64_t r
   const dim3 blocks(static_cast<unsigned>(ceil_div(rows, InputShape::kBlockM)),
                     static_cast<unsigned>(ceil_div(outputs, InputShape::kBlockN)));
   const auto run = [&](auto aligned) {
-    using Side = Operand<InputShape::kBlockM, Stored::k_last, aligned.value, InputShape::kThreads>;
+    using Side = Operand<bf16, InputShape::kBlockM, Stored::k_last, aligned.value, InputShape::kThreads>;
     DLKERN_LAUNCH(rnn_input_kernel<aligned.value>, blocks, dim3(InputShape::kThreads),
                   (mma_shared_bytes<InputShape, Side, Side>()), stream, static_cast<const bf16*>(input),
                   static_cast<const bf16*>(weight_ih), given, rows, inputs, outputs);

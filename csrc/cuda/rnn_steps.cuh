@@ -191,13 +191,13 @@ struct Product {
 #pragma unroll
       for (int k_at = 0; k_at < kChunk; k_at += 16) {
         uint32_t a[4];
-        Staged<16, Stored::k_last>::a_fragment(a, state, 0, k_at);
+        Staged<bf16, 16, Stored::k_last>::a_fragment(a, state, 0, k_at);
 #pragma unroll
         for (int j = 0; j < COLUMNS / 16; j++) {
           uint32_t b[4];
-          Staged<COLUMNS, STORED>::b_fragments(b, weight_tile, 16 * j, k_at);
-          mma_bf16_16x8x16(value[2 * j], a, b[0], b[1]);
-          mma_bf16_16x8x16(value[2 * j + 1], a, b[2], b[3]);
+          Staged<bf16, COLUMNS, STORED>::b_fragments(b, weight_tile, 16 * j, k_at);
+          mma_16x8x16<bf16>(value[2 * j], a, b[0], b[1]);
+          mma_16x8x16<bf16>(value[2 * j + 1], a, b[2], b[3]);
         }
       }
     }

@@ -1,4 +1,4 @@
-// Tiles of a row-major bfloat16 matrix, from global to shared memory, zero outside the matrix.
+// Tiles of a row-major matrix of 16-bit elements, from global to shared memory, zero outside the matrix.
 // Rows in shared memory are 16 bytes longer than the tile's, so that the eight rows ldmatrix reads at once lie in
 // different banks (row lengths of 32, 64 and 128 elements).
 #pragma once
@@ -16,9 +16,9 @@ struct Tile {
 // Starts loading rows [row, row + kRows), columns [column, column + kColumns) of a [rows, columns] matrix by all
 // `THREADS` threads. ALIGNED: by cp.async, 8 elements at a time; columns must be a multiple of 8 and the matrix 16-byte
 // aligned. Otherwise element by element, which is done on return but, like a copy, visible to others after a barrier.
-template <class TILE, int THREADS, bool ALIGNED>
-DLKERN_DEVICE void load_tile(bf16* tile, const bf16* matrix, int64_t rows, int64_t columns, int64_t row,
-                             int64_t column) {
+template <class TILE, int THREADS, bool ALIGNED, class T>
+DLKERN_DEVICE void load_tile(T* tile, const T* matrix, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  static_assert(sizeof(T) == 2);
   constexpr int kWidth = ALIGNED ? 8 : 1;
   constexpr int kPerRow = TILE::kColumns / kWidth;
   constexpr int kPieces = TILE::kRows * kPerRow;
@@ -28,12 +28,12 @@ DLKERN_DEVICE void load_tile(bf16* tile, const bf16* matrix, int64_t rows, int64
     const int piece = static_cast<int>(threadIdx.x) + i * THREADS;
     const int r = piece / kPerRow, c = piece % kPerRow * kWidth;
     const bool inside = row + r < rows && column + c < columns;
-    const bf16* source = inside ? matrix + (row + r) * columns + column + c : matrix;
-    bf16* destination = tile + r * TILE::kStride + c;
+    const T* source = inside ? matrix + (row + r) * columns + column + c : matrix;
+    T* destination = tile + r * TILE::kStride + c;
     if (ALIGNED)
       cp_async16(destination, source, inside ? 16 : 0);
     else
-      *destination = inside ? *source : from_float<bf16>(0.0f);
+      *destination = inside ? *source : from_float<T>(0.0f);
   }
 }
 

@@ -5,11 +5,12 @@
 namespace dlkern::cuda {
 
 // Stores two neighbouring elements of a [rows, columns] matrix, together where columns is even.
-DLKERN_DEVICE void store_pair(bf16* matrix, int64_t rows, int64_t columns, int64_t row, int64_t column, float first,
+template <class T>
+DLKERN_DEVICE void store_pair(T* matrix, int64_t rows, int64_t columns, int64_t row, int64_t column, float first,
                               float second) {
   if (row >= rows || column >= columns) return;
-  bf16* at = matrix + row * columns + column;
-  const Pack<bf16, 2> pair{{from_float<bf16>(first), from_float<bf16>(second)}};
+  T* at = matrix + row * columns + column;
+  const Pack<T, 2> pair{{from_float<T>(first), from_float<T>(second)}};
   if (columns % 2 == 0) {
     store_pack(at, pair);
   } else {

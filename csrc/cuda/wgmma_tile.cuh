@@ -1,6 +1,6 @@
-// A block's tile of C[m][n] = sum over k of A(m, k) B(n, k) on Hopper, bfloat16 operands, float sums: one thread keeps a
-// ring of STAGES tiles filled by tensor copies, two warpgroups of 64 rows each multiply what has arrived (wgmma). Full
-// and empty stages are told by mbarriers; no barrier of the whole block in the loop.
+// A block's tile of C[m][n] = sum over k of A(m, k) B(n, k) on Hopper, bfloat16 or float16 operands (T), float sums: one
+// thread keeps a ring of STAGES tiles filled by tensor copies, two warpgroups of 64 rows each multiply what has arrived
+// (wgmma). Full and empty stages are told by mbarriers; no barrier of the whole block in the loop.
 // Either operand may be stored with k last or k first (see hopper.cuh).
 #pragma once
 #include "hopper.cuh"
@@ -14,7 +14,7 @@ struct WgmmaShape {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kAElements = kBlockM * kBlockK, kBElements = kBlockN * kBlockK;
   static constexpr int kStageElements = kAElements + kBElements;
-  static constexpr int kStageBytes = kStageElements * static_cast<int>(sizeof(bf16));
+  static constexpr int kStageBytes = 2 * kStageElements;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kPanel = 64 * kBlockK;  // elements of 64 rows or, k first, of 64 outer elements
 };
@@ -65,8 +65,8 @@ struct WgmmaSum {
 // The whole sum of `steps` >= 1 tiles. copy(a_tile, b_tile, barrier, step) starts the copies of one step, all
 // kStageBytes of it; done(sum) gets the result, each consumer thread its part. For each step every consumer thread also
 // calls visit(A's tile in shared memory).
-template <class SHAPE, bool A_FIRST, bool B_FIRST, class Copy, class Visit, class Done>
-DLKERN_DEVICE void wgmma_tile(bf16* shared, int steps, Copy&& copy, Visit&& visit, Done&& done) {
+template <class SHAPE, bool A_FIRST, bool B_FIRST, class T, class Copy, class Visit, class Done>
+DLKERN_DEVICE void wgmma_tile(T* shared, int steps, Copy&& copy, Visit&& visit, Done&& done) {
   constexpr int kStages = SHAPE::kStages;
   DLKERN_SHARED(uint64_t, full, [SHAPE::kStages]);
   DLKERN_SHARED(uint64_t, empty, [SHAPE::kStages]);
@@ -87,27 +87,26 @@ DLKERN_DEVICE void wgmma_tile(bf16* shared, int steps, Copy&& copy, Visit&& visi
       const int stage = step % kStages;
       mbarrier_wait(empty + stage, (step / kStages + 1) % 2);
       mbarrier_arrive_expect(full + stage, SHAPE::kStageBytes);
-      bf16* const a_tile = shared + stage * SHAPE::kStageElements;
+      T* const a_tile = shared + stage * SHAPE::kStageElements;
       copy(a_tile, a_tile + SHAPE::kAElements, full + stage, step);
     }
   } else {
     take_registers<232>();
     constexpr int kAdvanceA = A_FIRST ? 16 * 64 : 16, kAdvanceB = B_FIRST ? 16 * 64 : 16;  // elements, for 16 more k
-    constexpr int kPanelBytes = SHAPE::kPanel * static_cast<int>(sizeof(bf16));
+    constexpr int kPanelBytes = 2 * SHAPE::kPanel;
     constexpr int kNextA = A_FIRST ? kPanelBytes : 16, kNextB = B_FIRST ? kPanelBytes : 16;  // k last does not use it
     const int group = static_cast<int>(threadIdx.x) / 128 - 1;
     WgmmaSum<SHAPE> sum;
     for (int step = 0; step < steps; step++) {
       const int stage = step % kStages;
-      const bf16* const a_tile = shared + stage * SHAPE::kStageElements;
-      const bf16* const b_tile = a_tile + SHAPE::kAElements;
+      const T* const a_tile = shared + stage * SHAPE::kStageElements;
+      const T* const b_tile = a_tile + SHAPE::kAElements;
       mbarrier_wait(full + stage, step / kStages % 2);
       wgmma_fence(sum.value);
 #pragma unroll
       for (int k = 0; k < SHAPE::kBlockK / 16; k++) {
-        wgmma_bf16<A_FIRST, B_FIRST>(sum.value,
-                                     matrix_descriptor(a_tile + group * SHAPE::kPanel + k * kAdvanceA, kNextA),
-                                     matrix_descriptor(b_tile + k * kAdvanceB, kNextB), step + k > 0);
+        wgmma<T, A_FIRST, B_FIRST>(sum.value, matrix_descriptor(a_tile + group * SHAPE::kPanel + k * kAdvanceA, kNextA),
+                                   matrix_descriptor(b_tile + k * kAdvanceB, kNextB), step + k > 0);
       }
       wgmma_commit();
       visit(a_tile);

@@ -107,7 +107,9 @@ void shuffle(unsigned mask, void* value, size_t bytes, int source_lane, const ch
 unsigned ballot(unsigned mask, bool vote, const char* where);
 void warp_barrier(unsigned mask, const char* where);
 void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed);
-void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool half);
+void mma_tf32_16x8x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+uint32_t to_tf32(float value);
 
 // cp_async.cpp
 void cp_async(void* destination, const void* source, int bytes, int source_bytes);
@@ -133,8 +135,8 @@ void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void fence_proxy_async();
 
-// What a CUtensorMap says of a bfloat16 tensor, 128-byte swizzle; the first dimension is the one without gaps. Tiled:
-// `box` elements a dimension. im2col ([C, W, H, N]): box[0] channels of box[1] pixels; see tensor_copy.cpp.
+// What a CUtensorMap says of a tensor of 16-bit elements, 128-byte swizzle; the first dimension is the one without gaps.
+// Tiled: `box` elements a dimension. im2col ([C, W, H, N]): box[0] channels of box[1] pixels; see tensor_copy.cpp.
 struct TensorMap {
   const void* base;
   int rank;
@@ -151,7 +153,7 @@ void tensor_copy(void* destination, const TensorMap& map, uint64_t* barrier, con
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups_left);
-void wgmma_bf16(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds);
+void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds, bool half);
 
 template <class T>
 T shuffled(unsigned mask, T value, int source_lane, const char* where) {

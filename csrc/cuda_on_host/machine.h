@@ -48,7 +48,7 @@ struct Mbarrier {
 struct MatrixProduct {
   uint64_t a, b;
   int n;
-  bool a_transposed, b_transposed, adds;
+  bool a_transposed, b_transposed, adds, half;
   int issued = 0;
   uint32_t time = 0;  // when the last thread issued it
   Sum* sum = nullptr;

@@ -43,13 +43,12 @@ void collective(unsigned mask, void* argument, const char* where, Operation&& op
 
 bool all_there(void** arguments) { return std::find(arguments, arguments + 32, nullptr) == arguments + 32; }
 
-float low_half(uint32_t pair) {
-  const uint32_t word = pair << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
+// The low element of a pair, float16 or bfloat16.
+float low_of(uint32_t pair, bool half) {
+  const auto bits = static_cast<uint16_t>(pair);
+  return half ? __half2float({bits}) : __bfloat162float({bits});
 }
-float high_half(uint32_t pair) { return low_half(pair >> 16); }
+float high_of(uint32_t pair, bool half) { return low_of(pair >> 16, half); }
 
 }  // namespace
 
@@ -132,46 +131,68 @@ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed) {
   });
 }
 
-// C[16][8] += A[16][16] B[16][8] in float. With g = lane / 4 and t = lane % 4, a lane holds of A rows g and g + 8,
-// columns 2t, 2t + 1 (then + 8); of B column g, rows 2t, 2t + 1 (then + 8); of C rows g and g + 8, columns 2t, 2t + 1.
-void mma_bf16_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// mma.sync of A[16][DEPTH] and B[DEPTH][8], of every element type: unpack(word, t, second, set) calls set(k, value) for
+// the elements in a word of A or B of a lane, t its number modulo 4, `second` for those in the second half of k.
+namespace {
+
+template <int DEPTH, class Unpack>
+void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* where, Unpack&& unpack) {
   struct Argument {
     float* c;
     const uint32_t* a;
     uint32_t b[2];
   } argument{c, a, {b0, b1}};
-  collective(kAllLanes, &argument, "mma.sync", [](void** arguments) {
+  collective(kAllLanes, &argument, where, [&unpack](void** arguments) {
     if (!all_there(arguments)) return;
-    float A[16][16], B[16][8], C[16][8];
+    float A[16][DEPTH], B[DEPTH][8], C[16][8];
+    const auto for_each_c = [&](auto&& f) {
+      for (int lane = 0; lane < 32; lane++) {
+        float* const mine = static_cast<Argument*>(arguments[lane])->c;
+        for (int i = 0; i < 4; i++) f(C[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2], mine[i]);
+      }
+    };
     for (int lane = 0; lane < 32; lane++) {
       const auto& mine = *static_cast<Argument*>(arguments[lane]);
-      const int g = lane / 4, t = 2 * (lane % 4);
-      for (int half = 0; half < 2; half++) {
-        for (int down = 0; down < 2; down++) {
-          const uint32_t pair = mine.a[2 * half + down];
-          A[g + 8 * down][t + 8 * half] = low_half(pair);
-          A[g + 8 * down][t + 8 * half + 1] = high_half(pair);
-        }
-        B[t + 8 * half][g] = low_half(mine.b[half]);
-        B[t + 8 * half + 1][g] = high_half(mine.b[half]);
-        C[g + 8 * half][t] = mine.c[2 * half];
-        C[g + 8 * half][t + 1] = mine.c[2 * half + 1];
-      }
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; i++) unpack(mine.a[i], t, i / 2, [&](int k, float value) { A[g + i % 2 * 8][k] = value; });
+      for (int i = 0; i < 2; i++) unpack(mine.b[i], t, i, [&](int k, float value) { B[k][g] = value; });
     }
+    for_each_c([](float& sum, float& mine) { sum = mine; });
     for (int i = 0; i < 16; i++) {
-      for (int k = 0; k < 16; k++) {
+      for (int k = 0; k < DEPTH; k++) {
         for (int j = 0; j < 8; j++) C[i][j] += A[i][k] * B[k][j];
       }
     }
-    for (int lane = 0; lane < 32; lane++) {
-      const auto& mine = *static_cast<Argument*>(arguments[lane]);
-      const int g = lane / 4, t = 2 * (lane % 4);
-      for (int half = 0; half < 2; half++) {
-        mine.c[2 * half] = C[g + 8 * half][t];
-        mine.c[2 * half + 1] = C[g + 8 * half][t + 1];
-      }
-    }
+    for_each_c([](float& sum, float& mine) { mine = sum; });
   });
+}
+
+}  // namespace
+
+// C[16][8] += A[16][16] B[16][8] in float. With g = lane / 4 and t = lane % 4, a lane holds of A rows g and g + 8,
+// columns 2t, 2t + 1 (then + 8); of B column g, rows 2t, 2t + 1 (then + 8); of C rows g and g + 8, columns 2t, 2t + 1.
+void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool half) {
+  multiply<16>(c, a, b0, b1, half ? "mma.sync.f16" : "mma.sync.bf16",
+               [half](uint32_t pair, int t, int second, auto&& set) {
+                 set(2 * t + 8 * second, low_of(pair, half));
+                 set(2 * t + 8 * second + 1, high_of(pair, half));
+               });
+}
+
+// The same with a depth of 8: a lane holds one element a word, t (then t + 4), and its last 13 bits do not count.
+void mma_tf32_16x8x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply<8>(c, a, b0, b1, "mma.sync.tf32", [](uint32_t word, int t, int second, auto&& set) {
+    word &= ~0x1fffu;
+    float value;
+    std::memcpy(&value, &word, 4);
+    set(t + 4 * second, value);
+  });
+}
+
+uint32_t to_tf32(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return value == value ? (word + 0x1000u) & ~0x1fffu : 0x7fffffffu;
 }
 
 }  // namespace cuda_on_host

@@ -1,5 +1,5 @@
-// wgmma.mma_async of bfloat16: D[64][n] (+)= A[64][16] B[16][n], both operands in shared memory behind descriptors.
-// From the issue until the wait, the accumulators are NaN: the product is made when a thread waits for it. Operands are
+// wgmma.mma_async of bfloat16 and float16: D[64][n] (+)= A[64][16] B[16][n], both operands in shared memory behind
+// descriptors. From the issue until the wait, the accumulators are NaN: the product is made when a thread waits for it. Operands are
 // read then, too; the checked build remembers them as being read from the issue on.
 #include <algorithm>
 
@@ -57,12 +57,10 @@ void for_each_accumulator(int rank, int n, F&& f) {
   for (int i = 0; i < n / 2; i++) f(i, row + i / 2 % 2 * 8, column + i / 4 * 8 + i % 2);
 }
 
-float element(const Block& block, uint32_t offset) {
-  uint32_t word = 0;
-  if (offset + 2 <= kArenaBytes) std::memcpy(reinterpret_cast<char*>(&word) + 2, block.memory + offset, 2);
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
+float element(const Block& block, uint32_t offset, bool half) {
+  uint16_t bits = 0;
+  if (offset + 2 <= kArenaBytes) std::memcpy(&bits, block.memory + offset, 2);
+  return half ? __half2float({bits}) : __bfloat162float({bits});
 }
 
 void multiply(const Block& block, const MatrixProduct& product) {
@@ -70,8 +68,8 @@ void multiply(const Block& block, const MatrixProduct& product) {
   const Operand of_a(product.a, product.a_transposed), of_b(product.b, product.b_transposed);
   const int n = product.n;
   for (int k = 0; k < kDepth; k++) {
-    for (int i = 0; i < kRows; i++) a[i][k] = element(block, of_a.offset(i, k));
-    for (int j = 0; j < n; j++) b[k][j] = element(block, of_b.offset(j, k));
+    for (int i = 0; i < kRows; i++) a[i][k] = element(block, of_a.offset(i, k), product.half);
+    for (int j = 0; j < n; j++) b[k][j] = element(block, of_b.offset(j, k), product.half);
   }
   for (int i = 0; i < kRows; i++) {
     float* sum = product.sum->value + 256 * i;
@@ -100,7 +98,7 @@ void check_operands(Thread& thread, const MatrixProduct& product, size_t group, 
 
 void wgmma_fence() { machine.current->wgmma_fenced = true; }
 
-void wgmma_bf16(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds) {
+void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds, bool half) {
   Thread& thread = *machine.current;
   size_t group;
   Warpgroup& warpgroup = warpgroup_of(thread, group);
@@ -111,7 +109,7 @@ void wgmma_bf16(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool
 
   const auto index = static_cast<size_t>(thread.products++);
   if (index == warpgroup.products.size()) {
-    warpgroup.products.push_back({a, b, n, a_transposed, b_transposed, adds});
+    warpgroup.products.push_back({a, b, n, a_transposed, b_transposed, adds, half});
     MatrixProduct& made = warpgroup.products.back();
     for (Sum* sum : thread.sums) {
       if (sum->registers[rank] == c) made.sum = sum;
@@ -120,7 +118,7 @@ void wgmma_bf16(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool
   }
   MatrixProduct& product = warpgroup.products[index];
   if (product.a != a || product.b != b || product.n != n || product.a_transposed != a_transposed ||
-      product.b_transposed != b_transposed || product.adds != adds)
+      product.b_transposed != b_transposed || product.adds != adds || product.half != half)
     report("wgmma: threads of one warpgroup bring different arguments");
 
   Sum& sum = *product.sum;

@@ -1,5 +1,5 @@
-// attention, op layer of the CUDA column: attention_forward, attention_backward of every score, float32 or bfloat16.
-// Operands and masks are read where they lie.
+// attention, op layer of the CUDA column: attention_forward, attention_backward of every score, float32,
+// bfloat16 or float16. Operands and masks are read where they lie.
 #include "../cuda/attention.h"
 
 #include "attention_checks.h"
@@ -27,8 +27,7 @@ struct Problem {
       check_device(name_of_op, name, t, x.query);
     });
     const cpu::AttentionShape& s = shape;
-    check(x.query.scalar_type() == ScalarType::Float || x.query.scalar_type() == ScalarType::BFloat16, op,
-          ": expected float32 or bfloat16 (cuda column)");
+    check_element(op, x.query);
     const int64_t most = int64_t{1} << 30;  // positions are ints
     check(s.queries < most && s.keys < most && s.depth < most && s.value_depth < most &&
               s.batch * s.heads * (s.queries / 64 + 1) < most && s.batch * s.key_heads * (s.keys / 64 + 1) < most,
@@ -44,7 +43,7 @@ struct Problem {
   cuda::Attention reads(Call& call) const {
     const cpu::AttentionShape& s = shape;
     cuda::Attention a{};
-    a.is_float = x.query.scalar_type() == ScalarType::Float;
+    a.element = element_of(x.query);
     a.score = s.score;
     a.mask = s.mask;
     a.batch = s.batch;

@@ -44,14 +44,23 @@ inline void check_device(const char* op, const char* name, const Tensor& x, cons
 #endif
 }
 
-// Of the first tensor of an op that has float16.
-inline cuda::Element element_of(const char* op, const Tensor& x) {
-  check_device(op, "input", x, x);
+inline void check_element(const char* op, const Tensor& x) {
   check(x.scalar_type() == ScalarType::Float || is_reduced(x.scalar_type()), op,
         ": expected float32, bfloat16 or float16 (cuda column)");
+}
+
+// Of a tensor that was checked.
+inline cuda::Element element_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float  ? cuda::Element::float32
          : x.scalar_type() == ScalarType::Half ? cuda::Element::float16
                                                : cuda::Element::bfloat16;
+}
+
+// Of the first tensor of an op.
+inline cuda::Element element_of(const char* op, const Tensor& x) {
+  check_device(op, "input", x, x);
+  check_element(op, x);
+  return element_of(x);
 }
 
 // A dense x whose data begins at a multiple of 16 bytes, as kernels that load 16 at once need: a copy where it does

@@ -1,26 +1,22 @@
 // conv2d and conv_transpose2d, op layer of the CUDA column: conv2d_{forward,act_forward,backward_*},
-// conv_transpose2d_forward. float32 and bfloat16.
+// conv_transpose2d_forward. float32, bfloat16 and float16.
 #include "conv_checks.h"
 #include "cuda_common.h"
 #include "cuda_conv_parts.h"
+#include "cuda_precision.h"
 
 namespace dlkern::ops {
 namespace {
 
-using cuda::ConvElement;
 using cuda::ConvGeometry;
 using cuda::ConvResult;
 using cuda::ConvTensor;
+using cuda::Element;
 
 void check_tensor(const char* op, const char* name, const Tensor& x, const Tensor& first, int64_t dim) {
   check_device(op, name, x, first);
-  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
+  check_element(op, first);
   check_dim_and_dtype(op, name, x, first, dim);
-}
-
-ConvElement element_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Float ? ConvElement::float32 : ConvElement::bfloat16;
 }
 
 // As kernels take it; what they count in 32 bits fits.
@@ -86,7 +82,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     check_tensor(op, "residual", *residual, input, 4);
     check_residual(op, *residual, z, channels_last);
   }
-  const ConvElement element = element_of(input);
+  const Element element = product_element(input, Products::convolutions);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand x(input, vectors), w(weight, vectors);
   Tensor output = allocate({z.n, z.k, z.p, z.q}, input.scalar_type(), input, channels_last);
@@ -114,7 +110,7 @@ Tensor conv2d_act_forward_cuda(const Tensor& input, const Tensor& weight, const 
 Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& grad_output, const Tensor& weight,
                       const std::optional<Tensor>& bias, bool channels_last) {
   const ConvGeometry g = geometry_of(op, z);
-  const ConvElement element = element_of(grad_output);
+  const Element element = product_element(grad_output, Products::convolutions);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand y(grad_output, vectors), w(weight, vectors);
   Tensor grad_input = allocate({z.n, z.c, z.h, z.w}, grad_output.scalar_type(), grad_output, channels_last);
@@ -166,7 +162,7 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cuda(const Tensor& grad_output
   Tensor grad_bias = allocate({bias && z.n == 0 ? z.k : 0}, input.scalar_type(), input);
   if (z.n == 0)  // nothing to sum over
     return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
-  const ConvElement element = element_of(input);
+  const Element element = product_element(input, Products::convolutions);
   const bool vectors = conv2d_takes_vectors(element, g);
   const Operand y(grad_output, vectors), x(input, vectors);
   Call call(input);

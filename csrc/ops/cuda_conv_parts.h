@@ -8,7 +8,7 @@ namespace dlkern::ops {
 // kernel(sums) writes `size` elements at `result`, or, given sums, `count` parts of them there, which are added here
 // in order.
 template <class Kernel>
-void in_parts(Call& call, cuda::ConvElement element, int count, int64_t size, const Tensor& like, void* result,
+void in_parts(Call& call, cuda::Element element, int count, int64_t size, const Tensor& like, void* result,
               Kernel kernel) {
   if (count <= 1) return kernel(nullptr);
   const Tensor parts = allocate({count, size}, ScalarType::Float, like);

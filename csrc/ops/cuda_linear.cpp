@@ -1,10 +1,12 @@
 // linear, op layer of the CUDA column: linear_forward, linear_backward_input, linear_backward_weight,
-// activation_backward. bfloat16 by linear.cu; float32 as the 1 x 1 convolution of images of one pixel (conv.cu).
+// activation_backward. bfloat16 and float16 by linear.cu; float32 as the 1 x 1 convolution of images of one pixel
+// (conv.cu).
 #include "cuda_linear.h"
 
 #include "../cuda/linear.h"
 #include "cuda_common.h"
 #include "cuda_conv_parts.h"
+#include "cuda_precision.h"
 
 namespace dlkern::ops {
 namespace {
@@ -13,8 +15,7 @@ constexpr int64_t kLargest = int64_t{1} << 31;  // rows or columns of a matrix, 
 
 void check_operand(const char* op, const char* name, const Tensor& x, const Tensor& first, int64_t min_dim) {
   check_device(op, name, x, first);
-  check(first.scalar_type() == ScalarType::Float || first.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
+  check_element(op, first);
   check(x.scalar_type() == first.scalar_type(), op, ": ", name, " has another dtype than the first argument");
   check(x.dim() >= min_dim, op, ": ", name, " has ", x.dim(), " dimensions, expected at least ", min_dim);
 }
@@ -45,25 +46,25 @@ cuda::ConvGeometry pixels(int64_t rows, int64_t in_features, int64_t out_feature
 }
 cuda::ConvTensor read(Call& call, const Tensor& x) { return {call.reads(x), x.size(x.dim() - 1), 1, 1, 1}; }
 cuda::ConvResult write(Call& call, const Tensor& x) { return {call.writes(x), x.size(x.dim() - 1), 1, 1, 1}; }
-constexpr auto kFloat = cuda::ConvElement::float32;
 
 void backward_weight_float(const Tensor& grad_output, const Tensor& input, Tensor& grad_weight, Tensor& grad_bias,
                            int64_t rows) {
   const int64_t out_features = grad_weight.size(0), in_features = grad_weight.size(1);
   const cuda::ConvGeometry g = pixels(rows, in_features, out_features);
+  const cuda::Element element = product_element(input, Products::matrices);
   Call call(input);
   if (in_features > 0) {
     const cuda::ConvResult result = write(call, grad_weight);
-    in_parts(call, kFloat, cuda::conv2d_weight_parts(kFloat, g), grad_weight.numel(), input, result.data,
+    in_parts(call, element, cuda::conv2d_weight_parts(element, g), grad_weight.numel(), input, result.data,
              [&](float* sums) {
-               cuda::conv2d_backward_weight(kFloat, g, read(call, grad_output), read(call, input), sums, result,
+               cuda::conv2d_backward_weight(element, g, read(call, grad_output), read(call, input), sums, result,
                                             call.stream());
              });
   }
   if (grad_bias.numel() == 0) return;
   void* result = call.writes(grad_bias);
-  in_parts(call, kFloat, cuda::conv2d_bias_parts(g), out_features, input, result, [&](float* sums) {
-    cuda::conv2d_backward_bias(kFloat, g, read(call, grad_output), sums, result, call.stream());
+  in_parts(call, element, cuda::conv2d_bias_parts(g), out_features, input, result, [&](float* sums) {
+    cuda::conv2d_backward_bias(element, g, read(call, grad_output), sums, result, call.stream());
   });
 }
 
@@ -92,12 +93,13 @@ Tensor linear_forward_cuda(const Tensor& input, const Tensor& weight, const std:
   if (output.numel() == 0) return output;
   Call call(x);
   if (is_float(x)) {
-    cuda::conv2d_forward(kFloat, pixels(rows, in_features, out_features), read(call, x), read(call, w), call.reads(b),
-                         nullptr, static_cast<int>(activation), write(call, output), call.stream());
+    cuda::conv2d_forward(product_element(x, Products::matrices), pixels(rows, in_features, out_features), read(call, x),
+                         read(call, w), call.reads(b), nullptr, static_cast<int>(activation), write(call, output),
+                         call.stream());
     return output;
   }
-  cuda::linear_forward(call.reads(x), call.reads(w), call.reads(b), call.writes(output), rows, in_features,
-                       out_features, static_cast<int>(activation), call.stream());
+  cuda::linear_forward(element_of(x), call.reads(x), call.reads(w), call.reads(b), call.writes(output), rows,
+                       in_features, out_features, static_cast<int>(activation), call.stream());
   return output;
 }
 
@@ -115,12 +117,12 @@ Tensor linear_backward_input_cuda(const Tensor& grad_output, const Tensor& weigh
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
   if (is_float(g)) {
-    cuda::conv2d_backward_input(kFloat, pixels(rows, in_features, out_features), read(call, g), read(call, w), nullptr,
-                                write(call, grad_input), call.stream());
+    cuda::conv2d_backward_input(product_element(g, Products::matrices), pixels(rows, in_features, out_features),
+                                read(call, g), read(call, w), nullptr, write(call, grad_input), call.stream());
     return grad_input;
   }
-  cuda::linear_backward_input(call.reads(g), call.reads(w), call.writes(grad_input), rows, in_features, out_features,
-                              call.stream());
+  cuda::linear_backward_input(element_of(g), call.reads(g), call.reads(w), call.writes(grad_input), rows, in_features,
+                              out_features, call.stream());
   return grad_input;
 }
 
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor> linear_backward_weight_cuda(const Tensor& grad_output
     return {grad_weight, grad_bias};
   }
   Call call(g);
-  cuda::linear_backward_weight(call.reads(g), call.reads(x), call.writes(grad_weight),
+  cuda::linear_backward_weight(element_of(g), call.reads(g), call.reads(x), call.writes(grad_weight),
                                bias ? call.writes(grad_bias) : nullptr, rows, in_features, out_features, call.stream());
   return {grad_weight, grad_bias};
 }
@@ -160,7 +162,7 @@ Tensor activation_backward_cuda(const Tensor& grad_output, const Tensor& output,
   Tensor grad_input = allocate(to_vector(g.sizes()), g.scalar_type(), g);
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
-  cuda::activation_backward(is_float(g), call.reads(g), call.reads(y), call.writes(grad_input), g.numel(),
+  cuda::activation_backward(element_of(g), call.reads(g), call.reads(y), call.writes(grad_input), g.numel(),
                             static_cast<int>(activation), call.stream());
   return grad_input;
 }

@@ -80,7 +80,7 @@ for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(_op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(
-        _op, "cuda", (torch.float32, torch.bfloat16),
+        _op, "cuda", (torch.float32, torch.bfloat16, torch.float16),
         lambda facts: "cuda column turns queries and keys before attention" if facts else None,
     )
 

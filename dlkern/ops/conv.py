@@ -114,7 +114,7 @@ define(
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }.items():
     for _op in ("conv2d", "conv_transpose2d"):
         columns.declare(_op, _column, _dtypes)

@@ -56,7 +56,7 @@ define(
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }.items():
     columns.declare("linear", _column, _dtypes)
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from dlkern import _precision
+
 __all__ = [
     "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "multiprocessors",
-    "raise_if_errors", "thread_order",
+    "precision_settings", "raise_if_errors", "thread_order",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
@@ -103,6 +105,16 @@ def multiprocessors(count: int) -> Iterator[None]:
         yield
     finally:
         load().cuda_on_host_set_multiprocessors(132)
+
+
+@contextlib.contextmanager
+def precision_settings() -> Iterator[None]:
+    """Inside, products of float32 go by torch's settings for TF32, as on a GPU; outside they are exact, as on a CPU."""
+    _precision.tell(load())
+    try:
+        yield
+    finally:
+        load().dlkern_set_tf32_source(None)
 
 
 @contextlib.contextmanager

@@ -260,7 +260,7 @@ __global__ void hopper(const float* in, float* out) {
       mbarrier_wait(full + step % 2, (step / 2 + (WRONG == Hopper::full_parity ? 1 : 0)) % 2);
     if (WRONG != Hopper::wgmma_fence) wgmma_fence(c);
     for (int k = 0; k < 64; k += 16)
-      wgmma_bf16<false, false>(c, matrix_descriptor(a + k, 16), matrix_descriptor(b + k, 16), true);
+      wgmma<bf16, false, false>(c, matrix_descriptor(a + k, 16), matrix_descriptor(b + k, 16), true);
     wgmma_commit();
     if (WRONG == Hopper::operand_write && threadIdx.x == 128) a[5] = b[5];
     if (WRONG != Hopper::release_after_wait) wgmma_wait<0>();
@@ -272,7 +272,7 @@ __global__ void hopper(const float* in, float* out) {
     wgmma_wait_all(c);
   } else {
     wgmma_fence(c);
-    wgmma_bf16<false, false>(c, matrix_descriptor(b, 16), matrix_descriptor(b, 16), true);
+    wgmma<bf16, false, false>(c, matrix_descriptor(b, 16), matrix_descriptor(b, 16), true);
     wgmma_commit();
   }
   for (int i = 0; i < 4; i++) out[(threadIdx.x - 128) * 4 + i] = c[i];

@@ -17,8 +17,9 @@ ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
 )
 
 
-LINEAR_HOPPER, CONV_HOPPER, WGMMA_TILE, TILE_STORE = (
-    f"csrc/cuda/{name}" for name in ("linear_sm90.cu", "conv_sm90.cu", "wgmma_tile.cuh", "tile_store.cuh")
+LINEAR_HOPPER, CONV_HOPPER, WGMMA_TILE, TILE_STORE, PTX, HOPPER = (
+    f"csrc/cuda/{name}"
+    for name in ("linear_sm90.cu", "conv_sm90.cu", "wgmma_tile.cuh", "tile_store.cuh", "ptx.cuh", "hopper.cuh")
 )
 
 
@@ -81,13 +82,15 @@ MUTANTS = [
     # linear_backward_input_kernel, and what all three share
     _mutant(TILE, "ldmatrix_x4_transposed(out, tile + (k_at", "ldmatrix_x4(out, tile + (k_at", _LINEAR),
     _mutant(TILE, "(SECOND == Second::outer ? low : high)", "(SECOND == Second::outer ? high : low)", _LINEAR),
-    _mutant(TILE, "static_cast<int>(ceil_div(a.k, kBlockK))", "static_cast<int>(a.k / kBlockK)", _LINEAR),
+    _mutant(TILE, "static_cast<int>(ceil_div(a.k, kBlockK<T>))", "static_cast<int>(a.k / kBlockK<T>)", _LINEAR),
     _mutant(TILE, "cp_async_wait<SHAPE::kStages - 2>();", "cp_async_wait<SHAPE::kStages - 1>();", _LINEAR),
     _mutant(TILE, "    __syncthreads();", "    //", _LINEAR),
     _mutant(LOAD, "inside ? 16 : 0", "16", _LINEAR),
-    _mutant(LOAD, "inside ? *source : from_float<bf16>(0.0f)", "*source", _LINEAR),
+    _mutant(LOAD, "inside ? *source : from_float<T>(0.0f)", "*source", _LINEAR),
+    _mutant(PTX, "mma_16x8x16(c, a, b0, b1, kHalf)", "mma_16x8x16(c, a, b0, b1, false)", _LINEAR),
+    _mutant(TILE, "at[4 * k * TileType::kStride", "at[k * TileType::kStride", "test_tf32", "_conv"),
     # linear_backward_weight_kernel
-    _mutant(LINEAR, "for (int k = 0; k < kBlockK; k++)", "for (int k = 1; k < kBlockK; k++)", _LINEAR),
+    _mutant(LINEAR, "for (int k = 0; k < kBlockK<T>; k++)", "for (int k = 1; k < kBlockK<T>; k++)", _LINEAR),
     _mutant(LINEAR, "args.grad_bias && blockIdx.y == 0", "args.grad_bias && blockIdx.y == 1", _LINEAR),
     _mutant(TILE, "if (step + SHAPE::kStages - 1 < steps) load", "if (step + SHAPE::kStages < steps) load",
             "test_linear and rows6"),
@@ -96,6 +99,7 @@ MUTANTS = [
     _mutant(WGMMA_TILE, "mbarrier_arrive(empty + (step - 1) % kStages)", "mbarrier_arrive(empty + step % kStages)",
             "test_linear_on_hopper and rows2"),
     _mutant(WGMMA_TILE, "    wgmma_wait_all(sum.value);\n", "", "test_linear_on_hopper and wide"),
+    _mutant(HOPPER, "A_FIRST, B_FIRST, adds, kHalf)", "A_FIRST, B_FIRST, adds, false)", "test_linear_on_hopper and wide"),
     _mutant(LINEAR_HOPPER, "(piece ^ k % 8)", "piece", "test_linear_on_hopper and wide"),
     _mutant(LINEAR_HOPPER, "if (column + 1 < args.columns) second +=", "if (column + 2 < args.columns) second +=",
             "test_linear_on_hopper and wide"),
@@ -198,6 +202,8 @@ MUTANTS = [
     _attention_mutant(ATTENTION, "sum.at[r][c] *= shrink;", "sum.at[r][c] *= 1.0f;", "test_attention and plain"),
     _attention_mutant(ATTENTION_TILE, "if (length < span.end) span.end = static_cast<int>(length);", "",
                       "test_attention and lengths and float32"),
+    _attention_mutant(ATTENTION_TILE, "sum.at[r][c] *= shrink;", "sum.at[r][c] *= 1.0f;", "beyond_float16"),
+    _attention_mutant(ATTENTION_TILE, "if constexpr (std::is_same_v<T, fp16>) {", "if constexpr (false) {", "beyond_float16"),
     _attention_mutant(ATTENTION_TILE, "(N == 64 ? 0 : j % 64 / 16) + further", "further", "drops_the_same"),
     # attention_backward_query_kernel, attention_backward_key_kernel, attention_backward_mask_kernel
     _attention_mutant(ATTENTION_BACKWARD, "weight_sums[d] += of_weight;", "weight_sums[d] = of_weight;",
