@@ -39,6 +39,18 @@ REQUIRED = {
         **{rf"attention_backward_\w+_kernel<{t}, \d+, false>": [mma, "LDSM.16.M88.4"] for t, mma in MMA.items()},
         r"attention_backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
     },
+    "attention_sm90": {
+        r"attention_forward_sm90_kernel<64>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
+        r"attention_forward_sm90_kernel<\d+>": [
+            "HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2", "BAR.ARV",
+            "F2FP.BF16.F32.PACK_AB"],
+    },
+    "attention_backward_sm90": {
+        r"attention_backward_query_sm90_kernel<64>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
+        r"attention_backward_\w+_sm90_kernel<128>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
+        r"attention_backward_\w+_sm90_kernel<\d+>": [
+            "HGMMA.64x64x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2", "F2FP.BF16.F32.PACK_AB"],
+    },
     "batch_norm": {
         r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128", "STG.E.128"],
         r"batch_norm_(backward_)?partial_kernel<(float, \w+, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128"],

@@ -2,6 +2,8 @@
 (64 queries; 64 keys in 16-bit types, 32 in float32) and blocks of the depth (64 or 128). tests/test_cuda_builds.py runs this
 file again on the checked build."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as tF
@@ -184,6 +186,149 @@ def test_attention_same_bits_in_every_thread_order(name, order):
     with cuda_on_host.thread_order(order, 1):
         other = sample()
     assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+# ---- sm_90a ----
+
+FORWARD_HOPPER, KEY_HOPPER = "attention_forward_sm90_kernel", "attention_backward_key_sm90_kernel"
+HOPPER_QUERIES, HOPPER_KEYS = 150, 265  # tiles of 128, the last ones part full
+HOPPER = {
+    "plain": (Settings(scale=0.1), None), "causal": (Settings(scale=0.1, right=0), None),
+    "window": (Settings(scale=0.1, left=40, right=70), None),
+    "lengths": (Settings(scale=0.1), lambda: torch.tensor([[3], [HOPPER_KEYS - 1]])),
+    "lengths of queries": (Settings(scale=0.1), lambda: torch.randint(1, HOPPER_KEYS + 1, (2, HOPPER_QUERIES))),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_hopper():
+    with cuda_on_host.hopper(), cuda_on_host.multiprocessors(1):  # as few make few tiles enough
+        yield
+
+
+@pytest.mark.parametrize("depth", [64, 128])
+@pytest.mark.parametrize("name", HOPPER)
+def test_attention_on_hopper(name, depth):
+    """Two heads of queries share one of keys."""
+    settings, lengths = HOPPER[name]
+    lengths = lengths and lengths()
+    batch = 1 if lengths is None else 2
+    i, j = torch.arange(HOPPER_QUERIES)[:, None], torch.arange(HOPPER_KEYS)
+    mask = ((j <= i + settings.right) | (settings.right < 0)) & ((j >= i - settings.left) | (settings.left < 0))
+    if lengths is not None:
+        mask = mask & (j < lengths[:, None, :, None])
+    operands = (None, lengths, None, None, None, settings)
+    with on_hopper():
+        certify(
+            lambda *qkv: ops.attention.attention("dot_attention", *qkv, *operands),
+            lambda *qkv: tF.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=settings.scale, enable_gqa=True),
+            lambda: leaves((batch, 2, HOPPER_QUERIES, depth), *[(batch, 1, HOPPER_KEYS, depth)] * 2), torch.bfloat16,
+        )
+        assert cuda_on_host.last_kernel() == KEY_HOPPER
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_tile_borders_on_hopper(causal):
+    """One query and a row more than a tile; keys that end with a tile, and one behind it."""
+    for queries, keys in ((1, 129), (129, 256), (64, 257), (300, 130)):
+        certify_on = lambda: leaves((1, 1, queries, 64), (1, 1, keys, 64), (1, 1, keys, 64))  # noqa: B023, E731
+        with on_hopper():
+            certify(lambda *a: SDPA(*a, is_causal=causal), lambda *a: tF.scaled_dot_product_attention(*a, is_causal=causal),
+                    certify_on, torch.bfloat16)
+            assert cuda_on_host.last_kernel() == KEY_HOPPER
+
+
+def test_attention_operands_are_read_where_they_lie_on_hopper():
+    """[B, S, H, D] seen as [B, H, S, D], and rows with gaps: the same bits."""
+    lying = [torch.randn(2, 140, 2, 64).bfloat16().transpose(1, 2) for _ in range(4)]
+    gaps = [torch.randn(2, 2, 140, 72).bfloat16()[..., :64] for _ in range(4)]
+    none = [None] * 5
+    with on_hopper():
+        for q, k, v, g in (lying, gaps):
+            found = []
+            for operands in ((q, k, v, g), [x.contiguous() for x in (q, k, v, g)]):
+                output, statistics = FORWARD["cuda"](*operands[:3], *none, *Settings(scale=0.1, right=0))
+                assert cuda_on_host.last_kernel() == FORWARD_HOPPER
+                gradients = BACKWARD["cuda"](
+                    operands[3], *operands[:3], *none, output, statistics, *Settings(scale=0.1, right=0), False)
+                assert cuda_on_host.last_kernel() == KEY_HOPPER
+                found.append((output, statistics, *gradients))
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+@pytest.mark.parametrize("depth", [64, 128])
+def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order):
+    settings = Settings(scale=0.1, left=200, right=20)
+    q, k, v, g = (torch.randn(1, heads, n, depth).bfloat16() for heads, n in ((2, 140), (1, 300), (1, 300), (2, 140)))
+
+    def sample():
+        output, statistics = FORWARD["cuda"](q, k, v, *[None] * 5, *settings)
+        return [output, statistics, *BACKWARD["cuda"](g, q, k, v, *[None] * 5, output, statistics, *settings, False)]
+
+    with on_hopper():
+        forward = sample()
+        with cuda_on_host.thread_order(order, 1):
+            other = sample()
+        assert cuda_on_host.last_kernel() == KEY_HOPPER
+    assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing():
+    q, k, v = (torch.randn(1, 2, n, 64).bfloat16().requires_grad_() for n in (70, 140, 140))
+    nan = q.detach().clone()
+    nan[0, 0, 1, 0] = torch.nan
+    lengths = torch.full((1, 70), 140)
+    lengths[0, [3, 69]] = 0
+    with on_hopper(), on_cuda():
+        y = SDPA(nan, k, v)
+        assert cuda_on_host.last_kernel() == FORWARD_HOPPER
+        assert y[0, 0, 1].isnan().all() and y[0, 0, 2:].isfinite().all() and y[0, 1].isfinite().all()
+        y = SDPA(q, k, v, lengths=lengths)
+        found = torch.autograd.grad(y, (q, k, v), torch.randn(y.shape).bfloat16())
+        assert cuda_on_host.last_kernel() == KEY_HOPPER
+    assert y[0, :, [3, 69]].abs().max() == 0 and y[0, :, 4].abs().max() > 0
+    assert all(x.isfinite().all() for x in found) and found[0][0, :, [3, 69]].abs().max() == 0
+
+
+@pytest.mark.parametrize(("settings", "more", "depths"), [
+    (Settings(scale=0.2), {}, (72, 72)), (Settings(scale=0.2), {}, (64, 128)), (Settings(scale=-0.2), {}, (64, 64)),
+    (Settings(scale=0.2, softcap=2.0), {}, (64, 64)), (Settings(scale=0.2, score=COSINE), {}, (64, 64)),
+    (Settings(scale=0.2), dict(slopes=lambda: torch.ones(2)), (64, 64)),
+    (Settings(scale=0.2), dict(mask=lambda: torch.ones(1, 1, 140, 140, dtype=torch.bool)), (64, 64)),
+    (Settings(scale=0.2, p=0.5), dict(seed=lambda: torch.tensor(7)), (64, 64)),
+])  # fmt: skip
+def test_attention_that_does_not_fit_hopper(settings, more, depths):
+    more = {key: make() for key, make in more.items()}
+    q, k, v = (torch.randn(1, 2, 140, depth).bfloat16() for depth in (depths[0], *depths))
+    rest = [more.get(name) for name in ("mask", "lengths", "slopes", "weight", "seed")]
+    with on_hopper():
+        output, statistics = FORWARD["cuda"](q, k, v, *rest, *settings)
+        assert cuda_on_host.last_kernel().startswith("(attention_forward_kernel")
+        BACKWARD["cuda"](v, q, k, v, *rest, output, statistics, *settings, False)
+        assert cuda_on_host.last_kernel() != KEY_HOPPER
+
+
+def test_attention_that_hopper_leaves_to_others():
+    """Elements between 16-byte boundaries, expanded operands and gradients, few keys (backward), few tiles, float32."""
+    q, k, g = (torch.randn(1, 2, 140, 64).bfloat16() for _ in range(3))
+    shifted, expanded = torch.randn(1, 2, 140, 65).bfloat16()[..., 1:], k[:, :1].expand(1, 2, 140, 64)
+    none, settings = [None] * 5, Settings(scale=0.1)
+
+    def kernels(q, k, g):
+        output, statistics = FORWARD["cuda"](q, k, k, *none, *settings)
+        forward = cuda_on_host.last_kernel()
+        BACKWARD["cuda"](g, q, k, k, *none, output, statistics, *settings, False)
+        return [name.rpartition("_sm90")[1] for name in (forward, cuda_on_host.last_kernel())]
+
+    with on_hopper():
+        assert kernels(q, k, g) == ["_sm90", "_sm90"]
+        assert kernels(q, k[:, :, :128], g) == ["_sm90", ""]
+        assert kernels(q, k, g[:, :, :1].expand(g.shape)) == ["_sm90", ""]
+        for operands in ((shifted, k, g), (q, shifted, g), (q, expanded, g), (q.float(), k.float(), g.float())):
+            assert kernels(*operands) == ["", ""]
+        with cuda_on_host.multiprocessors(132):
+            assert kernels(q, k, g) == ["", ""]
 
 
 def test_attention_wrong_arguments():

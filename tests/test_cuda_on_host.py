@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlkern.testing import cuda_on_host
 
@@ -29,6 +30,8 @@ FINDINGS = {
     "global_read_inside": ["read of global memory outside every tensor"],
     "global_write_inside": ["write of global memory outside every tensor"],
     "grid_sync_before_read": ["race in a result", "read of a result nobody wrote"],
+    "hopper_a_fence": ["no wgmma.fence since"],
+    "hopper_a_write": ["A's registers were written"],
     "hopper_alignment": ["not a multiple of 1024"],
     "hopper_arrivals": ["deadlock"],
     "hopper_barrier_after_init": ["no mbarrier there was initialised", "race in shared memory", "nobody wrote"],
@@ -46,6 +49,8 @@ FINDINGS = {
     "hopper_wgmma_fence": ["no wgmma.fence"],
     "inputs_only_read": ["write to an input"],
     "ldmatrix_after_barrier": ["race in shared memory", "read of shared memory nobody wrote"],
+    "named_barrier_count": ["deadlock", "expect different numbers"],
+    "named_barrier_wait": ["race in shared memory", "read of shared memory nobody wrote"],
     "one_barrier_for_all": ["different barriers"],
     "one_writer_a_result": ["race in a result"],
     "shared_read_inside": ["read of shared memory outside every array"],
@@ -224,6 +229,26 @@ def test_hopper_instruction_twins():
         product = (a.T if a_first else a)[:, depth] @ (b.T if b_first else b)[:, depth].T
         registers = found["product"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)  # w, g, t, j, i, e
         assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), product)
+
+    a = ((5 * np.arange(64)[:, None] + 3 * np.arange(32)) % 29 - 14).astype(np.float32)
+    for case, right in enumerate([b, b.T]):
+        registers = found["registers"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)
+        assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), a @ right[:, depth].T)
+
+    thread = np.arange(128)
+    x = (thread * 40503 % 65521).astype(np.float32) / np.float32(77)
+    pairs = torch.from_numpy(np.stack([x, np.float32(-1) / (x + np.float32(1))], 1)).bfloat16().view(torch.int16).numpy()
+    numbers = np.ascontiguousarray(found["numbers"].reshape(128, 2).T)
+    assert np.array_equal(numbers[0].view(np.int16).reshape(128, 2), pairs)
+    powers = np.where((thread < 37) | (thread == 127), 0, 2.0 ** ((thread - 100) * 2)).astype(np.float32)
+    assert np.array_equal(numbers[1].view(np.float32), powers)
+
+    handed = [[3 * (1000 * turn + 63 - i) for i in range(64)] for turn in range(2)]
+    assert found["barriers"].tolist() == handed[0] + handed[1]
+
+    heads = np.pad(matrix.ravel()[:7200].reshape(2, 30, 3, 40).transpose(0, 2, 1, 3), [(0, 0), (0, 0), (9, 64), (0, 64)])
+    for case, (w, z, y, x) in enumerate([(1, 1, 5, 8), (0, 2, -3, 0)]):
+        assert np.array_equal(rows(found["copy4"][2048 * case :][:2048]), heads[w, z, 9 + y :, x:][:64, :64])
 
     images = np.pad(matrix.ravel()[: 3 * 5 * 7 * 72].reshape(3, 5, 7, 72), [(0, 9), (20, 20), (20, 20), (0, 64)])
     places = [(n, h, w) for n in range(9) for h in range(-2, 4) for w in range(-1, 6, 2)]

@@ -201,6 +201,7 @@ void make_units(const Attention& a, const Args& x, void* stream) {
 }  // namespace attention
 
 void attention_forward(const Attention& a, const AttentionOperand& output, void* stream) {
+  if (attention_forward_sm90(a, output, stream)) return;
   const Args x = arguments_of(a);
   make_units(a, x, stream);
   dispatch(a, [&](auto* type, auto size, auto pairwise) {

@@ -52,4 +52,9 @@ struct AttentionBackward {
 };
 void attention_backward(const Attention& attention, const AttentionBackward& tensors, void* stream);
 
+// The same by attention_sm90.cu and attention_backward_sm90.cu, where the GPU is a Hopper and the call fits them; false
+// where nothing was done.
+bool attention_forward_sm90(const Attention& attention, const AttentionOperand& output, void* stream);
+bool attention_backward_sm90(const Attention& attention, const AttentionBackward& tensors, void* stream);
+
 }  // namespace dlkern::cuda

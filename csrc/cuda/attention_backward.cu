@@ -542,13 +542,14 @@ int64_t attention_weight_parts(const Attention& a) {
 }
 
 void attention_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
+  if (attention_backward_sm90(a, tensors, stream)) return;
   BackwardArgs args{};
   const Args& x = args.x = arguments_of(a);
   args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.element);
   args.output = operand_of(tensors.output, a.value_depth, a.element);
   // With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
   // these scores and masks, and does not round probabilities to 16 bits. Where keys are few it costs nothing.
-  args.by_tiles = a.score != kDotScore || tensors.of_mask || a.keys <= 128;
+  args.by_tiles = a.score != kDotScore || tensors.of_mask || a.keys <= kFewKeys;
   args.split = args.by_tiles && a.score == kDotScore;
   args.wide = a.score == kCosineScore;
   args.delta = tensors.delta;

@@ -18,6 +18,7 @@ namespace attention {
 
 constexpr int kThreads = 128, kWarps = 4, kTileRows = 64;
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kFewKeys = 128;  // backward goes through so many twice
 
 DLKERN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
 DLKERN_DEVICE int warp() { return static_cast<int>(threadIdx.x) / 32; }

@@ -20,8 +20,10 @@ struct Coordinates {
   int at[4], offset[2];
 };
 
+enum class Copy { two, four, im2col };
+
 // One copy of 64 rows, and what it left in shared memory.
-template <bool IM2COL>
+template <Copy KIND>
 __global__ void __launch_bounds__(128, 1)
     copy_case(const __grid_constant__ TensorMap map, const __grid_constant__ Coordinates c, uint32_t* out) {
 #ifdef DLKERN_HOPPER
@@ -31,7 +33,9 @@ __global__ void __launch_bounds__(128, 1)
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
     mbarrier_arrive_expect(barrier, 2 * kTile);
-    if (IM2COL)
+    if (KIND == Copy::four)
+      tensor_copy_4d(shared, map, barrier, c.at[0], c.at[1], c.at[2], c.at[3]);
+    else if (KIND == Copy::im2col)
       tensor_copy_im2col(shared, map, barrier, c.at[0], c.at[1], c.at[2], c.at[3], c.offset[0], c.offset[1]);
     else
       tensor_copy_2d(shared, map, barrier, c.at[0], c.at[1]);
@@ -71,6 +75,70 @@ __global__ void __launch_bounds__(128, 1) product_case(const __grid_constant__ T
 #pragma unroll
   for (int i = 0; i < 32; i++) memcpy(out + 32 * threadIdx.x + i, &c[i], 4);
 #endif
+}
+
+// The same k of B, with A in registers: element (i, k) of its 32 columns is (5 i + 3 k) % 29 - 14.
+template <bool B_FIRST>
+__global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__ TensorMap map, uint32_t* out) {
+#ifdef DLKERN_HOPPER
+  DLKERN_DYNAMIC_SHARED(shared);
+  DLKERN_SHARED(uint64_t, barrier, [1]);
+  const bf16* const b = reinterpret_cast<const bf16*>(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect(barrier, 2 * kTile);
+    tensor_copy_2d(shared, map, barrier, 64, 32);
+  }
+  __syncthreads();
+  mbarrier_wait(barrier, 0);
+  float c[32];
+  uint32_t a[2][4];
+#pragma unroll
+  for (int r = 0; r < 8; r++) {
+    const int i = thread / 32 * 16 + thread % 32 / 4 + r % 2 * 8, k = r / 4 * 16 + thread % 4 * 2 + r % 4 / 2 * 8;
+    const auto element = [&](int column) { return static_cast<float>((5 * i + 3 * column) % 29 - 14); };
+    a[r / 4][r % 4] = pack_bf16(element(k), element(k + 1));
+  }
+  wgmma_fence(c, a);
+#pragma unroll
+  for (int step = 0; step < 2; step++)
+    wgmma_bf16<B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 16), step > 0);
+  wgmma_commit();
+  wgmma_wait_all(c);
+#pragma unroll
+  for (int i = 0; i < 32; i++) memcpy(out + 32 * thread + i, &c[i], 4);
+#endif
+}
+
+// Roundings, and powers that are exact.
+__global__ void __launch_bounds__(128, 1) numbers_case(uint32_t* out) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const float x = static_cast<float>(thread * 40503 % 65521) / 77.0f;
+  out[2 * thread] = pack_bf16(x, -1.0f / (x + 1.0f));
+  const float power = exp2_fast(thread == 127 ? -INFINITY : static_cast<float>(thread - 100) * 2.0f);
+  memcpy(out + 2 * thread + 1, &power, 4);
+}
+
+// Two warps hand numbers to two others and get them back changed, twice.
+__global__ void __launch_bounds__(128, 1) barriers_case(uint32_t* out) {
+  DLKERN_SHARED(uint32_t, numbers, [64]);
+  const int thread = static_cast<int>(threadIdx.x), place = thread % 64;
+  const bool first = thread < 64;
+  for (int round = 0; round < 2; round++) {
+    if (first) {
+      numbers[place] = static_cast<uint32_t>(1000 * round + place);
+      barrier_arrive<128>(1);
+      barrier_sync<128>(2);
+      out[64 * round + place] = numbers[63 - place];
+    } else {
+      barrier_sync<128>(1);
+      numbers[place] = numbers[place] * 3;
+      barrier_arrive<128>(2);
+    }
+    __syncthreads();
+  }
 }
 
 // Elements that a kernel sees, and their copy on the host.
@@ -141,17 +209,26 @@ int main() {
   TensorMap map, half_map;
   need(make_tiled_map(map, in.device, 2, {kColumns, kRows, 1}, {kColumns, 0}, 64));
   need(make_tiled_map(half_map, in_half.device, 2, {kColumns, kRows, 1}, {kColumns, 0}, 64));
-  run("copy", copy_case<false>, kTile / 2, map, Coordinates{{8, 3}, {}});
-  run("copy", copy_case<false>, kTile / 2, map, Coordinates{{96, 60}, {}});
-  run("copy", copy_case<false>, kTile / 2, map, Coordinates{{-8, -5}, {}});
+  run("copy", copy_case<Copy::two>, kTile / 2, map, Coordinates{{8, 3}, {}});
+  run("copy", copy_case<Copy::two>, kTile / 2, map, Coordinates{{96, 60}, {}});
+  run("copy", copy_case<Copy::two>, kTile / 2, map, Coordinates{{-8, -5}, {}});
   products<bf16>(map);
   products<fp16>(half_map);
+  run("registers", registers_case<false>, kWords, map);
+  run("registers", registers_case<true>, kWords, map);
+  run("numbers", numbers_case, 256);
+  run("barriers", barriers_case, 128);
+
+  // [2, 30, 3, 40] seen as [2, 3, 30, 40].
+  need(make_tiled_map(map, in.device, 4, {40, 30, 3, 2}, {120, 40, 3600}, 64));
+  run("copy4", copy_case<Copy::four>, kTile / 2, map, Coordinates{{8, 5, 1, 1}, {}});
+  run("copy4", copy_case<Copy::four>, kTile / 2, map, Coordinates{{0, -3, 2, 0}, {}});
 
   // A filter of 3 x 2, padding 1 and 2, dilation 1 and 3; steps of 2 and 1.
   const int64_t size[4] = {kImage[0], kImage[1], kImage[2], kImage[3]};
   const int64_t stride[3] = {kImage[0], kImage[0] * kImage[1], int64_t{kImage[0]} * kImage[1] * kImage[2]};
   need(make_im2col_map(map, in.device, size, stride, {-1, -2}, {-1, -1}, {2, 1}, 64));
-  run("im2col", copy_case<true>, kTile / 2, map, Coordinates{{0, -1, -2, 0}, {0, 0}});
-  run("im2col", copy_case<true>, kTile / 2, map, Coordinates{{64, 1, 0, 1}, {2, 3}});
+  run("im2col", copy_case<Copy::im2col>, kTile / 2, map, Coordinates{{0, -1, -2, 0}, {0, 0}});
+  run("im2col", copy_case<Copy::im2col>, kTile / 2, map, Coordinates{{64, 1, 0, 1}, {2, 3}});
   return 0;
 }

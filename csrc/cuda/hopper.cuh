@@ -1,5 +1,6 @@
-// Hopper's own instructions (sm_90a): mbarriers, tensor copies (TMA) and wgmma; like ptx.cuh, each a small function with
-// its host twin beside it and a case in conformance.cu. And, for launchers, tensor maps and whether a GPU runs all this.
+// Hopper's own instructions (sm_90a): mbarriers, tensor copies (TMA) and wgmma, and what its kernels do between products;
+// like ptx.cuh, each a small function with its host twin beside it and a case in conformance_sm90.cu. And, for launchers,
+// tensor maps and whether a GPU runs all this.
 #pragma once
 #include <cstdlib>
 
@@ -71,6 +72,26 @@ DLKERN_DEVICE void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 #endif
 }
 
+// ---- Barriers of some of a block's threads, numbered 1 to 15: whoever syncs waits for `Threads` that arrive or sync ----
+
+template <int Threads>
+DLKERN_DEVICE void barrier_sync(int number) {
+#ifdef __CUDACC__
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(Threads) : "memory");
+#else
+  ::cuda_on_host::named_barrier(number, Threads, true);
+#endif
+}
+
+template <int Threads>
+DLKERN_DEVICE void barrier_arrive(int number) {
+#ifdef __CUDACC__
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(Threads) : "memory");
+#else
+  ::cuda_on_host::named_barrier(number, Threads, false);
+#endif
+}
+
 // Makes what this thread wrote to shared memory visible to tensor copies and wgmma, for whoever is ordered after this.
 DLKERN_DEVICE void fence_proxy_async() {
 #ifdef __CUDACC__
@@ -114,6 +135,19 @@ DLKERN_DEVICE void tensor_copy_3d(void* destination, const TensorMap& map, uint6
 #endif
 }
 
+DLKERN_DEVICE void tensor_copy_4d(void* destination, const TensorMap& map, uint64_t* barrier, int x, int y, int z,
+                                  int w) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+#else
+  ::cuda_on_host::tensor_copy(destination, map, barrier, {x, y, z, w}, {0, 0});
+#endif
+}
+
 // The pixels of an im2col map from the one at (w, h, n) on, each read offset_w, offset_h further.
 DLKERN_DEVICE void tensor_copy_im2col(void* destination, const TensorMap& map, uint64_t* barrier, int c, int w, int h,
                                       int n, int offset_w, int offset_h) {
@@ -129,7 +163,7 @@ DLKERN_DEVICE void tensor_copy_im2col(void* destination, const TensorMap& map, u
 #endif
 }
 
-// ---- wgmma: products by warpgroups of 128 threads, both operands in shared memory ----
+// ---- wgmma: products by warpgroups of 128 threads, B in shared memory, A there or in registers ----
 
 // Where an operand of 128-byte swizzled rows lies. k last: rows of 64 k, any number of them. k first: rows of 64 outer
 // elements, one a k; the next 64 outer elements begin `next_outer` bytes further (16 where there are none, or k is last).
@@ -143,15 +177,28 @@ DLKERN_DEVICE uint64_t matrix_descriptor(const void* tile, unsigned next_outer) 
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(next_outer >> 4) << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
 
-// Before the first product, and wherever the thread itself has written accumulators.
-template <int N>
-DLKERN_DEVICE void wgmma_fence(float (&c)[N]) {
 #ifdef __CUDACC__
+// Keeps the compiler from moving what is done with these registers over this place.
+template <int N>
+DLKERN_DEVICE void pin(float (&registers)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int N>
+DLKERN_DEVICE void pin(uint32_t (&registers)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * N; i++) asm volatile("" : "+r"(registers[i / 4][i % 4])::"memory");
+}
+#endif
+
+// Before the first product, and wherever the thread itself has written registers of products: accumulators, and A.
+template <class... Registers>
+DLKERN_DEVICE void wgmma_fence(Registers&... registers) {
+#ifdef __CUDACC__
+  (pin(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #else
-  (void)c;
+  ((void)registers, ...);
   ::cuda_on_host::wgmma_fence();
 #endif
 }
@@ -164,12 +211,15 @@ DLKERN_DEVICE void wgmma_commit() {
 #endif
 }
 
-// Waits for all but the latest `GroupsLeft` groups: their operands may be overwritten.
-template <int GroupsLeft>
-DLKERN_DEVICE void wgmma_wait() {
+// Waits for all but the latest `GroupsLeft` groups: their operands may be overwritten, and `registers` of theirs alone be
+// read and written.
+template <int GroupsLeft, class... Registers>
+DLKERN_DEVICE void wgmma_wait(Registers&... registers) {
 #ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GroupsLeft) : "memory");
+  (pin(registers), ...);
 #else
+  ((void)registers, ...);
   ::cuda_on_host::wgmma_wait(GroupsLeft);
 #endif
 }
@@ -177,13 +227,7 @@ DLKERN_DEVICE void wgmma_wait() {
 // Waits for all groups: the accumulators may be read.
 template <int N>
 DLKERN_DEVICE void wgmma_wait_all(float (&c)[N]) {
-  wgmma_wait<0>();
-#ifdef __CUDACC__
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
-#else
-  (void)c;
-#endif
+  wgmma_wait<0>(c);
 }
 
 #ifdef __CUDACC__
@@ -210,6 +254,9 @@ DLKERN_DEVICE void wgmma_wait_all(float (&c)[N]) {
 #define DLKERN_WGMMA(type, n, registers, a, b, p, ta, tb)                                                          \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
   " {" registers "}, " a ", " b ", adds, 1, 1, " ta ", " tb ";\n}"
+#define DLKERN_WGMMA_REGISTERS(n, registers, a, b, p, tb)                                 \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+  "k16.f32.bf16.bf16 {" registers "}, {" a "}, " b ", adds, 1, 1, " tb ";\n}"
 #endif
 
 // c[64][2 N] (+)= a[64][16] b[16][2 N], bfloat16 or float16 (T), asynchronously; an operand FIRST lies k first. Without
@@ -251,6 +298,26 @@ DLKERN_DEVICE void wgmma(float (&c)[N], uint64_t a, uint64_t b, bool adds) {
 #endif
 }
 
+// The same with A in registers, which must stay as they are until the wait: 16 rows a warp, as mma_bf16_16x8x16 takes
+// them. Columns 16 k .. 16 k + 15 of a product become such an A as pack_bf16(c[8 k + 2 r], c[8 k + 2 r + 1]), r = 0 .. 3.
+template <bool B_FIRST, int N>
+DLKERN_DEVICE void wgmma_bf16(float (&c)[N], const uint32_t (&a)[4], uint64_t b, bool adds) {
+  static_assert(N == 32 || N == 64);
+#ifdef __CUDACC__
+  if constexpr (N == 32) {
+    asm volatile(DLKERN_WGMMA_REGISTERS("64", DLKERN_REGISTERS_32, "%32, %33, %34, %35", "%36", "%37", "%38")
+                 : DLKERN_C32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(B_FIRST));
+  } else {
+    asm volatile(DLKERN_WGMMA_REGISTERS("128", DLKERN_REGISTERS_64, "%64, %65, %66, %67", "%68", "%69", "%70")
+                 : DLKERN_C32(0), DLKERN_C32(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(B_FIRST));
+  }
+#else
+  ::cuda_on_host::wgmma(c, 2 * N, a, b, B_FIRST, adds);
+#endif
+}
+
 // Moves registers between warpgroups: each in a branch of its own, in a kernel with __launch_bounds__(threads, 1).
 template <int Registers>
 DLKERN_DEVICE void give_registers_back() {
@@ -262,6 +329,30 @@ template <int Registers>
 DLKERN_DEVICE void take_registers() {
 #ifdef __CUDACC__
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+
+// ---- Between products ----
+
+// Two numbers rounded to bfloat16, the first one in the lower half.
+DLKERN_DEVICE uint32_t pack_bf16(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
+#endif
+}
+
+// 2^x but for some last bits, in one instruction; results below 2^-126 are 0.
+DLKERN_DEVICE float exp2_fast(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return x < -126.0f ? 0.0f : std::exp2(x);
 #endif
 }
 
@@ -315,15 +406,17 @@ constexpr int kMapRow = 64;  // elements of a box's row: 128 bytes
 
 // Makes the map of a tensor of 16-bit elements (which ones is all the same: copies add zeros alone) of `rank` dimensions,
 // the first one without gaps, strides in elements (from the second dimension on), to be copied in boxes of
-// kMapRow x box_rows x 1. False where the hardware takes no such tensor.
-inline bool make_tiled_map(TensorMap& map, const void* data, int rank, const int64_t (&size)[3],
-                           const int64_t (&stride)[2], int box_rows) {
+// kMapRow x box_rows x 1 x 1. False where the hardware takes no such tensor.
+template <int N>
+bool make_tiled_map(TensorMap& map, const void* data, int rank, const int64_t (&size)[N],
+                    const int64_t (&stride)[N - 1], int box_rows) {
+  static_assert(N <= 4);
 #ifdef __CUDACC__
   static const auto encode = driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  cuuint64_t sizes[3], strides[2];
+  cuuint64_t sizes[N], strides[N - 1];
   for (int d = 0; d < rank; d++) sizes[d] = static_cast<cuuint64_t>(size[d]);
   for (int d = 0; d + 1 < rank; d++) strides[d] = static_cast<cuuint64_t>(stride[d]) * 2;
-  const cuuint32_t box[3] = {kMapRow, static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
+  const cuuint32_t box[4] = {kMapRow, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   return encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<void*>(data), sizes,
                 strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

@@ -134,6 +134,7 @@ void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void fence_proxy_async();
+void named_barrier(int number, unsigned threads, bool waits);
 
 // What a CUtensorMap says of a tensor of 16-bit elements, 128-byte swizzle; the first dimension is the one without gaps.
 // Tiled: `box` elements a dimension. im2col ([C, W, H, N]): box[0] channels of box[1] pixels; see tensor_copy.cpp.
@@ -154,6 +155,7 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups_left);
 void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds, bool half);
+void wgmma(float* c, int n, const uint32_t (&a)[4], uint64_t b, bool b_transposed, bool adds);
 
 template <class T>
 T shuffled(unsigned mask, T value, int source_lane, const char* where) {

@@ -1,5 +1,6 @@
 // The state of a running launch: CUDA threads, warps and blocks, and the clock that orders their accesses.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <vector>
@@ -44,14 +45,24 @@ struct Mbarrier {
   std::vector<Thread*> waiting;
 };
 
+// bar.sync and bar.arrive of some of a block's threads.
+struct NamedBarrier {
+  unsigned threads = 0, arrived = 0;
+  Known arriving;
+  std::vector<Thread*> waiting;
+};
+
 // A wgmma instruction of a warpgroup; it runs when somebody waits for it and all 128 threads have issued it.
 struct MatrixProduct {
   uint64_t a, b;
   int n;
-  bool a_transposed, b_transposed, adds, half;
+  bool a_transposed, b_transposed, adds, half, a_in_registers;
   int issued = 0;
   uint32_t time = 0;  // when the last thread issued it
   Sum* sum = nullptr;
+  // Where A is in registers, those of each thread: what they hold, and where they are.
+  std::vector<std::array<uint32_t, 4>> a_values = {};
+  std::vector<const uint32_t*> a_registers = {};
 };
 
 // The accumulators that a chain of products adds to, while they belong to the tensor cores.
@@ -125,6 +136,7 @@ struct Block {
   std::vector<SharedArray> arrays;
   Shadow* shadow = nullptr;  // of memory, in the checked build
   std::deque<Mbarrier> mbarriers;
+  std::vector<NamedBarrier> barriers;  // by number; empty before the first use
   std::vector<Warpgroup> warpgroups;
   Known known;  // of all threads, since the last __syncthreads
   // Latest read of each 16 bytes by each warpgroup's wgmma, in the checked build.

@@ -1,6 +1,7 @@
 // mbarriers. What a thread did before it arrived is ordered before what others do after they waited for that phase; so
 // is, for what it copied, the copy engine (tensor_copy.cpp). A wait for the wrong phase returns early, as it does on
-// the GPU, and what is then read is NaN; a phase that never completes is a deadlock.
+// the GPU, and what is then read is NaN; a phase that never completes is a deadlock. And barriers of some of a block's
+// threads (bar.sync and bar.arrive with a number), which order in the same way.
 #include "checker.h"
 #include "machine.h"
 
@@ -11,7 +12,18 @@ void learn(Known& into, size_t slot, uint32_t time) {
   if (into[slot] < time) into[slot] = time;
 }
 
-bool any_known(const Block& block) { return !block.mbarriers.empty() || !block.warpgroups.empty(); }
+bool any_known(const Block& block) {
+  return !block.mbarriers.empty() || !block.warpgroups.empty() || !block.barriers.empty();
+}
+
+// What a thread that arrives knows, what its warp's last __syncwarp told it, and its own accesses so far.
+static void tell(Known& arriving) {
+  Thread& thread = *machine.current;
+  join(arriving, thread.known);
+  const size_t warp = thread.warp - thread.block->warps.data();
+  for (size_t lane = 0; lane < 32; lane++) learn(arriving, warp * 32 + lane, thread.warp->synced_at);
+  learn(arriving, warp * 32 + thread.lane, ++machine.clock);
+}
 
 Mbarrier* find_mbarrier(const uint64_t* barrier, const char* what) {
   Block& block = *machine.current->block;
@@ -51,13 +63,8 @@ void mbarrier_init_fence() {
 }
 
 static void arrive(Mbarrier& barrier) {
-  Thread& thread = *machine.current;
   if (barrier.pending == 0) return report("mbarrier: more arrivals in a phase than it was initialised with");
-  // What the thread knows, what its warp's last __syncwarp told it, and its own accesses so far.
-  join(barrier.arriving, thread.known);
-  const size_t warp = thread.warp - thread.block->warps.data();
-  for (size_t lane = 0; lane < 32; lane++) learn(barrier.arriving, warp * 32 + lane, thread.warp->synced_at);
-  learn(barrier.arriving, warp * 32 + thread.lane, ++machine.clock);
+  tell(barrier.arriving);
   barrier.pending--;
   settle(barrier);
 }
@@ -87,6 +94,26 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   }
   found->waited = found->phase;
   join(thread.known, found->completed);
+}
+
+void named_barrier(int number, unsigned threads, bool waits) {
+  Thread& thread = *machine.current;
+  Block& block = *thread.block;
+  if (number < 1 || number > 15 || threads % 32 || threads > block.threads.size())
+    return report("bar: a wrong number, or a wrong number of threads");
+  if (block.barriers.empty()) block.barriers.resize(16);
+  NamedBarrier& barrier = block.barriers[static_cast<size_t>(number)];
+  if (barrier.arrived == 0) barrier.threads = threads;
+  if (barrier.threads != threads) report("bar: threads meet that expect different numbers of them");
+  tell(barrier.arriving);
+  if (++barrier.arrived < barrier.threads) {
+    if (!waits) return;
+    barrier.waiting.push_back(&thread);
+    return sleep("bar.sync");
+  }
+  if (waits) join(thread.known, barrier.arriving);
+  for (Thread* waiting : barrier.waiting) join(waiting->known, barrier.arriving), make_ready(waiting);
+  barrier = NamedBarrier{};
 }
 
 void fence_proxy_async() { machine.current->proxy_fences.push_back(machine.clock++); }

@@ -80,6 +80,9 @@ void thread_main() {
     for (const Mbarrier& barrier : block.mbarriers) {
       if (barrier.copied > barrier.waited) report("a block ended with cp.async.bulk copies not waited for");
     }
+    for (const NamedBarrier& barrier : block.barriers) {
+      if (barrier.arrived != 0) report("a block ended with arrivals at a barrier that not all reached");
+    }
   }
   // Threads that have returned count as arrived.
   if (--block.alive && static_cast<int>(block.at_barrier.size()) == block.alive) release_barrier(block);
@@ -100,6 +103,7 @@ void start_block(Block& block, uint3 index, uint32_t linear_index, dim3 size, si
   block.barrier_where = nullptr;
   block.synced_at = ++machine.clock;
   block.mbarriers.clear();
+  block.barriers.clear();
   block.warpgroups.clear();
   block.known.clear();
   shared_begin(block, shared_bytes);

@@ -1,6 +1,7 @@
-// wgmma.mma_async of bfloat16 and float16: D[64][n] (+)= A[64][16] B[16][n], both operands in shared memory behind
-// descriptors. From the issue until the wait, the accumulators are NaN: the product is made when a thread waits for it. Operands are
-// read then, too; the checked build remembers them as being read from the issue on.
+// wgmma.mma_async of bfloat16 and float16: D[64][n] (+)= A[64][16] B[16][n], operands in shared memory behind descriptors,
+// or a bfloat16 A in registers. From the issue until the wait, the accumulators are NaN: the product is made when a thread
+// waits for it. Operands are read then, too; the checked build remembers them as being read from the issue on. A's
+// registers must then hold what they held at the issue.
 #include <algorithm>
 
 #include "checker.h"
@@ -63,12 +64,25 @@ float element(const Block& block, uint32_t offset, bool half) {
   return half ? __half2float({bits}) : __bfloat162float({bits});
 }
 
+// A thread of rank 32 w + 4 g + t holds rows 16 w + g and 8 further, columns 2 t and 2 t + 1, then those 8 further.
+float element_of_registers(const MatrixProduct& product, int i, int k) {
+  const int rank = i / 16 * 32 + i % 8 * 4 + k % 8 / 2, which = i % 16 / 8 + k / 8 * 2;
+  const uint32_t pair = product.a_values[static_cast<size_t>(rank)][static_cast<size_t>(which)];
+  const uint32_t word = k % 2 ? pair & 0xffff0000u : pair << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
 void multiply(const Block& block, const MatrixProduct& product) {
   float a[kRows][kDepth], b[kDepth][256];
   const Operand of_a(product.a, product.a_transposed), of_b(product.b, product.b_transposed);
   const int n = product.n;
   for (int k = 0; k < kDepth; k++) {
-    for (int i = 0; i < kRows; i++) a[i][k] = element(block, of_a.offset(i, k), product.half);
+    for (int i = 0; i < kRows; i++) {
+      a[i][k] = product.a_in_registers ? element_of_registers(product, i, k)
+                                       : element(block, of_a.offset(i, k), product.half);
+    }
     for (int j = 0; j < n; j++) b[k][j] = element(block, of_b.offset(j, k), product.half);
   }
   for (int i = 0; i < kRows; i++) {
@@ -90,36 +104,39 @@ void check_operands(Thread& thread, const MatrixProduct& product, size_t group, 
       }
     }
   };
-  check(a, kRows);
+  if (!product.a_in_registers) check(a, kRows);
   check(b, product.n);
 }
 
-}  // namespace
-
-void wgmma_fence() { machine.current->wgmma_fenced = true; }
-
-void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds, bool half) {
+void issue(float* c, const MatrixProduct& wanted, const uint32_t* a_registers) {
   Thread& thread = *machine.current;
   size_t group;
   Warpgroup& warpgroup = warpgroup_of(thread, group);
-  const int rank = rank_of(thread);
+  const int rank = rank_of(thread), n = wanted.n;
   if (thread.block->warps.size() < 4 * group + 4 || group >= 8)
     return report("wgmma: the warps here are not a whole warpgroup");
-  if (n % 8 || n < 8 || n > 256 || !is_right(a) || !is_right(b)) return report("wgmma: a wrong size or descriptor");
+  if (n % 8 || n < 8 || n > 256 || !(a_registers || is_right(wanted.a)) || !is_right(wanted.b))
+    return report("wgmma: a wrong size or descriptor");
 
   const auto index = static_cast<size_t>(thread.products++);
   if (index == warpgroup.products.size()) {
-    warpgroup.products.push_back({a, b, n, a_transposed, b_transposed, adds, half});
-    MatrixProduct& made = warpgroup.products.back();
+    MatrixProduct& made = warpgroup.products.emplace_back(wanted);
     for (Sum* sum : thread.sums) {
       if (sum->registers[rank] == c) made.sum = sum;
     }
     if (!made.sum) made.sum = &warpgroup.sums.emplace_back(), made.sum->columns = n;
+    if (a_registers) made.a_values.resize(128), made.a_registers.resize(128);
   }
   MatrixProduct& product = warpgroup.products[index];
-  if (product.a != a || product.b != b || product.n != n || product.a_transposed != a_transposed ||
-      product.b_transposed != b_transposed || product.adds != adds || product.half != half)
+  if (product.a != wanted.a || product.b != wanted.b || product.n != n || product.a_transposed != wanted.a_transposed ||
+      product.b_transposed != wanted.b_transposed || product.adds != wanted.adds || product.half != wanted.half ||
+      product.a_in_registers != wanted.a_in_registers)
     report("wgmma: threads of one warpgroup bring different arguments");
+  if (a_registers && product.a_in_registers) {
+    if (!thread.wgmma_fenced) report("wgmma: no wgmma.fence since A's registers were the thread's");
+    std::memcpy(product.a_values[static_cast<size_t>(rank)].data(), a_registers, 16);
+    product.a_registers[static_cast<size_t>(rank)] = a_registers;
+  }
 
   Sum& sum = *product.sum;
   if (!sum.registers[rank]) {
@@ -148,6 +165,18 @@ void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_tr
   warpgroup.waiting.clear();
 }
 
+}  // namespace
+
+void wgmma_fence() { machine.current->wgmma_fenced = true; }
+
+void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds, bool half) {
+  issue(c, {a, b, n, a_transposed, b_transposed, adds, half, false}, nullptr);
+}
+
+void wgmma(float* c, int n, const uint32_t (&a)[4], uint64_t b, bool b_transposed, bool adds) {
+  issue(c, {0, b, n, false, b_transposed, adds, false, true}, a);
+}
+
 void wgmma_commit() { machine.current->product_groups.push_back(machine.current->products); }
 
 void wgmma_wait(int groups_left) {
@@ -166,7 +195,12 @@ void wgmma_wait(int groups_left) {
   for (; warpgroup.done < static_cast<size_t>(upto); warpgroup.done++)
     multiply(*thread.block, warpgroup.products[warpgroup.done]);
   learn(thread.known, thread.block->warpgroup_slot(group), warpgroup.products[static_cast<size_t>(upto) - 1].time + 1);
-  if (upto > thread.products_waited) thread.products_waited = upto;
+  for (; thread.products_waited < upto; thread.products_waited++) {
+    const MatrixProduct& product = warpgroup.products[static_cast<size_t>(thread.products_waited)];
+    if (product.a_in_registers && std::memcmp(product.a_registers[static_cast<size_t>(rank)],
+                                              product.a_values[static_cast<size_t>(rank)].data(), 16) != 0)
+      report("wgmma: A's registers were written while a product was under way");
+  }
   size_t kept = 0;
   for (Sum* sum : thread.sums) {
     if (sum->last[rank] > upto) {

@@ -203,6 +203,27 @@ __global__ void one_barrier_for_all(const float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x];
 }
 
+// Two warps write, two others read, behind a barrier of these threads.
+enum class Named { right, wait, count };
+template <Named WRONG>
+__global__ void named_barrier(const float* in, float* out) {
+  DLKERN_SHARED(float, value, [kThreads / 2]);
+  const int place = static_cast<int>(threadIdx.x) % 64;
+  if (threadIdx.x < 64) {
+    value[place] = in[place];
+    if (WRONG == Named::count)
+      barrier_arrive<96>(3);
+    else
+      barrier_arrive<128>(3);
+  } else if (WRONG == Named::wait) {
+    barrier_arrive<128>(3);
+    out[place] = value[63 - place];
+  } else {
+    barrier_sync<128>(3);
+    out[place] = value[63 - place];
+  }
+}
+
 // A tensor copy by the first warpgroup into two stages, multiplied by the second one, as csrc/cuda/wgmma_tile.cuh does.
 enum class Hopper {
   right,
@@ -221,6 +242,8 @@ enum class Hopper {
   release_after_wait,
   last_wait,
   operand_write,
+  a_fence,
+  a_write,
 };
 
 template <Hopper WRONG>
@@ -278,6 +301,30 @@ __global__ void hopper(const float* in, float* out) {
   for (int i = 0; i < 4; i++) out[(threadIdx.x - 128) * 4 + i] = c[i];
 }
 
+// A product becomes the next one's A, in registers.
+template <Hopper WRONG>
+__global__ void hopper_registers(const float* in, float* out) {
+  DLKERN_DYNAMIC_SHARED(raw);
+  auto* const b = reinterpret_cast<bf16*>(raw);
+  for (int i = static_cast<int>(threadIdx.x); i < 64 * 64; i += 128) b[i] = from_float<bf16>(in[i % kSize]);
+  fence_proxy_async();
+  __syncthreads();
+  float c[32], d[32];
+  wgmma_fence(c);
+  for (int k = 0; k < 64; k += 16)
+    wgmma_bf16<false, false>(c, matrix_descriptor(b + k, 16), matrix_descriptor(b + k, 16), k > 0);
+  wgmma_commit();
+  wgmma_wait_all(c);
+  uint32_t a[4][4];
+  for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack_bf16(c[2 * i], c[2 * i + 1]);
+  if (WRONG != Hopper::a_fence) wgmma_fence(d, a);
+  for (int k = 0; k < 4; k++) wgmma_bf16<true>(d, a[k], matrix_descriptor(b + k * 16 * 64, 16), k > 0);
+  wgmma_commit();
+  if (WRONG == Hopper::a_write) a[1][2]++;
+  wgmma_wait_all(d);
+  for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = d[i];
+}
+
 struct Case {
   void (*kernel)(const float*, float*);
   unsigned blocks = 1;
@@ -290,6 +337,13 @@ struct Case {
     "hopper_" #name, {                                                                                          \
       Case{hopper<Hopper::right>, 1, false, 3 * 8192, 256}, Case{hopper<Hopper::name>, 1, false, 3 * 8192, 256} \
     }                                                                                                           \
+  }
+
+#define HOPPER_REGISTERS_CASE(name)                                                                               \
+  {                                                                                                               \
+    "hopper_" #name, {                                                                                            \
+      Case{hopper_registers<Hopper::right>, 1, false, 8192}, Case{hopper_registers<Hopper::name>, 1, false, 8192} \
+    }                                                                                                             \
   }
 
 #define CASE(name, ...)                                                    \
@@ -336,6 +390,10 @@ const std::map<std::string, std::array<Case, 2>>& cases() {
       HOPPER_CASE(release_after_wait),
       HOPPER_CASE(last_wait),
       HOPPER_CASE(operand_write),
+      HOPPER_REGISTERS_CASE(a_fence),
+      HOPPER_REGISTERS_CASE(a_write),
+      {"named_barrier_wait", {Case{named_barrier<Named::right>}, Case{named_barrier<Named::wait>}}},
+      {"named_barrier_count", {Case{named_barrier<Named::right>}, Case{named_barrier<Named::count>}}},
       {"inputs_only_read",
        {Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<false>)},
         Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<true>)}}},

@@ -17,6 +17,9 @@ ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
 )
 
 
+ATTENTION_HOPPER, ATTENTION_HOPPER_BACKWARD, ATTENTION_HOPPER_TILE = (
+    f"csrc/cuda/attention_{name}" for name in ("sm90.cu", "backward_sm90.cu", "sm90.cuh")
+)
 LINEAR_HOPPER, CONV_HOPPER, WGMMA_TILE, TILE_STORE, PTX, HOPPER = (
     f"csrc/cuda/{name}"
     for name in ("linear_sm90.cu", "conv_sm90.cu", "wgmma_tile.cuh", "tile_store.cuh", "ptx.cuh", "hopper.cuh")
@@ -108,6 +111,24 @@ MUTANTS = [
             "window.first_w + (window.width - 1) * window.stride_w - width", "test_on_hopper", "_conv"),
     _mutant(CONV_HOPPER, "first_pixel = blockIdx.y * args.part_length", "first_pixel = blockIdx.y * 64", "test_on_hopper", "_conv"),
     _mutant(CONV_HOPPER, "tap % window.taps_w * args.tap_w", "tap % window.taps_w * args.tap_h", "test_on_hopper", "_conv"),
+    # attention_forward_sm90_kernel
+    _attention_mutant(ATTENTION_HOPPER, "sum[i] *= shrink[r];", "sum[i] *= 1.0f;", "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER, "of_values ? use / 2 - 1", "of_values ? use / 2", "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER, "wgmma_wait<0>(sum, p);\n        ring.release(values_use);",
+                      "ring.release(values_use);", "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER_TILE, "j0 + c < span[r].begin ||", "", "test_attention_on_hopper and window"),
+    _attention_mutant(ATTENTION_HOPPER_TILE, "(use / STAGES + 1) % 2", "(use / STAGES) % 2", "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER_TILE, "matrix_descriptor(tile + row * 64, 2 * kPanel)",
+                      "matrix_descriptor(tile + row * 64, kPanel)", "test_attention_on_hopper and plain and 128"),
+    _attention_mutant(ATTENTION_HOPPER_TILE, "else if (stride[d] == 0)\n      return false;", "", "hopper_leaves"),
+    # attention_backward_query_sm90_kernel, attention_backward_key_sm90_kernel
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "change[i] - delta[r]", "change[i]", "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "return kh * x.group + n / query_tiles;", "return kh * x.group;",
+                      "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "j < span.begin ||", "", "test_attention_on_hopper and window"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "i < x.queries ? exponent_of(x, place) : INFINITY", "exponent_of(x, place)",
+                      "test_attention_on_hopper and plain"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "j0 + kBlockRows + x.left", "j0 + x.left", "test_attention_on_hopper and window"),
     # batch_norm_partial_kernel, batch_norm_statistics_kernel, batch_norm_running_kernel
     _mutant(BATCH_NORM, "for (int rows = kThreads / plan.lanes / 2; rows > 0; rows /= 2) {\n    __syncthreads();\n"
             "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
