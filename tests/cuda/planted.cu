@@ -312,7 +312,7 @@ __global__ void hopper_registers(const float* in, float* out) {
   float c[32], d[32];
   wgmma_fence(c);
   for (int k = 0; k < 64; k += 16)
-    wgmma_bf16<false, false>(c, matrix_descriptor(b + k, 16), matrix_descriptor(b + k, 16), k > 0);
+    wgmma<bf16, false, false>(c, matrix_descriptor(b + k, 16), matrix_descriptor(b + k, 16), k > 0);
   wgmma_commit();
   wgmma_wait_all(c);
   uint32_t a[4][4];
