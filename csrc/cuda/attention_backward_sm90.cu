@@ -325,8 +325,8 @@ bool attention_backward_sm90(const Attention& a, const AttentionBackward& tensor
   const int64_t enough = multiprocessors() / 2;
   if (!fits(a, x) || query_blocks < enough || key_blocks < enough) return false;
   if (a.keys <= kFewKeys) return false;  // delta is made in another way
-  args.gradient = operand_of(tensors.grad_output, a.depth, false);
-  args.output = operand_of(tensors.output, a.depth, false);
+  args.gradient = operand_of(tensors.grad_output, a.depth, a.element);
+  args.output = operand_of(tensors.output, a.depth, a.element);
   if (!args.output.aligned) return false;
   args.scale = x.scale * kLog2E;
   args.delta = tensors.delta;

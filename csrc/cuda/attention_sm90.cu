@@ -162,7 +162,7 @@ bool run(const Attention& a, const Args& x, const AttentionOperand& output, int6
   if (!runs_on_hopper(attention_forward_sm90_kernel<DEPTH>)) return false;
   ForwardArgs args{};
   args.x = x;
-  args.output = operand_of(output, DEPTH, false);
+  args.output = operand_of(output, DEPTH, a.element);
   args.scale = x.scale * kLog2E;
   if (!args.output.aligned || !make_rows_map(args.query, x.query, DEPTH, a.queries, a.heads, a.batch, 128) ||
       !make_rows_map(args.key, x.key, DEPTH, a.keys, a.key_heads, a.batch, kKeys) ||

@@ -105,7 +105,7 @@ struct Ring {
 
 // Whether scores are nothing but products with a scale, of a size that has kernels; and masks by position.
 inline bool fits(const Attention& a, const Args& x) {
-  return !a.is_float && a.score == kDotScore && x.plain && !x.dropout && a.depth == a.value_depth &&
+  return a.element == Element::bfloat16 && a.score == kDotScore && x.plain && !x.dropout && a.depth == a.value_depth &&
          (a.depth == 64 || a.depth == 128) && x.scale > 0 && std::isfinite(x.scale * kLog2E) && x.query.aligned &&
          x.key.aligned && x.value.aligned;
 }
