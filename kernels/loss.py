@@ -220,7 +220,7 @@ def probabilities_forward_kernel(
     loss = tl.where(position < POSITIONS, apart + mass * log_total.to(tl.float64), 0.0)
     tl.store(kept_ptr + position, most, mask=position < POSITIONS)
     tl.store(kept_ptr + POSITIONS + position, total, mask=position < POSITIONS)
-    tl.store(kept_ptr + 2 * POSITIONS + position, mass.to(ACC), mask=position < POSITIONS)
+    tl.store(kept_ptr + 2 * POSITIONS + position, mass, mask=position < POSITIONS)
     if REDUCE:
         tl.store(loss_parts_ptr + tl.program_id(0), tl.sum(loss, axis=0))
         tl.store(count_parts_ptr + tl.program_id(0), tl.sum(tl.where(position < POSITIONS, 1.0, 0.0), axis=0).to(tl.float64))
@@ -241,9 +241,9 @@ def probabilities_backward_kernel(
         position = position.to(tl.int64)
     row = position // PIXELS * stride_n + position % PIXELS * stride_pixel  # [BLOCK_M]
     keep, spread = (1.0 - smoothing).to(ACC), (smoothing / C).to(ACC)
-    most = tl.load(kept_ptr + position, mask=position < POSITIONS, other=0.0)
-    total = tl.load(kept_ptr + POSITIONS + position, mask=position < POSITIONS, other=1.0)
-    mass = tl.load(kept_ptr + 2 * POSITIONS + position, mask=position < POSITIONS, other=0.0)
+    most = tl.load(kept_ptr + position, mask=position < POSITIONS, other=0.0).to(ACC)
+    total = tl.load(kept_ptr + POSITIONS + position, mask=position < POSITIONS, other=1.0).to(ACC)
+    mass = tl.load(kept_ptr + 2 * POSITIONS + position, mask=position < POSITIONS, other=0.0).to(ACC)
     if REDUCE:
         grad = tl.zeros((BLOCK_M,), ACC) + tl.load(grad_ptr).to(ACC)
         if MEAN:
@@ -395,7 +395,7 @@ def probabilities_forward(input, target, weight, reduction, label_smoothing):
     _check_probabilities("cross_entropy", input, target, weight, reduction, label_smoothing)
     reduce, places = reduction != _NONE, (input.shape[0], *input.shape[2:])
     loss = torch.empty(() if reduce else places, dtype=input.dtype, device=input.device)
-    kept = torch.empty((3, *places), dtype=accumulator_dtype(input.dtype), device=input.device)
+    kept = torch.empty((3, *places), dtype=torch.float64, device=input.device)
     x, target, pixels = _alike(input, target)
     positions, C = x.numel() // x.shape[1], x.shape[1]
     config = configs.cross_entropy(x, positions, C)
@@ -422,7 +422,7 @@ def probabilities_backward(grad_loss, input, target, weight, kept, reduction, la
     places = (input.shape[0], *input.shape[2:])
     expected = () if reduction != _NONE else places
     check(tuple(grad_loss.shape) == expected, f"{op}: expected grad_loss {expected}, got {tuple(grad_loss.shape)}")
-    check(tuple(kept.shape) == (3, *places) and kept.dtype == accumulator_dtype(input.dtype), f"{op}: kept does not match")
+    check(tuple(kept.shape) == (3, *places) and kept.dtype == torch.float64, f"{op}: kept does not match")
     check(grad_loss.device == kept.device == input.device, f"{op}: tensors on several devices")
     x, target, pixels = _alike(input, target)
     gradients = [torch.empty_like(x) if wanted else x.new_empty(0) for wanted in (of_input, of_target)]

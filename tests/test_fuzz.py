@@ -371,6 +371,8 @@ def loss_calls(draw):
     )
     if draw(st.booleans()):
         options["weight"] = torch.rand(classes) + 0.1
+    if draw(st.integers(0, 3)) == 0:  # probabilities, as they come in other dtypes
+        target = torch.rand(shape).bfloat16()
     return x, target, options, dtype
 
 
@@ -382,7 +384,8 @@ def test_cross_entropy(call):
     def on(namespace):
         def f(x):
             weight = options.get("weight")
-            return namespace.cross_entropy(x, target, **{**options, "weight": None if weight is None else weight.to(x.dtype)})
+            t = target.to(x.dtype) if target.is_floating_point() else target
+            return namespace.cross_entropy(x, t, **{**options, "weight": None if weight is None else weight.to(x.dtype)})
 
         return f
 

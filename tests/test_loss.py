@@ -109,6 +109,17 @@ def test_one_class_has_no_gradient(shape, smoothing, dtype):
         assert (torch.autograd.grad(loss, x, torch.randn_like(loss))[0] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 1, 40)], ids=str)
+def test_one_class_has_no_gradient_of_probabilities(shape, dtype):
+    for smoothing in (0.0, 0.1):
+        x, t, w = torch.randn(shape).to(dtype).requires_grad_(), torch.rand(shape).to(dtype), torch.rand(1).to(dtype) + 0.1
+        loss = F.cross_entropy(x, t, w, reduction="none", label_smoothing=smoothing)
+        (gradient,) = torch.autograd.grad(loss, x, torch.randn_like(loss))
+        # p sum(v) and v differ by less than double's roundoff, in every dtype.
+        assert (gradient.abs() <= 2**-53).all() and (loss == 0).all()
+
+
 def test_ignored_places_get_no_gradient_whatever_their_logits():
     for shape in ((4, 5), (2, 5, 3)):
         x, target = torch.randn(shape), torch.zeros((shape[0], *shape[2:]), dtype=torch.long)

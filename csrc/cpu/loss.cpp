@@ -368,9 +368,9 @@ template <class T> double read_probable(const ProbabilitiesArgs<T>& args, int64_
     if (rows) sum[0] = reduce_add(sum), mass[0] = reduce_add(mass), apart[0] = reduce_add(apart);
     for (int64_t l = 0; l < places; ++l) {
       const double loss = apart[l] + mass[l] * std::log(sum[l]);
-      args.largest[i + l] = top[l];
-      args.sum[i + l] = static_cast<A<T>>(sum[l]);
-      args.mass[i + l] = static_cast<A<T>>(mass[l]);
+      args.largest[i + l] = static_cast<double>(top[l]);
+      args.sum[i + l] = sum[l];
+      args.mass[i + l] = mass[l];
       if (args.reduction == 0) args.loss[i + l] = static_cast<T>(static_cast<A<T>>(loss));
       total += loss;
     }
@@ -408,10 +408,10 @@ template <class T> void write_probable(const ProbabilitiesBackwardArgs<T>& args,
     Wide<T> grad{}, log_sum{}, factor{};  // p[c] sum(v) is factor times exp(x[c] - largest)
     for (int64_t l = 0; l < (rows ? lanes : places); ++l) {
       const int64_t place = rows ? i : i + l;
-      const double sum = static_cast<double>(args.sum[place]);
-      top[l] = args.largest[place];
+      const double sum = args.sum[place];
+      top[l] = static_cast<A<T>>(args.largest[place]);
       grad[l] = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? place : 0])) * share;
-      factor[l] = static_cast<double>(args.mass[place]) / sum;
+      factor[l] = args.mass[place] / sum;
       if (args.grad_target) log_sum[l] = std::log(sum);
     }
     for (int64_t c = 0; c < s.classes; c += rows ? lanes : 1) {

@@ -49,9 +49,9 @@ template <class T> struct ProbabilitiesArgs {
   int reduction;    // 0 none, 1 mean over the places, 2 sum
   double label_smoothing;
   T* loss;
-  acc_t<T>* largest;  // with sum and mass, what is kept of each place: [positions] each
-  acc_t<T>* sum;      // of exp(x - largest), which is more exact than its rounded logarithm
-  acc_t<T>* mass;     // the sum of its smoothed and weighted targets
+  double* largest;  // with sum and mass, what is kept of each place: [positions] each
+  double* sum;      // of exp(x - largest)
+  double* mass;     // the sum of its smoothed and weighted targets
 };
 template <class T> struct ProbabilitiesBackwardArgs {
   CrossEntropyShape shape;
@@ -59,9 +59,9 @@ template <class T> struct ProbabilitiesBackwardArgs {
   const T* input;
   const T* target;
   const T* weight;
-  const acc_t<T>* largest;
-  const acc_t<T>* sum;
-  const acc_t<T>* mass;
+  const double* largest;
+  const double* sum;
+  const double* mass;
   int reduction;
   double label_smoothing;
   T* grad_input;   // laid out as input; null where it is not wanted

@@ -180,11 +180,11 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_forward_cpu(const Tensor&
   const Ints kept_size(c.kept.data(), c.kept.size());
   Tensor loss =
       allocate(reduction == 0 ? Ints(c.kept.data() + 1, c.kept.size() - 1) : Ints(), input.scalar_type(), input);
-  Tensor kept = allocate(kept_size, accumulate_type(input), input);
+  Tensor kept = allocate(kept_size, ScalarType::Double, input);
   dispatch_floating(input.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t places = c.shape.outer * c.shape.inner;
-    auto* numbers = mutable_data<acc_t<T>>(kept);
+    double* numbers = mutable_data<double>(kept);
     cpu::ProbabilitiesArgs<T> args{
         c.shape,         data<T>(c.input),      data<T>(c.target), data<T>(c.weight), static_cast<int>(reduction),
         label_smoothing, mutable_data<T>(loss), numbers,           numbers + places,  numbers + 2 * places};
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_backward_cpu(
   check(grad_loss.is_cpu() && grad_loss.scalar_type() == input.scalar_type(), op,
         ": grad_loss differs in dtype or device");
   check(grad_loss.numel() == (reduction == 0 ? places : 1), op, ": grad_loss has ", grad_loss.numel(), " elements");
-  check(kept.is_cpu() && kept.scalar_type() == accumulate_type(input) && kept.numel() == 3 * places, op,
+  check(kept.is_cpu() && kept.scalar_type() == ScalarType::Double && kept.numel() == 3 * places, op,
         ": kept does not fit input");
   const Tensor grad = as_contiguous(grad_loss), numbers_tensor = as_contiguous(kept);
   const auto gradient = [&](bool wanted) {
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_backward_cpu(
   Tensor grad_input = gradient(of_input), grad_target = gradient(of_target);
   dispatch_floating(input.scalar_type(), op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto* numbers = data<acc_t<T>>(numbers_tensor);
+    const double* numbers = data<double>(numbers_tensor);
     cpu::ProbabilitiesBackwardArgs<T> args{c.shape,
                                            data<T>(grad),
                                            data<T>(c.input),

@@ -34,9 +34,8 @@ def _fake_backward(
 
 
 def _fake_probabilities_forward(input, target, weight, reduction, label_smoothing):
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     places = (input.shape[0], *input.shape[2:])
-    return input.new_empty(places if reduction == 0 else ()), input.new_empty((3, *places), dtype=accumulate)
+    return input.new_empty(places if reduction == 0 else ()), input.new_empty((3, *places), dtype=torch.float64)
 
 
 def _fake_probabilities_backward(grad_loss, input, target, weight, kept, reduction, label_smoothing, of_input, of_target):
@@ -61,7 +60,7 @@ define(
 )
 define(
     "cross_entropy_probabilities_forward",
-    # kept is [3, N, ...]: the largest logit, sum(exp(x - largest)) and sum(v), v[c] = ((1 - e) t[c] + e / C) w[c].
+    # kept is float64 [3, N, ...]: the largest logit, sum(exp(x - largest)) and sum(v), v[c] = ((1 - e) t[c] + e / C) w[c].
     "(Tensor input, Tensor target, Tensor? weight, int reduction, float label_smoothing) -> (Tensor loss, Tensor kept)",
     _fake_probabilities_forward, triton="dlkern.kernels.loss:probabilities_forward",
 )
