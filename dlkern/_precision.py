@@ -24,7 +24,8 @@ def allow_tf32_matmul() -> bool:
 
 def allow_tf32_cudnn() -> bool:
     """torch.backends.cudnn.allow_tf32, which torch's convolutions and recurrent layers go by."""
-    return _tf32(torch.backends.cudnn, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn  # its types lack `conv`
+    return _tf32(cudnn, cudnn.conv)
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)

@@ -134,11 +134,18 @@ def in_tf32(x):
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
 
+def assert_tf32(names, ours, theirs, exact, exact_products):
+    """The rule, its other side being float64's products of operands rounded to TF32; and not float32's bits."""
+    for name, found, *sides, before in zip(names, ours, theirs, exact, exact_products):
+        rows = compare(name, [found], *([side] for side in sides), torch.float32)
+        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+        assert not torch.equal(found, before)
+
+
 @pytest.mark.parametrize("label", PRODUCTS)
 @layouts
 def test_tf32(label, layout):
-    """All three passes where torch's setting allows TF32. The rule's other side is float64's product of operands rounded
-    to TF32, which is what torch's own errs by there; and the bits are not those of float32's products."""
+    """All three passes where torch's setting for convolutions allows TF32, and not where the one for matrices does."""
     x, w, options = PRODUCTS[label]
     pair = lambda key, default: [n, n] if isinstance(n := options.get(key, default), int) else list(n)  # noqa: E731
     settings = pair("stride", 1), pair("padding", 0), pair("dilation", 1), options.get("groups", 1)
@@ -161,10 +168,7 @@ def test_tf32(label, layout):
     with tf32(convolutions=True, matrices=False):
         ours = run()
     theirs, exact = expressions(*map(in_tf32, (x, w, dy))), expressions(x.double(), w.double(), dy.double())
-    for name, found, *sides, before in zip(("y", "dx", "dw"), ours, theirs, exact, exact_products):
-        rows = compare(name, [found], *([side] for side in sides), torch.float32)
-        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
-        assert not torch.equal(found, before)
+    assert_tf32(("y", "dx", "dw"), ours, theirs, exact, exact_products)
 
 
 def test_tf32_by_the_newer_names():
@@ -178,26 +182,32 @@ def test_tf32_by_the_newer_names():
         conv.fp32_precision, matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("rows,inputs,outputs", [(70, 40, 24), (5, 7, 3), (1030, 72, 1040)])
+def linear_passes(x, w, dy):
+    return [raw["linear_forward"]["cuda"](x, w, None, 0), raw["linear_backward_input"]["cuda"](dy, w),
+            raw["linear_backward_weight"]["cuda"](dy, x, False)[0]]
+
+
+@pytest.mark.parametrize("rows,inputs,outputs", [(70, 40, 24), (5, 7, 3)])
 def test_linear_in_tf32(rows, inputs, outputs):
     """By the setting for matrix products, which is not the one for convolutions."""
-    x, w, dy = (torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-
-    def run():
-        return [raw["linear_forward"]["cuda"](x, w, None, 0), raw["linear_backward_input"]["cuda"](dy, w),
-                raw["linear_backward_weight"]["cuda"](dy, x, False)[0]]
-
+    tensors = [torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))]
     expressions = lambda x, w, dy: [x @ w.T, dy @ w, dy.T @ x]  # noqa: E731
-    exact_products = run()
+    exact_products = linear_passes(*tensors)
     with tf32(convolutions=True, matrices=False):
-        assert all(torch.equal(a, b) for a, b in zip(exact_products, run()))
+        assert all(torch.equal(a, b) for a, b in zip(exact_products, linear_passes(*tensors)))
     with tf32(convolutions=False, matrices=True):
-        ours = run()
-    theirs, exact = expressions(*map(in_tf32, (x, w, dy))), expressions(x.double(), w.double(), dy.double())
-    for name, found, *sides, before in zip(("y", "dx", "dw"), ours, theirs, exact, exact_products):
-        rows = compare(name, [found], *([side] for side in sides), torch.float32)
-        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
-        assert not torch.equal(found, before)
+        ours = linear_passes(*tensors)
+    theirs, exact = expressions(*map(in_tf32, tensors)), expressions(*(t.double() for t in tensors))
+    assert_tf32(("y", "dx", "dw"), ours, theirs, exact, exact_products)
+
+
+def test_tf32_large_tiles():
+    x, w = torch.randn(1030, 9), torch.randn(1040, 9)
+    call = lambda: raw["linear_forward"]["cuda"](x, w, None, 0)  # noqa: E731
+    before = call()
+    with tf32(convolutions=False, matrices=True):
+        ours = call()
+    assert_tf32(["y"], [ours], [in_tf32(x) @ in_tf32(w).T], [x.double() @ w.double().T], [before])
 
 
 DEPTHWISE = {
