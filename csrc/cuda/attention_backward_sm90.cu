@@ -14,7 +14,7 @@ using namespace attention::hopper;
 
 struct BackwardArgs {
   Args x;
-  TensorMap query, key, value, grad_output;  // in tiles: `rows` of those down, fewer of those across
+  TensorMap query, key, value, grad_output;
   Operand gradient, output;
   float scale;  // of scores that are exponents of 2
   float* delta;
