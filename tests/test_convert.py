@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torchvision_stub import torchvision
+from torchvision_stub import transformers as import_transformers
 
 import dlkern
 from dlkern.testing._training import distances, move
@@ -313,7 +314,7 @@ def test_torchvision_resnet18():
 
 
 def test_transformers_bert():
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     torch.manual_seed(0)
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50,
