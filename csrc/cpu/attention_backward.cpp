@@ -59,7 +59,7 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
       const A largest = args.largest[row], inverse = args.inverse[row];
       A *x = scores + r * kKeys, *d = change + r * kKeys;
       const A* cap = this->slope_of_cap + r * kKeys;
-      V sums{};
+      V sums{}, all{};
       for (int64_t j = 0; j < count; j += lanes)
         store(x + j, exp_nonpositive(load(x + j) * factor - largest) * inverse);
       if (s.p > 0)
@@ -68,9 +68,16 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
           store(d + j, load(d + j) * factor);
         });
       const bool whole = seen.begin[r] >= this->j0 && seen.end[r] <= this->j0 + count;
-      if (whole)
-        for (int64_t j = 0; j < count; j += lanes) sums += load(x + j) * load(d + j);
-      const A sum = whole ? reduce_add(sums) : delta[row];
+      A sum = delta[row];
+      if (whole) {
+        for (int64_t j = 0; j < count; j += lanes) {
+          sums += load(x + j) * load(d + j);
+          all += load(x + j);
+        }
+        // Divided by what probabilities sum to, which rounding leaves beside 1: where gradients of them are alike, it shows.
+        const A of_all = reduce_add(all);
+        sum = reduce_add(sums) / (of_all > 0 ? of_all : A(1));
+      }
       for (int64_t j = 0; j < count; j += lanes) {
         const V p = load(x + j);
         V change_of_score = p * (load(d + j) - sum);
