@@ -321,11 +321,21 @@ template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
 template <class T> inline Wide<T> wide(Vec<T> v) { return __builtin_convertvector(v, Wide<T>); }
 template <class T> inline Wide<T> wide_broadcast(double value) { return Wide<T>{} + value; }
 
+// A product rounded before a difference is taken: fused with that, v would not be the number it is in sum(v), and beside
+// one class alone something would be left.
+template <class V> inline V rounded(V product) {
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(product);
+#else
+  return product;
+#endif
+}
+
 // v of some classes, or of some places of one class.
 struct Smoothed {
   double keep, share;
   Smoothed(double smoothing, int64_t classes) : keep(1 - smoothing), share(smoothing / static_cast<double>(classes)) {}
-  template <class V> V operator()(V target, V weight) const { return (target * keep + share) * weight; }
+  template <class V> V operator()(V target, V weight) const { return rounded((target * keep + share) * weight); }
 };
 
 // Weights of `count` classes from c on, or where places lie side by side the weight of class c.
