@@ -117,16 +117,15 @@ def test_which_kernel_on_hopper(shape, settings, kernels):
 @contextlib.contextmanager
 def tf32(*, convolutions, matrices):
     """torch's settings, and the column goes by them."""
-    modules, wanted = (torch.backends.cudnn, torch.backends.cuda.matmul), (convolutions, matrices)
-    before = [module.allow_tf32 for module in modules]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
     try:
-        for module, allowed in zip(modules, wanted):
-            module.allow_tf32 = allowed
-        with cuda_on_host.precision_settings():
+        matmul.allow_tf32 = matrices
+        # (cuDNN's can be set by flags() alone once torch's own test modules were imported.)
+        with cudnn.flags(enabled=cudnn.enabled, allow_tf32=convolutions), cuda_on_host.precision_settings():
             yield
     finally:
-        for module, allowed in zip(modules, before):
-            module.allow_tf32 = allowed
+        matmul.allow_tf32 = before
 
 
 def in_tf32(x):
