@@ -63,7 +63,7 @@ class AttentionVarlen(_autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, _):
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 8
         settings, column = ctx.constants
         if torch.is_grad_enabled():
             found = _autograd.apply(AttentionVarlenBackward, grad_output, *ctx.saved_tensors, settings, column)
