@@ -1,9 +1,9 @@
 // Embedding: output[i] = weight[indices[i]], and the gradient of the table, the sum of grad_output[i] over indices[i] = v.
 //
 // The forward copies rows. The backward sorts the positions by row, counting, so that positions of a row stay in their
-// order, and then sums each row's in double. A thread owns whole elements of the table, some rows, or some columns of them: nothing
-// that threads share is summed, so the bits do not depend on their number. Rows are dealt out by how often they occur,
-// because words are not equally frequent. Floor: grad_output read once, the table's gradient written once.
+// order, and then sums each row's in double. A thread owns whole elements of the table, some rows, or some columns of
+// them: nothing that threads share is summed, so the bits do not depend on their number. Rows are dealt out by how often
+// they occur, because words are not equally frequent. Floor: grad_output read once, the table's gradient written once.
 #include "embedding.h"
 
 #include "parallel.h"
