@@ -67,8 +67,10 @@ template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
   int64_t* sorted = scratch<int64_t>(Slot::family_1, count);
   for (int64_t v = 0; v <= rows; ++v) start[v] = 0;
   for (int64_t i = 0; i < count; ++i) ++start[args.indices[i]];
+  int64_t most = 0;
   for (int64_t v = 0, before = 0; v <= rows; ++v) {
     const int64_t here = start[v];
+    most = larger(most, here);
     start[v] = before;
     before += here;
   }
@@ -79,8 +81,6 @@ template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
   // Threads take rows, which are whole stretches of memory; where one row has more than a thread's share of positions,
   // columns too.
   const int64_t threads = num_threads(), block = kVectors * kLanes<T>, blocks = ceil_div(width, block);
-  int64_t most = 0;
-  for (int64_t v = 0; v < rows; ++v) most = larger(most, start[v + 1] - start[v]);
   const int64_t work = count + rows;
   const int64_t parts = smaller(most > work / threads ? ceil_div(threads, blocks) : threads, rows);
   const bool past = kStreams && rows * width * static_cast<int64_t>(sizeof(T)) >= kPastBytes;

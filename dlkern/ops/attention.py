@@ -40,24 +40,34 @@ class Settings(NamedTuple):
     score: int = DOT
 
 
-def _fake_forward(query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score):
+def empty_results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, in query's order of heads and queries, and statistics, for fake kernels."""
     batch, heads, queries = query.shape[:3]
     depth = value.shape[3]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if query.stride(1) < query.stride(2):  # in query's order of heads and queries
+    if query.stride(1) < query.stride(2):
         output = query.new_empty((batch, queries, heads, depth)).transpose(1, 2)
     else:
         output = query.new_empty((batch, heads, queries, depth))
     return output, query.new_empty((2, batch, heads, queries), dtype=wide)
 
 
-def _fake_backward(grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, p, scale, softcap,
-                   left, right, score, of_mask):  # fmt: skip
+def empty_gradients(query, key, value, mask, of_mask):
+    """Gradients of query, key, value and mask, for fake kernels."""
     return (
         query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape),
         mask.new_empty(mask.shape) if of_mask else query.new_empty((0,)),
-        query.new_empty((0,)) if weight is None else weight.new_empty(weight.shape),
     )
+
+
+def _fake_forward(query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score):
+    return empty_results(query, value)
+
+
+def _fake_backward(grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, p, scale, softcap,
+                   left, right, score, of_mask):  # fmt: skip
+    of_weight = query.new_empty((0,)) if weight is None else weight.new_empty(weight.shape)
+    return *empty_gradients(query, key, value, mask, of_mask), of_weight
 
 
 _SETTINGS = "float p, float scale, float softcap, int left, int right, int score"

@@ -12,7 +12,7 @@ from dlkern import columns
 from dlkern import trace as tracing
 from dlkern.ops import _autograd, positions
 from dlkern.ops._registry import define, raw
-from dlkern.ops.attention import Settings, attention
+from dlkern.ops.attention import Settings, attention, empty_gradients, empty_results
 from dlkern.reference import attention as reference
 
 __all__ = ["FACTS", "attention_rotary"]
@@ -21,22 +21,12 @@ FACTS = ("rotary",)  # of a call, for columns.choose
 
 
 def _fake_forward(query, key, value, mask, lengths, slopes, seed, cos, sin, p, scale, softcap, left, right, interleaved):
-    batch, heads, queries = query.shape[:3]
-    depth = value.shape[3]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if query.stride(1) < query.stride(2):  # in query's order of heads and queries
-        output = query.new_empty((batch, queries, heads, depth)).transpose(1, 2)
-    else:
-        output = query.new_empty((batch, heads, queries, depth))
-    return output, query.new_empty((2, batch, heads, queries), dtype=wide)
+    return empty_results(query, value)
 
 
 def _fake_backward(grad_output, query, key, value, mask, lengths, slopes, seed, cos, sin, output, statistics, p, scale, softcap,
                    left, right, interleaved, of_mask):  # fmt: skip
-    return (
-        query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape),
-        mask.new_empty(mask.shape) if of_mask else query.new_empty((0,)),
-    )
+    return empty_gradients(query, key, value, mask, of_mask)
 
 
 _OPERANDS = (

@@ -194,6 +194,18 @@ class ProbabilitiesBackward(_autograd.Function):
         return *found, *(None,) * 7
 
 
+def _choose(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> str:
+    """The column of a call, recorded for trace(); "reference" too where derivatives ask for it."""
+    if _autograd.use_reference():
+        return "reference"
+    choice = columns.choose(
+        "cross_entropy", input.device.type, input.dtype, columns.state.forced, columns.state.emulated
+    )
+    if tracing.active:
+        tracing.record("cross_entropy", choice.column, choice.reason, input, target, weight)
+    return choice.column
+
+
 def cross_entropy(
     input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, reduction: int = 1,
     ignore_index: int = -100, label_smoothing: float = 0.0, sample_weight: torch.Tensor | None = None,
@@ -201,18 +213,12 @@ def cross_entropy(
     """Softmax cross-entropy of logits [N, C, ...] and int64 targets [N, ...]; reduction 0 none, 1 mean, 2 sum. The weights
     have no gradient."""
     settings = weight, sample_weight, reduction, ignore_index, label_smoothing
-    if _autograd.use_reference():
-        return reference.cross_entropy(input, target, *settings)
-    choice = columns.choose(
-        "cross_entropy", input.device.type, input.dtype, columns.state.forced, columns.state.emulated
-    )
-    if tracing.active:
-        tracing.record("cross_entropy", choice.column, choice.reason, input, target, weight)
-    if choice.column == "reference":
+    column = _choose(input, target, weight)
+    if column == "reference":
         return reference.cross_entropy(input, target, *settings)
     if _autograd.needs_grad(input):
-        return _autograd.apply(CrossEntropy, input, target, *settings, choice.column)[0]
-    return _forward[choice.column](input, target, *settings)[0]
+        return _autograd.apply(CrossEntropy, input, target, *settings, column)[0]
+    return _forward[column](input, target, *settings)[0]
 
 
 def run(column, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing):
@@ -230,18 +236,12 @@ def probabilities(
     """Softmax cross-entropy of logits [N, C, ...] and probabilities of their shape and dtype; reduction as above. The
     weights have no gradient."""
     settings = weight, reduction, label_smoothing
-    if _autograd.use_reference():
-        return reference.probabilities(input, target, *settings)
-    choice = columns.choose(
-        "cross_entropy", input.device.type, input.dtype, columns.state.forced, columns.state.emulated
-    )
-    if tracing.active:
-        tracing.record("cross_entropy", choice.column, choice.reason, input, target, weight)
-    if choice.column == "reference":
+    column = _choose(input, target, weight)
+    if column == "reference":
         return reference.probabilities(input, target, *settings)
     if _autograd.needs_grad(input, target):
-        return _autograd.apply(Probabilities, input, target, *settings, choice.column)[0]
-    return _probabilities_forward[choice.column](input, target, *settings)[0]
+        return _autograd.apply(Probabilities, input, target, *settings, column)[0]
+    return _probabilities_forward[column](input, target, *settings)[0]
 
 
 def run_probabilities(column, input, target, weight, reduction, label_smoothing):
