@@ -14,6 +14,7 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 
@@ -461,9 +462,9 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
   }
 }
 
-// Rows [i_begin, i_end) and columns [j_begin, j_end) of C, on this thread.
+// Rows [i_begin, i_end) and columns [j_begin, j_end) of C, on this thread, by vectors.
 template <class T, class C, class Epilogue>
-void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
+void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
          int64_t j_end) {
   if (g.a_column == 1 && g.b_row == 1 && g.m <= kDotMaxM && (g.k >= kDotMinK || g.m == 1)) {
     run_dot(g, epilogue, i_begin, i_end, j_begin, j_end);
@@ -565,6 +566,101 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   if (past) fence();
 }
 
+// By tiles (tiles.h): C = L R where the left side's lines are A's rows and the right side's B's columns, or, turned, the
+// other way round, whichever has fewer lines to lay out anew. The side with fewer lines is packed a block at a time, which
+// stays in the second-level cache; strips of the other are packed into the first, each when it is multiplied.
+constexpr int64_t kTileWork = 1 << 18, kTileK = 24, kTileLines = 9;
+constexpr int64_t kBlockLines = 512, kTileSums = 262144;
+template <class T> constexpr int64_t kTileKC = kTileStep * 24 / (kParts<T> ? kParts<T> : 1);
+
+template <class T, class C> bool is_tiled(const Gemm<T, C>& g) {
+  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
+  return (g.a_row == 1 || g.a_column == 1) && (g.b_row == 1 || g.b_column == 1) && g.m >= kTileLines &&
+         g.n >= kTileLines && g.k >= kTileK && g.m * g.n * g.k >= kTileWork && has_tiles();
+}
+
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+template <class T, class C, class Epilogue>
+void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
+               int64_t j_end) {
+  const Lines<T> rows{g.a, g.a_row, g.a_column}, columns{g.b, g.b_column, g.b_row};
+  const bool turned = (g.a_column == 1 ? 0 : g.m) + (g.b_column == 1 ? 0 : g.n) >
+                      (g.b_row == 1 ? 0 : g.n) + (g.a_row == 1 ? 0 : g.m);
+  const bool rows_kept = g.m <= g.n;
+  const int64_t kept_begin = rows_kept ? i_begin : j_begin, kept_end = rows_kept ? i_end : j_end;
+  const int64_t met_begin = rows_kept ? j_begin : i_begin, met_end = rows_kept ? j_end : i_end;
+  const Lines<T> &kept = rows_kept ? rows : columns, &met = rows_kept ? columns : rows;
+  const bool kept_left = rows_kept != turned;
+  const int64_t k_steps = ceil_div(g.k, kTileStep), blocks = ceil_div(g.k, kTileKC<T>),
+                step = ceil_div(k_steps, blocks) * kTileStep;
+  const int64_t strip = strip_bytes<T>(step);
+  const int64_t kept_step = smaller(kBlockLines, ceil_div(kept_end - kept_begin, kStrip) * kStrip);
+  const int64_t met_step =
+      blocks == 1 ? met_end - met_begin : larger(kStrip, kTileSums / kept_step / kStrip * kStrip);
+  char* kept_strips = scratch<char>(Slot::tiles_a, kept_step / kStrip * strip);
+  char* met_strip = scratch<char>(Slot::tiles_b, strip);
+  alignas(64) float one[kStrip * kStrip], straight[kStrip * kStrip];
+  constexpr int64_t area = kStrip * kStrip;
+  float* sums = blocks == 1
+                    ? nullptr
+                    : scratch<float>(Slot::tiles_c, kept_step / kStrip * ceil_div(smaller(met_step, met_end - met_begin), kStrip) * area);
+  const auto pack = [&](bool left, const Lines<T>& lines, int64_t line, int64_t count, int64_t k, int64_t some, char* to) {
+    const Lines<T> from{lines.at + line * lines.line + k * lines.k, lines.line, lines.k};
+    left ? pack_strip<true>(from, count, some, to) : pack_strip<false>(from, count, some, to);
+  };
+  const Tiles tiles;
+  for (int64_t kb = kept_begin; kb < kept_end; kb += kept_step)
+    for (int64_t mb = met_begin; mb < met_end; mb += met_step) {
+      const int64_t kept_some = smaller(kept_step, kept_end - kb), met_some = smaller(met_step, met_end - mb);
+      for (int64_t p = 0; p < g.k; p += step) {
+        const int64_t some = smaller(step, g.k - p), steps = ceil_div(some, kTileStep);
+        const bool last = p + step >= g.k;
+        if (blocks > 1 || mb == met_begin)
+          for (int64_t s = 0; s < kept_some; s += kStrip)
+            pack(kept_left, kept, kb + s, smaller(kStrip, kept_some - s), p, some, kept_strips + s / kStrip * strip);
+        float* sum = sums;
+        for (int64_t m = 0; m < met_some; m += kStrip) {
+          const int64_t met_count = smaller(kStrip, met_some - m);
+          pack(!kept_left, met, mb + m, met_count, p, some, met_strip);
+          for (int64_t s = 0; s < kept_some; s += kStrip, sum += area) {
+            const int64_t kept_count = smaller(kStrip, kept_some - s);
+            const char* kept_strip = kept_strips + s / kStrip * strip;
+            float* tile = blocks == 1 ? one : sum;
+            // Blocks of k are summed one by one: a sum's rounding errors grow with its length.
+            float* block = p == 0 ? tile : one;
+            multiply_strips<T>(steps, kept_left ? kept_strip : met_strip, kept_left ? met_strip : kept_strip, block,
+                               kStrip, false, kept_left ? kept_count : met_count, kept_left ? met_count : kept_count);
+            if (p > 0) add_strip(one, tile);
+            if (!last) continue;
+            const int64_t i = rows_kept ? kb + s : mb + m, j = rows_kept ? mb + m : kb + s;
+            const int64_t height = rows_kept ? kept_count : met_count, width = rows_kept ? met_count : kept_count;
+            if (!is_exact(tile, kStrip, turned ? width : height, turned ? height : width)) {
+              run_vectors(g, epilogue, i, i + height, j, j + width);
+              continue;
+            }
+            if (turned) {
+              turn_strip(tile, straight);
+              tile = straight;
+            }
+            finish(tile, kStrip, static_cast<int>(height), width, g.c + i * g.c_row + j, g.c_row, g.accumulate, true,
+                   epilogue, i, j);
+          }
+        }
+      }
+    }
+}
+#endif
+
+// Rows [i_begin, i_end) and columns [j_begin, j_end) of C, on this thread.
+template <class T, class C, class Epilogue>
+void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
+         int64_t j_end) {
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (is_tiled(g)) return run_tiles(g, epilogue, i_begin, i_end, j_begin, j_end);
+  }
+  run_vectors(g, epilogue, i_begin, i_end, j_begin, j_end);
+}
+
 }  // namespace gemm_detail
 
 // On the calling thread only.
@@ -586,13 +682,15 @@ inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
   // A grid of across x down threads, at the least cost: each packs the B it needs, which costs about as much as two
   // tiles of rows; or, turned, the A, which costs as much as two vectors of columns do where tiles are a vector of rows,
   // and B is read once more for each part of the rows.
-  const bool turned = is_turned(g);
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t tile = turned ? lanes : kMR, row_tiles = ceil_div(g.m, tile), vectors = ceil_div(g.n, lanes);
+  const bool tiled = is_tiled(g), turned = !tiled && is_turned(g);
+  const int64_t lanes = tiled ? kStrip : kLanes<T>, tile = tiled ? kStrip : turned ? lanes : kMR;
+  const int64_t row_tiles = ceil_div(g.m, tile), vectors = ceil_div(g.n, lanes);
   int64_t across = 1, least = -1;
   for (int64_t a = 1; a <= threads; ++a) {
     const int64_t some = ceil_div(vectors, a), tiles = ceil_div(row_tiles, threads / a);
-    const int64_t cost = turned ? tiles * (6 * some + 4) + some : some * (tiles + 2);
+    const int64_t cost = tiled    ? some * tiles + some + tiles
+                         : turned ? tiles * (6 * some + 4) + some
+                                  : some * (tiles + 2);
     if (least < 0 || cost <= least) {
       least = cost;
       across = a;

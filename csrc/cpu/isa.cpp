@@ -2,6 +2,11 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dlkern::cpu {
 
@@ -50,6 +55,27 @@ bool has_bf16_dot() {
   static const bool has = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
   return has;
 #endif
+}
+
+static bool detect_tiles() {
+  const char* const cap = std::getenv("DLKERN_CPU_ISA");
+  if (isa() != Isa::avx512 || (cap && !std::strcmp(cap, "avx512"))) return false;
+#ifdef DLKERN_WIDE
+  return true;  // in memory
+#elif !defined(DLKERN_NO_SIMD) && defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned tile_and_bf16 = 1u << 24 | 1u << 22;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_and_bf16) != tile_and_bf16) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_tiles() {
+  static const bool has = detect_tiles();
+  return has;
 }
 
 }  // namespace dlkern::cpu

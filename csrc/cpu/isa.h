@@ -13,6 +13,9 @@ Isa isa();
 const char* isa_name(Isa isa);
 // Whether vdpbf16ps (AVX512_BF16) may be used: the CPU has it and isa() is avx512.
 bool has_bf16_dot();
+// Whether AMX's tiles may be used: the CPU has them for bfloat16, the system lets the process keep their state, and
+// DLKERN_CPU_ISA is not set to less ("avx512" is less, too).
+bool has_tiles();
 
 }  // namespace dlkern::cpu
 
