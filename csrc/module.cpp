@@ -34,6 +34,9 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return dlkern::cpu::isa_name(dlkern::cpu::isa()); },
       "The instruction set the CPU column uses here: 'avx512', 'avx2' or 'portable'.");
   m.def(
+      "cpu_tiles", [] { return dlkern::cpu::has_tiles(); },
+      "Whether matrix products go by AMX's tiles: the CPU has them, and DLKERN_CPU_ISA does not rule them out.");
+  m.def(
       "build_info",
       [] {
         return std::map<std::string, std::string>{{"version", DLKERN_VERSION},

@@ -70,5 +70,6 @@ def facts() -> dict[str, Any]:
         "build": _C.build_info(),
         "cpu_features": _C.cpu_features(),
         "cpu_isa": _C.cpu_isa(),
+        "cpu_tiles": _C.cpu_tiles(),
         "cuda_kernels": json.loads(_C.cuda_kernels_json()),
     }

@@ -45,6 +45,7 @@ def _versions() -> Table:
     except ImportError:
         triton_version = "not installed"
     made_with = f"{build['compiler']}, torch {build['torch']}" if build else facts.get("error", "")
+    tiles = ", matrix products by AMX" if facts.get("cpu_tiles") else ""
     rows = [
         ("dlkern", dlkern.__version__),
         ("native library", "loaded" if _native.load() else str(_native.LIBRARY_ERROR)),
@@ -53,7 +54,7 @@ def _versions() -> Table:
         ("torch", torch.__version__),
         ("triton", triton_version),
         ("python", platform.python_version()),
-        ("CPU", f"{facts.get('cpu_isa', 'unknown')} code, {torch.get_num_threads()} threads"),
+        ("CPU", f"{facts.get('cpu_isa', 'unknown')} code{tiles}, {torch.get_num_threads()} threads"),
         ("CPU features", ", ".join(k for k, v in facts.get("cpu_features", {}).items() if v) or "none looked at"),
         ("GPU", gpu_name()),
     ]

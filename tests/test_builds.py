@@ -53,6 +53,21 @@ def test_contract_with_avx512_vectors_on_any_machine():
     run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
 
 
+@x86
+@pytest.mark.slow
+def test_tiles_on_any_machine():
+    """AMX's tiles in memory."""
+    run_tests("test_tiles.py", "test", DLKERN_LIBRARY=library("wide", "avx512"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dlkern._native.facts().get("cpu_tiles"), reason="the CPU has no AMX: no other test uses it")
+def test_contract_without_tiles():
+    """What this machine leaves to AMX, by AVX-512's vectors."""
+    run_tests("test_contract.py", "test_parity and not float64", DLKERN_CPU_ISA="avx512")
+    run_tests("test_tiles.py", "test", DLKERN_CPU_ISA="avx512")
+
+
 def sanitized(isas: str) -> dict[str, str]:
     """Environment of a process that runs on the sanitizers' library."""
     return {"DLKERN_LIBRARY": library("asan", isas), **sanitizers.environment()}

@@ -19,4 +19,4 @@ def test_every_text_occurs_once(module):
         count = (ROOT / mutant["file"]).read_text().count(mutant["old"])
         assert count == 1 and mutant["new"] != mutant["old"], (count, mutant["file"], mutant["old"])
         assert mutant["tests"][0].startswith("tests/") and (ROOT / mutant["tests"][0]).exists()
-        assert mutant["build"] in ("", "native", "cuda_on_host")
+        assert mutant["build"] in ("", "native", "wide", "cuda_on_host")

@@ -465,7 +465,7 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
 // Rows [i_begin, i_end) and columns [j_begin, j_end) of C, on this thread, by vectors.
 template <class T, class C, class Epilogue>
 void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
-         int64_t j_end) {
+                 int64_t j_end) {
   if (g.a_column == 1 && g.b_row == 1 && g.m <= kDotMaxM && (g.k >= kDotMinK || g.m == 1)) {
     run_dot(g, epilogue, i_begin, i_end, j_begin, j_end);
     return;
@@ -569,14 +569,16 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
 // By tiles (tiles.h): C = L R where the left side's lines are A's rows and the right side's B's columns, or, turned, the
 // other way round, whichever has fewer lines to lay out anew. The side with fewer lines is packed a block at a time, which
 // stays in the second-level cache; strips of the other are packed into the first, each when it is multiplied.
-constexpr int64_t kTileWork = 1 << 18, kTileK = 24, kTileLines = 9;
 constexpr int64_t kBlockLines = 512, kTileSums = 262144;
 template <class T> constexpr int64_t kTileKC = kTileStep * 24 / (kParts<T> ? kParts<T> : 1);
 
+// Whether tiles pay: float's parts are worth making where each is multiplied often enough.
 template <class T, class C> bool is_tiled(const Gemm<T, C>& g) {
   if constexpr (!kHasTileCode || kParts<T> == 0) return false;
-  return (g.a_row == 1 || g.a_column == 1) && (g.b_row == 1 || g.b_column == 1) && g.m >= kTileLines &&
-         g.n >= kTileLines && g.k >= kTileK && g.m * g.n * g.k >= kTileWork && has_tiles();
+  constexpr int64_t work = kParts<T> == 1 ? 1 << 15 : kParts<T> == 2 ? 1 << 16 : 1 << 22;
+  constexpr int64_t reuse = kParts<T> == 3 ? 80 : 4;
+  return (g.a_row == 1 || g.a_column == 1) && (g.b_row == 1 || g.b_column == 1) && g.k >= kTile &&
+         g.m * g.n >= reuse * (g.m + g.n) && g.m * g.n * g.k >= work && has_tiles();
 }
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
@@ -584,27 +586,28 @@ template <class T, class C, class Epilogue>
 void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
                int64_t j_end) {
   const Lines<T> rows{g.a, g.a_row, g.a_column}, columns{g.b, g.b_column, g.b_row};
-  const bool turned = (g.a_column == 1 ? 0 : g.m) + (g.b_column == 1 ? 0 : g.n) >
-                      (g.b_row == 1 ? 0 : g.n) + (g.a_row == 1 ? 0 : g.m);
+  const bool turned =
+      (g.a_column == 1 ? 0 : g.m) + (g.b_column == 1 ? 0 : g.n) > (g.b_row == 1 ? 0 : g.n) + (g.a_row == 1 ? 0 : g.m);
   const bool rows_kept = g.m <= g.n;
   const int64_t kept_begin = rows_kept ? i_begin : j_begin, kept_end = rows_kept ? i_end : j_end;
   const int64_t met_begin = rows_kept ? j_begin : i_begin, met_end = rows_kept ? j_end : i_end;
-  const Lines<T> &kept = rows_kept ? rows : columns, &met = rows_kept ? columns : rows;
+  const Lines<T>&kept = rows_kept ? rows : columns, &met = rows_kept ? columns : rows;
   const bool kept_left = rows_kept != turned;
   const int64_t k_steps = ceil_div(g.k, kTileStep), blocks = ceil_div(g.k, kTileKC<T>),
                 step = ceil_div(k_steps, blocks) * kTileStep;
   const int64_t strip = strip_bytes<T>(step);
   const int64_t kept_step = smaller(kBlockLines, ceil_div(kept_end - kept_begin, kStrip) * kStrip);
-  const int64_t met_step =
-      blocks == 1 ? met_end - met_begin : larger(kStrip, kTileSums / kept_step / kStrip * kStrip);
+  const int64_t met_step = blocks == 1 ? met_end - met_begin : larger(kStrip, kTileSums / kept_step / kStrip * kStrip);
   char* kept_strips = scratch<char>(Slot::tiles_a, kept_step / kStrip * strip);
   char* met_strip = scratch<char>(Slot::tiles_b, strip);
   alignas(64) float one[kStrip * kStrip], straight[kStrip * kStrip];
   constexpr int64_t area = kStrip * kStrip;
-  float* sums = blocks == 1
-                    ? nullptr
-                    : scratch<float>(Slot::tiles_c, kept_step / kStrip * ceil_div(smaller(met_step, met_end - met_begin), kStrip) * area);
-  const auto pack = [&](bool left, const Lines<T>& lines, int64_t line, int64_t count, int64_t k, int64_t some, char* to) {
+  float* sums =
+      blocks == 1 ? nullptr
+                  : scratch<float>(Slot::tiles_c, kept_step / kStrip *
+                                                      ceil_div(smaller(met_step, met_end - met_begin), kStrip) * area);
+  const auto pack = [&](bool left, const Lines<T>& lines, int64_t line, int64_t count, int64_t k, int64_t some,
+                        char* to) {
     const Lines<T> from{lines.at + line * lines.line + k * lines.k, lines.line, lines.k};
     left ? pack_strip<true>(from, count, some, to) : pack_strip<false>(from, count, some, to);
   };
@@ -618,14 +621,14 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
         if (blocks > 1 || mb == met_begin)
           for (int64_t s = 0; s < kept_some; s += kStrip)
             pack(kept_left, kept, kb + s, smaller(kStrip, kept_some - s), p, some, kept_strips + s / kStrip * strip);
-        float* sum = sums;
+        int64_t pair = 0;
         for (int64_t m = 0; m < met_some; m += kStrip) {
           const int64_t met_count = smaller(kStrip, met_some - m);
           pack(!kept_left, met, mb + m, met_count, p, some, met_strip);
-          for (int64_t s = 0; s < kept_some; s += kStrip, sum += area) {
+          for (int64_t s = 0; s < kept_some; s += kStrip, ++pair) {
             const int64_t kept_count = smaller(kStrip, kept_some - s);
             const char* kept_strip = kept_strips + s / kStrip * strip;
-            float* tile = blocks == 1 ? one : sum;
+            float* tile = blocks == 1 ? one : sums + pair * area;
             // Blocks of k are summed one by one: a sum's rounding errors grow with its length.
             float* block = p == 0 ? tile : one;
             multiply_strips<T>(steps, kept_left ? kept_strip : met_strip, kept_left ? met_strip : kept_strip, block,

@@ -73,7 +73,9 @@ struct TileRegisters {
   alignas(64) char bytes[8][kTileBytes];
 };
 inline thread_local TileRegisters tile_registers;
-struct Tiles {};
+struct Tiles {
+  Tiles() {}
+};
 template <int N> inline void tile_zero() { std::memset(tile_registers.bytes[N], 0, kTileBytes); }
 template <int N> inline void tile_load(const void* from, int64_t pitch) {
   for (int64_t i = 0; i < kTile; ++i)
@@ -164,10 +166,11 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
       } else if (straight) {
         for (int64_t r = 0; r < kTile; ++r, tile += 64) {
           if constexpr (LEFT)
-            store_words<parts>(load_row(low, from.line, r, lines, left), load_row(high, from.line, r, lines, left - kTile),
-                               tile);
+            store_words<parts>(load_row(low, from.line, r, lines, left),
+                               load_row(high, from.line, r, lines, left - kTile), tile);
           else
-            store_words<parts>(load_row(low, from.k, r, left, lines), load_row(high, from.k, r, left - kTile, lines), tile);
+            store_words<parts>(load_row(low, from.k, r, left, lines), load_row(high, from.k, r, left - kTile, lines),
+                               tile);
         }
       } else {
         // Squares: their rows as they lie are lines on the right, values of k on the left.
@@ -197,7 +200,8 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
 namespace tiles_detail {
 
 // Registers: 0 to 3 sums (row of tiles * 2 + column), 4 and 5 left, 6 and 7 right.
-template <int PART, int ROWS> [[gnu::always_inline]] inline void load_left(const char* step, int64_t tile, int64_t row) {
+template <int PART, int ROWS> [[gnu::always_inline]] inline void load_left(const char* step, int64_t tile,
+                                                                           int64_t row) {
   tile_load<4>(step + PART * 2 * tile, row);
   if constexpr (ROWS == 2) tile_load<5>(step + PART * 2 * tile + tile, row);
 }
@@ -214,7 +218,7 @@ template <int ROWS, int COLUMNS> [[gnu::always_inline]] inline void multiply_par
 
 }  // namespace tiles_detail
 
-// The products of one step, added to the sums in registers. The smallest first: they change nothing that is rounded yet.
+// The products of one step, added to the sums in registers, in the order that loads the fewest tiles.
 template <int ROWS, int COLUMNS, int PARTS>
 [[gnu::always_inline]] inline void multiply_step(const char* left, const char* right) {
   using namespace tiles_detail;

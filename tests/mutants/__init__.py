@@ -5,5 +5,5 @@ Each module here has a list MUTANTS of dicts:
     old    text that occurs in it exactly once
     new    what stands there instead
     tests  arguments for pytest: at least one of these tests must fail
-    build  "native" to rebuild libdlkern.so, "cuda_on_host" for the host library of CUDA kernels, "" for Python
+    build  "native" to rebuild libdlkern.so, "wide" its copy for any CPU, "cuda_on_host" for the host library of CUDA kernels, "" for Python
 """
