@@ -570,7 +570,7 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
 // other way round, whichever has fewer lines to lay out anew. The side with fewer lines is packed a block at a time, which
 // stays in the second-level cache; strips of the other are packed into the first, each when it is multiplied.
 constexpr int64_t kBlockLines = 512, kTileSums = 262144;
-template <class T> constexpr int64_t kTileKC = kTileStep * 24 / (kParts<T> ? kParts<T> : 1);
+template <class T> constexpr int64_t kTileKC = kParts<T> == 1 ? 1024 : kParts<T> == 2 ? 384 : 256;
 
 // Whether tiles pay: float's parts are worth making where each is multiplied often enough.
 template <class T, class C> bool is_tiled(const Gemm<T, C>& g) {
@@ -609,7 +609,10 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
   const auto pack = [&](bool left, const Lines<T>& lines, int64_t line, int64_t count, int64_t k, int64_t some,
                         char* to) {
     const Lines<T> from{lines.at + line * lines.line + k * lines.k, lines.line, lines.k};
-    left ? pack_strip<true>(from, count, some, to) : pack_strip<false>(from, count, some, to);
+    if constexpr (same<T, bfloat16>::value)
+      left ? pack_pairs<true>(from, count, some, to) : pack_pairs<false>(from, count, some, to);
+    else
+      left ? pack_strip<true>(from, count, some, to) : pack_strip<false>(from, count, some, to);
   };
   const Tiles tiles;
   for (int64_t kb = kept_begin; kb < kept_end; kb += kept_step)

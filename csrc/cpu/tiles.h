@@ -197,6 +197,43 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
   }
 }
 
+// The same of bfloat16 alone, with words that hold k and k + 1: rows that lie along k are copied as they are.
+template <bool LEFT> inline void pack_pairs(Lines<bfloat16> from, int64_t count, int64_t k, char* to) {
+  using words = vuint32;
+  const bool along = from.k == 1;  // else across: neighbours are lines
+  for (int64_t p = 0; p < k; p += kTileStep, to += kStepBytes<bfloat16>)
+    for (int64_t t = 0; t < 2; ++t) {
+      char* tile = to + t * kTileBytes;
+      const int64_t lines = count - t * kTile, left = k - p;
+      if (lines <= 0) {
+        std::memset(tile, 0, kTileBytes);
+        continue;
+      }
+      const bfloat16* at = from.at + p * from.k + t * kTile * from.line;
+      words row[kTile];
+      const bool whole = lines >= kTile && left >= kTileStep;
+      if (along && whole) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kTile; ++r) std::memcpy(&row[r], at + r * from.line, sizeof row[r]);
+      } else if (along) {
+        std::memset(static_cast<void*>(row), 0, sizeof row);
+        for (int64_t r = 0; r < smaller(kTile, lines); ++r)
+          std::memcpy(&row[r], at + r * from.line, static_cast<size_t>(smaller(kTileStep, left)) * sizeof(bfloat16));
+      } else if (whole) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kTile; ++r)
+          row[r] = (vuint32)load(at + 2 * r * from.k) >> 16 | (vuint32)load(at + (2 * r + 1) * from.k);
+      } else {
+        for (int64_t r = 0; r < kTile; ++r)
+          row[r] = (vuint32)tiles_detail::load_row(at, from.k, 2 * r, left, lines) >> 16 |
+                   (vuint32)tiles_detail::load_row(at, from.k, 2 * r + 1, left, lines);
+      }
+      if (along != LEFT) transpose(row);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kTile; ++r) std::memcpy(tile + 64 * r, &row[r], sizeof row[r]);
+    }
+}
+
 namespace tiles_detail {
 
 // Registers: 0 to 3 sums (row of tiles * 2 + column), 4 and 5 left, 6 and 7 right.

@@ -435,13 +435,14 @@ MUTANTS += [
     _loss("grad * smoothed.keep * weight *", "grad * weight *", "probabilities"),
 ]
 
-# AMX's tiles, in memory: the last step of k, one of float's six products, blocks of k that do not add up, sums that cannot be
+# AMX's tiles, in memory: the last step of k, one of float's six products, bfloat16's layout, blocks of k that do not add up, sums that cannot be
 # trusted (infinite, and nearly zero), the turned product.
 _TILES = dict(tests=["tests/test_builds.py", "-k", "tiles_on_any_machine"], build="wide")
 MUTANTS += [
     dict(_TILES, file="csrc/cpu/tiles.h", old="return load_some(from + r * row, columns);", new="return load(from + r * row);"),
     dict(_TILES, file="csrc/cpu/tiles.h",
          old="    load_right<1, COLUMNS>(right);\n    multiply_parts<ROWS, COLUMNS>();\n  } else {", new="  } else {"),
+    dict(_TILES, file="csrc/cpu/tiles.h", old="if (along != LEFT) transpose(row);", new="if (along) transpose(row);"),
     dict(_TILES, file=_GEMM, old="if (p > 0) add_strip(one, tile);", new=""),
     dict(_TILES, file="csrc/cpu/tiles.h", old=" && largest < 0x7f800000;", new=";"),
     dict(_TILES, file="csrc/cpu/tiles.h", old="return largest >= 0x1f800000 &&", new="return"),
