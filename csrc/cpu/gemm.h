@@ -569,7 +569,7 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
 // By tiles (tiles.h): C = L R where the left side's lines are A's rows and the right side's B's columns, or, turned, the
 // other way round, whichever has fewer lines to lay out anew. The side with fewer lines is packed a block at a time, which
 // stays in the second-level cache; strips of the other are packed into the first, each when it is multiplied.
-constexpr int64_t kBlockLines = 512, kTileSums = 262144;
+constexpr int64_t kBlockLines = 512, kTileSums = 262144, kKeptBytes = 1 << 20;
 template <class T> constexpr int64_t kTileKC = kParts<T> == 1 ? 1024 : kParts<T> == 2 ? 384 : 256;
 
 // Whether tiles pay: float's parts are worth making where each is multiplied often enough.
@@ -593,21 +593,23 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
   const int64_t met_begin = rows_kept ? j_begin : i_begin, met_end = rows_kept ? j_end : i_end;
   const Lines<T>&kept = rows_kept ? rows : columns, &met = rows_kept ? columns : rows;
   const bool kept_left = rows_kept != turned;
-  const int64_t k_steps = ceil_div(g.k, kTileStep), blocks = ceil_div(g.k, kTileKC<T>),
-                step = ceil_div(k_steps, blocks) * kTileStep;
+  // Blocks of k are summed one by one: a sum's rounding errors grow with its length. Of the kept side, as many are there
+  // at a time as fit where the other's lines lie along k, so that these are read in long runs.
+  const int64_t blocks = ceil_div(g.k, kTileKC<T>), step = ceil_div(ceil_div(g.k, kTileStep), blocks) * kTileStep;
   const int64_t strip = strip_bytes<T>(step);
-  const int64_t kept_step = smaller(kBlockLines, ceil_div(kept_end - kept_begin, kStrip) * kStrip);
-  const int64_t met_step = blocks == 1 ? met_end - met_begin : larger(kStrip, kTileSums / kept_step / kStrip * kStrip);
-  char* kept_strips = scratch<char>(Slot::tiles_a, kept_step / kStrip * strip);
-  char* met_strip = scratch<char>(Slot::tiles_b, strip);
-  alignas(64) float one[kStrip * kStrip], straight[kStrip * kStrip];
+  const int64_t kept_step = smaller(kBlockLines, ceil_div(kept_end - kept_begin, kStrip) * kStrip),
+                kept_count = kept_step / kStrip;
+  const int64_t together = met.k == 1 ? larger(1, smaller(blocks, kKeptBytes / (kept_count * strip))) : 1;
+  const bool once = together == blocks;
+  const int64_t met_step = once ? met_end - met_begin : larger(kStrip, kTileSums / kept_step / kStrip * kStrip),
+                met_count = once ? 1 : ceil_div(smaller(met_step, met_end - met_begin), kStrip);
   constexpr int64_t area = kStrip * kStrip;
-  float* sums =
-      blocks == 1 ? nullptr
-                  : scratch<float>(Slot::tiles_c, kept_step / kStrip *
-                                                      ceil_div(smaller(met_step, met_end - met_begin), kStrip) * area);
-  const auto pack = [&](bool left, const Lines<T>& lines, int64_t line, int64_t count, int64_t k, int64_t some,
-                        char* to) {
+  char* kept_strips = scratch<char>(Slot::tiles_a, together * kept_count * strip);
+  char* met_strip = scratch<char>(Slot::tiles_b, strip);
+  float* sums = scratch<float>(Slot::tiles_c, kept_count * met_count * area);
+  alignas(64) float other[area];  // a block's sums before they are added, or finished ones turned
+  const auto pack = [&](bool left, const Lines<T>& lines, int64_t line, int64_t count, int64_t block, char* to) {
+    const int64_t k = block * step, some = smaller(step, g.k - k);
     const Lines<T> from{lines.at + line * lines.line + k * lines.k, lines.line, lines.k};
     if constexpr (same<T, bfloat16>::value)
       left ? pack_pairs<true>(from, count, some, to) : pack_pairs<false>(from, count, some, to);
@@ -616,44 +618,44 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
   };
   const Tiles tiles;
   for (int64_t kb = kept_begin; kb < kept_end; kb += kept_step)
-    for (int64_t mb = met_begin; mb < met_end; mb += met_step) {
-      const int64_t kept_some = smaller(kept_step, kept_end - kb), met_some = smaller(met_step, met_end - mb);
-      for (int64_t p = 0; p < g.k; p += step) {
-        const int64_t some = smaller(step, g.k - p), steps = ceil_div(some, kTileStep);
-        const bool last = p + step >= g.k;
-        if (blocks > 1 || mb == met_begin)
-          for (int64_t s = 0; s < kept_some; s += kStrip)
-            pack(kept_left, kept, kb + s, smaller(kStrip, kept_some - s), p, some, kept_strips + s / kStrip * strip);
-        int64_t pair = 0;
-        for (int64_t m = 0; m < met_some; m += kStrip) {
-          const int64_t met_count = smaller(kStrip, met_some - m);
-          pack(!kept_left, met, mb + m, met_count, p, some, met_strip);
-          for (int64_t s = 0; s < kept_some; s += kStrip, ++pair) {
-            const int64_t kept_count = smaller(kStrip, kept_some - s);
-            const char* kept_strip = kept_strips + s / kStrip * strip;
-            float* tile = blocks == 1 ? one : sums + pair * area;
-            // Blocks of k are summed one by one: a sum's rounding errors grow with its length.
-            float* block = p == 0 ? tile : one;
-            multiply_strips<T>(steps, kept_left ? kept_strip : met_strip, kept_left ? met_strip : kept_strip, block,
-                               kStrip, false, kept_left ? kept_count : met_count, kept_left ? met_count : kept_count);
-            if (p > 0) add_strip(one, tile);
-            if (!last) continue;
-            const int64_t i = rows_kept ? kb + s : mb + m, j = rows_kept ? mb + m : kb + s;
-            const int64_t height = rows_kept ? kept_count : met_count, width = rows_kept ? met_count : kept_count;
-            if (!is_exact(tile, kStrip, turned ? width : height, turned ? height : width)) {
-              run_vectors(g, epilogue, i, i + height, j, j + width);
-              continue;
+    for (int64_t mb = met_begin; mb < met_end; mb += met_step)
+      for (int64_t first = 0; first < blocks; first += together) {
+        const int64_t kept_some = smaller(kept_step, kept_end - kb), met_some = smaller(met_step, met_end - mb),
+                      end = smaller(first + together, blocks);
+        if (!once || mb == met_begin)
+          for (int64_t block = first; block < end; ++block)
+            for (int64_t s = 0; s < kept_some; s += kStrip)
+              pack(kept_left, kept, kb + s, smaller(kStrip, kept_some - s), block,
+                   kept_strips + ((block - first) * kept_count + s / kStrip) * strip);
+        for (int64_t m = 0; m < met_some; m += kStrip)
+          for (int64_t block = first; block < end; ++block) {
+            const int64_t met_lines = smaller(kStrip, met_some - m),
+                          steps = ceil_div(smaller(step, g.k - block * step), kTileStep);
+            pack(!kept_left, met, mb + m, met_lines, block, met_strip);
+            for (int64_t s = 0; s < kept_some; s += kStrip) {
+              const int64_t kept_lines = smaller(kStrip, kept_some - s);
+              const char* kept_strip = kept_strips + ((block - first) * kept_count + s / kStrip) * strip;
+              float* sum = sums + ((once ? 0 : m / kStrip * kept_count) + s / kStrip) * area;
+              multiply_strips<T>(steps, kept_left ? kept_strip : met_strip, kept_left ? met_strip : kept_strip,
+                                 block == 0 ? sum : other, kStrip, false, kept_left ? kept_lines : met_lines,
+                                 kept_left ? met_lines : kept_lines);
+              if (block > 0) add_strip(other, sum);
+              if (block + 1 < blocks) continue;
+              const int64_t i = rows_kept ? kb + s : mb + m, j = rows_kept ? mb + m : kb + s;
+              const int64_t height = rows_kept ? kept_lines : met_lines, width = rows_kept ? met_lines : kept_lines;
+              if (!is_exact(sum, kStrip, turned ? width : height, turned ? height : width)) {
+                run_vectors(g, epilogue, i, i + height, j, j + width);
+                continue;
+              }
+              if (turned) {
+                turn_strip(sum, other);
+                sum = other;
+              }
+              finish(sum, kStrip, static_cast<int>(height), width, g.c + i * g.c_row + j, g.c_row, g.accumulate, true,
+                     epilogue, i, j);
             }
-            if (turned) {
-              turn_strip(tile, straight);
-              tile = straight;
-            }
-            finish(tile, kStrip, static_cast<int>(height), width, g.c + i * g.c_row + j, g.c_row, g.accumulate, true,
-                   epilogue, i, j);
           }
-        }
       }
-    }
 }
 #endif
 

@@ -443,8 +443,8 @@ MUTANTS += [
     dict(_TILES, file="csrc/cpu/tiles.h",
          old="    load_right<1, COLUMNS>(right);\n    multiply_parts<ROWS, COLUMNS>();\n  } else {", new="  } else {"),
     dict(_TILES, file="csrc/cpu/tiles.h", old="if (along != LEFT) transpose(row);", new="if (along) transpose(row);"),
-    dict(_TILES, file=_GEMM, old="if (p > 0) add_strip(one, tile);", new=""),
+    dict(_TILES, file=_GEMM, old="if (block > 0) add_strip(other, sum);", new=""),
     dict(_TILES, file="csrc/cpu/tiles.h", old=" && largest < 0x7f800000;", new=";"),
     dict(_TILES, file="csrc/cpu/tiles.h", old="return largest >= 0x1f800000 &&", new="return"),
-    dict(_TILES, file=_GEMM, old="              turn_strip(tile, straight);\n", new=""),
+    dict(_TILES, file=_GEMM, old="                turn_strip(sum, other);\n", new=""),
 ]
