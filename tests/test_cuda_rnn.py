@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cuda_column import dtypes, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, library, no_findings, on_cuda  # noqa: F401
 from test_rnn import KINDS, OPTIONS, STACKS, Seeded, each_kind, each_option, leaves, looped, make, moved, ours, results, states
 from test_rnn import assert_by_the_rule as assert_options_by_the_rule
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -46,7 +46,7 @@ def assert_by_the_rule(draw, dtype, draws):
 SIZES = {"odd": (5, 9, 3, 4), "packs": (8, 40, 2, 3), "wide": (6, 24, 19, 3)}
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("size", SIZES)
 @each_kind
 def test_rnn(kind, size, dtype):
@@ -72,7 +72,7 @@ def test_rnn_stacks(kind):
 LENGTHS = {"sorted": [5, 4, 2, 2], "unsorted": [2, 5, 1, 4], "one": [4]}
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("lengths", LENGTHS)
 @each_kind
 def test_rnn_packed(kind, lengths, dtype):
@@ -87,7 +87,7 @@ def test_rnn_packed(kind, lengths, dtype):
 
 
 @pytest.mark.parametrize("batch", [4, 22])
-@dtypes
+@all_dtypes
 @each_kind
 def test_rnn_lengths_are_packing(kind, dtype, batch):
     """And what padding holds, NaN even, has no effect."""
@@ -135,7 +135,7 @@ def sample(kind, dtype, batch=3, hidden=40, lengths=None):
 
 
 @pytest.mark.parametrize(("batch", "lengths"), [(3, None), (3, [2, 4, 3]), (70, None)], ids=["few", "lengths", "many"])
-@dtypes
+@all_dtypes
 @each_kind
 def test_rnn_one_launch_and_one_a_step_give_the_same_bits(kind, dtype, batch, lengths):
     resident = sample(kind, dtype, batch, 24, lengths)
@@ -168,7 +168,7 @@ def test_rnn_wrong_arguments():
 PROJECTIONS = {"odd": (3, 9, 4, 3), "packs": (8, 40, 16, 2), "wide": (3, 24, 5, 18)}
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("size", PROJECTIONS)
 def test_rnn_projections(size, dtype):
     inputs, hidden, projected, batch = PROJECTIONS[size]
@@ -181,7 +181,7 @@ def options_by_the_rule(draw, dtype, draws):
         assert_options_by_the_rule(draw, dtype, draws, looped, "cuda")
 
 
-@dtypes
+@all_dtypes
 @each_option
 def test_rnn_options(kind, options, dtype):
     draw = lambda: (ours(kind, 5, 37, **options), torch.randn(3, 3, 5), states(kind, 1, 3, 37))  # noqa: E731
