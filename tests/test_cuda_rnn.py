@@ -22,17 +22,17 @@ def on_our_column(module, *args):
         return results(dlkern.convert(copy.deepcopy(module)), *args)
 
 
-def assert_by_the_rule(draw, dtype, draws):
-    """draw() gives a torch module, an input and a state; its converted copy keeps the rule."""
+def assert_by_the_rule(draw, dtype, draws, scale=1.0):
+    """draw() gives a torch module, an input and a state; its converted copy keeps the rule. scale: of results' gradients."""
     for count in (draws, 8 * draws):
         found = []
         for seed in range(count):
             torch.manual_seed(seed)
             module, input, hx = draw()
             module = module.to(dtype)
-            exact = results(module, moved(input, dtype), moved(hx, dtype), torch.float64)
-            theirs = results(module, input, hx, dtype)
-            for i, triple in enumerate(zip(on_our_column(module, input, hx, dtype), theirs, exact, strict=True)):
+            exact = results(module, moved(input, dtype), moved(hx, dtype), torch.float64, scale)
+            theirs = results(module, input, hx, dtype, scale)
+            for i, triple in enumerate(zip(on_our_column(module, input, hx, dtype, scale), theirs, exact, strict=True)):
                 found.append([]) if i == len(found) else None
                 found[i].append(triple)
         rows = [row for i, triples in enumerate(found) for row in compare(f"result {i}", *zip(*triples), dtype)]
@@ -61,6 +61,14 @@ def test_rnn_long_sums(kind, batch):
     """More of the sum than the ring holds: forward of many sequences, backward of few."""
     draw = lambda: (make(kind, 3, 104, bias=False), torch.randn(2, batch, 3), None)  # noqa: E731
     assert_by_the_rule(draw, torch.float32, draws=2)
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**9], ids=["small", "large"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])  # relu's derivative jumps
+def test_rnn_float16_gradients_near_the_ends_of_its_range(kind, scale):
+    """Those of a mean, subnormal in part, and those of a scaled loss."""
+    draw = lambda: (make(kind, 6, 20), torch.randn(12, 3, 6), None)  # noqa: E731
+    assert_by_the_rule(draw, torch.float16, draws=8, scale=scale)
 
 
 @each_kind
