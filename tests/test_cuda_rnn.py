@@ -171,6 +171,8 @@ def test_rnn_wrong_arguments():
         arguments[i] = wrong
         with pytest.raises((RuntimeError, ValueError)):
             call(*arguments)
+    with pytest.raises(RuntimeError, match="float16"):
+        raw["rnn_route"]["cuda"](h.double(), 0, 4, False)
 
 
 PROJECTIONS = {"odd": (3, 9, 4, 3), "packs": (8, 40, 16, 2), "wide": (3, 24, 5, 18)}
