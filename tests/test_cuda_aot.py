@@ -103,24 +103,25 @@ REQUIRED = {
     },
     "positions": {r"rotary_kernel<(float, float, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128", "STG.E.128"]},
     "rnn": {
-        r"rnn_forward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"],
+        **{rf"rnn_forward_kernel<{t}, .*": [mma, "LDSM.16", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "RED"]
+           for t, mma in MMA.items()},
         r"rnn_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],
-        r"rnn_input_kernel<.*": ["HMMA.16816.F32.BF16", "LDSM.16"],
+        **{rf"rnn_input_kernel<{t}, .*": [mma, "LDSM.16"] for t, mma in MMA.items()},
     },
     "rnn_options": {
-        r"rnn_(product|project)_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16", "LDGSTS.E.BYPASS.128"],
+        **{rf"rnn_(product|project)_kernel<{t}, .*": [mma, "LDSM.16", "LDGSTS.E.BYPASS.128"] for t, mma in MMA.items()},
         r"rnn_(product|project)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
         r"rnn_options_forward_kernel<.*": ["SHFL.BFLY", "MUFU.EX2"],
     },
     "rnn_options_backward": {
-        r"rnn_(state|project)_backward_kernel<__nv_bfloat16, .*": [
-            "HMMA.16816.F32.BF16", "LDSM.16.MT88", "LDGSTS.E.BYPASS.128"],
+        **{rf"rnn_(state|project)_backward_kernel<{t}, .*": [mma, "LDSM.16.MT88", "LDGSTS.E.BYPASS.128"]
+           for t, mma in MMA.items()},
         r"rnn_(state|project)_backward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
         r"rnn_options_backward_kernel<.*": ["SHFL.BFLY"],
         r"rnn_terms_kernel<.*": ["DADD"],
     },
     "rnn_backward": {
-        r"rnn_backward_kernel<__nv_bfloat16, .*": ["HMMA.16816.F32.BF16", "LDSM.16.MT88", "LDGSTS.E.BYPASS.128", "RED"],
+        **{rf"rnn_backward_kernel<{t}, .*": [mma, "LDSM.16.MT88", "LDGSTS.E.BYPASS.128", "RED"] for t, mma in MMA.items()},
         r"rnn_backward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "RED"],
     },
 }

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cuda_column import dtypes, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, library, no_findings, on_cuda  # noqa: F401
 from test_rnn import KINDS, OPTIONS, STACKS, Seeded, each_kind, each_option, leaves, looped, make, moved, ours, results, states
 from test_rnn import assert_by_the_rule as assert_options_by_the_rule
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -22,17 +22,17 @@ def on_our_column(module, *args):
         return results(dlkern.convert(copy.deepcopy(module)), *args)
 
 
-def assert_by_the_rule(draw, dtype, draws):
-    """draw() gives a torch module, an input and a state; its converted copy keeps the rule."""
+def assert_by_the_rule(draw, dtype, draws, scale=1.0):
+    """draw() gives a torch module, an input and a state; its converted copy keeps the rule. scale: of results' gradients."""
     for count in (draws, 8 * draws):
         found = []
         for seed in range(count):
             torch.manual_seed(seed)
             module, input, hx = draw()
             module = module.to(dtype)
-            exact = results(module, moved(input, dtype), moved(hx, dtype), torch.float64)
-            theirs = results(module, input, hx, dtype)
-            for i, triple in enumerate(zip(on_our_column(module, input, hx, dtype), theirs, exact, strict=True)):
+            exact = results(module, moved(input, dtype), moved(hx, dtype), torch.float64, scale)
+            theirs = results(module, input, hx, dtype, scale)
+            for i, triple in enumerate(zip(on_our_column(module, input, hx, dtype, scale), theirs, exact, strict=True)):
                 found.append([]) if i == len(found) else None
                 found[i].append(triple)
         rows = [row for i, triples in enumerate(found) for row in compare(f"result {i}", *zip(*triples), dtype)]
@@ -46,7 +46,7 @@ def assert_by_the_rule(draw, dtype, draws):
 SIZES = {"odd": (5, 9, 3, 4), "packs": (8, 40, 2, 3), "wide": (6, 24, 19, 3)}
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("size", SIZES)
 @each_kind
 def test_rnn(kind, size, dtype):
@@ -63,6 +63,14 @@ def test_rnn_long_sums(kind, batch):
     assert_by_the_rule(draw, torch.float32, draws=2)
 
 
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**9], ids=["small", "large"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])  # relu's derivative jumps
+def test_rnn_float16_gradients_near_the_ends_of_its_range(kind, scale):
+    """Those of a mean, subnormal in part, and those of a scaled loss."""
+    draw = lambda: (make(kind, 6, 20), torch.randn(12, 3, 6), None)  # noqa: E731
+    assert_by_the_rule(draw, torch.float16, draws=8, scale=scale)
+
+
 @each_kind
 def test_rnn_stacks(kind):
     draw = lambda: (make(kind, 3, 9, num_layers=2, bidirectional=True, batch_first=True), torch.randn(2, 3, 3), None)  # noqa: E731
@@ -72,7 +80,7 @@ def test_rnn_stacks(kind):
 LENGTHS = {"sorted": [5, 4, 2, 2], "unsorted": [2, 5, 1, 4], "one": [4]}
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("lengths", LENGTHS)
 @each_kind
 def test_rnn_packed(kind, lengths, dtype):
@@ -87,7 +95,7 @@ def test_rnn_packed(kind, lengths, dtype):
 
 
 @pytest.mark.parametrize("batch", [4, 22])
-@dtypes
+@all_dtypes
 @each_kind
 def test_rnn_lengths_are_packing(kind, dtype, batch):
     """And what padding holds, NaN even, has no effect."""
@@ -135,7 +143,7 @@ def sample(kind, dtype, batch=3, hidden=40, lengths=None):
 
 
 @pytest.mark.parametrize(("batch", "lengths"), [(3, None), (3, [2, 4, 3]), (70, None)], ids=["few", "lengths", "many"])
-@dtypes
+@all_dtypes
 @each_kind
 def test_rnn_one_launch_and_one_a_step_give_the_same_bits(kind, dtype, batch, lengths):
     resident = sample(kind, dtype, batch, 24, lengths)
@@ -163,12 +171,14 @@ def test_rnn_wrong_arguments():
         arguments[i] = wrong
         with pytest.raises((RuntimeError, ValueError)):
             call(*arguments)
+    with pytest.raises(RuntimeError, match="float16"):
+        raw["rnn_route"]["cuda"](h.double(), 0, 4, False)
 
 
 PROJECTIONS = {"odd": (3, 9, 4, 3), "packs": (8, 40, 16, 2), "wide": (3, 24, 5, 18)}
 
 
-@dtypes
+@all_dtypes
 @pytest.mark.parametrize("size", PROJECTIONS)
 def test_rnn_projections(size, dtype):
     inputs, hidden, projected, batch = PROJECTIONS[size]
@@ -181,7 +191,7 @@ def options_by_the_rule(draw, dtype, draws):
         assert_options_by_the_rule(draw, dtype, draws, looped, "cuda")
 
 
-@dtypes
+@all_dtypes
 @each_option
 def test_rnn_options(kind, options, dtype):
     draw = lambda: (ours(kind, 5, 37, **options), torch.randn(3, 3, 5), states(kind, 1, 3, 37))  # noqa: E731

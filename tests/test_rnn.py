@@ -45,13 +45,13 @@ def moved(value, dtype):
     return None if value is None else value.detach().to(dtype).requires_grad_()
 
 
-def results(module, input, hx, dtype):
-    """Outputs and the gradients of input, states and parameters."""
+def results(module, input, hx, dtype, scale=1.0):
+    """Outputs and the gradients of input, states and parameters; scale: of outputs' gradients."""
     module, input, hx = copy.deepcopy(module).to(dtype), moved(input, dtype), moved(hx, dtype)
     outputs = leaves(module(input, hx))
     wanted = [*leaves(input), *([] if hx is None else leaves(hx)), *module.parameters()]
     generator = torch.Generator().manual_seed(5)
-    cotangents = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs]
+    cotangents = [(scale * torch.randn(o.shape, generator=generator)).to(dtype) for o in outputs]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
 
 

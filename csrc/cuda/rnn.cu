@@ -14,18 +14,17 @@ using namespace rnn;
 using InputShape = MmaShape<64, 64, 2, 2, 4>;
 
 // given = input weight^T, a block a tile.
-template <bool ALIGNED>
+template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(InputShape::kThreads, InputShape::kBlocks)
-    rnn_input_kernel(const bf16* input, const bf16* weight, float* given, int64_t rows, int64_t inputs,
-                     int64_t outputs) {
-  using A = Operand<bf16, InputShape::kBlockM, Stored::k_last, ALIGNED, InputShape::kThreads>;
-  using B = Operand<bf16, InputShape::kBlockN, Stored::k_last, ALIGNED, InputShape::kThreads>;
+    rnn_input_kernel(const T* input, const T* weight, float* given, int64_t rows, int64_t inputs, int64_t outputs) {
+  using A = Operand<T, InputShape::kBlockM, Stored::k_last, ALIGNED, InputShape::kThreads>;
+  using B = Operand<T, InputShape::kBlockN, Stored::k_last, ALIGNED, InputShape::kThreads>;
   DLKERN_DYNAMIC_SHARED(shared);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * InputShape::kBlockM,
                 column0 = static_cast<int64_t>(blockIdx.y) * InputShape::kBlockN;
   Accumulator<InputShape> sum;
   mma_tile<InputShape>(sum, A{input, rows, inputs}, B{weight, outputs, inputs}, row0, column0,
-                       reinterpret_cast<bf16*>(shared), [](const bf16*) {});
+                       reinterpret_cast<T*>(shared), [](const T*) {});
   sum.for_each_pair([&](int r, int c, float first, float second) {
     const int64_t row = row0 + r, column = column0 + c;
     if (row >= rows) return;
@@ -138,20 +137,23 @@ __global__ void __launch_bounds__(kThreads) rnn_padding_kernel(RnnShape s, int64
 
 }  // namespace
 
-void rnn_input(const void* input, const void* weight_ih, float* given, int64_t rows, int64_t inputs, int64_t outputs,
-               void* stream) {
+void rnn_input(Element element, const void* input, const void* weight_ih, float* given, int64_t rows, int64_t inputs,
+               int64_t outputs, void* stream) {
   const dim3 blocks(static_cast<unsigned>(ceil_div(rows, InputShape::kBlockM)),
                     static_cast<unsigned>(ceil_div(outputs, InputShape::kBlockN)));
-  const auto run = [&](auto aligned) {
-    using Side = Operand<bf16, InputShape::kBlockM, Stored::k_last, aligned.value, InputShape::kThreads>;
-    DLKERN_LAUNCH(rnn_input_kernel<aligned.value>, blocks, dim3(InputShape::kThreads),
-                  (mma_shared_bytes<InputShape, Side, Side>()), stream, static_cast<const bf16*>(input),
-                  static_cast<const bf16*>(weight_ih), given, rows, inputs, outputs);
+  const auto run = [&](auto* type, auto aligned) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Side = Operand<T, InputShape::kBlockM, Stored::k_last, aligned.value, InputShape::kThreads>;
+    DLKERN_LAUNCH((rnn_input_kernel<T, aligned.value>), blocks, dim3(InputShape::kThreads),
+                  (mma_shared_bytes<InputShape, Side, Side>()), stream, static_cast<const T*>(input),
+                  static_cast<const T*>(weight_ih), given, rows, inputs, outputs);
   };
-  if (aligned16(input) && aligned16(weight_ih) && inputs % 8 == 0)
-    run(std::true_type{});
-  else
-    run(std::false_type{});
+  with_16_bit_type(element, [&](auto* type) {
+    if (aligned16(input) && aligned16(weight_ih) && inputs % 8 == 0)
+      run(type, std::true_type{});
+    else
+      run(type, std::false_type{});
+  });
 }
 
 RnnRoute rnn_forward_route(const RnnShape& s) {
@@ -203,15 +205,11 @@ void rnn_forward(const RnnShape& s, RnnRoute route, const RnnForward& x, void* s
 }
 
 void rnn_clear_padding(const RnnShape& s, int64_t width, void* rows, void* stream) {
-  const auto run = [&](auto* type) {
+  with_type(s.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH(rnn_padding_kernel<T>, dim3(static_cast<unsigned>(s.rows)), dim3(kThreads), 0, stream, s, width,
                   static_cast<T*>(rows));
-  };
-  if (s.is_float)
-    run(static_cast<float*>(nullptr));
-  else
-    run(static_cast<bf16*>(nullptr));
+  });
 }
 
 }  // namespace dlkern::cuda

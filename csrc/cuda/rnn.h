@@ -1,7 +1,9 @@
 // Launchers of rnn.cu and rnn_backward.cu, in plain C++ for the op layer: one layer in one direction of RNN, LSTM or GRU,
-// float32 or bfloat16. Each throws std::runtime_error where its launch fails.
+// float32, bfloat16 or float16. Each throws std::runtime_error where its launch fails.
 #pragma once
 #include <cstdint>
+
+#include "element.h"
 
 #ifdef __CUDACC__
 #define DLKERN_RNN_BOTH __host__ __device__
@@ -16,7 +18,7 @@ enum RnnMode { kRnnTanh, kRnnRelu, kRnnLstm, kRnnGru };
 // Sequences are numbered from the longest to the shortest; step t has those before sizes[t], and the row of (t, b) is
 // offsets[t] + order[b]. The arrays are in the device's memory, or null: every step has `batch` sequences in their order.
 struct RnnShape {
-  bool is_float;
+  Element element;
   int mode;
   bool reverse;
   int64_t inputs, hidden, batch, steps, rows;
@@ -41,9 +43,9 @@ RnnRoute rnn_backward_route(const RnnShape& shape);
 // Counters that a persistent launch needs, as unsigned numbers.
 int64_t rnn_counters(const RnnShape& shape);
 
-// given[rows, gates * hidden] = input weight_ih^T, bfloat16 operands, float results.
-void rnn_input(const void* input, const void* weight_ih, float* given, int64_t rows, int64_t inputs, int64_t outputs,
-               void* stream);
+// given[rows, gates * hidden] = input weight_ih^T, 16-bit operands, float results.
+void rnn_input(Element element, const void* input, const void* weight_ih, float* given, int64_t rows, int64_t inputs,
+               int64_t outputs, void* stream);
 
 // All are dense; biases may be null; c0, c_n, cell (working memory, [batch, hidden]) and cells are LSTM's.
 // gates [rows, slots * hidden] and cells [rows, hidden] are for the backward, or null: gates after their activations (of

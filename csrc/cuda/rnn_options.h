@@ -1,5 +1,5 @@
 // Launchers of rnn_options.cu and rnn_options_backward.cu: recurrent layers with options, or with an LSTM's projection.
-// As rnn.h; float32 or bfloat16.
+// As rnn.h.
 #pragma once
 #include "rnn.h"
 

@@ -77,31 +77,23 @@ inline dim3 row_blocks(const RnnShape& s, bool whole) {
 // Calls f(type, wide) and f(type, gates).
 template <class F>
 void with_width(const RnnShape& s, F&& f) {
-  const auto typed = [&](auto* type) {
+  with_type(s.element, [&](auto* type) {
     if (wide(s))
       f(type, std::true_type{});
     else
       f(type, std::false_type{});
-  };
-  if (s.is_float)
-    typed(static_cast<float*>(nullptr));
-  else
-    typed(static_cast<bf16*>(nullptr));
+  });
 }
 template <class F>
 void with_gates(const RnnShape& s, F&& f) {
-  const auto typed = [&](auto* type) {
+  with_type(s.element, [&](auto* type) {
     if (s.gates() == 4)
       f(type, std::integral_constant<int, 4>{});
     else if (s.gates() == 3)
       f(type, std::integral_constant<int, 3>{});
     else
       f(type, std::integral_constant<int, 1>{});
-  };
-  if (s.is_float)
-    typed(static_cast<float*>(nullptr));
-  else
-    typed(static_cast<bf16*>(nullptr));
+  });
 }
 
 }  // namespace rnn

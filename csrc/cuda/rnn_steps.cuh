@@ -183,7 +183,7 @@ struct Product {
     return total;
   }
 
-  // A warp's 16 rows of the product: on the tensor cores in bfloat16, else a lane has eight rows of one unit.
+  // A warp's 16 rows of the product: on the tensor cores in 16-bit types, else a lane has eight rows of one unit.
   struct TensorCores {
     float value[COLUMNS / 8][4] = {};
 
@@ -191,13 +191,13 @@ struct Product {
 #pragma unroll
       for (int k_at = 0; k_at < kChunk; k_at += 16) {
         uint32_t a[4];
-        Staged<bf16, 16, Stored::k_last>::a_fragment(a, state, 0, k_at);
+        Staged<T, 16, Stored::k_last>::a_fragment(a, state, 0, k_at);
 #pragma unroll
         for (int j = 0; j < COLUMNS / 16; j++) {
           uint32_t b[4];
-          Staged<bf16, COLUMNS, STORED>::b_fragments(b, weight_tile, 16 * j, k_at);
-          mma_16x8x16<bf16>(value[2 * j], a, b[0], b[1]);
-          mma_16x8x16<bf16>(value[2 * j + 1], a, b[2], b[3]);
+          Staged<T, COLUMNS, STORED>::b_fragments(b, weight_tile, 16 * j, k_at);
+          mma_16x8x16<T>(value[2 * j], a, b[0], b[1]);
+          mma_16x8x16<T>(value[2 * j + 1], a, b[2], b[3]);
         }
       }
     }
@@ -256,7 +256,7 @@ struct Product {
       }
     }
   };
-  using WarpSums = std::conditional_t<std::is_same_v<T, bf16>, TensorCores, Exact>;
+  using WarpSums = std::conditional_t<sizeof(T) == 2, TensorCores, Exact>;
 
   // The i-th result of this thread: its row in the block, and its unit in the block (the same for all i).
   static DLKERN_DEVICE int row_of(int i) { return static_cast<int>(threadIdx.x) / kUnits + i * (kThreads / kUnits); }
@@ -294,10 +294,7 @@ void dispatch(const RnnShape& s, F&& f) {
     else
       with_width(type, std::integral_constant<int, 1>{});
   };
-  if (s.is_float)
-    with_gates(static_cast<float*>(nullptr));
-  else
-    with_gates(static_cast<bf16*>(nullptr));
+  with_type(s.element, with_gates);
 }
 
 // Whether a launch of `kernel` for all steps has its weights in shared memory and all of its blocks at once.

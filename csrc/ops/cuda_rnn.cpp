@@ -1,5 +1,5 @@
-// rnn, op layer of the CUDA column: rnn_forward, rnn_backward: one layer in one direction of RNN, LSTM or GRU, float32 or
-// bfloat16, without projection. Products over all steps are the linear family's.
+// rnn, op layer of the CUDA column: rnn_forward, rnn_backward: one layer in one direction of RNN, LSTM or GRU, float32,
+// bfloat16 or float16, without projection. Products over all steps are the linear family's.
 #include "cuda_rnn.h"
 
 namespace dlkern::ops {
@@ -150,10 +150,11 @@ Eight rnn_backward_cuda(const Tensor& grad_output, const Tensor& grad_h_n, const
 int64_t rnn_route_cuda(const Tensor& h0, int64_t mode, int64_t steps, bool backward) {
   const char* op = "rnn_route";
   check_device(op, "h0", h0, h0);
+  check_element(op, h0);
   check(h0.dim() == 2 && h0.size(0) > 0 && h0.size(1) > 0, op, ": h0 is not [batch, hidden]");
   check(mode >= 0 && mode <= 3, op, ": no mode ", mode);
   cuda::RnnShape s{};
-  s.is_float = h0.scalar_type() == ScalarType::Float;
+  s.element = element_of(h0);
   s.mode = static_cast<int>(mode);
   s.batch = h0.size(0);
   s.hidden = h0.size(1);

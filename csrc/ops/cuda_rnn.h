@@ -47,8 +47,7 @@ inline RnnLayer check_layer(const char* op, const Tensor& input, const Tensor& w
                             const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& lengths,
                             int64_t mode, bool reverse) {
   check_device(op, "input", input, input);
-  check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::BFloat16, op,
-        ": expected float32 or bfloat16 (cuda column)");
+  check_element(op, input);
   RnnLayer layer{
       check_sequence(op, input, weight_ih, weight_hh, weight_hr, h0, c0, batch_sizes, lengths, mode, reverse),
       {},
@@ -56,28 +55,18 @@ inline RnnLayer check_layer(const char* op, const Tensor& input, const Tensor& w
   const cpu::RnnShape& s = layer.sequence.shape;
   check(s.rows < int64_t{1} << 31, op, ": more than 2^31 - 1 rows (cuda column)");
   layer.plan = plan_of(s, batch_sizes ? batch_sizes : lengths, input);
-  layer.shape = {input.scalar_type() == ScalarType::Float,
-                 s.mode,
-                 s.reverse,
-                 s.inputs,
-                 s.hidden,
-                 s.batch,
-                 s.steps,
-                 s.rows,
-                 nullptr,
-                 nullptr,
-                 nullptr,
-                 nullptr};
+  layer.shape = {element_of(input), s.mode, s.reverse, s.inputs, s.hidden, s.batch,
+                 s.steps,           s.rows, nullptr,   nullptr,  nullptr,  nullptr};
   return layer;
 }
 
 inline Tensor input_product(const Tensor& input, const Tensor& weight, const cuda::RnnShape& s) {
-  if (s.is_float) return linear_forward_cuda(input, weight, std::nullopt, 0);
+  if (s.element == cuda::Element::float32) return linear_forward_cuda(input, weight, std::nullopt, 0);
   const int64_t width = weight.size(0);
   Tensor given = allocate({s.rows, width}, ScalarType::Float, input);
   Call call(input);
-  cuda::rnn_input(call.reads(input), call.reads(weight), static_cast<float*>(call.writes(given)), s.rows, s.inputs,
-                  width, call.stream());
+  cuda::rnn_input(s.element, call.reads(input), call.reads(weight), static_cast<float*>(call.writes(given)), s.rows,
+                  s.inputs, width, call.stream());
   return given;
 }
 

@@ -1,5 +1,5 @@
 // rnn, op layer of the CUDA column: rnn_options_forward, rnn_options_backward: one layer in one direction with options,
-// or an LSTM's with a projection; float32 or bfloat16. Products over all steps are the linear family's.
+// or an LSTM's with a projection; float32, bfloat16 or float16. Products over all steps are the linear family's.
 #include "../cuda/rnn_options.h"
 
 #include "cuda_rnn.h"
@@ -221,7 +221,7 @@ Thirteen rnn_options_backward_cuda(const Tensor& grad_output, const Tensor& grad
         if (rows) cuda::rnn_clear_padding(of, width, rows, call.stream());
       };
       cuda::RnnShape float_shape = shape;
-      float_shape.is_float = true;
+      float_shape.element = cuda::Element::float32;
       clear(tensors.grad_given, l.width, shape);
       if (sides) clear(tensors.grad_product, l.width, shape);
       clear(tensors.previous, l.state, shape);

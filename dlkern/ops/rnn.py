@@ -130,7 +130,7 @@ PUBLIC = ("rnn_tanh", "rnn_relu", "lstm", "gru")  # by mode: the names that trac
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(_op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16))
+    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 _forward, _backward = raw["rnn_forward"], raw["rnn_backward"]
 _options_forward, _options_backward = raw["rnn_options_forward"], raw["rnn_options_backward"]

@@ -181,9 +181,11 @@ MUTANTS = [
     _norm_mutant("for (int warp = 0; warp < My::kRowsAtOnce; warp++)", "for (int warp = 1; warp < My::kRowsAtOnce; warp++)"),
     _norm_mutant("part < count; part += kFinalRows", "part < count; part += count", "test_layer_norm_sums"),
     # rnn_forward_kernel
-    _rnn_mutant(RNN_STEPS, "met * gridDim.x", "(met - 1) * gridDim.x", "test_rnn and packs"),
+    _rnn_mutant(RNN_STEPS, "met * gridDim.x", "(met - 1) * gridDim.x", "test_rnn_same_bits_in_every_thread_order"),
     _rnn_mutant(RNN_STEPS, "for (int w = 1; w < kWarpsK; w++)", "for (int w = 2; w < kWarpsK; w++)", "test_rnn_long_sums"),
     _rnn_mutant(RNN_STEPS, "kLast ? of_unit < hidden : k_at < k", "true", "test_rnn and odd"),
+    _rnn_mutant(RNN_STEPS, "mma_16x8x16<T>(value[2 * j], a", "mma_16x8x16<bf16>(value[2 * j], a", "test_rnn and float16 and odd"),
+    _rnn_mutant("csrc/ops/cuda_rnn.h", "rnn_input(s.element,", "rnn_input(cuda::Element::bfloat16,", "test_rnn and float16 and odd"),
     _rnn_mutant(RNN, "b < before.size ? *cell :", "n > 0 ? *cell :", "test_rnn_packed and lstm"),
     _rnn_mutant(RNN_GATES, "candidate + x.r * recurrent", "candidate + recurrent", "test_rnn and gru and odd"),
     _rnn_mutant(RNN, "if (b >= after.size) a.h_n", "if (n + 1 == s.steps) a.h_n", "test_rnn_packed and sorted"),
