@@ -15,6 +15,7 @@
 #include "conv_grouped.h"
 #include "conv_pack.h"
 #include "conv_planar.h"
+#include "conv_tiles.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -311,6 +312,171 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
   }
 }
 
+template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
+  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
+  return z.taps_h <= kMostTaps && z.taps_w <= kMostTaps && plan.outputs >= kTile / 2 && plan.depth >= kTileStep / 2 &&
+         plan.all_rows * z.columns * plan.outputs * plan.depth >= kConvTileWork && has_tiles();
+}
+
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+// One call by tiles: its strips of weights, where a step's cells are, and which blocks have to be computed by vectors.
+struct TilePlan {
+  Field field;
+  int64_t panels, strip;  // of 32 output channels in a group; bytes
+  const char* strips;
+  const int64_t* offsets;  // of steps x taps
+  char* failed;  // [block][group]
+};
+
+// A panel's sums at positions [p, p + count), to the output or, where that is planar, to pixels[..][32] of the block.
+// Whether they are exact.
+template <class T>
+bool finish_positions(const Correlation<T>& z, const TilePlan& plan, const Block& block, int64_t p, int64_t count,
+                      const float* sums, const float* bias, int64_t first, int64_t channels, float* pixels) {
+  const Field& f = plan.field;
+  bool exact = true;
+  vint32 most{};
+  int64_t valid = 0;
+  const vfloat bias0 = bias ? load(bias) : vfloat{}, bias1 = bias && channels > kTile ? load(bias + kTile) : vfloat{};
+  for (int64_t end = p + count; p < end;) {
+    const int64_t row = p / f.pitch, column = p % f.pitch, image = row / f.image_pitch, i = row % f.image_pitch;
+    const int64_t run = smaller(end - p, f.pitch - column),
+                  some = i < block.rows ? smaller(run, block.columns - column) : 0;
+    if (some > 0) {
+      valid += some;
+      const int64_t h = z.start_h + (block.row + i) * z.step_h, w = z.start_w + (block.column + column) * z.step_w;
+      T* out = z.output + (((block.image + image) * z.out_h + h) * z.out_w + w) * z.out_channels + first;
+      float* to = pixels + ((image * block.rows + i) * block.columns + column) * kStrip;
+      for (int64_t j = 0; j < some; ++j) {
+        const vfloat low = load(sums + j * kStrip),
+                     high = channels > kTile ? load(sums + j * kStrip + kTile) : vfloat{};
+        const vint32 a = (vint32)low & 0x7fffffff, b = (vint32)high & 0x7fffffff;
+        most = a > most ? a : most;
+        most = b > most ? b : most;
+        if (z.output_channels_last) {
+          store_some(out, low + bias0, channels);
+          if (channels > kTile) store_some(out + kTile, high + bias1, channels - kTile);
+          out += z.step_w * z.out_channels;
+        } else {
+          store(to, low + bias0);
+          store(to + kTile, high + bias1);
+          to += kStrip;
+        }
+      }
+    }
+    sums += run * kStrip;
+    p += run;
+  }
+  if (valid > 0) {
+    alignas(64) float bits[kTile];
+    store(bits, (vfloat)most);
+    exact = is_exact(bits, kTile, 1, kTile);
+  }
+  return exact;
+}
+
+// One block, panels [panel_begin, panel_end) of a group.
+template <class T>
+void run_tile_block(const Correlation<T>& z, const TilePlan& plan, const float* all_bias, int64_t index, int64_t group,
+                    int64_t panel_begin, int64_t panel_end) {
+  const Field& f = plan.field;
+  const Block block = f.block(index, z.source.n);
+  const int64_t outputs = z.out_channels / z.groups, steps = f.steps * f.taps, positions = f.positions(block);
+  const int64_t cells = cells_bytes<T>(f), apart = f.phases() * f.plane;
+  char* memory = scratch<char>(Slot::tiles_b, cells + line_bytes(z.source, f));
+  float* pixels = z.output_channels_last
+                      ? nullptr
+                      : scratch<float>(Slot::tiles_c, block.images * block.rows * block.columns * kStrip);
+  alignas(64) float sums[kStrip * kStrip], spare[kStrip * kStrip];
+  copy_cells(z.source, f, block, group * f.channels, memory, memory + cells);
+  const Tiles tiles;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first = panel * kStrip, count = smaller(kStrip, outputs - first);
+    const char* strip = plan.strips + (group * plan.panels + panel) * plan.strip;
+    const float* bias = all_bias ? all_bias + first : nullptr;
+    for (int64_t p = 0; p < positions; p += kStrip) {
+      const int64_t some = smaller(kStrip, positions - p);
+      const auto multiply = [&]<int ROWS, int COLUMNS>() {
+        multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums, spare);
+      };
+      if (some > kTile)
+        count > kTile ? multiply.template operator()<2, 2>() : multiply.template operator()<2, 1>();
+      else
+        count > kTile ? multiply.template operator()<1, 2>() : multiply.template operator()<1, 1>();
+      if (!finish_positions(z, plan, block, p, some, sums, bias, group * outputs + first, count, pixels)) {
+        __atomic_store_n(plan.failed + index * z.groups + group, 1, __ATOMIC_RELAXED);
+        return;
+      }
+    }
+    if (!z.output_channels_last)
+      for (int64_t i = 0; i < block.images; ++i) {
+        const int64_t row = (block.image + i) * z.rows + block.row;
+        write_out(z, pixels + i * block.rows * block.columns * kStrip, kStrip, group * outputs + first, count, row,
+                  row + block.rows, block.column, block.columns);
+      }
+  }
+  if (z.residual || z.activation) {
+    const int64_t first = panel_begin * kStrip, end = smaller(panel_end * kStrip, outputs);
+    for (int64_t i = 0; i < block.images; ++i) {
+      const int64_t row = (block.image + i) * z.rows + block.row;
+      finish_block(z, group * outputs + first, end - first, row, row + block.rows, block.column, block.columns);
+    }
+  }
+}
+
+// By tiles, and by vectors the blocks whose sums tiles don't give exactly.
+template <class T> void correlate_tiles(const Correlation<T>& z, const Plan<T>& vectors) {
+  TilePlan plan;
+  const int64_t threads = num_threads();
+  plan.field = plan_field(z.source.n, z.rows, z.columns, vectors.channels, z.source.h, z.source.w, z.tap_h, z.taps_h,
+                          z.stride_h, z.tap_w, z.taps_w, z.stride_w, kParts<T>, 1);
+  const Field& f = plan.field;
+  const int64_t steps = f.steps * f.taps, blocks = f.blocks() * z.groups;
+  plan.panels = ceil_div(vectors.outputs, kStrip);
+  plan.strip = steps * kStepBytes<T>;
+  const int64_t all_strips = z.groups * plan.panels * plan.strip;
+  char* memory = scratch<char>(Slot::tiles_a, all_strips + 8 * steps + blocks);
+  int64_t* offsets = reinterpret_cast<int64_t*>(memory + all_strips);
+  for (int64_t s = 0; s < f.steps; ++s)
+    for (int64_t t = 0; t < f.taps; ++t)
+      offsets[s * f.taps + t] = s * kParts<T> * f.phases() * f.plane + f.tap_offset(t);
+  plan.strips = memory;
+  plan.offsets = offsets;
+  plan.failed = memory + all_strips + 8 * steps;
+  std::memset(plan.failed, 0, static_cast<size_t>(blocks));
+  const int64_t padded = vectors.outputs_padded();
+  parallel_for(z.groups * plan.panels, 1 + 65536 / plan.strip, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / plan.panels, first = i % plan.panels * kStrip, panel = first / vectors.panel_width;
+      pack_filter_strip<T>(
+          f, vectors.weights + (g * padded + panel * vectors.panel_width) * vectors.depth + first % vectors.panel_width,
+          vectors.width_of(panel), smaller(kStrip, vectors.outputs - first), memory + i * plan.strip);
+    }
+  });
+  // Few blocks: their panels are shared out, too.
+  const int64_t splits = blocks % threads == 0 || blocks >= 8 * threads ? 1 : smaller(plan.panels, threads);
+  parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % splits, block = task / splits, group = block % z.groups;
+      run_tile_block(z, plan, z.bias ? vectors.bias + group * padded : nullptr, block / z.groups, group,
+                     split * plan.panels / splits, (split + 1) * plan.panels / splits);
+    }
+  });
+  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!plan.failed[i]) continue;
+      const Block b = f.block(i / z.groups, z.source.n);
+      const int64_t row_begin = b.image * z.rows + b.row, row_end = row_begin + (b.images - 1) * z.rows + b.rows,
+                    column_end = b.column + b.columns;
+      for (int64_t row = row_begin; row < row_end; row += vectors.block_rows)
+        for (int64_t column = b.column; column < column_end; column += vectors.block_columns)
+          run_block(z, vectors, row, smaller(row + vectors.block_rows, row_end), column,
+                    smaller(column + vectors.block_columns, column_end), i % z.groups, 0, vectors.panels);
+    }
+  });
+}
+#endif
+
 template <class T> void correlate(const Correlation<T>& z) {
   using A = acc_t<T>;
   uint8_t* ranges = reinterpret_cast<uint8_t*>(scratch<char>(Slot::family_4, z.rows + z.columns));
@@ -355,6 +521,9 @@ template <class T> void correlate(const Correlation<T>& z) {
     plan.weights = weights;
   }
 
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (is_tiled(z, plan)) return correlate_tiles(z, plan);
+  }
   const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
   const double work = static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth);
   parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
