@@ -382,13 +382,13 @@ void run_tile_block(const Correlation<T>& z, const TilePlan& plan, const float* 
   const Field& f = plan.field;
   const Block block = f.block(index, z.source.n);
   const int64_t outputs = z.out_channels / z.groups, steps = f.steps * f.taps, positions = f.positions(block);
-  const int64_t cells = cells_bytes<T>(f), apart = f.phases() * f.plane;
+  const int64_t cells = f.steps * step_cells_bytes<T>(f), apart = f.phases() * f.plane;
   char* memory = scratch<char>(Slot::tiles_b, cells + line_bytes(z.source, f));
   float* pixels = z.output_channels_last
                       ? nullptr
                       : scratch<float>(Slot::tiles_c, block.images * block.rows * block.columns * kStrip);
   alignas(64) float sums[kStrip * kStrip], spare[kStrip * kStrip];
-  copy_cells(z.source, f, block, group * f.channels, memory, memory + cells);
+  copy_cells(z.source, f, block, group * f.channels, 0, f.steps, memory, memory + cells);
   const Tiles tiles;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t first = panel * kStrip, count = smaller(kStrip, outputs - first);
@@ -429,7 +429,7 @@ template <class T> void correlate_tiles(const Correlation<T>& z, const Plan<T>& 
   TilePlan plan;
   const int64_t threads = num_threads();
   plan.field = plan_field(z.source.n, z.rows, z.columns, vectors.channels, z.source.h, z.source.w, z.tap_h, z.taps_h,
-                          z.stride_h, z.tap_w, z.taps_w, z.stride_w, kParts<T>, 1);
+                          z.stride_h, z.tap_w, z.taps_w, z.stride_w, kParts<T>, 0);
   const Field& f = plan.field;
   const int64_t steps = f.steps * f.taps, blocks = f.blocks() * z.groups;
   plan.panels = ceil_div(vectors.outputs, kStrip);

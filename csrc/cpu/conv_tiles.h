@@ -51,7 +51,7 @@ struct Block {
 
 struct Field {
   Axis h, w;
-  bool merged;
+  bool merged, only_block;  // only_block: what lies in no block's columns is zero
   int64_t first_column, column_stride, taps_w;  // merged: what the first tap of a row reads
   int64_t channels;  // of a pixel, in a group
   int64_t depth, steps;  // values of a cell's pixel (channels, or those of a row of taps), in steps of 32
@@ -78,10 +78,11 @@ struct Field {
   }
 };
 
-// Correlation's geometry, as in Correlation<T>; of each block, cells take at most kCellBytes / share.
+// Correlation's geometry, as in Correlation<T>. Where `outputs` is not 0, of the weight's gradient: a block then takes one
+// step of cells at a time, in three copies, and strips of so many output channels.
 inline Field plan_field(int64_t images, int64_t rows, int64_t columns, int64_t channels, int64_t source_h,
                         int64_t source_w, const int64_t* tap_h, int64_t taps_h, int64_t stride_h, const int64_t* tap_w,
-                        int64_t taps_w, int64_t stride_w, int64_t parts, int64_t share) {
+                        int64_t taps_w, int64_t stride_w, int64_t parts, int64_t outputs) {
   Field f{};
   f.rows = rows, f.columns = columns, f.channels = channels, f.taps_w = taps_w;
   f.h = find_axis(tap_h, taps_h, stride_h);
@@ -102,7 +103,9 @@ inline Field plan_field(int64_t images, int64_t rows, int64_t columns, int64_t c
   f.image_pitch = apart(f.h, rows, source_h);
   f.pitch = f.merged ? columns : apart(f.w, columns, source_w);
   const int64_t span_h = f.h.high - f.h.low, span_w = f.w.high - f.w.low;
-  const int64_t most = larger(kCellBytes / share / (f.steps * parts * f.phases() * kCell), 4 * kStrip);
+  const int64_t bytes = parts * (outputs ? 3 * f.phases() * kCell + 2 * ceil_div(outputs, kStrip) * kStrip
+                                         : f.steps * f.phases() * kCell);
+  const int64_t most = larger(kCellBytes / bytes, 4 * kStrip);
   f.block_columns = columns;
   f.column_blocks = 1;
   if (f.pitch * (span_h + 1) > most || f.pitch > kMostPositions) {
@@ -178,7 +181,7 @@ inline void cells_of_planes(const T* from, int64_t plane, int64_t pixels, int64_
 // phase, `line` room for a row of cells of all parts, or of floats.
 template <class T>
 inline void copy_cell_row(const Images<T>& x, const Field& f, const Block& b, int64_t image, int64_t h, int64_t c0,
-                          char* to, char* line) {
+                          int64_t step_begin, int64_t step_end, char* to, char* line) {
   constexpr int64_t parts = kParts<T>;
   const int64_t apart = f.phases() * f.plane, step_bytes = parts * apart;
   if (f.merged) {
@@ -186,21 +189,21 @@ inline void copy_cell_row(const Images<T>& x, const Field& f, const Block& b, in
     const Window window{
         image, h, 1, 1, b.column * f.column_stride + f.first_column, (b.columns - 1) * f.column_stride + f.taps_w, 1};
     copy_window(x, window, c0, f.channels, row, 0, f.channels);
-    for (int64_t s = 0; s < f.steps; ++s) {
+    for (int64_t s = step_begin; s < step_end; ++s, to += step_bytes) {
       const int64_t count = f.depth - s * kTileStep;
       for (int64_t j = 0; j < b.columns; ++j) {
         const float* from = row + j * f.column_stride * f.channels + s * kTileStep;
         tiles_detail::store_words<parts>(load_some(from, count),
                                          count > kTile ? load_some(from + kTile, count - kTile) : vfloat{},
-                                         to + s * step_bytes + j * kCell, apart);
+                                         to + j * kCell, apart);
       }
       for (int64_t part = 0; part < parts; ++part)
-        zero_cells(to + s * step_bytes + part * apart + b.columns * kCell, f.pitch - b.columns);
+        zero_cells(to + part * apart + b.columns * kCell, f.pitch - b.columns);
     }
     return;
   }
-  const int64_t stride = f.w.stride, plane = x.h * x.w;
-  for (int64_t s = 0; s < f.steps; ++s) {
+  const int64_t stride = f.w.stride, plane = x.h * x.w, most = f.only_block ? b.columns : f.pitch;
+  for (int64_t s = step_begin; s < step_end; ++s, to += step_bytes) {
     const int64_t count = smaller(kTileStep, f.channels - s * kTileStep), c = c0 + s * kTileStep;
     // With one phase of planes, cells are made where they go; otherwise in `line`, of the columns from `from` on.
     const T* image_row = x.data + (x.channels_last ? ((image * x.h + h) * x.w) * x.channels + c
@@ -213,11 +216,11 @@ inline void copy_cell_row(const Images<T>& x, const Field& f, const Block& b, in
       cells_of_planes(image_row + from, plane, end - from, count, line, line_apart);
     }
     for (int64_t p = 0; p < f.w.phases; ++p) {
-      char* cells = to + s * step_bytes + p * f.plane;
+      char* cells = to + p * f.plane;
       // Cell i holds column first + i * stride.
       const int64_t first = (b.column + f.w.low) * stride + f.w.residue[p];
       const int64_t begin = smaller(f.pitch, first >= 0 ? 0 : ceil_div(-first, stride));
-      const int64_t end = first >= x.w ? begin : larger(begin, smaller(f.pitch, (x.w - 1 - first) / stride + 1));
+      const int64_t end = first >= x.w ? begin : larger(begin, smaller(most, (x.w - 1 - first) / stride + 1));
       for (int64_t part = 0; part < parts; ++part) {
         zero_cells(cells + part * apart, begin);
         zero_cells(cells + part * apart + end * kCell, f.pitch - end);
@@ -238,13 +241,14 @@ inline void copy_cell_row(const Images<T>& x, const Field& f, const Block& b, in
   }
 }
 
-// A block's cells, of channels from c0 on; what lies outside the images is zero.
+// A block's cells, steps [step_begin, step_end) of channels from c0 on; what lies outside the images is zero.
 template <class T>
-inline void copy_cells(const Images<T>& x, const Field& f, const Block& b, int64_t c0, char* cells, char* line) {
+inline void copy_cells(const Images<T>& x, const Field& f, const Block& b, int64_t c0, int64_t step_begin,
+                       int64_t step_end, char* cells, char* line) {
   constexpr int64_t parts = kParts<T>;
   const int64_t apart = f.phases() * f.plane, row_bytes = f.pitch * kCell;
   const auto zero = [&](int64_t phase_h, int64_t first, int64_t count) {
-    for (int64_t s = 0; s < f.steps * parts; ++s)
+    for (int64_t s = 0; s < (step_end - step_begin) * parts; ++s)
       for (int64_t p = 0; p < f.w.phases; ++p)
         zero_cells(cells + s * apart + (phase_h * f.w.phases + p) * f.plane + first * kCell, count);
   };
@@ -256,7 +260,8 @@ inline void copy_cells(const Images<T>& x, const Field& f, const Block& b, int64
         if (h < 0 || h >= x.h)
           zero(a, at * f.pitch, f.pitch);
         else
-          copy_cell_row(x, f, b, b.image + i, h, c0, cells + a * f.w.phases * f.plane + at * row_bytes, line);
+          copy_cell_row(x, f, b, b.image + i, h, c0, step_begin, step_end,
+                        cells + a * f.w.phases * f.plane + at * row_bytes, line);
       }
     const int64_t end = ((b.images - 1) * f.image_pitch + last_rows) * f.pitch;
     zero(a, end, f.plane / kCell - end);
@@ -267,7 +272,8 @@ template <class T> inline int64_t line_bytes(const Images<T>& x, const Field& f)
          : x.channels_last || f.w.stride == 1 ? 0
                                               : x.w * kCell * kParts<T>;
 }
-template <class T> inline int64_t cells_bytes(const Field& f) { return f.steps * kParts<T> * f.phases() * f.plane; }
+// Of one step's cells.
+template <class T> inline int64_t step_cells_bytes(const Field& f) { return kParts<T> * f.phases() * f.plane; }
 
 // Rows of a filter, rows[tap * depth + value][pitch] of 32 output channels (`count` of them there), as steps of a right
 // strip: [step][tap].
