@@ -318,67 +318,64 @@ template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
          plan.all_rows * z.columns * plan.outputs * plan.depth >= kConvTileWork && has_tiles();
 }
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 // One call by tiles: its strips of weights, where a step's cells are, and which blocks have to be computed by vectors.
 struct TilePlan {
   Field field;
   int64_t panels, strip;  // of 32 output channels in a group; bytes
   const char* strips;
+  const float* bias;  // each group's zero-padded to whole panels, or null
   const int64_t* offsets;  // of steps x taps
   char* failed;  // [block][group]
 };
 
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 // A panel's sums at positions [p, p + count), to the output or, where that is planar, to pixels[..][32] of the block.
 // Whether they are exact.
 template <class T>
 bool finish_positions(const Correlation<T>& z, const TilePlan& plan, const Block& block, int64_t p, int64_t count,
                       const float* sums, const float* bias, int64_t first, int64_t channels, float* pixels) {
   const Field& f = plan.field;
-  bool exact = true;
+  const vfloat bias0 = bias ? load(bias) : vfloat{}, bias1 = bias ? load(bias + kTile) : vfloat{};
   vint32 most{};
-  int64_t valid = 0;
-  const vfloat bias0 = bias ? load(bias) : vfloat{}, bias1 = bias && channels > kTile ? load(bias + kTile) : vfloat{};
+  bool any = false;
   for (int64_t end = p + count; p < end;) {
     const int64_t row = p / f.pitch, column = p % f.pitch, image = row / f.image_pitch, i = row % f.image_pitch;
     const int64_t run = smaller(end - p, f.pitch - column),
                   some = i < block.rows ? smaller(run, block.columns - column) : 0;
-    if (some > 0) {
-      valid += some;
-      const int64_t h = z.start_h + (block.row + i) * z.step_h, w = z.start_w + (block.column + column) * z.step_w;
-      T* out = z.output + (((block.image + image) * z.out_h + h) * z.out_w + w) * z.out_channels + first;
-      float* to = pixels + ((image * block.rows + i) * block.columns + column) * kStrip;
+    const auto each = [&](auto&& put) __attribute__((always_inline)) {
       for (int64_t j = 0; j < some; ++j) {
-        const vfloat low = load(sums + j * kStrip),
-                     high = channels > kTile ? load(sums + j * kStrip + kTile) : vfloat{};
+        const vfloat low = load(sums + j * kStrip), high = load(sums + j * kStrip + kTile);
         const vint32 a = (vint32)low & 0x7fffffff, b = (vint32)high & 0x7fffffff;
         most = a > most ? a : most;
         most = b > most ? b : most;
-        if (z.output_channels_last) {
-          store_some(out, low + bias0, channels);
-          if (channels > kTile) store_some(out + kTile, high + bias1, channels - kTile);
-          out += z.step_w * z.out_channels;
-        } else {
-          store(to, low + bias0);
-          store(to + kTile, high + bias1);
-          to += kStrip;
-        }
+        put(j, low + bias0, high + bias1);
       }
+    };
+    if (some > 0 && z.output_channels_last) {
+      const int64_t h = z.start_h + (block.row + i) * z.step_h, w = z.start_w + (block.column + column) * z.step_w;
+      const int64_t step = z.step_w * z.out_channels;
+      T* out = z.output + (((block.image + image) * z.out_h + h) * z.out_w + w) * z.out_channels + first;
+      each([&](int64_t j, vfloat low, vfloat high) { store_pair(out + j * step, low, high, channels); });
+    } else if (some > 0) {
+      float* to = pixels + ((image * block.rows + i) * block.columns + column) * kStrip;
+      each([&](int64_t j, vfloat low, vfloat high) {
+        store(to + j * kStrip, low);
+        store(to + j * kStrip + kTile, high);
+      });
     }
+    any = any || some > 0;
     sums += run * kStrip;
     p += run;
   }
-  if (valid > 0) {
-    alignas(64) float bits[kTile];
-    store(bits, (vfloat)most);
-    exact = is_exact(bits, kTile, 1, kTile);
-  }
-  return exact;
+  alignas(64) float largest[kTile];
+  store(largest, (vfloat)most);
+  return !any || is_exact(largest, kTile, 1, kTile);
 }
 
 // One block, panels [panel_begin, panel_end) of a group.
 template <class T>
-void run_tile_block(const Correlation<T>& z, const TilePlan& plan, const float* all_bias, int64_t index, int64_t group,
-                    int64_t panel_begin, int64_t panel_end) {
+void run_tile_block(const Correlation<T>& z, const TilePlan& plan, int64_t index, int64_t group, int64_t panel_begin,
+                    int64_t panel_end) {
   const Field& f = plan.field;
   const Block block = f.block(index, z.source.n);
   const int64_t outputs = z.out_channels / z.groups, steps = f.steps * f.taps, positions = f.positions(block);
@@ -387,13 +384,13 @@ void run_tile_block(const Correlation<T>& z, const TilePlan& plan, const float* 
   float* pixels = z.output_channels_last
                       ? nullptr
                       : scratch<float>(Slot::tiles_c, block.images * block.rows * block.columns * kStrip);
-  alignas(64) float sums[kStrip * kStrip], spare[kStrip * kStrip];
+  alignas(64) float sums[kStrip * kStrip] = {}, spare[2 * kStrip * kStrip] = {};
   copy_cells(z.source, f, block, group * f.channels, 0, f.steps, memory, memory + cells);
   const Tiles tiles;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t first = panel * kStrip, count = smaller(kStrip, outputs - first);
     const char* strip = plan.strips + (group * plan.panels + panel) * plan.strip;
-    const float* bias = all_bias ? all_bias + first : nullptr;
+    const float* bias = plan.bias ? plan.bias + (group * plan.panels + panel) * kStrip : nullptr;
     for (int64_t p = 0; p < positions; p += kStrip) {
       const int64_t some = smaller(kStrip, positions - p);
       const auto multiply = [&]<int ROWS, int COLUMNS>() {
@@ -424,9 +421,55 @@ void run_tile_block(const Correlation<T>& z, const TilePlan& plan, const float* 
   }
 }
 
-// By tiles, and by vectors the blocks whose sums tiles don't give exactly.
-template <class T> void correlate_tiles(const Correlation<T>& z, const Plan<T>& vectors) {
-  TilePlan plan;
+// The weights as right strips, [group][panel][step][tap].
+template <class T>
+void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan& plan, char* strips, int64_t* lists) {
+  const Field& f = plan.field;
+  const int64_t taps = z.taps_h * z.taps_w;
+  const bool straight = !f.merged && (z.weight_in == 1 || z.weight_out == 1);
+  // Where neither side of a matrix is consecutive, some channels at a time become a matrix of floats first.
+  Plan<T> some = vectors;
+  if (!f.merged) some.channels = smaller(kTileStep, vectors.channels);
+  const Filter<T> all = plan_filter(z, some, lists, lists + taps);
+  parallel_for(z.groups * plan.panels, 1 + 65536 / plan.strip, [&](int64_t begin, int64_t end) {
+    float* rows = straight || z.packed ? nullptr : scratch<float>(Slot::tiles_b, taps * some.channels * kStrip);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / plan.panels, first = i % plan.panels * kStrip,
+                    count = smaller(kStrip, vectors.outputs - first);
+      const T* weight = z.weight + g * z.weight_group;
+      char* to = strips + i * plan.strip;
+      for (int64_t s = 0; s < f.steps; ++s) {
+        const int64_t c = s * kTileStep, values = smaller(kTileStep, f.depth - c);
+        if (rows && (s == 0 || !f.merged)) {
+          Filter<T> filter = all;
+          if (!f.merged) filter.in_channels = values;
+          filter.run = z.kernel_size * (filter.by_channel ? 1 : filter.in_channels);
+          filter.data = weight + (f.merged ? 0 : c * z.weight_in);
+          pack_filter(filter, first, count, kStrip, rows);
+        }
+        for (int64_t t = 0; t < f.taps; ++t, to += kStepBytes<T>) {
+          if (z.packed) {
+            const int64_t panel = first / vectors.panel_width, width = vectors.width_of(panel);
+            const float* from = z.packed +
+                                (g * vectors.outputs_padded() + panel * vectors.panel_width) * vectors.depth +
+                                (t * f.depth + c) * width + first % vectors.panel_width;
+            pack_filter_step<T>(from, width, values, count, to);
+          } else if (straight) {
+            pack_strip<false>(
+                Lines<T>{weight + first * z.weight_out + c * z.weight_in + all.taps[t], z.weight_out, z.weight_in},
+                count, values, to);
+          } else {
+            pack_filter_step<T>(rows + (f.merged ? t * f.depth + c : t * some.channels) * kStrip, kStrip, values, count,
+                                to);
+          }
+        }
+      }
+    }
+  });
+}
+
+// By tiles. Whether all blocks are done: not where the tiles' sums are not exact.
+template <class T> bool correlate_tiles(const Correlation<T>& z, const Plan<T>& vectors, TilePlan& plan) {
   const int64_t threads = num_threads();
   plan.field = plan_field(z.source.n, z.rows, z.columns, vectors.channels, z.source.h, z.source.w, z.tap_h, z.taps_h,
                           z.stride_h, z.tap_w, z.taps_w, z.stride_w, kParts<T>, 0);
@@ -434,44 +477,49 @@ template <class T> void correlate_tiles(const Correlation<T>& z, const Plan<T>& 
   const int64_t steps = f.steps * f.taps, blocks = f.blocks() * z.groups;
   plan.panels = ceil_div(vectors.outputs, kStrip);
   plan.strip = steps * kStepBytes<T>;
-  const int64_t all_strips = z.groups * plan.panels * plan.strip;
-  char* memory = scratch<char>(Slot::tiles_a, all_strips + 8 * steps + blocks);
-  int64_t* offsets = reinterpret_cast<int64_t*>(memory + all_strips);
-  for (int64_t s = 0; s < f.steps; ++s)
-    for (int64_t t = 0; t < f.taps; ++t)
-      offsets[s * f.taps + t] = s * kParts<T> * f.phases() * f.plane + f.tap_offset(t);
-  plan.strips = memory;
+  const int64_t panels = z.groups * plan.panels, lists = z.taps_h * z.taps_w + z.kernel_size * vectors.channels;
+  Arena arena{scratch<char>(Slot::tiles_a, panels * (plan.strip + 4 * kStrip) + 8 * (steps + lists) + blocks + 5 * 64)};
+  char* strips = arena.take<char>(panels * plan.strip);
+  float* bias = arena.take<float>(panels * kStrip);
+  int64_t* offsets = arena.take<int64_t>(steps);
+  plan.failed = arena.take<char>(blocks);
+  plan.strips = strips;
   plan.offsets = offsets;
-  plan.failed = memory + all_strips + 8 * steps;
-  std::memset(plan.failed, 0, static_cast<size_t>(blocks));
-  const int64_t padded = vectors.outputs_padded();
-  parallel_for(z.groups * plan.panels, 1 + 65536 / plan.strip, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / plan.panels, first = i % plan.panels * kStrip, panel = first / vectors.panel_width;
-      pack_filter_strip<T>(
-          f, vectors.weights + (g * padded + panel * vectors.panel_width) * vectors.depth + first % vectors.panel_width,
-          vectors.width_of(panel), smaller(kStrip, vectors.outputs - first), memory + i * plan.strip);
+  plan.bias = z.bias ? bias : nullptr;
+  for (int64_t s = 0; s < f.steps; ++s)
+    for (int64_t t = 0; t < f.taps; ++t) offsets[s * f.taps + t] = s * step_cells_bytes<T>(f) + f.tap_offset(t);
+  if (z.bias)
+    for (int64_t i = 0; i < panels * kStrip; ++i) {
+      const int64_t k = i % (plan.panels * kStrip);
+      bias[i] = k < vectors.outputs ? static_cast<float>(z.bias[i / (plan.panels * kStrip) * vectors.outputs + k]) : 0;
     }
-  });
+  std::memset(plan.failed, 0, static_cast<size_t>(blocks));
+  pack_strips(z, vectors, plan, strips, arena.take<int64_t>(lists));
   // Few blocks: their panels are shared out, too.
   const int64_t splits = blocks % threads == 0 || blocks >= 8 * threads ? 1 : smaller(plan.panels, threads);
   parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % splits, block = task / splits, group = block % z.groups;
-      run_tile_block(z, plan, z.bias ? vectors.bias + group * padded : nullptr, block / z.groups, group,
-                     split * plan.panels / splits, (split + 1) * plan.panels / splits);
+      const int64_t split = task % splits, block = task / splits;
+      run_tile_block(z, plan, block / z.groups, block % z.groups, split * plan.panels / splits,
+                     (split + 1) * plan.panels / splits);
     }
   });
-  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+  return std::memchr(plan.failed, 1, static_cast<size_t>(blocks)) == nullptr;
+}
+
+// By vectors, the blocks that correlate_tiles did not do.
+template <class T> void correlate_failed(const Correlation<T>& z, const Plan<T>& plan, const TilePlan& tiles) {
+  const Field& f = tiles.field;
+  parallel_for(f.blocks() * z.groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (!plan.failed[i]) continue;
+      if (!tiles.failed[i]) continue;
       const Block b = f.block(i / z.groups, z.source.n);
       const int64_t row_begin = b.image * z.rows + b.row, row_end = row_begin + (b.images - 1) * z.rows + b.rows,
                     column_end = b.column + b.columns;
-      for (int64_t row = row_begin; row < row_end; row += vectors.block_rows)
-        for (int64_t column = b.column; column < column_end; column += vectors.block_columns)
-          run_block(z, vectors, row, smaller(row + vectors.block_rows, row_end), column,
-                    smaller(column + vectors.block_columns, column_end), i % z.groups, 0, vectors.panels);
+      for (int64_t row = row_begin; row < row_end; row += plan.block_rows)
+        for (int64_t column = b.column; column < column_end; column += plan.block_columns)
+          run_block(z, plan, row, smaller(row + plan.block_rows, row_end), column,
+                    smaller(column + plan.block_columns, column_end), i % z.groups, 0, plan.panels);
     }
   });
 }
@@ -486,6 +534,11 @@ template <class T> void correlate(const Correlation<T>& z) {
   plan_panels(z, plan);
   plan_source(z, plan);
   plan_blocks(z, plan);
+  [[maybe_unused]] TilePlan tiles;
+  [[maybe_unused]] const bool tiled = is_tiled(z, plan);
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (tiled && correlate_tiles(z, plan, tiles)) return;
+  }
 
   plan.block_depth = sum_depth(
       plan.depth, static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth));
@@ -522,7 +575,7 @@ template <class T> void correlate(const Correlation<T>& z) {
   }
 
   if constexpr (kHasTileCode && kParts<T> > 0) {
-    if (is_tiled(z, plan)) return correlate_tiles(z, plan);
+    if (tiled) return correlate_failed(z, plan, tiles);
   }
   const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
   const double work = static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth);

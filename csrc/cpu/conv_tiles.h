@@ -275,40 +275,54 @@ template <class T> inline int64_t line_bytes(const Images<T>& x, const Field& f)
 // Of one step's cells.
 template <class T> inline int64_t step_cells_bytes(const Field& f) { return kParts<T> * f.phases() * f.plane; }
 
-// Rows of a filter, rows[tap * depth + value][pitch] of 32 output channels (`count` of them there), as steps of a right
-// strip: [step][tap].
+// A step of a right strip of rows[value][pitch] of output channels, `values` x `count` of them there.
 template <class T>
-inline void pack_filter_strip(const Field& f, const float* rows, int64_t pitch, int64_t count, char* to) {
-  for (int64_t s = 0; s < f.steps; ++s)
-    for (int64_t t = 0; t < f.taps; ++t, to += kStepBytes<T>)
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t left = f.depth - s * kTileStep, columns = count - half * kTile;
-        const float* low = rows + (t * f.depth + s * kTileStep) * pitch + half * kTile;
-        for (int64_t r = 0; r < kTile; ++r)
-          tiles_detail::store_words<kParts<T>>(
-              tiles_detail::load_row(low, pitch, r, left, columns),
-              tiles_detail::load_row(low + kTile * pitch, pitch, r, left - kTile, columns),
-              to + half * kTileBytes + r * kCell);
-      }
+inline void pack_filter_step(const float* rows, int64_t pitch, int64_t values, int64_t count, char* to) {
+  using namespace tiles_detail;
+  for (int64_t half = 0; half < 2; ++half, rows += kTile, count -= kTile)
+    for (int64_t r = 0; r < kTile; ++r)
+      store_words<kParts<T>>(load_row(rows, pitch, r, values, count),
+                             load_row(rows + kTile * pitch, pitch, r, values - kTile, count),
+                             to + half * kTileBytes + r * kCell);
 }
 
 // Steps of a sum in the tiles' registers; then it is added to others in memory, since rounding errors grow with its length.
 template <class T> constexpr int64_t kConvSteps = 24 / (kParts<T> ? kParts<T> : 1);
 
 // sums[32][32] = cells of 32 positions x a strip, over `steps` pairs of a step of channels and a tap, whose cells are at
-// offsets[step]. `spare` has room for as many sums.
+// offsets[step]. `spare` has room for twice as many sums.
 template <int ROWS, int COLUMNS, class T>
 inline void multiply_cells(const char* cells, int64_t apart, const int64_t* offsets, int64_t steps, const char* strip,
                            float* sums, float* spare) {
   const int64_t blocks = ceil_div(steps, kConvSteps<T>);
+  const auto block_sums = [&](int64_t b) { return b == 0 ? sums : spare + b % 2 * kStrip * kStrip; };
   for (int64_t b = 0; b < blocks; ++b) {
     zero_sums<ROWS, COLUMNS>();
     for (int64_t s = b * steps / blocks; s < (b + 1) * steps / blocks; ++s)
       multiply_step_at<ROWS, COLUMNS, kParts<T>>(cells + offsets[s], kTileBytes, apart, strip + s * kStepBytes<T>,
                                                  kTileBytes, 2 * kTileBytes);
-    store_sums<ROWS, COLUMNS>(b == 0 ? sums : spare, kStrip);
-    if (b > 0) add_strip(spare, sums);
+    store_sums<ROWS, COLUMNS>(block_sums(b), kStrip);
+    if (b > 1) add_strip(block_sums(b - 1), sums);  // while the tiles are busy
   }
+  if (blocks > 1) add_strip(block_sums(blocks - 1), sums);
+}
+
+// The first `count` (32 at most) of two vectors, rounded, to neighbouring elements.
+template <class T> [[gnu::always_inline]] inline void store_pair(T* to, vfloat low, vfloat high, int64_t count) {
+#if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
+  if constexpr (sizeof(T) == 2) {
+    __m512i both;
+    if constexpr (kParts<T> == 1)  // every CPU with tiles has this instruction
+      asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    else
+      both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph((__m512)low, _MM_FROUND_TO_NEAREST_INT)),
+                                _mm512_cvtps_ph((__m512)high, _MM_FROUND_TO_NEAREST_INT), 1);
+    _mm512_mask_storeu_epi16(to, count >= kStrip ? ~0u : (1u << count) - 1, both);
+    return;
+  }
+#endif
+  store_some(to, low, count);
+  if (count > kTile) store_some(to + kTile, high, count - kTile);
 }
 
 #endif
