@@ -384,33 +384,54 @@ void run_tile_block(const Correlation<T>& z, const TilePlan& plan, int64_t index
   float* pixels = z.output_channels_last
                       ? nullptr
                       : scratch<float>(Slot::tiles_c, block.images * block.rows * block.columns * kStrip);
-  alignas(64) float sums[kStrip * kStrip] = {}, spare[2 * kStrip * kStrip] = {};
+  alignas(64) float sums[2][kStrip * kStrip] = {}, spare[2 * kStrip * kStrip] = {};
   copy_cells(z.source, f, block, group * f.channels, 0, f.steps, memory, memory + cells);
-  const Tiles tiles;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t first = panel * kStrip, count = smaller(kStrip, outputs - first);
+  // Sums are finished while the tiles make the next ones.
+  int64_t waiting = -1, waiting_panel = 0;
+  int turn = 0;
+  const auto finish_waiting = [&] {
+    if (waiting < 0) return true;
+    const int64_t first = waiting_panel * kStrip;
+    const float* bias = plan.bias ? plan.bias + (group * plan.panels + waiting_panel) * kStrip : nullptr;
+    const bool exact = finish_positions(z, plan, block, waiting, smaller(kStrip, positions - waiting), sums[turn], bias,
+                                        group * outputs + first, smaller(kStrip, outputs - first), pixels);
+    waiting = -1;
+    return exact;
+  };
+  const auto multiply = [&](int64_t panel, int64_t p) {
     const char* strip = plan.strips + (group * plan.panels + panel) * plan.strip;
-    const float* bias = plan.bias ? plan.bias + (group * plan.panels + panel) * kStrip : nullptr;
-    for (int64_t p = 0; p < positions; p += kStrip) {
-      const int64_t some = smaller(kStrip, positions - p);
-      const auto multiply = [&]<int ROWS, int COLUMNS>() {
-        multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums, spare);
-      };
-      if (some > kTile)
-        count > kTile ? multiply.template operator()<2, 2>() : multiply.template operator()<2, 1>();
-      else
-        count > kTile ? multiply.template operator()<1, 2>() : multiply.template operator()<1, 1>();
-      if (!finish_positions(z, plan, block, p, some, sums, bias, group * outputs + first, count, pixels)) {
-        __atomic_store_n(plan.failed + index * z.groups + group, 1, __ATOMIC_RELAXED);
-        return;
+    const auto run = [&]<int ROWS, int COLUMNS>() {
+      multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums[1 - turn], spare);
+    };
+    if (positions - p > kTile)
+      outputs - panel* kStrip > kTile ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
+    else
+      outputs - panel* kStrip > kTile ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+    const bool exact = finish_waiting();
+    waiting = p, waiting_panel = panel, turn = 1 - turn;
+    return exact;
+  };
+  bool exact = true;
+  const Tiles tiles;
+  if (z.output_channels_last && plan.panels * plan.strip <= kStripBytes) {  // pixels are written whole
+    for (int64_t p = 0; p < positions && exact; p += kStrip)
+      for (int64_t panel = panel_begin; panel < panel_end && exact; ++panel) exact = multiply(panel, p);
+    exact = exact && finish_waiting();
+  } else {
+    for (int64_t panel = panel_begin; panel < panel_end && exact; ++panel) {
+      for (int64_t p = 0; p < positions && exact; p += kStrip) exact = multiply(panel, p);
+      exact = exact && finish_waiting();
+      const int64_t first = panel * kStrip;
+      for (int64_t i = 0; exact && !z.output_channels_last && i < block.images; ++i) {
+        const int64_t row = (block.image + i) * z.rows + block.row;
+        write_out(z, pixels + i * block.rows * block.columns * kStrip, kStrip, group * outputs + first,
+                  smaller(kStrip, outputs - first), row, row + block.rows, block.column, block.columns);
       }
     }
-    if (!z.output_channels_last)
-      for (int64_t i = 0; i < block.images; ++i) {
-        const int64_t row = (block.image + i) * z.rows + block.row;
-        write_out(z, pixels + i * block.rows * block.columns * kStrip, kStrip, group * outputs + first, count, row,
-                  row + block.rows, block.column, block.columns);
-      }
+  }
+  if (!exact) {
+    __atomic_store_n(plan.failed + index * z.groups + group, 1, __ATOMIC_RELAXED);
+    return;
   }
   if (z.residual || z.activation) {
     const int64_t first = panel_begin * kStrip, end = smaller(panel_end * kStrip, outputs);

@@ -18,6 +18,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 constexpr int64_t kCell = 64;
 constexpr int64_t kMostTaps = 32;  // of one dimension
 constexpr int64_t kCellBytes = 640 * 1024;  // of the second-level cache, for cells
+constexpr int64_t kStripBytes = 384 * 1024;  // of it, for weights that all meet a few pixels
 constexpr int64_t kMostPositions = 1536;  // of a block
 constexpr int64_t kMergedChannels = 16;  // fewer are merged
 constexpr int64_t kConvTileWork = 1 << 19;
