@@ -312,9 +312,14 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
   }
 }
 
+template <class T> bool tiles_over_planar(const Correlation<T>& z) {
+  if constexpr (!kHasTileCode || kParts<T> == 0 || kParts<T> == 3) return false;
+  return z.source.channels >= kTile && z.out_channels >= 3 && has_tiles();
+}
+
 template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
   if constexpr (!kHasTileCode || kParts<T> == 0) return false;
-  return z.taps_h <= kMostTaps && z.taps_w <= kMostTaps && plan.outputs >= kTile / 2 && plan.depth >= kTileStep / 2 &&
+  return z.taps_h <= kMostTaps && z.taps_w <= kMostTaps && plan.outputs >= 3 && plan.depth >= kTileStep / 2 &&
          plan.all_rows * z.columns * plan.outputs * plan.depth >= kConvTileWork && has_tiles();
 }
 
@@ -661,7 +666,7 @@ template <class T> void finish_all(const ConvForwardArgs<T>& args) {
 }
 
 template <class T> void forward(const ConvForwardArgs<T>& args) {
-  if (depthwise_forward(args) || grouped_forward(args)) return finish_all(args);
+  if (depthwise_forward(args) || (!tiles_over_groups<T>(args.shape) && grouped_forward(args))) return finish_all(args);
   const ConvShape& z = args.shape;
   int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
   int64_t *tap_h = lists, *kernel_h = tap_h + z.r, *tap_w = kernel_h + z.r, *kernel_w = tap_w + z.s;
@@ -678,7 +683,7 @@ template <class T> void forward(const ConvForwardArgs<T>& args) {
   c.tap_h = tap_h, c.tap_w = tap_w, c.kernel_h = kernel_h, c.kernel_w = kernel_w;
   c.bias = args.bias;
   c.packed = args.packed;
-  if (is_planar(c)) {
+  if (is_planar(c) && !tiles_over_planar(c)) {
     correlate_planar(c);
     return finish_all(args);
   }
@@ -725,7 +730,7 @@ template <class T> void apply_bias(const ConvBackwardInputArgs<T>& args, bool fi
 }
 
 template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
-  if (depthwise_backward_input(args) || grouped_backward_input(args)) {
+  if (depthwise_backward_input(args) || (!tiles_over_groups<T>(args.shape) && grouped_backward_input(args))) {
     if (args.bias) apply_bias(args, false);
     return;
   }
@@ -768,7 +773,7 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
       c.kernel_size = z.r * z.s;
       c.bias = args.bias;
       c.groups = z.groups;
-      is_planar(c) ? correlate_planar(c) : correlate(c);
+      is_planar(c) && !tiles_over_planar(c) ? correlate_planar(c) : correlate(c);
     }
 }
 

@@ -9,6 +9,7 @@
 //
 // Where pixels have few channels (first layers), a cell holds all that a row of taps reads instead: `merged`.
 #pragma once
+#include "conv.h"
 #include "conv_pack.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -22,6 +23,12 @@ constexpr int64_t kStripBytes = 384 * 1024;  // of it, for weights that all meet
 constexpr int64_t kMostPositions = 1536;  // of a block
 constexpr int64_t kMergedChannels = 16;  // fewer are merged
 constexpr int64_t kConvTileWork = 1 << 19;
+
+// Groups that both tiles and conv_grouped.cpp can do.
+template <class T> inline bool tiles_over_groups(const ConvShape& z) {
+  if constexpr (!kHasTileCode || kParts<T> == 0 || kParts<T> == 3) return false;
+  return z.c / z.groups >= kTile && has_tiles();
+}
 
 // One dimension's taps: tap t reads the source at stride * (position + step[t]) + residue[phase[t]].
 struct Axis {
