@@ -313,14 +313,13 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 }
 
 template <class T> bool tiles_over_planar(const Correlation<T>& z) {
-  if constexpr (!kHasTileCode || kParts<T> == 0 || kParts<T> == 3) return false;
-  return z.source.channels >= kTile && z.out_channels >= 3 && has_tiles();
+  return sizeof(T) == 2 && kHasTileCode && z.source.channels >= kTile && z.out_channels >= 3 && has_tiles();
 }
 
 template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
-  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
-  return z.taps_h <= kMostTaps && z.taps_w <= kMostTaps && plan.outputs >= 3 && plan.depth >= kTileStep / 2 &&
-         plan.all_rows * z.columns * plan.outputs * plan.depth >= kConvTileWork && has_tiles();
+  if (z.taps_h > kMostTaps || z.taps_w > kMostTaps) return false;
+  return tiles_pay<T>(plan.all_rows * z.columns * plan.outputs * plan.depth, plan.outputs,
+                      plan.channels < kMergedChannels ? z.taps_w * plan.channels : plan.channels);
 }
 
 // One call by tiles: its strips of weights, where a step's cells are, and which blocks have to be computed by vectors.

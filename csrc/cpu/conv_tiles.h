@@ -24,10 +24,17 @@ constexpr int64_t kMostPositions = 1536;  // of a block
 constexpr int64_t kMergedChannels = 16;  // fewer are merged
 constexpr int64_t kConvTileWork = 1 << 19;
 
+// Whether to multiply by tiles: multiplications, output channels of a group, values of a cell (or channels of a row of
+// taps). Small sums of float are as exact as a library's by vectors only, and narrow ones as fast.
+template <class T> inline bool tiles_pay(int64_t work, int64_t outputs, int64_t depth) {
+  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
+  const bool wide = sizeof(T) == 4;
+  return work >= (wide ? 8 * kConvTileWork : kConvTileWork) && outputs >= (wide ? kTile : 3) &&
+         depth >= (wide ? kTile : kTile / 2) && has_tiles();
+}
 // Groups that both tiles and conv_grouped.cpp can do.
 template <class T> inline bool tiles_over_groups(const ConvShape& z) {
-  if constexpr (!kHasTileCode || kParts<T> == 0 || kParts<T> == 3) return false;
-  return z.c / z.groups >= kTile && has_tiles();
+  return sizeof(T) == 2 && kHasTileCode && z.c / z.groups >= kTile && has_tiles();
 }
 
 // One dimension's taps: tap t reads the source at stride * (position + step[t]) + residue[phase[t]].

@@ -11,10 +11,10 @@
 namespace dlkern::cpu::DLKERN_ISA {
 
 template <class T> inline bool weight_is_tiled(const ConvShape& z) {
-  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   const int64_t outputs = z.k / z.groups, channels = z.c / z.groups;
-  return z.r <= kMostTaps && z.s <= kMostTaps && outputs >= kTile / 2 && channels * z.s >= kTile / 2 &&
-         z.n * z.p * z.q * outputs * channels * z.r * z.s >= kConvTileWork && has_tiles();
+  if (z.r > kMostTaps || z.s > kMostTaps) return false;
+  return tiles_pay<T>(z.n * z.p * z.q * outputs * channels * z.r * z.s, outputs,
+                      channels < kMergedChannels ? z.s * channels : channels);
 }
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
