@@ -301,6 +301,37 @@ inline void pack_filter_step(const float* rows, int64_t pitch, int64_t values, i
                              to + half * kTileBytes + r * kCell);
 }
 
+// The products of one step, added to the sums in registers (tiles.h's multiply_step, where tiles lie elsewhere): a side's
+// second tile is `tile` bytes from its first, its next part `part` bytes.
+template <int ROWS, int COLUMNS, int PARTS>
+[[gnu::always_inline]] inline void multiply_step_at(const char* left, int64_t left_tile, int64_t left_part,
+                                                    const char* right, int64_t right_tile, int64_t right_part) {
+  using tiles_detail::multiply_parts;
+  const auto load_left = [&](int part) __attribute__((always_inline)) {
+    tile_load<4>(left + part * left_part, kCell);
+    if constexpr (ROWS == 2) tile_load<5>(left + part * left_part + left_tile, kCell);
+  };
+  const auto load_right = [&](int part) __attribute__((always_inline)) {
+    tile_load<6>(right + part * right_part, kCell);
+    if constexpr (COLUMNS == 2) tile_load<7>(right + part * right_part + right_tile, kCell);
+  };
+  load_left(0);
+#pragma GCC unroll 3
+  for (int part = PARTS - 1; part >= 0; --part) {
+    load_right(part);
+    multiply_parts<ROWS, COLUMNS>();
+  }
+#pragma GCC unroll 2
+  for (int part = PARTS - 1; part > 0; --part) {
+    load_left(part);
+    multiply_parts<ROWS, COLUMNS>();
+  }
+  if constexpr (PARTS == 3) {
+    load_right(1);
+    multiply_parts<ROWS, COLUMNS>();
+  }
+}
+
 // Steps of a sum in the tiles' registers; then it is added to others in memory, since rounding errors grow with its length.
 template <class T> constexpr int64_t kConvSteps = 24 / (kParts<T> ? kParts<T> : 1);
 

@@ -165,11 +165,10 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
       } else if (straight) {
         for (int64_t r = 0; r < kTile; ++r, tile += 64) {
           if constexpr (LEFT)
-            store_words<parts>(load_row(low, from.line, r, lines, left),
-                               load_row(high, from.line, r, lines, left - kTile), tile);
-          else
-            store_words<parts>(load_row(low, from.k, r, left, lines), load_row(high, from.k, r, left - kTile, lines),
+            store_words<parts>(load_row(low, from.line, r, lines, left), load_row(high, from.line, r, lines, left - kTile),
                                tile);
+          else
+            store_words<parts>(load_row(low, from.k, r, left, lines), load_row(high, from.k, r, left - kTile, lines), tile);
         }
       } else {
         // Squares: their rows as they lie are lines on the right, values of k on the left.
@@ -199,13 +198,13 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
 namespace tiles_detail {
 
 // Registers: 0 to 3 sums (row of tiles * 2 + column), 4 and 5 left, 6 and 7 right.
-template <int ROWS> [[gnu::always_inline]] inline void load_left(const char* at, int64_t tile) {
-  tile_load<4>(at, 64);
-  if constexpr (ROWS == 2) tile_load<5>(at + tile, 64);
+template <int PART, int ROWS> [[gnu::always_inline]] inline void load_left(const char* step, int64_t tile, int64_t row) {
+  tile_load<4>(step + PART * 2 * tile, row);
+  if constexpr (ROWS == 2) tile_load<5>(step + PART * 2 * tile + tile, row);
 }
-template <int COLUMNS> [[gnu::always_inline]] inline void load_right(const char* at, int64_t tile) {
-  tile_load<6>(at, 64);
-  if constexpr (COLUMNS == 2) tile_load<7>(at + tile, 64);
+template <int PART, int COLUMNS> [[gnu::always_inline]] inline void load_right(const char* step) {
+  tile_load<6>(step + PART * 2 * kTileBytes, 64);
+  if constexpr (COLUMNS == 2) tile_load<7>(step + PART * 2 * kTileBytes + kTileBytes, 64);
 }
 template <int ROWS, int COLUMNS> [[gnu::always_inline]] inline void multiply_parts() {
   tile_multiply<0, 4, 6>();
@@ -216,40 +215,37 @@ template <int ROWS, int COLUMNS> [[gnu::always_inline]] inline void multiply_par
 
 }  // namespace tiles_detail
 
-// The products of one step, added to the sums in registers; a side's second tile is `tile` bytes from its first, its next
-// part `part` bytes. The smallest first: they change nothing that is rounded yet.
-template <int ROWS, int COLUMNS, int PARTS>
-[[gnu::always_inline]] inline void multiply_step_at(const char* left, int64_t left_tile, int64_t left_part,
-                                                    const char* right, int64_t right_tile, int64_t right_part) {
-  using namespace tiles_detail;
-  load_left<ROWS>(left, left_tile);
-  if constexpr (PARTS == 3) {
-    load_right<COLUMNS>(right + 2 * right_part, right_tile);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-  if constexpr (PARTS > 1) {
-    load_right<COLUMNS>(right + right_part, right_tile);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-  load_right<COLUMNS>(right, right_tile);
-  multiply_parts<ROWS, COLUMNS>();
-  if constexpr (PARTS == 3) {
-    load_left<ROWS>(left + 2 * left_part, left_tile);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-  if constexpr (PARTS > 1) {
-    load_left<ROWS>(left + left_part, left_tile);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-  if constexpr (PARTS == 3) {
-    load_right<COLUMNS>(right + right_part, right_tile);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-}
-// The same of strips.
+// The products of one step, added to the sums in registers. The smallest first: they change nothing that is rounded yet.
 template <int ROWS, int COLUMNS, int PARTS>
 [[gnu::always_inline]] inline void multiply_step(const char* left, const char* right) {
-  multiply_step_at<ROWS, COLUMNS, PARTS>(left, kTileBytes, 2 * kTileBytes, right, kTileBytes, 2 * kTileBytes);
+  using namespace tiles_detail;
+  if constexpr (PARTS == 3) {
+    load_left<0, ROWS>(left, kTileBytes, 64);
+    load_right<2, COLUMNS>(right);
+    multiply_parts<ROWS, COLUMNS>();
+    load_right<1, COLUMNS>(right);
+    multiply_parts<ROWS, COLUMNS>();
+    load_right<0, COLUMNS>(right);
+    multiply_parts<ROWS, COLUMNS>();
+    load_left<2, ROWS>(left, kTileBytes, 64);
+    multiply_parts<ROWS, COLUMNS>();
+    load_left<1, ROWS>(left, kTileBytes, 64);
+    multiply_parts<ROWS, COLUMNS>();
+    load_right<1, COLUMNS>(right);
+    multiply_parts<ROWS, COLUMNS>();
+  } else {
+    load_left<0, ROWS>(left, kTileBytes, 64);
+    if constexpr (PARTS == 2) {
+      load_right<1, COLUMNS>(right);
+      multiply_parts<ROWS, COLUMNS>();
+    }
+    load_right<0, COLUMNS>(right);
+    multiply_parts<ROWS, COLUMNS>();
+    if constexpr (PARTS == 2) {
+      load_left<1, ROWS>(left, kTileBytes, 64);
+      multiply_parts<ROWS, COLUMNS>();
+    }
+  }
 }
 
 // Sums of ROWS x COLUMNS tiles in registers: zeroed, loaded from and stored to float[..][pitch].
