@@ -153,7 +153,17 @@ inline void zero_cells(char* to, int64_t count) {
 template <class T>
 inline void cells_of_pixels(const T* from, int64_t pixel, int64_t pixels, int64_t channels, char* to, int64_t apart) {
   using namespace tiles_detail;
-  if (channels >= kTileStep) {
+  if (kParts<T> == 1 && channels >= kTileStep) {  // a cell is there, in another order
+    using halves [[gnu::vector_size(kCell)]] = uint16_t;
+    halves order;
+    for (int l = 0; l < kTileStep; ++l) order[l] = static_cast<uint16_t>(l / 2 + l % 2 * kTile);
+    for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell) {
+      halves v;
+      std::memcpy(&v, from, sizeof v);
+      v = __builtin_shuffle(v, order);
+      std::memcpy(to, &v, sizeof v);
+    }
+  } else if (channels >= kTileStep) {
     for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell)
       store_words<kParts<T>>(load(from), load(from + kTile), to, apart);
   } else {
