@@ -457,7 +457,7 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
   if (!f.merged) some.channels = smaller(kTileStep, vectors.channels);
   const Filter<T> all = plan_filter(z, some, lists, lists + taps);
   parallel_for(z.groups * plan.panels, 1 + 65536 / plan.strip, [&](int64_t begin, int64_t end) {
-    float* rows = straight || z.packed ? nullptr : scratch<float>(Slot::tiles_b, taps * some.channels * kStrip);
+    float* rows = straight ? nullptr : scratch<float>(Slot::tiles_b, taps * some.channels * kStrip);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / plan.panels, first = i % plan.panels * kStrip,
                     count = smaller(kStrip, vectors.outputs - first);
@@ -473,24 +473,31 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
           pack_filter(filter, first, count, kStrip, rows);
         }
         for (int64_t t = 0; t < f.taps; ++t, to += kStepBytes<T>) {
-          if (z.packed) {
-            const int64_t panel = first / vectors.panel_width, width = vectors.width_of(panel);
-            const float* from = z.packed +
-                                (g * vectors.outputs_padded() + panel * vectors.panel_width) * vectors.depth +
-                                (t * f.depth + c) * width + first % vectors.panel_width;
-            pack_filter_step<T>(from, width, values, count, to);
-          } else if (straight) {
+          const int64_t row = f.merged ? t * f.depth + c : t * some.channels;
+          if (rows)
+            pack_filter_step<T>(rows + row * kStrip, kStrip, values, count, to);
+          else
             pack_strip<false>(
                 Lines<T>{weight + first * z.weight_out + c * z.weight_in + all.taps[t], z.weight_out, z.weight_in},
                 count, values, to);
-          } else {
-            pack_filter_step<T>(rows + (f.merged ? t * f.depth + c : t * some.channels) * kStrip, kStrip, values, count,
-                                to);
-          }
         }
       }
     }
   });
+}
+
+// Strips of weights whose cells are channels of one pixel, which any geometry can use.
+template <class T> bool keeps_strips(const Plan<T>& vectors) {
+  return kHasTileCode && kParts<T> > 0 && vectors.channels >= kMergedChannels && has_tiles();
+}
+template <class T> TilePlan plan_kept_strips(const Correlation<T>& z, const Plan<T>& vectors) {
+  TilePlan plan{};
+  plan.field.depth = vectors.channels;
+  plan.field.steps = ceil_div(vectors.channels, kTileStep);
+  plan.field.taps = z.taps_h * z.taps_w;
+  plan.panels = ceil_div(vectors.outputs, kStrip);
+  plan.strip = plan.field.steps * plan.field.taps * kStepBytes<T>;
+  return plan;
 }
 
 // By tiles. Whether all blocks are done: not where the tiles' sums are not exact.
@@ -503,12 +510,14 @@ template <class T> bool correlate_tiles(const Correlation<T>& z, const Plan<T>& 
   plan.panels = ceil_div(vectors.outputs, kStrip);
   plan.strip = steps * kStepBytes<T>;
   const int64_t panels = z.groups * plan.panels, lists = z.taps_h * z.taps_w + z.kernel_size * vectors.channels;
+  const bool kept = z.packed && keeps_strips(vectors);
   Arena arena{scratch<char>(Slot::tiles_a, panels * (plan.strip + 4 * kStrip) + 8 * (steps + lists) + blocks + 5 * 64)};
   char* strips = arena.take<char>(panels * plan.strip);
   float* bias = arena.take<float>(panels * kStrip);
   int64_t* offsets = arena.take<int64_t>(steps);
   plan.failed = arena.take<char>(blocks);
-  plan.strips = strips;
+  plan.strips =
+      kept ? reinterpret_cast<const char*>(z.packed + z.groups * vectors.outputs_padded() * vectors.depth) : strips;
   plan.offsets = offsets;
   plan.bias = z.bias ? bias : nullptr;
   for (int64_t s = 0; s < f.steps; ++s)
@@ -519,7 +528,7 @@ template <class T> bool correlate_tiles(const Correlation<T>& z, const Plan<T>& 
       bias[i] = k < vectors.outputs ? static_cast<float>(z.bias[i / (plan.panels * kStrip) * vectors.outputs + k]) : 0;
     }
   std::memset(plan.failed, 0, static_cast<size_t>(blocks));
-  pack_strips(z, vectors, plan, strips, arena.take<int64_t>(lists));
+  if (!kept) pack_strips(z, vectors, plan, strips, arena.take<int64_t>(lists));
   // Few blocks: their panels are shared out, too.
   const int64_t splits = blocks % threads == 0 || blocks >= 8 * threads ? 1 : smaller(plan.panels, threads);
   parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
@@ -639,16 +648,21 @@ template <class T> int64_t pack(const ConvPackArgs<T>& args) {
   c.source.channels = z.c;
   Plan<T> plan;
   plan_panels(c, plan);
-  const int64_t taps = z.r * z.s;
-  if (args.packed) {
-    int64_t* lists = scratch<int64_t>(Slot::family_3, z.r + z.s + taps + taps * plan.channels);
-    int64_t *kernel_h = lists, *kernel_w = kernel_h + z.r, *tap_offsets = kernel_w + z.s;
-    for (int64_t r = 0; r < z.r; ++r) kernel_h[r] = r;
-    for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
-    c.kernel_h = kernel_h, c.kernel_w = kernel_w;
-    pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
+  const int64_t taps = z.r * z.s, count = z.groups * plan.outputs_padded() * plan.depth;
+  int64_t* lists = scratch<int64_t>(Slot::family_3, z.r + z.s + taps + taps * plan.channels);
+  int64_t *kernel_h = lists, *kernel_w = kernel_h + z.r, *tap_offsets = kernel_w + z.s;
+  for (int64_t r = 0; r < z.r; ++r) kernel_h[r] = r;
+  for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
+  c.kernel_h = kernel_h, c.kernel_w = kernel_w;
+  if (args.packed) pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (keeps_strips(plan)) {  // behind the vectors' weights
+      const TilePlan tiles = plan_kept_strips(c, plan);
+      if (args.packed) pack_strips(c, plan, tiles, reinterpret_cast<char*>(args.packed + count), tap_offsets);
+      return count + z.groups * tiles.panels * tiles.strip / static_cast<int64_t>(sizeof(float));
+    }
   }
-  return z.groups * plan.outputs_padded() * plan.depth;
+  return count;
 }
 
 // Residual and activation over the whole output, behind kernels that do not know of them.
