@@ -15,6 +15,7 @@
 #include "conv_grouped.h"
 #include "conv_pack.h"
 #include "conv_planar.h"
+#include "conv_tiles.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -311,6 +312,253 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
   }
 }
 
+template <class T> bool tiles_over_planar(const Correlation<T>& z) {
+  return sizeof(T) == 2 && kHasTileCode && z.source.channels >= kTile && z.out_channels >= 3 && has_tiles();
+}
+
+template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
+  if (z.taps_h > kMostTaps || z.taps_w > kMostTaps) return false;
+  return tiles_pay<T>(plan.all_rows * z.columns * plan.outputs * plan.depth, plan.outputs,
+                      plan.channels < kMergedChannels ? z.taps_w * plan.channels : plan.channels);
+}
+
+// One call by tiles: its strips of weights, where a step's cells are, and which blocks have to be computed by vectors.
+struct TilePlan {
+  Field field;
+  int64_t panels, strip;  // of 32 output channels in a group; bytes
+  const char* strips;
+  const float* bias;  // each group's zero-padded to whole panels, or null
+  const int64_t* offsets;  // of steps x taps
+  char* failed;  // [block][group]
+};
+
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+// A panel's sums at positions [p, p + count), to the output or, where that is planar, to pixels[..][32] of the block.
+// Whether they are exact.
+template <class T>
+bool finish_positions(const Correlation<T>& z, const TilePlan& plan, const Block& block, int64_t p, int64_t count,
+                      const float* sums, const float* bias, int64_t first, int64_t channels, float* pixels) {
+  const Field& f = plan.field;
+  const vfloat bias0 = bias ? load(bias) : vfloat{}, bias1 = bias ? load(bias + kTile) : vfloat{};
+  vint32 most{};
+  bool any = false;
+  for (int64_t end = p + count; p < end;) {
+    const int64_t row = p / f.pitch, column = p % f.pitch, image = row / f.image_pitch, i = row % f.image_pitch;
+    const int64_t run = smaller(end - p, f.pitch - column),
+                  some = i < block.rows ? smaller(run, block.columns - column) : 0;
+    const auto each = [&](auto&& put) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < some; ++j) {
+        const vfloat low = load(sums + j * kStrip), high = load(sums + j * kStrip + kTile);
+        const vint32 a = (vint32)low & 0x7fffffff, b = (vint32)high & 0x7fffffff;
+        most = a > most ? a : most;
+        most = b > most ? b : most;
+        put(j, low + bias0, high + bias1);
+      }
+    };
+    if (some > 0 && z.output_channels_last) {
+      const int64_t h = z.start_h + (block.row + i) * z.step_h, w = z.start_w + (block.column + column) * z.step_w;
+      const int64_t step = z.step_w * z.out_channels;
+      T* out = z.output + (((block.image + image) * z.out_h + h) * z.out_w + w) * z.out_channels + first;
+      each([&](int64_t j, vfloat low, vfloat high) { store_pair(out + j * step, low, high, channels); });
+    } else if (some > 0) {
+      float* to = pixels + ((image * block.rows + i) * block.columns + column) * kStrip;
+      each([&](int64_t j, vfloat low, vfloat high) {
+        store(to + j * kStrip, low);
+        store(to + j * kStrip + kTile, high);
+      });
+    }
+    any = any || some > 0;
+    sums += run * kStrip;
+    p += run;
+  }
+  alignas(64) float largest[kTile];
+  store(largest, (vfloat)most);
+  return !any || is_exact(largest, kTile, 1, kTile);
+}
+
+// One block, panels [panel_begin, panel_end) of a group.
+template <class T>
+void run_tile_block(const Correlation<T>& z, const TilePlan& plan, int64_t index, int64_t group, int64_t panel_begin,
+                    int64_t panel_end) {
+  const Field& f = plan.field;
+  const Block block = f.block(index, z.source.n);
+  const int64_t outputs = z.out_channels / z.groups, steps = f.steps * f.taps, positions = f.positions(block);
+  const int64_t cells = f.steps * step_cells_bytes<T>(f), apart = f.phases() * f.plane;
+  char* memory = scratch<char>(Slot::tiles_b, cells + line_bytes(z.source, f));
+  float* pixels = z.output_channels_last
+                      ? nullptr
+                      : scratch<float>(Slot::tiles_c, block.images * block.rows * block.columns * kStrip);
+  alignas(64) float sums[2][kStrip * kStrip] = {}, spare[2 * kStrip * kStrip] = {};
+  copy_cells(z.source, f, block, group * f.channels, 0, f.steps, memory, memory + cells);
+  // Sums are finished while the tiles make the next ones.
+  int64_t waiting = -1, waiting_panel = 0;
+  int turn = 0;
+  const auto finish_waiting = [&] {
+    if (waiting < 0) return true;
+    const int64_t first = waiting_panel * kStrip;
+    const float* bias = plan.bias ? plan.bias + (group * plan.panels + waiting_panel) * kStrip : nullptr;
+    const bool exact = finish_positions(z, plan, block, waiting, smaller(kStrip, positions - waiting), sums[turn], bias,
+                                        group * outputs + first, smaller(kStrip, outputs - first), pixels);
+    waiting = -1;
+    return exact;
+  };
+  const auto multiply = [&](int64_t panel, int64_t p) {
+    const char* strip = plan.strips + (group * plan.panels + panel) * plan.strip;
+    const auto run = [&]<int ROWS, int COLUMNS>() {
+      multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums[1 - turn], spare);
+    };
+    if (positions - p > kTile)
+      outputs - panel* kStrip > kTile ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
+    else
+      outputs - panel* kStrip > kTile ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+    const bool exact = finish_waiting();
+    waiting = p, waiting_panel = panel, turn = 1 - turn;
+    return exact;
+  };
+  bool exact = true;
+  const Tiles tiles;
+  if (z.output_channels_last && plan.panels * plan.strip <= kStripBytes) {  // pixels are written whole
+    for (int64_t p = 0; p < positions && exact; p += kStrip)
+      for (int64_t panel = panel_begin; panel < panel_end && exact; ++panel) exact = multiply(panel, p);
+    exact = exact && finish_waiting();
+  } else {
+    for (int64_t panel = panel_begin; panel < panel_end && exact; ++panel) {
+      for (int64_t p = 0; p < positions && exact; p += kStrip) exact = multiply(panel, p);
+      exact = exact && finish_waiting();
+      const int64_t first = panel * kStrip;
+      for (int64_t i = 0; exact && !z.output_channels_last && i < block.images; ++i) {
+        const int64_t row = (block.image + i) * z.rows + block.row;
+        write_out(z, pixels + i * block.rows * block.columns * kStrip, kStrip, group * outputs + first,
+                  smaller(kStrip, outputs - first), row, row + block.rows, block.column, block.columns);
+      }
+    }
+  }
+  if (!exact) {
+    __atomic_store_n(plan.failed + index * z.groups + group, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  if (z.residual || z.activation) {
+    const int64_t first = panel_begin * kStrip, end = smaller(panel_end * kStrip, outputs);
+    for (int64_t i = 0; i < block.images; ++i) {
+      const int64_t row = (block.image + i) * z.rows + block.row;
+      finish_block(z, group * outputs + first, end - first, row, row + block.rows, block.column, block.columns);
+    }
+  }
+}
+
+// The weights as right strips, [group][panel][step][tap].
+template <class T>
+void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan& plan, char* strips, int64_t* lists) {
+  const Field& f = plan.field;
+  const int64_t taps = z.taps_h * z.taps_w;
+  const bool straight = !f.merged && (z.weight_in == 1 || z.weight_out == 1);
+  // Where neither side of a matrix is consecutive, some channels at a time become a matrix of floats first.
+  Plan<T> some = vectors;
+  if (!f.merged) some.channels = smaller(kTileStep, vectors.channels);
+  const Filter<T> all = plan_filter(z, some, lists, lists + taps);
+  parallel_for(z.groups * plan.panels, 1 + 65536 / plan.strip, [&](int64_t begin, int64_t end) {
+    float* rows = straight ? nullptr : scratch<float>(Slot::tiles_b, taps * some.channels * kStrip);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / plan.panels, first = i % plan.panels * kStrip,
+                    count = smaller(kStrip, vectors.outputs - first);
+      const T* weight = z.weight + g * z.weight_group;
+      char* to = strips + i * plan.strip;
+      for (int64_t s = 0; s < f.steps; ++s) {
+        const int64_t c = s * kTileStep, values = smaller(kTileStep, f.depth - c);
+        if (rows && (s == 0 || !f.merged)) {
+          Filter<T> filter = all;
+          if (!f.merged) filter.in_channels = values;
+          filter.run = z.kernel_size * (filter.by_channel ? 1 : filter.in_channels);
+          filter.data = weight + (f.merged ? 0 : c * z.weight_in);
+          pack_filter(filter, first, count, kStrip, rows);
+        }
+        for (int64_t t = 0; t < f.taps; ++t, to += kStepBytes<T>) {
+          const int64_t row = f.merged ? t * f.depth + c : t * some.channels;
+          if (rows)
+            pack_filter_step<T>(rows + row * kStrip, kStrip, values, count, to);
+          else
+            pack_strip<false>(
+                Lines<T>{weight + first * z.weight_out + c * z.weight_in + all.taps[t], z.weight_out, z.weight_in},
+                count, values, to);
+        }
+      }
+    }
+  });
+}
+
+// Strips of weights whose cells are channels of one pixel, which any geometry can use.
+template <class T> bool keeps_strips(const Plan<T>& vectors) {
+  return kHasTileCode && kParts<T> > 0 && vectors.channels >= kMergedChannels && has_tiles();
+}
+template <class T> TilePlan plan_kept_strips(const Correlation<T>& z, const Plan<T>& vectors) {
+  TilePlan plan{};
+  plan.field.depth = vectors.channels;
+  plan.field.steps = ceil_div(vectors.channels, kTileStep);
+  plan.field.taps = z.taps_h * z.taps_w;
+  plan.panels = ceil_div(vectors.outputs, kStrip);
+  plan.strip = plan.field.steps * plan.field.taps * kStepBytes<T>;
+  return plan;
+}
+
+// By tiles. Whether all blocks are done: not where the tiles' sums are not exact.
+template <class T> bool correlate_tiles(const Correlation<T>& z, const Plan<T>& vectors, TilePlan& plan) {
+  const int64_t threads = num_threads();
+  plan.field = plan_field(z.source.n, z.rows, z.columns, vectors.channels, z.source.h, z.source.w, z.tap_h, z.taps_h,
+                          z.stride_h, z.tap_w, z.taps_w, z.stride_w, kParts<T>, 0);
+  const Field& f = plan.field;
+  const int64_t steps = f.steps * f.taps, blocks = f.blocks() * z.groups;
+  plan.panels = ceil_div(vectors.outputs, kStrip);
+  plan.strip = steps * kStepBytes<T>;
+  const int64_t panels = z.groups * plan.panels, lists = z.taps_h * z.taps_w + z.kernel_size * vectors.channels;
+  const bool kept = z.packed && keeps_strips(vectors);
+  Arena arena{scratch<char>(Slot::tiles_a, panels * (plan.strip + 4 * kStrip) + 8 * (steps + lists) + blocks + 5 * 64)};
+  char* strips = arena.take<char>(panels * plan.strip);
+  float* bias = arena.take<float>(panels * kStrip);
+  int64_t* offsets = arena.take<int64_t>(steps);
+  plan.failed = arena.take<char>(blocks);
+  plan.strips =
+      kept ? reinterpret_cast<const char*>(z.packed + z.groups * vectors.outputs_padded() * vectors.depth) : strips;
+  plan.offsets = offsets;
+  plan.bias = z.bias ? bias : nullptr;
+  for (int64_t s = 0; s < f.steps; ++s)
+    for (int64_t t = 0; t < f.taps; ++t) offsets[s * f.taps + t] = s * step_cells_bytes<T>(f) + f.tap_offset(t);
+  if (z.bias)
+    for (int64_t i = 0; i < panels * kStrip; ++i) {
+      const int64_t k = i % (plan.panels * kStrip);
+      bias[i] = k < vectors.outputs ? static_cast<float>(z.bias[i / (plan.panels * kStrip) * vectors.outputs + k]) : 0;
+    }
+  std::memset(plan.failed, 0, static_cast<size_t>(blocks));
+  if (!kept) pack_strips(z, vectors, plan, strips, arena.take<int64_t>(lists));
+  // Few blocks: their panels are shared out, too.
+  const int64_t splits = blocks % threads == 0 || blocks >= 8 * threads ? 1 : smaller(plan.panels, threads);
+  parallel_for(blocks * splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % splits, block = task / splits;
+      run_tile_block(z, plan, block / z.groups, block % z.groups, split * plan.panels / splits,
+                     (split + 1) * plan.panels / splits);
+    }
+  });
+  return std::memchr(plan.failed, 1, static_cast<size_t>(blocks)) == nullptr;
+}
+
+// By vectors, the blocks that correlate_tiles did not do.
+template <class T> void correlate_failed(const Correlation<T>& z, const Plan<T>& plan, const TilePlan& tiles) {
+  const Field& f = tiles.field;
+  parallel_for(f.blocks() * z.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!tiles.failed[i]) continue;
+      const Block b = f.block(i / z.groups, z.source.n);
+      const int64_t row_begin = b.image * z.rows + b.row, row_end = row_begin + (b.images - 1) * z.rows + b.rows,
+                    column_end = b.column + b.columns;
+      for (int64_t row = row_begin; row < row_end; row += plan.block_rows)
+        for (int64_t column = b.column; column < column_end; column += plan.block_columns)
+          run_block(z, plan, row, smaller(row + plan.block_rows, row_end), column,
+                    smaller(column + plan.block_columns, column_end), i % z.groups, 0, plan.panels);
+    }
+  });
+}
+#endif
+
 template <class T> void correlate(const Correlation<T>& z) {
   using A = acc_t<T>;
   uint8_t* ranges = reinterpret_cast<uint8_t*>(scratch<char>(Slot::family_4, z.rows + z.columns));
@@ -320,6 +568,11 @@ template <class T> void correlate(const Correlation<T>& z) {
   plan_panels(z, plan);
   plan_source(z, plan);
   plan_blocks(z, plan);
+  [[maybe_unused]] TilePlan tiles;
+  [[maybe_unused]] const bool tiled = is_tiled(z, plan);
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (tiled && correlate_tiles(z, plan, tiles)) return;
+  }
 
   plan.block_depth = sum_depth(
       plan.depth, static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth));
@@ -355,6 +608,9 @@ template <class T> void correlate(const Correlation<T>& z) {
     plan.weights = weights;
   }
 
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (tiled) return correlate_failed(z, plan, tiles);
+  }
   const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
   const double work = static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth);
   parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
@@ -392,16 +648,21 @@ template <class T> int64_t pack(const ConvPackArgs<T>& args) {
   c.source.channels = z.c;
   Plan<T> plan;
   plan_panels(c, plan);
-  const int64_t taps = z.r * z.s;
-  if (args.packed) {
-    int64_t* lists = scratch<int64_t>(Slot::family_3, z.r + z.s + taps + taps * plan.channels);
-    int64_t *kernel_h = lists, *kernel_w = kernel_h + z.r, *tap_offsets = kernel_w + z.s;
-    for (int64_t r = 0; r < z.r; ++r) kernel_h[r] = r;
-    for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
-    c.kernel_h = kernel_h, c.kernel_w = kernel_w;
-    pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
+  const int64_t taps = z.r * z.s, count = z.groups * plan.outputs_padded() * plan.depth;
+  int64_t* lists = scratch<int64_t>(Slot::family_3, z.r + z.s + taps + taps * plan.channels);
+  int64_t *kernel_h = lists, *kernel_w = kernel_h + z.r, *tap_offsets = kernel_w + z.s;
+  for (int64_t r = 0; r < z.r; ++r) kernel_h[r] = r;
+  for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
+  c.kernel_h = kernel_h, c.kernel_w = kernel_w;
+  if (args.packed) pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (keeps_strips(plan)) {  // behind the vectors' weights
+      const TilePlan tiles = plan_kept_strips(c, plan);
+      if (args.packed) pack_strips(c, plan, tiles, reinterpret_cast<char*>(args.packed + count), tap_offsets);
+      return count + z.groups * tiles.panels * tiles.strip / static_cast<int64_t>(sizeof(float));
+    }
   }
-  return z.groups * plan.outputs_padded() * plan.depth;
+  return count;
 }
 
 // Residual and activation over the whole output, behind kernels that do not know of them.
@@ -418,7 +679,7 @@ template <class T> void finish_all(const ConvForwardArgs<T>& args) {
 }
 
 template <class T> void forward(const ConvForwardArgs<T>& args) {
-  if (depthwise_forward(args) || grouped_forward(args)) return finish_all(args);
+  if (depthwise_forward(args) || (!tiles_over_groups<T>(args.shape) && grouped_forward(args))) return finish_all(args);
   const ConvShape& z = args.shape;
   int64_t* lists = scratch<int64_t>(Slot::family_3, 2 * (z.r + z.s));
   int64_t *tap_h = lists, *kernel_h = tap_h + z.r, *tap_w = kernel_h + z.r, *kernel_w = tap_w + z.s;
@@ -435,7 +696,7 @@ template <class T> void forward(const ConvForwardArgs<T>& args) {
   c.tap_h = tap_h, c.tap_w = tap_w, c.kernel_h = kernel_h, c.kernel_w = kernel_w;
   c.bias = args.bias;
   c.packed = args.packed;
-  if (is_planar(c)) {
+  if (is_planar(c) && !tiles_over_planar(c)) {
     correlate_planar(c);
     return finish_all(args);
   }
@@ -482,7 +743,7 @@ template <class T> void apply_bias(const ConvBackwardInputArgs<T>& args, bool fi
 }
 
 template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
-  if (depthwise_backward_input(args) || grouped_backward_input(args)) {
+  if (depthwise_backward_input(args) || (!tiles_over_groups<T>(args.shape) && grouped_backward_input(args))) {
     if (args.bias) apply_bias(args, false);
     return;
   }
@@ -525,7 +786,7 @@ template <class T> void backward_input(const ConvBackwardInputArgs<T>& args) {
       c.kernel_size = z.r * z.s;
       c.bias = args.bias;
       c.groups = z.groups;
-      is_planar(c) ? correlate_planar(c) : correlate(c);
+      is_planar(c) && !tiles_over_planar(c) ? correlate_planar(c) : correlate(c);
     }
 }
 

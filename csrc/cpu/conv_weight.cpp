@@ -12,6 +12,7 @@
 #include "conv_depthwise.h"
 #include "conv_grouped.h"
 #include "conv_pack.h"
+#include "conv_weight_tiles.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -394,7 +395,10 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   const double products =
       static_cast<double>(z.n * z.p * z.q) * static_cast<double>(z.k * (z.c / z.groups) * z.r * z.s);
   if (products <= kFewProducts) return backward_weight_plain(args);
-  if (depthwise_backward_weight(args) || grouped_backward_weight(args)) return;
+  if (depthwise_backward_weight(args) || (!tiles_over_groups<T>(z) && grouped_backward_weight(args))) return;
+  if constexpr (kHasTileCode && kParts<T> > 0) {
+    if (weight_is_tiled<T>(z) && backward_weight_tiles(args)) return;
+  }
   Plan<T> plan;
   plan_bands(z, plan);
   if (is_turned(z, plan)) return backward_weight_turned(args, plan);

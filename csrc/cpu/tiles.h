@@ -106,12 +106,13 @@ template <int N, int L, int R> inline void tile_multiply() {
 
 namespace tiles_detail {
 
-// Row `r` of a step's tiles: words of `low` and `high`, one tile a part, parts 2 KiB apart.
-template <int PARTS> [[gnu::always_inline]] inline void store_words(vfloat low, vfloat high, char* to) {
+// Row `r` of a step's tiles: words of `low` and `high`, one tile a part, parts `apart` bytes from each other.
+template <int PARTS>
+[[gnu::always_inline]] inline void store_words(vfloat low, vfloat high, char* to, int64_t apart = 2 * kTileBytes) {
   // Nearest, halves away from zero; what is left is exact, and the last part keeps all of it.
   constexpr uint32_t half = 0x8000u, top = 0xffff0000u;
 #pragma GCC unroll 3
-  for (int part = 0; part < PARTS; ++part, to += 2 * kTileBytes) {
+  for (int part = 0; part < PARTS; ++part, to += apart) {
     vuint32 l = (vuint32)low, h = (vuint32)high;
     if (part + 1 < PARTS) {
       l = (l + half) & top;
