@@ -10,7 +10,7 @@ namespace {
 
 using namespace attention_detail;
 
-constexpr int64_t kMostRows = 4 * kRows;  // of a chunk
+constexpr int64_t kMostRows = 4 * kRows, kMostTiledRows = 16 * kStrip;  // of a chunk
 
 // One row of a tile: exponentials relative to the largest score so far, what was summed before brought down to it.
 template <class T, int SCORE>
@@ -49,16 +49,17 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
   A* memory = scratch<A>(Slot::family_0, tile_size + chunk * (value_depth + lanes));
   Tile<T, SCORE> tile(args, chunk, memory);
   A *output = memory + tile_size, *sums = output + chunk * value_depth;
-  A largest[kMostRows];
+  A largest[kMostTiledRows];
   for (int64_t r = 0; r < rows; ++r) largest[r] = -__builtin_inf();
   for (int64_t i = 0; i < rows * value_depth; i += lanes) store(output + i, V{});
   for (int64_t i = 0; i < rows * lanes; i += lanes) store(sums + i, V{});
 
   tile.set_head(b, h);
   tile.load_queries(i0, rows);
+  const int64_t row_step = tile.strips ? kStrip : kRows;
   int64_t first = s.keys, last = 0;
-  const auto seen_by = [&](int64_t r0) { return Seen(args, b, i0 + r0, smaller(kRows, rows - r0)); };
-  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+  const auto seen_by = [&](int64_t r0) { return Seen(args, b, i0 + r0, smaller(row_step, rows - r0)); };
+  for (int64_t r0 = 0; r0 < rows; r0 += row_step) {
     const Seen seen = seen_by(r0);
     if (seen.last == 0) continue;
     first = smaller(first, seen.first);
@@ -66,18 +67,18 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
   }
   for (int64_t j0 = first / kKeys * kKeys; j0 < last; j0 += kKeys) {
     tile.load_keys(j0, smaller(kKeys, s.keys - j0));
-    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-      const int64_t some = smaller(kRows, rows - r0);
+    for (int64_t r0 = 0; r0 < rows; r0 += row_step) {
+      const int64_t some = smaller(row_step, rows - r0);
       const Seen seen = seen_by(r0);
       if (seen.last <= j0 || seen.first >= j0 + tile.n) continue;
       const int64_t count = smaller(tile.n, seen.last - j0);
+      if (tile.strips) tile.choose(r0);
       tile.multiply(r0, some, count);
       for (int64_t r = 0; r < some; ++r) {
         const auto row = tile.finish_row(r0, r, count, seen.begin[r], seen.end[r], false);
         softmax_row(tile, r0, r, count, row, largest[r0 + r], sums + (r0 + r) * lanes, output + (r0 + r) * value_depth);
       }
-      product(some, value_depth, count, tile.scores, kKeys, 1, tile.value.data, tile.value.row,
-              output + r0 * value_depth, value_depth, true, tile.k_step);
+      tile.add_values(some, count, output + r0 * value_depth);
     }
   }
 
@@ -96,16 +97,23 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
 template <class T, int SCORE> void forward(const AttentionArgs<T>& args) {
   const AttentionShape& s = args.shape;
   const int64_t heads = s.batch * s.heads, threads = num_threads();
-  int64_t chunk = kMostRows;
-  while (chunk > kRows && heads * ceil_div(s.queries, chunk) < 2 * threads) chunk /= 2;
+  const bool tiled = is_tiled<T, SCORE>(s);
+  const int64_t row_step = tiled ? kStrip : kRows;
+  int64_t chunk = tiled ? kMostTiledRows : kMostRows;
+  while (chunk > row_step && heads * ceil_div(s.queries, chunk) < 2 * threads) chunk /= 2;
   const int64_t chunks = ceil_div(s.queries, chunk), tasks = heads * chunks;
   const double work = static_cast<double>(heads * s.queries) * static_cast<double>(s.keys * (s.depth + s.value_depth));
   const int64_t workers = work < kWorthWaking ? 1 : smaller(threads, tasks);
   // Later chunks first: they see more keys where attention is causal.
   parallel_tasks(workers, tasks, [&](int64_t task) {
     const int64_t head = task / chunks, i0 = (chunks - 1 - task % chunks) * chunk;
-    forward_chunk<T, SCORE>(args, head / s.heads, head % s.heads, i0, smaller(chunk, s.queries - i0),
-                            smaller(chunk, ceil_div(s.queries, kRows) * kRows));
+    const auto run = [&] {
+      forward_chunk<T, SCORE>(args, head / s.heads, head % s.heads, i0, smaller(chunk, s.queries - i0),
+                              smaller(chunk, ceil_div(s.queries, row_step) * row_step));
+    };
+    if constexpr (kTiled<T, SCORE>)
+      if (tiled) return with_tiles(run);
+    run();
   });
 }
 

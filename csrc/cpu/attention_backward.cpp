@@ -25,6 +25,7 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   const A* delta;  // [batch, heads, queries]
   Rows<A> grad;
   A *grad_copy, *value_turned, *change;
+  const char *grad_strip, *value_squares;  // where products are of strips
   bool through_cap = true;  // dS of scores before their cap, or behind it
 
   static int64_t size(const AttentionShape& s) {
@@ -36,23 +37,42 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
     value_turned = grad_copy + kRows * value_depth;
     change = value_turned + s.value_depth * kKeys;
   }
+  // As vectors.
   void load_keys(int64_t first, int64_t count) {
-    Base::load_keys(first, count);
+    this->set_keys(first, count);
+    load_keys();
+  }
+  void load_keys() {
+    const int64_t count = this->n;
+    this->load_key_vectors();
     transpose_rows(this->value.data, this->value.row, count, s.value_depth, value_turned, kKeys);
   }
   void load_queries(int64_t first, int64_t rows) {
-    Base::load_queries(first, rows);
+    this->by_strips = false;
+    this->set_queries(first, rows);
+    this->load_query_vectors();
+    load_grad_rows(first, rows);
+  }
+  const T* grad_at(int64_t i) const {
     const Strided<const T>& g = all.grad_output;
-    grad = rows_of<true>(g.data + this->b * g.stride[0] + this->h * g.stride[1] + first * g.stride[2], g.stride[2],
-                         g.stride[3], rows, s.value_depth, grad_copy);
+    return g.data + this->b * g.stride[0] + this->h * g.stride[1] + i * g.stride[2];
+  }
+  void load_grad_rows(int64_t first, int64_t rows) {
+    grad = rows_of<true>(grad_at(first), all.grad_output.stride[2], all.grad_output.stride[3], rows, s.value_depth,
+                         grad_copy);
+  }
+  void multiply_grad(int64_t rows, int64_t width) {
+    if constexpr (kTiled<T, SCORE>)
+      if (this->by_strips) return multiply_grad_strip(*this, rows, width);
+    product(rows, width, s.value_depth, grad.data, grad.row, 1, value_turned, kKeys, change, kKeys, false,
+            this->k_step);
   }
   // Leaves P, with dropout, in `scores` and dS in `change`. Where a tile has all keys that a query sees, delta is
   // sum(P g V^T), which is the same number but cancels exactly where one key has all the weight.
   void compute(int64_t rows, int64_t count, const Seen& seen) {
     alignas(64) A factors[kKeys];  // of dropout
     this->multiply(0, rows, count);
-    product(rows, padded<A>(count), s.value_depth, grad.data, grad.row, 1, value_turned, kKeys, change, kKeys, false,
-            this->k_step);
+    multiply_grad(rows, padded<A>(count));
     for (int64_t r = 0; r < rows; ++r) {
       const A factor = this->finish_row(0, r, count, seen.begin[r], seen.end[r], true).factor;
       const int64_t row = this->row_number(this->i0 + r);
@@ -143,6 +163,204 @@ void pairwise_backward(int64_t rows, int64_t keys, int64_t depth, const A* q, co
   }
 }
 
+constexpr int64_t kBlockRows = 128, kBlockStrips = kBlockRows / kStrip;
+
+// A task's products by AMX's tiles, where there are any.
+template <class T, int SCORE, bool TILED = kTiled<T, SCORE>> struct StripGradients {
+  static int64_t size(const AttentionShape&) { return 0; }
+  StripGradients(GradientTile<T, SCORE>&, acc_t<T>*) {}
+  void load_keys(int64_t, int64_t) {}
+  bool add(int64_t, int64_t, int64_t, acc_t<T>*) { return false; }
+  void finish(acc_t<T>*, acc_t<T>*) {}
+};
+
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+
+template <class T, int SCORE> void multiply_grad_strip(GradientTile<T, SCORE>& tile, int64_t rows, int64_t width) {
+  multiply_row<T>(ceil_div(tile.s.value_depth, kTileStep), tile.grad_strip, tile.value_squares,
+                  strip_bytes<T>(tile.s.value_depth), tile.change, kKeys, rows, width);
+}
+
+// Strips of queries, a block of kBlockRows at a time, are laid out when the first keys need them and kept for the others. What is summed over queries, the gradients of keys and values, is summed turned:
+// probabilities are then a right side as they lie, and no more than the sums is turned back.
+template <class T, int SCORE> class StripGradients<T, SCORE, true> {
+  struct Block {
+    float query_most, grad_most;
+    bool is_packed;
+  };
+  GradientTile<T, SCORE>& tile;
+  const AttentionShape& s;
+  const int64_t blocks, query_bytes, grad_bytes, depth_strips, value_strips;
+  static constexpr int64_t kRowBytes = kBlockStrips * kStepBytes<T>;  // of a line of rows
+  const int64_t block_bytes;
+  char *packed, *value_squares, *key_rows, *weights, *changes, *change_rows;
+  float *key_sums, *value_sums;
+  Block* block;
+
+  static int64_t bytes_of_block(const AttentionShape& s) {
+    return kBlockStrips * (strip_bytes<T>(s.depth) + strip_bytes<T>(s.value_depth)) +
+           (ceil_div(s.depth, kStrip) + ceil_div(s.value_depth, kStrip)) * kRowBytes;
+  }
+  static int64_t blocks_of(const AttentionShape& s) { return s.heads / s.key_heads * ceil_div(s.queries, kBlockRows); }
+
+ public:
+  static int64_t size(const AttentionShape& s) {
+    const int64_t lines = ceil_div(s.depth, kStrip) + ceil_div(s.value_depth, kStrip), number = sizeof(float);
+    if (!is_tiled<T, SCORE>(s)) return 0;
+    return (blocks_of(s) * (bytes_of_block(s) + static_cast<int64_t>(sizeof(Block))) +
+            kKeyStrips * strip_bytes<T>(s.value_depth) + ceil_div(s.depth, kStrip) * strip_bytes<T>(kKeys) +
+            2 * kKeyStrips * kRowBytes + kBlockStrips * strip_bytes<T>(kKeys) + lines * kStrip * kKeys * number) /
+           number;
+  }
+  StripGradients(GradientTile<T, SCORE>& gradient_tile, float* memory)
+      : tile(gradient_tile),
+        s(tile.s),
+        blocks(ceil_div(s.queries, kBlockRows)),
+        query_bytes(strip_bytes<T>(s.depth)),
+        grad_bytes(strip_bytes<T>(s.value_depth)),
+        depth_strips(ceil_div(s.depth, kStrip)),
+        value_strips(ceil_div(s.value_depth, kStrip)),
+        block_bytes(bytes_of_block(s)) {
+    if (!tile.strips) return;
+    char* next = reinterpret_cast<char*>(memory);
+    const auto take = [&next](int64_t bytes) {
+      char* at = next;
+      next += bytes;
+      return at;
+    };
+    packed = take(blocks_of(s) * block_bytes);
+    value_squares = take(kKeyStrips * grad_bytes);
+    key_rows = take(depth_strips * strip_bytes<T>(kKeys));
+    weights = take(kKeyStrips * kRowBytes);
+    changes = take(kKeyStrips * kRowBytes);
+    change_rows = take(kBlockStrips * strip_bytes<T>(kKeys));
+    key_sums = reinterpret_cast<float*>(take(depth_strips * kStrip * kKeys * 4));
+    value_sums = reinterpret_cast<float*>(take(value_strips * kStrip * kKeys * 4));
+    block = reinterpret_cast<Block*>(take(0));
+    for (int64_t i = 0; i < blocks_of(s); ++i) block[i] = {0, 0, false};
+    tile.value_squares = value_squares;
+  }
+
+  void load_keys(int64_t first, int64_t count) {
+    tile.set_keys(first, count);
+    with_key_rows(tile, [&](const auto* from, int64_t row) {
+      tile.key_most = most_of(from, row, count, s.depth);
+      pack_lines<T, false>(Lines{from, row, 1}, count, s.depth, tile.key_strips, query_bytes);
+      pack_lines<T, false>(Lines{from, 1, row}, s.depth, count, key_rows, strip_bytes<T>(kKeys));
+    });
+    with_value_rows(tile, [&](const auto* from, int64_t row) {
+      tile.value_most = most_of(from, row, count, s.value_depth);
+      pack_lines<T, false>(Lines{from, row, 1}, count, s.value_depth, value_squares, grad_bytes);
+    });
+    std::memset(key_sums, 0, static_cast<size_t>((depth_strips + value_strips) * kStrip * kKeys) * sizeof(float));
+  }
+
+  // The gradients from queries i0 .. i0 + rows - 1, kBlockRows at most, and the loaded keys, where tiles serve; g is the
+  // head's number in its group.
+  bool add(int64_t g, int64_t i0, int64_t rows, float* grad_query) {
+    int64_t counts[kBlockStrips] = {}, first = kBlockStrips, last = 0, most_keys = 0;
+    for (int64_t r = 0; r * kStrip < rows; ++r) {
+      const Seen seen(tile.args, tile.b, i0 + r * kStrip, smaller(kStrip, rows - r * kStrip));
+      if (seen.last <= tile.j0 || seen.first >= tile.j0 + tile.n) continue;
+      counts[r] = smaller(tile.n, seen.last - tile.j0);
+      first = smaller(first, r);
+      last = r + 1;
+      most_keys = larger(most_keys, counts[r]);
+    }
+    if (last == 0) return true;
+    Block& own = block[g * blocks + i0 / kBlockRows];
+    char* queries = packed + (&own - block) * block_bytes;
+    char* grads = queries + kBlockStrips * query_bytes;
+    char* turned_queries = grads + kBlockStrips * grad_bytes;
+    char* turned_grads = turned_queries + depth_strips * kRowBytes;
+    if (!own.is_packed) pack(own, i0, rows, queries, grads, turned_queries, turned_grads);
+    if (!is_bounded(own.query_most) || !is_bounded(own.grad_most) || !is_bounded(tile.key_most) ||
+        !is_bounded(tile.value_most) || !are_large(own.grad_most, tile.value_most) || !are_large(1, own.grad_most))
+      return false;
+
+    float change_most = 0;
+    tile.by_strips = true;
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t i = i0 + r * kStrip, some = smaller(kStrip, rows - r * kStrip), count = counts[r];
+      if (count == 0) continue;
+      const Seen seen(tile.args, tile.b, i, some);
+      tile.set_queries(i, some);
+      tile.query_strips = queries + r * query_bytes;
+      tile.grad_strip = grads + r * grad_bytes;
+      tile.compute(some, count, seen);
+      const float most = most_of(tile.change, kKeys, some, count);
+      if (!is_bounded(most)) return false;
+      change_most = larger_of(most, change_most);
+      pack_strip<true, float, T>({tile.change, kKeys, 1}, some, count, change_rows + r * strip_bytes<T>(kKeys));
+      for (int64_t j = 0; j < count; j += kStrip) {
+        const int64_t at = j / kStrip * kRowBytes + r * kStepBytes<T>, columns = smaller(kStrip, count - j);
+        pack_strip<false, float, T>({tile.scores + j, 1, kKeys}, columns, some, weights + at);
+        pack_strip<false, float, T>({tile.change + j, 1, kKeys}, columns, some, changes + at);
+      }
+    }
+    if (!are_large(change_most, own.query_most) || !are_large(change_most, tile.key_most)) return false;
+
+    for (int64_t r = first; r < last; ++r) {
+      for (int64_t j = ceil_div(counts[r], kStrip) * kStrip; j < most_keys; j += kStrip) {
+        const int64_t at = j / kStrip * kRowBytes + r * kStepBytes<T>;
+        std::memset(weights + at, 0, kStepBytes<T>);
+        std::memset(changes + at, 0, kStepBytes<T>);
+      }
+      if (counts[r] > 0)
+        add_row<T>(ceil_div(counts[r], kTileStep), change_rows + r * strip_bytes<T>(kKeys), key_rows,
+                   strip_bytes<T>(kKeys), grad_query + r * kStrip * tile.depth, tile.depth,
+                   smaller(kStrip, rows - r * kStrip), tile.depth);
+    }
+    const auto add_turned_sums = [&](int64_t depth, const char* left, const char* right, float* sums) {
+      for (int64_t d = 0; d < depth; d += kStrip)
+        add_row<T>(last - first, left + d / kStrip * kRowBytes + first * kStepBytes<T>, right + first * kStepBytes<T>,
+                   kRowBytes, sums + d * kKeys, kKeys, smaller(kStrip, depth - d), padded<float>(most_keys));
+    };
+    add_turned_sums(tile.depth, turned_queries, changes, key_sums);
+    add_turned_sums(tile.value_depth, turned_grads, weights, value_sums);
+    return true;
+  }
+
+  void finish(float* grad_key, float* grad_value) {
+    add_turned(key_sums, kKeys, tile.n, tile.depth, grad_key, tile.depth);
+    add_turned(value_sums, kKeys, tile.n, tile.value_depth, grad_value, tile.value_depth);
+  }
+
+ private:
+  static float larger_of(float a, float b) { return a > b ? a : b; }
+
+  void pack(Block& own, int64_t i0, int64_t rows, char* queries, char* grads, char* turned_queries,
+            char* turned_grads) {
+    own = {0, 0, true};
+    for (int64_t r = 0; r * kStrip < rows; ++r) {
+      const int64_t i = i0 + r * kStrip, some = smaller(kStrip, rows - r * kStrip);
+      const auto pack_rows = [&](const auto* from, int64_t row, int64_t depth, float& most, char* left, char* turned) {
+        const float largest = most_of(from, row, some, depth);
+        if (!(largest <= most)) most = largest;
+        pack_lines<T, true>(Lines{from, row, 1}, some, depth, left, 0);
+        pack_lines<T, true>(Lines{from, 1, row}, depth, some, turned + r * kStepBytes<T>, kRowBytes);
+      };
+      char *query_strip = queries + r * query_bytes, *grad_strip = grads + r * grad_bytes;
+      tile.set_queries(i, some);
+      if (tile.packs_rows(tile.args.query)) {
+        pack_rows(tile.query_at(i), tile.args.query.stride[2], s.depth, own.query_most, query_strip, turned_queries);
+      } else {
+        tile.load_query_vectors();
+        pack_rows(tile.query.data, tile.query.row, s.depth, own.query_most, query_strip, turned_queries);
+      }
+      const Strided<const T>& g = tile.all.grad_output;
+      if (g.stride[3] == 1) {
+        pack_rows(tile.grad_at(i), g.stride[2], s.value_depth, own.grad_most, grad_strip, turned_grads);
+      } else {
+        tile.load_grad_rows(i, some);
+        pack_rows(tile.grad.data, tile.grad.row, s.value_depth, own.grad_most, grad_strip, turned_grads);
+      }
+    }
+  }
+};
+
+#endif
+
 template <class P> P* element(const Strided<P>& x, int64_t b, int64_t h, int64_t i) {
   return x.data + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
 }
@@ -217,8 +435,8 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
   constexpr bool additive = SCORE == kAdditiveScore, gaussian = SCORE == kGaussianScore;
   const AttentionShape& s = args.forward.shape;
   const int64_t group = s.heads / s.key_heads, depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
-  const int64_t tile_size = GradientTile<T, SCORE>::size(s);
-  A* memory = scratch<A>(Slot::family_0, tile_size + kKeys * (depth + value_depth) + depth);
+  const int64_t tile_size = GradientTile<T, SCORE>::size(s), sums_size = kKeys * (depth + value_depth) + depth;
+  A* memory = scratch<A>(Slot::family_0, tile_size + sums_size + StripGradients<T, SCORE>::size(s));
   GradientTile<T, SCORE> tile(args, delta, memory);
   A *grad_key = memory + tile_size, *grad_value = grad_key + kKeys * depth,
     *of_weight = grad_value + kKeys * value_depth;
@@ -227,17 +445,19 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
   };
   clear(grad_query, group * s.queries * depth);
   if (additive) clear(of_weight, depth);
+  StripGradients<T, SCORE> strips(tile, memory + tile_size + sums_size);
+  const int64_t block = tile.strips ? kBlockRows : larger(s.queries, 1);
 
   for (int64_t j0 = split * kKeys; j0 < s.keys; j0 += splits * kKeys) {
     const int64_t n = smaller(kKeys, s.keys - j0);
     tile.set_head(b, key_head * group);
-    tile.load_keys(j0, n);
+    tile.strips ? strips.load_keys(j0, n) : tile.load_keys(j0, n);
     clear(grad_key, n * depth);
     clear(grad_value, n * value_depth);
-    for (int64_t g = 0; g < group; ++g) {
-      tile.set_head(b, key_head * group + g);
-      for (int64_t i0 = 0; i0 < s.queries; i0 += kRows) {
-        const int64_t rows = smaller(kRows, s.queries - i0);
+    const auto add_vectors = [&](int64_t g, int64_t begin, int64_t end) {
+      if (!tile.has_key_vectors) tile.load_keys();
+      for (int64_t i0 = begin; i0 < end; i0 += kRows) {
+        const int64_t rows = smaller(kRows, end - i0);
         const Seen seen(args.forward, b, i0, rows);
         if (seen.last <= j0 || seen.first >= j0 + n) continue;
         const int64_t count = smaller(n, seen.last - j0);
@@ -263,7 +483,16 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
                   tile.k_step);
         }
       }
+    };
+    for (int64_t g = 0; g < group; ++g) {
+      tile.set_head(b, key_head * group + g);
+      for (int64_t i0 = 0; i0 < s.queries; i0 += block) {
+        const int64_t rows = smaller(block, s.queries - i0);
+        if (!tile.strips || !strips.add(g, i0, rows, grad_query + (g * s.queries + i0) * depth))
+          add_vectors(g, i0, i0 + rows);
+      }
     }
+    if (tile.strips) strips.finish(grad_key, grad_value);
     if constexpr (SCORE == kCosineScore)
       for (int64_t j = 0; j < n; ++j)
         normalize_backward(tile.key_copy + j * depth, tile.of_key[j], grad_key + j * depth, depth);
@@ -353,8 +582,13 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
   parallel_tasks(workers, tasks, [&](int64_t task) {
     const int64_t head = task / splits;
-    backward_keys<T, SCORE>(args, delta, head / s.key_heads, head % s.key_heads, task % splits, splits,
-                            partial + task * slice, weights ? weights + task * s.depth : nullptr);
+    const auto run = [&] {
+      backward_keys<T, SCORE>(args, delta, head / s.key_heads, head % s.key_heads, task % splits, splits,
+                              partial + task * slice, weights ? weights + task * s.depth : nullptr);
+    };
+    if constexpr (kTiled<T, SCORE>)
+      if (is_tiled<T, SCORE>(s)) return with_tiles(run);
+    run();
   });
   parallel_for(heads * group * s.queries, 1 + 16384 / (depth * splits + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

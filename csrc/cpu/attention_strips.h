@@ -1,0 +1,125 @@
+// Attention's products of matrices on AMX's tiles (tiles.h): how the operands of a block of kKeys keys and of strips of 32
+// queries are laid out, and when such products may stand for those of vectors.
+//
+// Probabilities and the gradients of scores, which are made in float, become as many parts as the operands have: in
+// bfloat16 they are rounded to it, as libraries round them.
+#pragma once
+#include "attention.h"
+#include "gemm.h"
+
+namespace dlkern::cpu::DLKERN_ISA {
+namespace attention_detail {
+
+constexpr int64_t kKeys = 128;  // of a tile of scores
+constexpr int64_t kKeyStrips = kKeys / kStrip, kKeySteps = kKeys / kTileStep;
+
+// Scores that are products, of types that are made of parts.
+template <class T, int SCORE>
+constexpr bool kTiled = kHasTileCode && kParts<T> > 0 && (SCORE == kDotScore || SCORE == kCosineScore);
+
+// Sums of more products would lose more by rounding than vectors do, fewer are not worth laying out.
+constexpr int64_t kMostDepth = 512, kLeastDepth = 12, kLeastQueries = 9;
+
+template <class T, int SCORE> bool is_tiled(const AttentionShape& s) {
+  if constexpr (!kTiled<T, SCORE>) return false;
+  // Where scores are not magnified, what tiles flush to zero does not show in them.
+  constexpr double small = 0x1p-32, large = 0x1p32;
+  return s.queries >= kLeastQueries && s.depth >= kLeastDepth && s.depth <= kMostDepth &&
+         s.value_depth >= kLeastDepth && s.value_depth <= kMostDepth &&
+         s.queries * s.keys * (s.depth + s.value_depth) >= 2 * gemm_detail::kSmallWork && s.scale <= large &&
+         s.scale >= -large && (s.softcap == 0 || s.softcap >= small) && has_tiles();
+}
+
+// The largest absolute value of rows of numbers; a NaN is one.
+template <class T> inline float most_of(const T* from, int64_t row, int64_t rows, int64_t columns) {
+  vint32 most{};
+  for (int64_t r = 0; r < rows; ++r, from += row) {
+    int64_t c = 0;
+    for (; c + kLanes<float> <= columns; c += kLanes<float>) {
+      const vint32 bits = (vint32)load(from + c) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    if (c < columns) {
+      const vint32 bits = (vint32)load_some(from + c, columns - c) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+  }
+  int32_t largest = 0;
+  for (int l = 0; l < kLanes<float>; ++l) largest = most[l] > largest ? most[l] : largest;
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
+// Whether tiles may multiply numbers up to `a` by numbers up to `b`: nothing overflows, and what they flush to zero is far
+// below the largest products. (Zeros are multiplied exactly.)
+inline bool are_large(float a, float b) {
+  constexpr float least = 0x1p-80f;
+  return a == 0 || b == 0 || (a >= least && b >= least && a * b >= least);
+}
+inline bool is_bounded(float a) { return a < 0x1p56f; }
+
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+
+template <class F> inline void with_tiles(const F& f) {
+  const Tiles tiles;
+  f();
+}
+
+// Lines in strips `bytes` apart, as parts of a T.
+template <class T, bool LEFT, class F>
+inline void pack_lines(const Lines<F>& from, int64_t count, int64_t k, char* to, int64_t bytes) {
+  for (int64_t i = 0; i < count; i += kStrip)
+    pack_strip<LEFT, F, T>({from.at + i * from.line, from.line, from.k}, smaller(kStrip, count - i), k,
+                           to + i / kStrip * bytes);
+}
+
+// sums[rows, columns] = one strip on the left x strips `bytes` apart on the right.
+template <class T>
+inline void multiply_row(int64_t steps, const char* left, const char* right, int64_t bytes, float* sums, int64_t pitch,
+                         int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kStrip)
+    multiply_strips<T>(steps, left, right + j / kStrip * bytes, sums + j, pitch, false, rows,
+                       smaller(kStrip, columns - j));
+}
+
+// sums[rows, columns] += the same; columns are whole vectors. Long sums of float are sums of blocks' sums.
+template <class T>
+inline void add_row(int64_t steps, const char* left, const char* right, int64_t bytes, float* sums, int64_t pitch,
+                    int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kStrip) {
+    const char* strip = right + j / kStrip * bytes;
+    const int64_t some = smaller(kStrip, columns - j);
+    if (sizeof(T) < sizeof(float) && rows % kTile == 0) {
+      multiply_strips<T>(steps, left, strip, sums + j, pitch, true, rows, some);
+    } else {
+      alignas(64) float block[kStrip * kStrip];
+      multiply_strips<T>(steps, left, strip, block, kStrip, false, rows, some);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < some; c += kTile) {
+          float* to = sums + r * pitch + j + c;
+          store(to, load(to) + load(block + r * kStrip + c));
+        }
+    }
+  }
+}
+
+// to[j, d] += from[d, j], for `count` of j and `depth`, padded to whole vectors, of d.
+inline void add_turned(const float* from, int64_t from_row, int64_t count, int64_t depth, float* to, int64_t to_row) {
+  for (int64_t j = 0; j < count; j += kTile)
+    for (int64_t d = 0; d < depth; d += kTile) {
+      vfloat square[kTile];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kTile; ++r) square[r] = load(from + (d + r) * from_row + j);
+      transpose(square);
+      for (int64_t r = 0; r < smaller(kTile, count - j); ++r) {
+        float* row = to + (j + r) * to_row + d;
+        store(row, load(row) + square[r]);
+      }
+    }
+}
+
+#endif
+
+}  // namespace attention_detail
+}  // namespace dlkern::cpu::DLKERN_ISA
