@@ -57,19 +57,12 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
   tile.set_head(b, h);
   tile.load_queries(i0, rows);
   const int64_t row_step = tile.strips ? kStrip : kRows;
-  int64_t first = s.keys, last = 0;
-  const auto seen_by = [&](int64_t r0) { return Seen(args, b, i0 + r0, smaller(row_step, rows - r0)); };
-  for (int64_t r0 = 0; r0 < rows; r0 += row_step) {
-    const Seen seen = seen_by(r0);
-    if (seen.last == 0) continue;
-    first = smaller(first, seen.first);
-    last = larger(last, seen.last);
-  }
-  for (int64_t j0 = first / kKeys * kKeys; j0 < last; j0 += kKeys) {
+  const Span span(args, b, i0, rows);
+  for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
     tile.load_keys(j0, smaller(kKeys, s.keys - j0));
     for (int64_t r0 = 0; r0 < rows; r0 += row_step) {
       const int64_t some = smaller(row_step, rows - r0);
-      const Seen seen = seen_by(r0);
+      const Seen seen(args, b, i0 + r0, some);
       if (seen.last <= j0 || seen.first >= j0 + tile.n) continue;
       const int64_t count = smaller(tile.n, seen.last - j0);
       if (tile.strips) tile.choose(r0);
@@ -107,13 +100,10 @@ template <class T, int SCORE> void forward(const AttentionArgs<T>& args) {
   // Later chunks first: they see more keys where attention is causal.
   parallel_tasks(workers, tasks, [&](int64_t task) {
     const int64_t head = task / chunks, i0 = (chunks - 1 - task % chunks) * chunk;
-    const auto run = [&] {
+    on_tiles<T, SCORE>(tiled, [&] {
       forward_chunk<T, SCORE>(args, head / s.heads, head % s.heads, i0, smaller(chunk, s.queries - i0),
                               smaller(chunk, ceil_div(s.queries, row_step) * row_step));
-    };
-    if constexpr (kTiled<T, SCORE>)
-      if (tiled) return with_tiles(run);
-    run();
+    });
   });
 }
 

@@ -15,6 +15,8 @@ using namespace attention_detail;
 
 constexpr int64_t kTasks = 8;  // at least, where a head has that many blocks of keys
 
+constexpr int64_t kBlockRows = 128, kBlockStrips = kBlockRows / kStrip;  // of queries, where products are of strips
+
 // A tile and the gradient of its scores.
 template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   using Base = Tile<T, SCORE>;
@@ -25,17 +27,76 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   const A* delta;  // [batch, heads, queries]
   Rows<A> grad;
   A *grad_copy, *value_turned, *change;
-  const char *grad_strip, *value_squares;  // where products are of strips
+  // Strips of a block of queries, and of the loaded values for products with gradients.
+  char *block_queries, *block_grads, *value_squares;
+  const char* grad_strip;
+  int64_t grad_bytes = 0;
+  float block_query_most[kBlockStrips], block_grad_most[kBlockStrips];
   bool through_cap = true;  // dS of scores before their cap, or behind it
 
   static int64_t size(const AttentionShape& s) {
-    return Base::size(s, kRows) + kRows * padded<A>(s.value_depth) + s.value_depth * kKeys + kRows * kKeys;
+    int64_t bytes_of_strips = 0;
+    if constexpr (kTiled<T, SCORE>)
+      if (is_tiled<T, SCORE>(s))
+        bytes_of_strips = kBlockStrips * (strip_bytes<T>(s.depth) + strip_bytes<T>(s.value_depth)) +
+                          kKeyStrips * strip_bytes<T>(s.value_depth);
+    return bytes_of_strips / static_cast<int64_t>(sizeof(A)) + Base::size(s, kRows) + kRows * padded<A>(s.value_depth) +
+           s.value_depth * kKeys + kRows * kKeys;
   }
   GradientTile(const AttentionBackwardArgs<T>& arguments, const A* deltas, A* memory)
       : Base(arguments.forward, kRows, memory), all(arguments), delta(deltas) {
     grad_copy = memory + Base::size(s, kRows);
     value_turned = grad_copy + kRows * value_depth;
     change = value_turned + s.value_depth * kKeys;
+    if constexpr (kTiled<T, SCORE>) {
+      grad_bytes = strip_bytes<T>(s.value_depth);
+      block_queries = reinterpret_cast<char*>(change + kRows * kKeys);
+      block_grads = block_queries + kBlockStrips * this->strip_of_depth;
+      value_squares = block_grads + kBlockStrips * grad_bytes;
+    }
+  }
+  // Blocks of queries and of keys, which each_part() then hands on as the products' rows at a time:
+  // f(first, count).
+  int64_t block_rows() const { return this->strips ? kBlockRows : kRows; }
+  void load_block_keys(int64_t first, int64_t count) {
+    this->set_keys(first, count);
+    if constexpr (kTiled<T, SCORE>)
+      if (this->strips) {
+        pack_keys(*this);
+        return pack_value_squares(*this);
+      }
+    load_keys();
+  }
+  void load_block(int64_t first, int64_t rows) {
+    if constexpr (kTiled<T, SCORE>)
+      for (int64_t r = 0; this->strips && r < rows; r += kStrip) {
+        this->set_queries(first + r, smaller(kStrip, rows - r));
+        pack_block_strip(*this, r / kStrip);
+      }
+  }
+  template <class F> void each_part(int64_t first, int64_t rows, const F& f) {
+    const int64_t step = this->strips ? kStrip : kRows;
+    for (int64_t r = 0; r < rows; r += step) {
+      const int64_t some = smaller(step, rows - r);
+      if (this->strips && is_bounded(block_query_most[r / kStrip]) && is_bounded(this->key_most) &&
+          fit(block_grad_most[r / kStrip])) {
+        use_strips(first + r, some, block_queries + r / kStrip * this->strip_of_depth,
+                   block_grads + r / kStrip * grad_bytes);
+      } else {
+        if (!this->has_key_vectors) load_keys();
+        load_queries(first + r, some);
+      }
+      f(first + r, some);
+    }
+  }
+  bool fit(float grad_most) const {
+    return is_bounded(grad_most) && is_bounded(this->value_most) && are_large(grad_most, this->value_most);
+  }
+  void use_strips(int64_t first, int64_t rows, char* queries, const char* grads) {
+    this->by_strips = true;
+    this->set_queries(first, rows);
+    this->query_strips = queries;
+    grad_strip = grads;
   }
   // As vectors.
   void load_keys(int64_t first, int64_t count) {
@@ -163,8 +224,6 @@ void pairwise_backward(int64_t rows, int64_t keys, int64_t depth, const A* q, co
   }
 }
 
-constexpr int64_t kBlockRows = 128, kBlockStrips = kBlockRows / kStrip;
-
 // A task's products by AMX's tiles, where there are any.
 template <class T, int SCORE, bool TILED = kTiled<T, SCORE>> struct StripGradients {
   static int64_t size(const AttentionShape&) { return 0; }
@@ -177,8 +236,33 @@ template <class T, int SCORE, bool TILED = kTiled<T, SCORE>> struct StripGradien
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 
 template <class T, int SCORE> void multiply_grad_strip(GradientTile<T, SCORE>& tile, int64_t rows, int64_t width) {
-  multiply_row<T>(ceil_div(tile.s.value_depth, kTileStep), tile.grad_strip, tile.value_squares,
-                  strip_bytes<T>(tile.s.value_depth), tile.change, kKeys, rows, width);
+  multiply_row<T>(ceil_div(tile.s.value_depth, kTileStep), tile.grad_strip, tile.value_squares, tile.grad_bytes,
+                  tile.change, kKeys, rows, width);
+}
+template <class T, int SCORE> void pack_value_squares(GradientTile<T, SCORE>& tile) {
+  with_value_rows(tile, [&](const auto* from, int64_t row) {
+    tile.value_most = most_of(from, row, tile.n, tile.s.value_depth);
+    pack_lines<T, false>(Lines{from, row, 1}, tile.n, tile.s.value_depth, tile.value_squares, tile.grad_bytes);
+  });
+}
+template <class T, int SCORE, class F> void with_grad_rows(GradientTile<T, SCORE>& tile, const F& f) {
+  const Strided<const T>& g = tile.all.grad_output;
+  if (g.stride[3] == 1) return f(tile.grad_at(tile.i0), g.stride[2]);
+  tile.load_grad_rows(tile.i0, tile.rows_loaded);
+  f(tile.grad.data, tile.grad.row);
+}
+// Of the set queries, strip `r` of a block.
+template <class T, int SCORE> void pack_block_strip(GradientTile<T, SCORE>& tile, int64_t r) {
+  with_query_rows(tile, [&](const auto* from, int64_t row) {
+    tile.block_query_most[r] = most_of(from, row, tile.rows_loaded, tile.s.depth);
+    pack_lines<T, true>(Lines{from, row, 1}, tile.rows_loaded, tile.s.depth,
+                        tile.block_queries + r * tile.strip_of_depth, 0);
+  });
+  with_grad_rows(tile, [&](const auto* from, int64_t row) {
+    tile.block_grad_most[r] = most_of(from, row, tile.rows_loaded, tile.s.value_depth);
+    pack_lines<T, true>(Lines{from, row, 1}, tile.rows_loaded, tile.s.value_depth,
+                        tile.block_grads + r * tile.grad_bytes, 0);
+  });
 }
 
 // Strips of queries, a block of kBlockRows at a time, are laid out when the first keys need them and kept for the others. What is summed over queries, the gradients of keys and values, is summed turned:
@@ -193,7 +277,7 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
   const int64_t blocks, query_bytes, grad_bytes, depth_strips, value_strips;
   static constexpr int64_t kRowBytes = kBlockStrips * kStepBytes<T>;  // of a line of rows
   const int64_t block_bytes;
-  char *packed, *value_squares, *key_rows, *weights, *changes, *change_rows;
+  char *packed, *key_rows, *weights, *changes, *change_rows;
   float *key_sums, *value_sums;
   Block* block;
 
@@ -208,8 +292,8 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
     const int64_t lines = ceil_div(s.depth, kStrip) + ceil_div(s.value_depth, kStrip), number = sizeof(float);
     if (!is_tiled<T, SCORE>(s)) return 0;
     return (blocks_of(s) * (bytes_of_block(s) + static_cast<int64_t>(sizeof(Block))) +
-            kKeyStrips * strip_bytes<T>(s.value_depth) + ceil_div(s.depth, kStrip) * strip_bytes<T>(kKeys) +
-            2 * kKeyStrips * kRowBytes + kBlockStrips * strip_bytes<T>(kKeys) + lines * kStrip * kKeys * number) /
+            ceil_div(s.depth, kStrip) * strip_bytes<T>(kKeys) + 2 * kKeyStrips * kRowBytes +
+            kBlockStrips * strip_bytes<T>(kKeys) + lines * kStrip * kKeys * number) /
            number;
   }
   StripGradients(GradientTile<T, SCORE>& gradient_tile, float* memory)
@@ -229,7 +313,6 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
       return at;
     };
     packed = take(blocks_of(s) * block_bytes);
-    value_squares = take(kKeyStrips * grad_bytes);
     key_rows = take(depth_strips * strip_bytes<T>(kKeys));
     weights = take(kKeyStrips * kRowBytes);
     changes = take(kKeyStrips * kRowBytes);
@@ -238,7 +321,6 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
     value_sums = reinterpret_cast<float*>(take(value_strips * kStrip * kKeys * 4));
     block = reinterpret_cast<Block*>(take(0));
     for (int64_t i = 0; i < blocks_of(s); ++i) block[i] = {0, 0, false};
-    tile.value_squares = value_squares;
   }
 
   void load_keys(int64_t first, int64_t count) {
@@ -248,10 +330,7 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
       pack_lines<T, false>(Lines{from, row, 1}, count, s.depth, tile.key_strips, query_bytes);
       pack_lines<T, false>(Lines{from, 1, row}, s.depth, count, key_rows, strip_bytes<T>(kKeys));
     });
-    with_value_rows(tile, [&](const auto* from, int64_t row) {
-      tile.value_most = most_of(from, row, count, s.value_depth);
-      pack_lines<T, false>(Lines{from, row, 1}, count, s.value_depth, value_squares, grad_bytes);
-    });
+    pack_value_squares(tile);
     std::memset(key_sums, 0, static_cast<size_t>((depth_strips + value_strips) * kStrip * kKeys) * sizeof(float));
   }
 
@@ -274,19 +353,16 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
     char* turned_queries = grads + kBlockStrips * grad_bytes;
     char* turned_grads = turned_queries + depth_strips * kRowBytes;
     if (!own.is_packed) pack(own, i0, rows, queries, grads, turned_queries, turned_grads);
-    if (!is_bounded(own.query_most) || !is_bounded(own.grad_most) || !is_bounded(tile.key_most) ||
-        !is_bounded(tile.value_most) || !are_large(own.grad_most, tile.value_most) || !are_large(1, own.grad_most))
+    if (!is_bounded(own.query_most) || !is_bounded(tile.key_most) || !tile.fit(own.grad_most) ||
+        !are_large(1, own.grad_most))
       return false;
 
     float change_most = 0;
-    tile.by_strips = true;
     for (int64_t r = first; r < last; ++r) {
       const int64_t i = i0 + r * kStrip, some = smaller(kStrip, rows - r * kStrip), count = counts[r];
       if (count == 0) continue;
       const Seen seen(tile.args, tile.b, i, some);
-      tile.set_queries(i, some);
-      tile.query_strips = queries + r * query_bytes;
-      tile.grad_strip = grads + r * grad_bytes;
+      tile.use_strips(i, some, queries + r * query_bytes, grads + r * grad_bytes);
       tile.compute(some, count, seen);
       const float most = most_of(tile.change, kKeys, some, count);
       if (!is_bounded(most)) return false;
@@ -340,21 +416,13 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
         pack_lines<T, true>(Lines{from, row, 1}, some, depth, left, 0);
         pack_lines<T, true>(Lines{from, 1, row}, depth, some, turned + r * kStepBytes<T>, kRowBytes);
       };
-      char *query_strip = queries + r * query_bytes, *grad_strip = grads + r * grad_bytes;
       tile.set_queries(i, some);
-      if (tile.packs_rows(tile.args.query)) {
-        pack_rows(tile.query_at(i), tile.args.query.stride[2], s.depth, own.query_most, query_strip, turned_queries);
-      } else {
-        tile.load_query_vectors();
-        pack_rows(tile.query.data, tile.query.row, s.depth, own.query_most, query_strip, turned_queries);
-      }
-      const Strided<const T>& g = tile.all.grad_output;
-      if (g.stride[3] == 1) {
-        pack_rows(tile.grad_at(i), g.stride[2], s.value_depth, own.grad_most, grad_strip, turned_grads);
-      } else {
-        tile.load_grad_rows(i, some);
-        pack_rows(tile.grad.data, tile.grad.row, s.value_depth, own.grad_most, grad_strip, turned_grads);
-      }
+      with_query_rows(tile, [&](const auto* from, int64_t row) {
+        pack_rows(from, row, s.depth, own.query_most, queries + r * query_bytes, turned_queries);
+      });
+      with_grad_rows(tile, [&](const auto* from, int64_t row) {
+        pack_rows(from, row, s.value_depth, own.grad_most, grads + r * grad_bytes, turned_grads);
+      });
     }
   }
 };
@@ -397,31 +465,38 @@ template <class T> void make_delta(const AttentionBackwardArgs<T>& args, acc_t<T
 template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardArgs<T>& args, acc_t<T>* delta) {
   using A = acc_t<T>;
   const AttentionShape& s = args.forward.shape;
-  const int64_t blocks = ceil_div(s.queries, kRows), tasks = s.batch * s.heads * blocks;
+  const bool tiled = is_tiled<T, SCORE>(s);
+  const int64_t block = tiled ? kBlockRows : kRows, blocks = ceil_div(s.queries, block),
+                tasks = s.batch * s.heads * blocks;
   std::memset(static_cast<void*>(delta), 0, sizeof(A) * static_cast<size_t>(s.batch * s.heads * s.queries));
-  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t begin, int64_t end) {
     GradientTile<T, SCORE> tile(args, delta, scratch<A>(Slot::family_0, GradientTile<T, SCORE>::size(s)));
     tile.through_cap = false;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / blocks, i0 = task % blocks * kRows, rows = smaller(kRows, s.queries - i0);
+      const int64_t head = task / blocks, i0 = task % blocks * block, rows = smaller(block, s.queries - i0);
       tile.set_head(head / s.heads, head % s.heads);
-      tile.load_queries(i0, rows);
-      const Seen seen(args.forward, tile.b, i0, rows);
-      double sums[kRows] = {};
-      for (int64_t j0 = seen.first / kKeys * kKeys; j0 < seen.last; j0 += kKeys) {
-        const int64_t count = smaller(kKeys, seen.last - j0);
-        tile.load_keys(j0, count);
-        tile.compute(rows, count, seen);  // with delta 0: P g V^T
-        for (int64_t r = 0; r < rows; ++r) {
-          Wide<A> sum{};
-          for (int64_t j = 0; j < count; j += kLanes<A>)
-            sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
-          sums[r] += reduce_add(sum);
-        }
+      tile.load_block(i0, rows);
+      const Span span(args.forward, tile.b, i0, rows);
+      double sums[kBlockRows] = {};
+      for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
+        tile.load_block_keys(j0, smaller(kKeys, span.last - j0));
+        tile.each_part(i0, rows, [&](int64_t first, int64_t some) {
+          const Seen seen(args.forward, tile.b, first, some);
+          if (seen.last <= j0 || seen.first >= j0 + tile.n) return;
+          const int64_t count = smaller(tile.n, seen.last - j0);
+          tile.compute(some, count, seen);  // with delta 0: P g V^T
+          for (int64_t r = 0; r < some; ++r) {
+            Wide<A> sum{};
+            for (int64_t j = 0; j < count; j += kLanes<A>)
+              sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
+            sums[first - i0 + r] += reduce_add(sum);
+          }
+        });
       }
       for (int64_t r = 0; r < rows; ++r) delta[tile.row_number(i0 + r)] = static_cast<A>(sums[r]);
     }
-  });
+  };
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { on_tiles<T, SCORE>(tiled, [&] { run(begin, end); }); });
 }
 
 template <class A, class T> void narrow(const A* from, T* to, int64_t count, A factor) {
@@ -513,55 +588,63 @@ template <class T, int SCORE> void backward_mask(const AttentionBackwardArgs<T>&
   const AttentionShape& s = args.forward.shape;
   const int64_t* size = s.mask_size;
   const bool every_row = size[2] == 1, every_key = size[3] == 1;
-  const int64_t row_blocks = ceil_div(size[2], kRows), key_blocks = ceil_div(size[3], kKeys);
+  const bool tiled = is_tiled<T, SCORE>(s);
+  const int64_t block = tiled ? kBlockRows : kRows;
+  const int64_t row_blocks = ceil_div(size[2], block), key_blocks = ceil_div(size[3], kKeys);
   const int64_t tasks = size[0] * size[1] * row_blocks * key_blocks;
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);
-  parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t begin, int64_t end) {
     GradientTile<T, SCORE> tile(args, delta, scratch<A>(Slot::family_0, GradientTile<T, SCORE>::size(s)));
     tile.through_cap = false;  // the mask is added behind it
-    double* total = scratch<double>(Slot::family_4, kRows * kKeys);
+    double* total = scratch<double>(Slot::family_4, block * kKeys);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_block = task % key_blocks, row_block = task / key_blocks % row_blocks,
                     mh = task / key_blocks / row_blocks % size[1], mb = task / key_blocks / row_blocks / size[1];
-      std::memset(total, 0, sizeof(double) * static_cast<size_t>(kRows * kKeys));
+      std::memset(total, 0, sizeof(double) * static_cast<size_t>(block * kKeys));
       for (int64_t b = size[0] == 1 ? 0 : mb; b < (size[0] == 1 ? s.batch : mb + 1); ++b)
         for (int64_t h = size[1] == 1 ? 0 : mh; h < (size[1] == 1 ? s.heads : mh + 1); ++h) {
           tile.set_head(b, h);
           const int64_t j_end = every_key ? s.keys : smaller((key_block + 1) * kKeys, s.keys),
-                        i_end = every_row ? s.queries : smaller((row_block + 1) * kRows, s.queries);
+                        i_end = every_row ? s.queries : smaller((row_block + 1) * block, s.queries);
           for (int64_t j0 = every_key ? 0 : key_block * kKeys; j0 < j_end; j0 += kKeys) {
             const int64_t n = smaller(kKeys, j_end - j0);
-            tile.load_keys(j0, n);
-            for (int64_t i0 = every_row ? 0 : row_block * kRows; i0 < i_end; i0 += kRows) {
-              const int64_t rows = smaller(kRows, i_end - i0);
-              const Seen seen(args.forward, b, i0, rows);
-              if (seen.last <= j0 || seen.first >= j0 + n) continue;
-              tile.load_queries(i0, rows);
-              tile.compute(rows, n, seen);
-              for (int64_t r = 0; r < rows; ++r) {
-                double* to = total + (every_row ? 0 : r) * kKeys;
-                Wide<A> sum{};
-                for (int64_t j = 0; j < n; j += kLanes<A>) {
-                  if (!every_key) std::memcpy(&sum, to + j, sizeof sum);
-                  sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
-                  if (!every_key) std::memcpy(to + j, &sum, sizeof sum);
+            tile.load_block_keys(j0, n);
+            for (int64_t i0 = every_row ? 0 : row_block * block; i0 < i_end; i0 += block) {
+              const int64_t rows = smaller(block, i_end - i0);
+              const Span span(args.forward, b, i0, rows);
+              if (span.last <= j0 || span.first >= j0 + n) continue;
+              tile.load_block(i0, rows);
+              tile.each_part(i0, rows, [&](int64_t first, int64_t some) {
+                const Seen seen(args.forward, b, first, some);
+                if (seen.last <= j0 || seen.first >= j0 + n) return;
+                tile.compute(some, n, seen);
+                for (int64_t r = 0; r < some; ++r) {
+                  double* to = total + (every_row ? 0 : first - i0 + r) * kKeys;
+                  Wide<A> sum{};
+                  for (int64_t j = 0; j < n; j += kLanes<A>) {
+                    if (!every_key) std::memcpy(&sum, to + j, sizeof sum);
+                    sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
+                    if (!every_key) std::memcpy(to + j, &sum, sizeof sum);
+                  }
+                  if (every_key) to[0] += reduce_add(sum);
                 }
-                if (every_key) to[0] += reduce_add(sum);
-              }
+              });
             }
           }
         }
-      const int64_t rows = smaller(kRows, size[2] - row_block * kRows), n = smaller(kKeys, size[3] - key_block * kKeys);
+      const int64_t rows = smaller(block, size[2] - row_block * block), n = smaller(kKeys, size[3] - key_block * kKeys);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < n; ++j) {
-          const int64_t to = ((mb * size[1] + mh) * size[2] + row_block * kRows + r) * size[3] + key_block * kKeys + j;
+          const int64_t to = ((mb * size[1] + mh) * size[2] + row_block * block + r) * size[3] + key_block * kKeys + j;
           if (s.mask == kOwnMask)
             static_cast<T*>(args.grad_mask)[to] = static_cast<T>(total[r * kKeys + j]);
           else
             static_cast<float*>(args.grad_mask)[to] = static_cast<float>(total[r * kKeys + j]);
         }
     }
-  });
+  };
+  parallel_for(tasks, work < kWorthWaking ? tasks : 1,
+               [&](int64_t begin, int64_t end) { on_tiles<T, SCORE>(tiled, [&] { run(begin, end); }); });
 }
 
 template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args) {
@@ -582,13 +665,10 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   const int64_t workers = work < kWorthWaking ? 1 : smaller(num_threads(), tasks);
   parallel_tasks(workers, tasks, [&](int64_t task) {
     const int64_t head = task / splits;
-    const auto run = [&] {
+    on_tiles<T, SCORE>(is_tiled<T, SCORE>(s), [&] {
       backward_keys<T, SCORE>(args, delta, head / s.key_heads, head % s.key_heads, task % splits, splits,
                               partial + task * slice, weights ? weights + task * s.depth : nullptr);
-    };
-    if constexpr (kTiled<T, SCORE>)
-      if (is_tiled<T, SCORE>(s)) return with_tiles(run);
-    run();
+    });
   });
   parallel_for(heads * group * s.queries, 1 + 16384 / (depth * splits + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -61,11 +61,6 @@ inline bool is_bounded(float a) { return a < 0x1p56f; }
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 
-template <class F> inline void with_tiles(const F& f) {
-  const Tiles tiles;
-  f();
-}
-
 // Lines in strips `bytes` apart, as parts of a T.
 template <class T, bool LEFT, class F>
 inline void pack_lines(const Lines<F>& from, int64_t count, int64_t k, char* to, int64_t bytes) {
@@ -120,6 +115,18 @@ inline void add_turned(const float* from, int64_t from_row, int64_t count, int64
 }
 
 #endif
+
+// f(), with the calling thread's tiles set up if it multiplies by them.
+template <class T, int SCORE, class F> inline void on_tiles(bool tiled, const F& f) {
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+  if constexpr (kTiled<T, SCORE>)
+    if (tiled) {
+      const Tiles tiles;
+      return f();
+    }
+#endif
+  f();
+}
 
 }  // namespace attention_detail
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -163,6 +163,19 @@ struct Seen {
     if (last == 0) first = 0;
   }
 };
+// The first and one past the last of all the keys that some queries, more than a Seen holds, see.
+struct Span {
+  int64_t first, last = 0;
+  template <class T> Span(const AttentionArgs<T>& args, int64_t b, int64_t i0, int64_t rows) : first(args.shape.keys) {
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const Seen seen(args, b, i0 + r, smaller(kRows, rows - r));
+      if (seen.last == 0) continue;
+      first = smaller(first, seen.first);
+      last = larger(last, seen.last);
+    }
+    if (last == 0) first = 0;
+  }
+};
 
 // Words of dropout for keys j0 .. j0 + n - 1 (j0 a multiple of 64) of row `row` of all [batch, heads, queries]: key j has
 // word j % 64 / 16 of the block of counter (row * ceil(keys / 64) + j / 64) * 16 + j % 16.
@@ -590,18 +603,20 @@ template <class T, int SCORE> struct Tile {
 };
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+// f(numbers, row): what strips are packed from.
+template <class T, int SCORE, class F> void with_query_rows(Tile<T, SCORE>& tile, const F& f) {
+  if (tile.packs_rows(tile.args.query)) return f(tile.query_at(tile.i0), tile.args.query.stride[2]);
+  tile.load_query_vectors();
+  f(tile.query.data, tile.query.row);
+}
 template <class T, int SCORE> void pack_queries(Tile<T, SCORE>& tile) {
-  const auto pack = [&](const auto* from, int64_t row) {
+  with_query_rows(tile, [&](const auto* from, int64_t row) {
     for (int64_t r = 0; r < tile.rows_loaded; r += kStrip)
       tile.query_most[r / kStrip] = most_of(from + r * row, row, smaller(kStrip, tile.rows_loaded - r), tile.s.depth);
     pack_lines<T, true>(Lines{from, row, 1}, tile.rows_loaded, tile.s.depth, tile.query_strips, tile.strip_of_depth);
-  };
-  if (tile.packs_rows(tile.args.query)) return pack(tile.query_at(tile.i0), tile.args.query.stride[2]);
-  tile.load_query_vectors();
-  pack(tile.query.data, tile.query.row);
+  });
 }
 
-// f(numbers, row): what strips of keys are packed from.
 template <class T, int SCORE, class F> void with_key_rows(Tile<T, SCORE>& tile, const F& f) {
   if (tile.packs_rows(tile.args.key)) return f(tile.key_at(tile.args.key), tile.args.key.stride[2]);
   tile.load_key_rows();
