@@ -39,6 +39,91 @@ inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t cou
   store(sum, total);
 }
 
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+// The same for a strip of rows, which leaves the exponentials as a left side for products by tiles.
+template <class T, int SCORE>
+void softmax_strip(Tile<T, SCORE>& tile, int64_t r0, int64_t rows, int64_t count, const Seen& seen, float* largest,
+                   float* sums, float* output) {
+  constexpr int64_t lanes = kTile;
+  constexpr bool whole = kParts<T> == kParts<float>;
+  const float minus_infinity = -__builtin_inff();
+  const bool plain = count == kKeys && tile.is_plain(count, seen.last_begin, seen.first_end);
+  for (int64_t t = 0; t < rows; t += lanes) {
+    vfloat top[lanes];
+    alignas(64) float factors[lanes], bases[lanes], shrinks[lanes];
+    const int64_t some = smaller(lanes, rows - t);
+    for (int64_t r = 0; r < some; ++r) {
+      if (plain) {
+        const float* x = tile.scores + (t + r) * kKeys;
+        vfloat v[2] = {load(x), load(x + lanes)};
+#pragma GCC unroll 3
+        for (int64_t j = 2 * lanes; j < kKeys; j += 2 * lanes)
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const vfloat other = load(x + j + half * lanes);
+            v[half] = other > v[half] ? other : v[half];
+          }
+        top[r] = v[0] > v[1] ? v[0] : v[1];
+        factors[r] = static_cast<float>(tile.s.scale);
+        continue;
+      }
+      const auto row = tile.finish_row(r0, t + r, count, seen.begin[t + r], seen.end[t + r], false);
+      top[r] = row.top;
+      factors[r] = row.factor;
+    }
+    for (int64_t r = some; r < lanes; ++r) {
+      top[r] = broadcast<float>(minus_infinity);
+      factors[r] = 1;
+    }
+    const vfloat highest = largest_lanes(top) * load(factors), before = load(largest + t);
+    const vfloat next = highest > before ? highest : before;
+    const vfloat base = next == minus_infinity ? vfloat{} : next;
+    store(largest + t, next);
+    store(bases, base);
+    store(shrinks, next != before ? exp_nonpositive(before - base) : broadcast<float>(1));
+    for (int64_t r = 0; r < some; ++r) {
+      vfloat total = load(sums + (t + r) * lanes);
+      if (shrinks[r] != 1) {
+        const vfloat by = broadcast<float>(shrinks[r]);
+        float* out = output + (t + r) * tile.value_depth;
+        total *= by;
+        for (int64_t d = 0; d < tile.value_depth; d += lanes) store(out + d, load(out + d) * by);
+      }
+      const Exponential<T> exponential(factors[r], bases[r]);
+      float* x = tile.scores + (t + r) * kKeys;
+      char* to = tile.weight_strip + t / kTile * kTileBytes + r * 64;
+      if (tile.s.p > 0) {
+        for (int64_t j = 0; j < count; j += lanes) {
+          const vfloat e = exponential(load(x + j));
+          total += e;
+          store(x + j, e);
+        }
+        tile.each_dropped(r0, t + r, count, [&](int64_t j, vfloat factor) { store(x + j, load(x + j) * factor); });
+      } else if (count == kKeys) {
+        vfloat others{};
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kKeys; j += kTileStep, to += kStepBytes<T>) {
+          const vfloat low = exponential(load(x + j)), high = exponential(load(x + j + lanes));
+          total += low;
+          others += high;
+          tiles_detail::store_words<kParts<T>, whole>(low, high, to);
+        }
+        total += others;
+      } else {
+        for (int64_t j = 0; j < count; j += kTileStep, to += kStepBytes<T>) {
+          const vfloat low = exponential(load(x + j));
+          const vfloat high = j + lanes < count ? exponential(load(x + j + lanes)) : vfloat{};
+          total += low;
+          total += high;
+          tiles_detail::store_words<kParts<T>, whole>(low, high, to);
+        }
+      }
+      store(sums + (t + r) * lanes, total);
+    }
+  }
+}
+#endif
+
 template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, int64_t b, int64_t h, int64_t i0,
                                                  int64_t rows, int64_t chunk) {
   using A = acc_t<T>;
@@ -50,7 +135,7 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
   Tile<T, SCORE> tile(args, chunk, memory);
   A *output = memory + tile_size, *sums = output + chunk * value_depth;
   A largest[kMostTiledRows];
-  for (int64_t r = 0; r < rows; ++r) largest[r] = -__builtin_inf();
+  for (int64_t r = 0; r < chunk; ++r) largest[r] = -__builtin_inf();
   for (int64_t i = 0; i < rows * value_depth; i += lanes) store(output + i, V{});
   for (int64_t i = 0; i < rows * lanes; i += lanes) store(sums + i, V{});
 
@@ -67,6 +152,12 @@ template <class T, int SCORE> void forward_chunk(const AttentionArgs<T>& args, i
       const int64_t count = smaller(tile.n, seen.last - j0);
       if (tile.strips) tile.choose(r0);
       tile.multiply(r0, some, count);
+      if constexpr (kTiled<T, SCORE>)
+        if (tile.by_strips) {
+          softmax_strip(tile, r0, some, count, seen, largest + r0, sums + r0 * lanes, output + r0 * value_depth);
+          tile.add_values(some, count, output + r0 * value_depth);
+          continue;
+        }
       for (int64_t r = 0; r < some; ++r) {
         const auto row = tile.finish_row(r0, r, count, seen.begin[r], seen.end[r], false);
         softmax_row(tile, r0, r, count, row, largest[r0 + r], sums + (r0 + r) * lanes, output + (r0 + r) * value_depth);

@@ -61,6 +61,53 @@ inline bool is_bounded(float a) { return a < 0x1p56f; }
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 
+// e^(x factor - base), at most 1, as what becomes parts of a T: with AVX-512 by 2^x, to 2^-17, for types of 16 bits.
+template <class T> struct Exponential {
+  vfloat factor, base;
+#if defined(__AVX512F__)
+  static constexpr bool kShort = sizeof(T) < sizeof(float);
+#else
+  static constexpr bool kShort = false;
+#endif
+  Exponential(float a, float b) {
+    constexpr float log2e = 1.44269504088896341f;
+    factor = broadcast<float>(kShort ? a * log2e : a);
+    base = broadcast<float>(kShort ? b * log2e : b);
+  }
+  [[gnu::always_inline]] vfloat operator()(vfloat x) const {
+    const vfloat t = x * factor - base;
+#if defined(__AVX512F__)
+    if constexpr (kShort) {
+      constexpr float kLow = -126;  // below it 0; a NaN stays one
+      const __mmask16 kept = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kLow), _CMP_NLT_UQ);
+      const vfloat k = (vfloat)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                   r = t - k;
+      // Of the polynomials with 2^0 = 1 the one of least largest relative error on [-1/2, 1/2].
+      vfloat y = broadcast<float>(0.00958285294f);
+      y = y * r + 0.0559064262f;
+      y = y * r + 0.240240991f;
+      y = y * r + 0.693124175f;
+      y = y * r + 1.0f;
+      return (vfloat)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)k);
+    }
+#endif
+    return exp_nonpositive(t);
+  }
+};
+
+// The largest lane of each of 16 vectors.
+inline vfloat largest_lanes(const vfloat* rows) {
+  vfloat square[kTile];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) square[r] = rows[r];
+  transpose(square);
+#pragma GCC unroll 16
+  for (int step = kTile / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int r = 0; r < step; ++r) square[r] = square[r] > square[r + step] ? square[r] : square[r + step];
+  return square[0];
+}
+
 // Lines in strips `bytes` apart, as parts of a T.
 template <class T, bool LEFT, class F>
 inline void pack_lines(const Lines<F>& from, int64_t count, int64_t k, char* to, int64_t bytes) {

@@ -142,9 +142,17 @@ template <class A> inline Vec<A> bool_mask_vector(const uint8_t* from, int64_t s
 struct Seen {
   int64_t begin[kRows], end[kRows];
   int64_t first, last;  // of all of them
+  int64_t last_begin = 0, first_end;  // between which all see all
   template <class T> Seen(const AttentionArgs<T>& args, int64_t b, int64_t i0, int64_t rows) {
     const AttentionShape& s = args.shape;
-    first = s.keys;
+    if (s.left < 0 && s.right < 0 && !args.lengths.data) {
+      for (int64_t r = 0; r < rows; ++r) begin[r] = 0;
+      for (int64_t r = 0; r < rows; ++r) end[r] = s.keys;
+      first = 0;
+      last = first_end = s.keys;
+      return;
+    }
+    first = first_end = s.keys;
     last = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = i0 + r, place = i + s.shift;
@@ -155,6 +163,8 @@ struct Seen {
       if (to <= from) from = to = 0;
       begin[r] = from;
       end[r] = to;
+      last_begin = larger(last_begin, from);
+      first_end = smaller(first_end, to);
       if (to > from) {
         first = smaller(first, from);
         last = larger(last, to);
@@ -525,12 +535,19 @@ template <class T, int SCORE> struct Tile {
     V top;
     A factor;
   };
+  // Whether row r's scores only want their scale, where it sees keys begin .. end - 1.
+  bool is_plain(int64_t count, int64_t begin, int64_t end) const {
+    return s.mask == kNoMask && !args.slopes && s.softcap == 0 && s.scale >= 0 && sees_all(count, begin, end);
+  }
+  bool sees_all(int64_t count, int64_t begin, int64_t end) const {
+    return begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
+  }
   Row finish_row(int64_t r0, int64_t r, int64_t count, int64_t begin, int64_t end, bool cap_slopes) {
     A* x = scores + r * kKeys;
     const A scale = static_cast<A>(s.scale), minus_infinity = -__builtin_inf();
     V top = broadcast<A>(minus_infinity);
-    const bool all = begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
-    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale >= 0) {
+    const bool all = sees_all(count, begin, end);
+    if (is_plain(count, begin, end)) {
       for (int64_t j = 0; j < count; j += lanes) {
         const V v = load(x + j);
         top = v > top ? v : top;
@@ -539,7 +556,7 @@ template <class T, int SCORE> struct Tile {
     }
     if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0) {
       const int64_t m = b * args.mask.stride[0] + h * args.mask.stride[1] + (i0 + r0 + r) * args.mask.stride[2] + j0;
-      if (s.mask == kBoolMask && scale >= 0) {
+      if (s.mask == kBoolMask && scale > 0) {
         const uint8_t* from = static_cast<const uint8_t*>(args.mask.data) + m;
         for (int64_t j = 0; j < count; j += lanes) {
           const V v = bool_selected(from + j, load(x + j));
@@ -647,7 +664,7 @@ template <class T, int SCORE> void multiply_strip(Tile<T, SCORE>& tile, int64_t 
 
 template <class T, int SCORE>
 void add_value_strips(Tile<T, SCORE>& tile, int64_t rows, int64_t count, float* output) {
-  pack_strip<true, float, T>({tile.scores, kKeys, 1}, rows, count, tile.weight_strip);
+  if (tile.s.p > 0) pack_strip<true, float, T>({tile.scores, kKeys, 1}, rows, count, tile.weight_strip);
   add_row<T>(ceil_div(count, kTileStep), tile.weight_strip, tile.value_strips, strip_bytes<T>(kKeys), output,
              tile.value_depth, rows, tile.value_depth);
 }
