@@ -363,16 +363,11 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
       if (count == 0) continue;
       const Seen seen(tile.args, tile.b, i, some);
       tile.use_strips(i, some, queries + r * query_bytes, grads + r * grad_bytes);
-      tile.compute(some, count, seen);
-      const float most = most_of(tile.change, kKeys, some, count);
+      const float most = some == kStrip && count % kStrip == 0 && is_simple(seen, count)
+                             ? make_simple_strip(seen, count, r)
+                             : make_strip(seen, some, count, r);
       if (!is_bounded(most)) return false;
       change_most = larger_of(most, change_most);
-      pack_strip<true, float, T>({tile.change, kKeys, 1}, some, count, change_rows + r * strip_bytes<T>(kKeys));
-      for (int64_t j = 0; j < count; j += kStrip) {
-        const int64_t at = j / kStrip * kRowBytes + r * kStepBytes<T>, columns = smaller(kStrip, count - j);
-        pack_strip<false, float, T>({tile.scores + j, 1, kKeys}, columns, some, weights + at);
-        pack_strip<false, float, T>({tile.change + j, 1, kKeys}, columns, some, changes + at);
-      }
     }
     if (!are_large(change_most, own.query_most) || !are_large(change_most, tile.key_most)) return false;
 
@@ -404,6 +399,70 @@ template <class T, int SCORE> class StripGradients<T, SCORE, true> {
 
  private:
   static float larger_of(float a, float b) { return a > b ? a : b; }
+
+  // Row strip r's probabilities and gradients of scores as sides of products; returns the largest of the latter.
+  float make_strip(const Seen& seen, int64_t rows, int64_t count, int64_t r) {
+    tile.compute(rows, count, seen);
+    pack_strip<true, float, T>({tile.change, kKeys, 1}, rows, count, change_rows + r * strip_bytes<T>(kKeys));
+    for (int64_t j = 0; j < count; j += kStrip) {
+      const int64_t at = j / kStrip * kRowBytes + r * kStepBytes<T>, columns = smaller(kStrip, count - j);
+      pack_strip<false, float, T>({tile.scores + j, 1, kKeys}, columns, rows, weights + at);
+      pack_strip<false, float, T>({tile.change + j, 1, kKeys}, columns, rows, changes + at);
+    }
+    return most_of(tile.change, kKeys, rows, count);
+  }
+  // The same where all of it is dS = P (g V^T - delta), without numbers in between in memory.
+  bool is_simple(const Seen& seen, int64_t count) const {
+    if (s.p > 0 || s.softcap != 0) return false;
+    for (int64_t r = 0; r < kStrip; ++r)
+      if (seen.begin[r] >= tile.j0 && seen.end[r] <= tile.j0 + count) return false;
+    return true;
+  }
+  float make_simple_strip(const Seen& seen, int64_t count, int64_t r) {
+    constexpr bool whole = kParts<T> == kParts<float>;
+    const bool plain = tile.is_plain(count, seen.last_begin, seen.first_end);
+    tile.multiply(0, kStrip, count);
+    tile.multiply_grad(kStrip, count);
+    vint32 most{};
+    for (int64_t i = 0; i < kTile; ++i) {
+      float factor[2] = {static_cast<float>(s.scale), static_cast<float>(s.scale)}, largest[2];
+      vfloat inverse[2], delta[2];
+      const float *x = tile.scores + i * kKeys, *d = tile.change + i * kKeys;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t line = i + half * kTile, row = tile.row_number(tile.i0 + line);
+        if (!plain) factor[half] = tile.finish_row(0, line, count, seen.begin[line], seen.end[line], false).factor;
+        largest[half] = tile.args.largest[row];
+        inverse[half] = broadcast<float>(tile.args.inverse[row]);
+        delta[half] = broadcast<float>(tile.delta[row]);
+      }
+      const Exponential<T> first(factor[0], largest[0]), second(factor[1], largest[1]);
+      char *of_weights = weights + r * kStepBytes<T> + i * 64, *of_changes = changes + r * kStepBytes<T> + i * 64,
+           *of_rows = change_rows + r * strip_bytes<T>(kKeys) + i * 64;
+      for (int64_t j = 0; j < count; j += kStrip) {
+        vfloat p[2][2], c[2][2];
+#pragma GCC unroll 2
+        for (int64_t side = 0; side < 2; ++side) {
+          const int64_t at = j + side * kTile;
+          p[0][side] = first(load(x + at)) * inverse[0];
+          p[1][side] = second(load(x + at + kTile * kKeys)) * inverse[1];
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            c[half][side] = p[half][side] * (load(d + at + half * kTile * kKeys) - delta[half]);
+            const vint32 bits = (vint32)c[half][side] & 0x7fffffff;
+            most = bits > most ? bits : most;
+          }
+          tiles_detail::store_words<kParts<T>, whole>(p[0][side], p[1][side], of_weights + side * kTileBytes);
+          tiles_detail::store_words<kParts<T>, whole>(c[0][side], c[1][side], of_changes + side * kTileBytes);
+        }
+        for (int half = 0; half < 2; ++half)
+          tiles_detail::store_words<kParts<T>, whole>(c[half][0], c[half][1], of_rows + half * kTileBytes);
+        of_weights += kRowBytes;
+        of_changes += kRowBytes;
+        of_rows += kStepBytes<T>;
+      }
+    }
+    return largest_of(most);
+  }
 
   void pack(Block& own, int64_t i0, int64_t rows, char* queries, char* grads, char* turned_queries,
             char* turned_grads) {

@@ -30,6 +30,14 @@ template <class T, int SCORE> bool is_tiled(const AttentionShape& s) {
          s.scale >= -large && (s.softcap == 0 || s.softcap >= small) && has_tiles();
 }
 
+// The largest of absolute values' bits, as the number that they are.
+inline float largest_of(vint32 bits) {
+  int32_t largest = 0;
+  for (int l = 0; l < kLanes<float>; ++l) largest = bits[l] > largest ? bits[l] : largest;
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
+}
 // The largest absolute value of rows of numbers; a NaN is one.
 template <class T> inline float most_of(const T* from, int64_t row, int64_t rows, int64_t columns) {
   vint32 most{};
@@ -44,11 +52,7 @@ template <class T> inline float most_of(const T* from, int64_t row, int64_t rows
       most = bits > most ? bits : most;
     }
   }
-  int32_t largest = 0;
-  for (int l = 0; l < kLanes<float>; ++l) largest = most[l] > largest ? most[l] : largest;
-  float value;
-  std::memcpy(&value, &largest, sizeof value);
-  return value;
+  return largest_of(most);
 }
 
 // Whether tiles may multiply numbers up to `a` by numbers up to `b`: nothing overflows, and what they flush to zero is far
