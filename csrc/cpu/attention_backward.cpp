@@ -15,7 +15,7 @@ using namespace attention_detail;
 
 constexpr int64_t kTasks = 8;  // at least, where a head has that many blocks of keys
 
-constexpr int64_t kBlockRows = 128, kBlockStrips = kBlockRows / kStrip;  // of queries, where products are of strips
+constexpr int64_t kBlockRows = 256, kBlockStrips = kBlockRows / kStrip;  // of queries, where products are of strips
 
 // A tile and the gradient of its scores.
 template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
