@@ -168,7 +168,7 @@ inline void add_turned(const float* from, int64_t from_row, int64_t count, int64
 #endif
 
 // f(), with the calling thread's tiles set up if it multiplies by them.
-template <class T, int SCORE, class F> inline void on_tiles(bool tiled, const F& f) {
+template <class T, int SCORE, class F> inline void on_tiles([[maybe_unused]] bool tiled, const F& f) {
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
   if constexpr (kTiled<T, SCORE>)
     if (tiled) {

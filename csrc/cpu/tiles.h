@@ -73,7 +73,7 @@ struct TileRegisters {
   alignas(64) char bytes[8][kTileBytes];
 };
 inline thread_local TileRegisters tile_registers;
-struct Tiles {};
+struct [[maybe_unused]] Tiles {};
 template <int N> inline void tile_zero() { std::memset(tile_registers.bytes[N], 0, kTileBytes); }
 template <int N> inline void tile_load(const void* from, int64_t pitch) {
   for (int64_t i = 0; i < kTile; ++i)
