@@ -43,9 +43,13 @@ OPTIONS = {
 }
 
 
+# Depths of keys and values: with the second, which only products of matrices have, there is enough to do for tiles.
+DEPTHS = {(12, 20): OPTIONS, (40, 36): [name for name in OPTIONS if name not in ("gaussian", "additive")]}
+
+
 @each_dtype
-@pytest.mark.parametrize("name", OPTIONS)
-def test_parity(name, dtype):
+@pytest.mark.parametrize(("depths", "name"), [(depths, name) for depths, names in DEPTHS.items() for name in names], ids=str)
+def test_parity(name, dtype, depths):
     """Two heads of queries share one of keys; sizes are no multiples of a tile."""
     settings, more = OPTIONS[name]
     more = {key: make() for key, make in more.items()}
@@ -64,7 +68,7 @@ def test_parity(name, dtype):
         return call
 
     def inputs():
-        drawn = leaves((2, 2, 50, 12), (2, 1, 150, 12), (2, 1, 150, 20))
+        drawn = leaves((2, 2, 50, depths[0]), (2, 1, 150, depths[0]), (2, 1, 150, depths[1]))
         if tensors[0] is not None and tensors[0].is_floating_point():
             drawn.append(torch.randn(tensors[0].shape, dtype=torch.float64).requires_grad_())
         return drawn + (leaves((12,)) if settings.score == ADDITIVE else [])
@@ -154,6 +158,46 @@ def test_infinite_and_nan_scores():
     q[0, 0, 1, 0] = torch.nan
     y = SDPA(q, k, k)
     assert y[0, 0, 1].isnan().all() and y[0, 0, [0, 2, 3]].isfinite().all()
+
+
+BY_TILES = (1, 2, 280, 36)  # shapes of operands that AMX's tiles multiply, where there are any
+by_tiles = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@by_tiles
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_infinity_and_nan_by_tiles(value, dtype):
+    """One such number in an operand: NaN where float64, which has no tiles, has it."""
+    torch.manual_seed(0)
+    for place in range(4):
+        tensors = [torch.randn(BY_TILES).to(dtype) for _ in range(4)]
+        tensors[place][0, 1, 270, 3] = value
+        found = []
+        for wide in (dtype, torch.float64):
+            q, k, v, g = (x.to(wide).requires_grad_() for x in tensors)
+            y = SDPA(q, k, v)
+            found.append([y, *torch.autograd.grad(y, (q, k, v), g)])
+        for name, a, b in zip(("output", "grad q", "grad k", "grad v"), *found):
+            assert torch.equal(a.isnan(), b.isnan()), (place, name)
+            assert torch.equal(a.isinf(), b.isinf()), (place, name)
+
+
+@by_tiles
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1e-30), (1, 1e-30, 1), (1e-20, 1e-20, 1e-6), (1e-3, 1e-36, 1e-3), (1e10, 1e-20, 1e-4), (0, 1, 1), (1, 0, 1)],
+)
+def test_sizes_far_from_one_by_tiles(sizes, dtype):
+    """Tiles flush what float32 hardly holds: queries, values and the output's gradient of these sizes."""
+    of_scores, of_values, of_gradient = sizes
+
+    def on(function):
+        def call(q, k, v):
+            return function(q * of_scores, k, v * of_values, scale=0.2 / max(of_scores, 1.0)) * of_gradient
+
+        return call
+
+    check(on(SDPA), on(tF.scaled_dot_product_attention), lambda: leaves(*[BY_TILES] * 3), dtype=dtype).raise_if_failed()
 
 
 def test_bits_do_not_depend_on_threads():

@@ -1,18 +1,17 @@
 // One tile of attention scores, kRows queries x kKeys keys: what forward and backward share.
 //
 // Operands are brought into dense rows of the type sums are carried in, padded with zeros to whole vectors; products run
-// on the micro-kernel of gemm.h. Which keys a query sees without a mask (causal, a window, lengths) is one interval a
+// on the micro-kernel of gemm.h, or on AMX's tiles, from strips laid out for them (attention_strips.h). Which keys a query sees without a mask (causal, a window, lengths) is one interval a
 // row, so that tiles outside it are skipped and only those on its border look at single keys.
 #pragma once
-#include "attention.h"
-#include "gemm.h"
+#include "attention_strips.h"
 #include "philox_vector.h"
 #include "positions_turn.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace attention_detail {
 
-constexpr int64_t kRows = 48, kKeys = 128;
+constexpr int64_t kRows = 48;  // at a time; with strips, 32
 template <class A> inline int64_t padded(int64_t n) { return ceil_div(n, kLanes<A>) * kLanes<A>; }
 
 // C (+)= A B for dense operands in rows padded to whole vectors: A[i, p] = a[i * a_row + p * a_column]; k_step products
@@ -143,9 +142,17 @@ template <class A> inline Vec<A> bool_mask_vector(const uint8_t* from, int64_t s
 struct Seen {
   int64_t begin[kRows], end[kRows];
   int64_t first, last;  // of all of them
+  int64_t last_begin = 0, first_end;  // between which all see all
   template <class T> Seen(const AttentionArgs<T>& args, int64_t b, int64_t i0, int64_t rows) {
     const AttentionShape& s = args.shape;
-    first = s.keys;
+    if (s.left < 0 && s.right < 0 && !args.lengths.data) {
+      for (int64_t r = 0; r < rows; ++r) begin[r] = 0;
+      for (int64_t r = 0; r < rows; ++r) end[r] = s.keys;
+      first = 0;
+      last = first_end = s.keys;
+      return;
+    }
+    first = first_end = s.keys;
     last = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = i0 + r, place = i + s.shift;
@@ -156,10 +163,25 @@ struct Seen {
       if (to <= from) from = to = 0;
       begin[r] = from;
       end[r] = to;
+      last_begin = larger(last_begin, from);
+      first_end = smaller(first_end, to);
       if (to > from) {
         first = smaller(first, from);
         last = larger(last, to);
       }
+    }
+    if (last == 0) first = 0;
+  }
+};
+// The first and one past the last of all the keys that some queries, more than a Seen holds, see.
+struct Span {
+  int64_t first, last = 0;
+  template <class T> Span(const AttentionArgs<T>& args, int64_t b, int64_t i0, int64_t rows) : first(args.shape.keys) {
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const Seen seen(args, b, i0 + r, smaller(kRows, rows - r));
+      if (seen.last == 0) continue;
+      first = smaller(first, seen.first);
+      last = larger(last, seen.last);
     }
     if (last == 0) first = 0;
   }
@@ -313,17 +335,28 @@ template <class T, int SCORE> struct Tile {
   const int64_t query_rows;  // loaded at a time
   const Keys words;
   const int64_t k_step;
+  const bool strips;  // what is loaded lies in strips; of vectors, where they are needed beside them
   Rows<A> query, key, value;  // in place where they are products' operands as they are
   A *query_copy, *key_copy, *value_copy, *query_exp, *key_exp, *key_turned, *key_exp_turned, *of_key, *scores,
       *slope_of_cap;
   // of_key: the reciprocal of a key's length (cosine)
   A query_bound[64], key_bound = 0;  // of absolute values, a block of kRows queries each
-  int64_t b = 0, h = 0, i0 = 0, j0 = 0, n = 0;
+  int64_t b = 0, h = 0, i0 = 0, rows_loaded = 0, j0 = 0, n = 0;
+  // Strips, how far apart those along the depth lie, and bounds: of a strip of queries, and of all loaded keys.
+  char *query_strips, *key_strips, *value_strips, *weight_strip;
+  int64_t strip_of_depth = 0;
+  float query_most[16], key_most = 0, value_most = 0;
+  bool by_strips = false, has_query_vectors = false, has_key_vectors = false;
 
   static int64_t size(const AttentionShape& s, int64_t query_rows) {
     const int64_t depth = padded<A>(s.depth), value_depth = padded<A>(s.value_depth);
-    return (query_rows + kKeys) * depth * (kAdditive ? 2 : 1) + s.depth * kKeys * (kAdditive ? 2 : 1) +
-           kKeys * value_depth + kKeys + 2 * kRows * kKeys;
+    int64_t bytes_of_strips = 0;
+    if constexpr (kTiled<T, SCORE>)
+      if (is_tiled<T, SCORE>(s))
+        bytes_of_strips = (ceil_div(query_rows, kStrip) + kKeyStrips) * strip_bytes<T>(s.depth) +
+                          (ceil_div(s.value_depth, kStrip) + 1) * strip_bytes<T>(kKeys);
+    return bytes_of_strips / static_cast<int64_t>(sizeof(A)) + (query_rows + kKeys) * depth * (kAdditive ? 2 : 1) +
+           s.depth * kKeys * (kAdditive ? 2 : 1) + kKeys * value_depth + kKeys + 2 * kRows * kKeys;
   }
   Tile(const AttentionArgs<T>& arguments, int64_t rows, A* memory)
       : args(arguments),
@@ -332,7 +365,8 @@ template <class T, int SCORE> struct Tile {
         value_depth(padded<A>(s.value_depth)),
         query_rows(rows),
         words(s.seed),
-        k_step(sum_length(s)) {
+        k_step(sum_length(s)),
+        strips(is_tiled<T, SCORE>(s)) {
     const auto take = [&memory](int64_t count) {
       A* at = memory;
       memory += count;
@@ -348,6 +382,15 @@ template <class T, int SCORE> struct Tile {
     of_key = take(kKeys);
     scores = take(kRows * kKeys);
     slope_of_cap = take(kRows * kKeys);
+    if constexpr (kTiled<T, SCORE>) {
+      if (!strips) return;
+      strip_of_depth = strip_bytes<T>(s.depth);
+      char* at = reinterpret_cast<char*>(memory);
+      query_strips = at;
+      key_strips = query_strips + ceil_div(rows, kStrip) * strip_of_depth;
+      value_strips = key_strips + kKeyStrips * strip_of_depth;
+      weight_strip = value_strips + ceil_div(s.value_depth, kStrip) * strip_bytes<T>(kKeys);
+    }
   }
 
   int64_t key_head() const { return h / (s.heads / s.key_heads); }
@@ -378,11 +421,37 @@ template <class T, int SCORE> struct Tile {
     for (int64_t r = 0; r < count; ++r) turn(args.rotary, b, first + r, A(1), memory + r * depth);
     return {memory, depth};
   }
-  void load_queries(int64_t first, int64_t rows) {
-    i0 = first;
+  // Whether strips are made of a query's or key's rows as they lie, or of copies that something was done to.
+  bool packs_rows(const Strided<const T>& rows) const {
+    return !kCosine && !(kDot && args.rotary.cos) && rows.stride[3] == 1;
+  }
+  const T* query_at(int64_t i) const {
     const Strided<const T>& q = args.query;
-    query = operand(q.data + b * q.stride[0] + h * q.stride[1] + i0 * q.stride[2], q.stride[2], q.stride[3], i0, rows,
-                    query_copy);
+    return q.data + b * q.stride[0] + h * q.stride[1] + i * q.stride[2];
+  }
+  const T* key_at(const Strided<const T>& k) const {
+    return k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2];
+  }
+  void set_queries(int64_t first, int64_t rows) {
+    i0 = first;
+    rows_loaded = rows;
+    has_query_vectors = false;
+  }
+  void set_keys(int64_t first, int64_t count) {
+    j0 = first;
+    n = count;
+    has_key_vectors = false;
+  }
+  void load_queries(int64_t first, int64_t rows) {
+    set_queries(first, rows);
+    if constexpr (kTiled<T, SCORE>)
+      if (strips) return pack_queries(*this);
+    load_query_vectors();
+  }
+  void load_query_vectors() {
+    has_query_vectors = true;
+    const int64_t rows = rows_loaded;
+    query = operand(query_at(i0), args.query.stride[2], args.query.stride[3], i0, rows, query_copy);
     if constexpr (kCosine)
       for (int64_t i = 0; i < rows; ++i) normalize(query_copy + i * depth, depth);
     if constexpr (kAdditive)
@@ -391,21 +460,39 @@ template <class T, int SCORE> struct Tile {
             double_exponentials(query_copy + r * depth, smaller(kRows, rows - r) * depth, query_exp + r * depth);
   }
   void load_keys(int64_t first, int64_t count) {
-    j0 = first;
-    n = count;
-    const Strided<const T>& k = args.key;
-    const Strided<const T>& v = args.value;
-    key = operand(k.data + b * k.stride[0] + key_head() * k.stride[1] + j0 * k.stride[2], k.stride[2], k.stride[3], j0,
-                  n, key_copy);
-    value = rows_of<true>(v.data + b * v.stride[0] + key_head() * v.stride[1] + j0 * v.stride[2], v.stride[2],
-                          v.stride[3], n, s.value_depth, value_copy);
+    set_keys(first, count);
+    if constexpr (kTiled<T, SCORE>)
+      if (strips) {
+        pack_keys(*this);
+        return pack_values(*this);
+      }
+    load_key_vectors();
+  }
+  void load_key_rows() {
+    key = operand(key_at(args.key), args.key.stride[2], args.key.stride[3], j0, n, key_copy);
     if constexpr (kCosine)
       for (int64_t j = 0; j < n; ++j) of_key[j] = normalize(key_copy + j * depth, depth);
+  }
+  void load_value_rows() {
+    value = rows_of<true>(key_at(args.value), args.value.stride[2], args.value.stride[3], n, s.value_depth, value_copy);
+  }
+  void load_key_vectors() {
+    has_key_vectors = true;
+    load_key_rows();
+    load_value_rows();
     transpose_rows(key.data, key.row, n, s.depth, key_turned, kKeys);
     if constexpr (kAdditive) {
       key_bound = double_exponentials(key_copy, n * depth, key_exp);
       transpose_rows(key_exp, depth, n, s.depth, key_exp_turned, kKeys);
     }
+  }
+  // Whether the strip of queries from r0 on is multiplied by tiles; if not, there are vectors.
+  bool choose(int64_t r0) {
+    by_strips = strips && is_bounded(query_most[r0 / kStrip]) && is_bounded(key_most) && is_bounded(value_most) &&
+                are_large(1, value_most);
+    if (!by_strips && !has_query_vectors) load_query_vectors();
+    if (!by_strips && !has_key_vectors) load_key_vectors();
+    return by_strips;
   }
 
   bool exact(int64_t r0) const { return !(query_bound[r0 / kRows] <= kSafe<A> && key_bound <= kSafe<A>); }
@@ -413,6 +500,8 @@ template <class T, int SCORE> struct Tile {
   // Scores of the loaded queries r0 .. r0 + rows - 1 and the first `count` loaded keys, without scale and masks.
   void multiply(int64_t r0, int64_t rows, int64_t count) {
     const int64_t width = padded<A>(count);
+    if constexpr (kTiled<T, SCORE>)
+      if (by_strips) return multiply_strip(*this, r0, rows, width);
     if constexpr (kAdditive) {
       if (exact(r0))
         pairwise_scores<kExactTanh>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned, args.weight,
@@ -429,6 +518,13 @@ template <class T, int SCORE> struct Tile {
     }
   }
 
+  // output += weights, which the scores have become, x values.
+  void add_values(int64_t rows, int64_t count, A* output) {
+    if constexpr (kTiled<T, SCORE>)
+      if (by_strips) return add_value_strips(*this, rows, count, output);
+    product(rows, value_depth, count, scores, kKeys, 1, value.data, value.row, output, value_depth, true, k_step);
+  }
+
   // v where a mask's bytes are set, else -infinity.
   static V bool_selected(const uint8_t* from, V v) { return bytes<A>(from) != 0 ? v : broadcast<A>(-__builtin_inf()); }
 
@@ -439,21 +535,43 @@ template <class T, int SCORE> struct Tile {
     V top;
     A factor;
   };
+  // Whether row r's scores only want their scale, where it sees keys begin .. end - 1.
+  bool is_plain(int64_t count, int64_t begin, int64_t end) const {
+    return s.mask == kNoMask && !args.slopes && s.softcap == 0 && s.scale >= 0 && sees_all(count, begin, end);
+  }
+  bool sees_all(int64_t count, int64_t begin, int64_t end) const {
+    return begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
+  }
   Row finish_row(int64_t r0, int64_t r, int64_t count, int64_t begin, int64_t end, bool cap_slopes) {
     A* x = scores + r * kKeys;
     const A scale = static_cast<A>(s.scale), minus_infinity = -__builtin_inf();
     V top = broadcast<A>(minus_infinity);
-    const bool all = begin <= j0 && end >= j0 + padded<A>(count) && count % lanes == 0;
-    if (all && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale >= 0) {
+    const bool all = sees_all(count, begin, end);
+    if (is_plain(count, begin, end)) {
       for (int64_t j = 0; j < count; j += lanes) {
         const V v = load(x + j);
         top = v > top ? v : top;
       }
       return {top, scale};
     }
+    if (s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale > 0) {
+      const Tag<A> lane = iota<A>();
+      const int64_t from = begin - j0, to = end - j0;
+      for (int64_t j = 0; j < count; j += lanes) {
+        V v = load(x + j);
+        if (j < from || j + lanes > to) {
+          v = (lane >= tags<A>(larger(from - j, 0))) & (lane < tags<A>(larger(smaller(to - j, lanes), 0)))
+                  ? v
+                  : broadcast<A>(minus_infinity);
+          store(x + j, v);
+        }
+        top = v > top ? v : top;
+      }
+      return {top, scale};
+    }
     if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0) {
       const int64_t m = b * args.mask.stride[0] + h * args.mask.stride[1] + (i0 + r0 + r) * args.mask.stride[2] + j0;
-      if (s.mask == kBoolMask && scale >= 0) {
+      if (s.mask == kBoolMask && scale > 0) {
         const uint8_t* from = static_cast<const uint8_t*>(args.mask.data) + m;
         for (int64_t j = 0; j < count; j += lanes) {
           const V v = bool_selected(from + j, load(x + j));
@@ -515,6 +633,57 @@ template <class T, int SCORE> struct Tile {
     }
   }
 };
+
+#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+// f(numbers, row): what strips are packed from.
+template <class T, int SCORE, class F> void with_query_rows(Tile<T, SCORE>& tile, const F& f) {
+  if (tile.packs_rows(tile.args.query)) return f(tile.query_at(tile.i0), tile.args.query.stride[2]);
+  tile.load_query_vectors();
+  f(tile.query.data, tile.query.row);
+}
+template <class T, int SCORE> void pack_queries(Tile<T, SCORE>& tile) {
+  with_query_rows(tile, [&](const auto* from, int64_t row) {
+    for (int64_t r = 0; r < tile.rows_loaded; r += kStrip)
+      tile.query_most[r / kStrip] = most_of(from + r * row, row, smaller(kStrip, tile.rows_loaded - r), tile.s.depth);
+    pack_lines<T, true>(Lines{from, row, 1}, tile.rows_loaded, tile.s.depth, tile.query_strips, tile.strip_of_depth);
+  });
+}
+
+template <class T, int SCORE, class F> void with_key_rows(Tile<T, SCORE>& tile, const F& f) {
+  if (tile.packs_rows(tile.args.key)) return f(tile.key_at(tile.args.key), tile.args.key.stride[2]);
+  tile.load_key_rows();
+  f(tile.key.data, tile.key.row);
+}
+template <class T, int SCORE, class F> void with_value_rows(Tile<T, SCORE>& tile, const F& f) {
+  if (tile.args.value.stride[3] == 1) return f(tile.key_at(tile.args.value), tile.args.value.stride[2]);
+  tile.load_value_rows();
+  f(tile.value.data, tile.value.row);
+}
+template <class T, int SCORE> void pack_keys(Tile<T, SCORE>& tile) {
+  with_key_rows(tile, [&](const auto* from, int64_t row) {
+    tile.key_most = most_of(from, row, tile.n, tile.s.depth);
+    pack_lines<T, false>(Lines{from, row, 1}, tile.n, tile.s.depth, tile.key_strips, tile.strip_of_depth);
+  });
+}
+template <class T, int SCORE> void pack_values(Tile<T, SCORE>& tile) {
+  with_value_rows(tile, [&](const auto* from, int64_t row) {
+    tile.value_most = most_of(from, row, tile.n, tile.s.value_depth);
+    pack_lines<T, false>(Lines{from, 1, row}, tile.s.value_depth, tile.n, tile.value_strips, strip_bytes<T>(kKeys));
+  });
+}
+
+template <class T, int SCORE> void multiply_strip(Tile<T, SCORE>& tile, int64_t r0, int64_t rows, int64_t width) {
+  multiply_row<T>(ceil_div(tile.s.depth, kTileStep), tile.query_strips + r0 / kStrip * tile.strip_of_depth,
+                  tile.key_strips, tile.strip_of_depth, tile.scores, kKeys, rows, width);
+}
+
+template <class T, int SCORE>
+void add_value_strips(Tile<T, SCORE>& tile, int64_t rows, int64_t count, float* output) {
+  if (tile.s.p > 0) pack_strip<true, float, T>({tile.scores, kKeys, 1}, rows, count, tile.weight_strip);
+  add_row<T>(ceil_div(count, kTileStep), tile.weight_strip, tile.value_strips, strip_bytes<T>(kKeys), output,
+             tile.value_depth, rows, tile.value_depth);
+}
+#endif
 
 }  // namespace attention_detail
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -107,14 +107,14 @@ template <int N, int L, int R> inline void tile_multiply() {
 namespace tiles_detail {
 
 // Row `r` of a step's tiles: words of `low` and `high`, one tile a part, parts `apart` bytes from each other.
-template <int PARTS>
+template <int PARTS, bool WHOLE = true>
 [[gnu::always_inline]] inline void store_words(vfloat low, vfloat high, char* to, int64_t apart = 2 * kTileBytes) {
-  // Nearest, halves away from zero; what is left is exact, and the last part keeps all of it.
+  // Nearest, halves away from zero; what is left is exact, and the last part keeps all of it where parts are the WHOLE.
   constexpr uint32_t half = 0x8000u, top = 0xffff0000u;
 #pragma GCC unroll 3
   for (int part = 0; part < PARTS; ++part, to += apart) {
     vuint32 l = (vuint32)low, h = (vuint32)high;
-    if (part + 1 < PARTS) {
+    if (part + 1 < PARTS || !WHOLE) {
       l = (l + half) & top;
       h = (h + half) & top;
       low -= (vfloat)l;
@@ -141,14 +141,16 @@ template <class T> struct Lines {
   int64_t line, k;
 };
 
-// `count` lines (32 at most), values [0, k), into a strip; what is beyond either is zero.
-template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t count, int64_t k, char* to) {
+// `count` lines (32 at most), values [0, k), into a strip of a T's parts; what is beyond either is zero. As the parts of a
+// narrower type U, values are rounded.
+template <bool LEFT, class T, class U = T> inline void pack_strip(Lines<T> from, int64_t count, int64_t k, char* to) {
   using namespace tiles_detail;
-  constexpr int parts = kParts<T>;
+  constexpr int parts = kParts<U>;
+  constexpr bool whole = parts >= kParts<T>;
   // A tile's rows are lines on the left, values of k on the right: where they are what lies apart, they are loaded as they
   // are, and otherwise as columns of squares.
   const bool straight = LEFT ? from.k == 1 : from.line == 1;
-  for (int64_t p = 0; p < k; p += kTileStep, to += kStepBytes<T>) {
+  for (int64_t p = 0; p < k; p += kTileStep, to += kStepBytes<U>) {
     const int64_t left = k - p;
     for (int64_t t = 0; t < 2; ++t) {
       char* tile = to + t * kTileBytes;
@@ -163,15 +165,15 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
         const int64_t row = LEFT ? from.line : from.k;
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kTile; ++r, tile += 64)
-          store_words<parts>(load(low + r * row), load(high + r * row), tile);
+          store_words<parts, whole>(load(low + r * row), load(high + r * row), tile);
       } else if (straight) {
         for (int64_t r = 0; r < kTile; ++r, tile += 64) {
           if constexpr (LEFT)
-            store_words<parts>(load_row(low, from.line, r, lines, left),
-                               load_row(high, from.line, r, lines, left - kTile), tile);
+            store_words<parts, whole>(load_row(low, from.line, r, lines, left),
+                                      load_row(high, from.line, r, lines, left - kTile), tile);
           else
-            store_words<parts>(load_row(low, from.k, r, left, lines), load_row(high, from.k, r, left - kTile, lines),
-                               tile);
+            store_words<parts, whole>(load_row(low, from.k, r, left, lines),
+                                      load_row(high, from.k, r, left - kTile, lines), tile);
         }
       } else {
         // Squares: their rows as they lie are lines on the right, values of k on the left.
@@ -192,7 +194,7 @@ template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t coun
 #pragma GCC unroll 16
           for (int64_t r = 0; r < kTile; ++r) squares[half][r] = v[r];
         }
-        for (int64_t r = 0; r < kTile; ++r, tile += 64) store_words<parts>(squares[0][r], squares[1][r], tile);
+        for (int64_t r = 0; r < kTile; ++r, tile += 64) store_words<parts, whole>(squares[0][r], squares[1][r], tile);
       }
     }
   }

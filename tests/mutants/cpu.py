@@ -31,7 +31,7 @@ def _attention(old: str, new: str, tests: str, file: str = "attention.cpp") -> d
     return dict(file=f"csrc/cpu/{file}", old=old, new=new, tests=["tests/test_attention.py", "-k", tests], build="native")
 
 
-_TILE, _ATTENTION_BACKWARD = "attention_tile.h", "attention_backward.cpp"
+_TILE, _STRIPS, _ATTENTION_BACKWARD = "attention_tile.h", "attention_strips.h", "attention_backward.cpp"
 MUTANTS += [
     # What was summed is not brought down to a new largest score, a tile too many skipped, a tail's keys left out.
     _attention("total *= shrink;", "", "tile_borders"),
@@ -48,6 +48,14 @@ MUTANTS += [
     _attention("s.softcap != 0 && through_cap", "s.softcap != 0", "parity", _ATTENTION_BACKWARD),
     _attention("(load(grad + d) - load(row + d) * along) * inverse", "load(grad + d) * inverse", "parity", _TILE),
     _attention("slice + row % (group * s.queries) * depth;", "slice + row % s.queries * depth;", "parity", _ATTENTION_BACKWARD),
+    # By AMX's tiles (killed where the CPU has them): a row's sums not brought down, numbers that tiles flush or that overflow,
+    # probabilities of an earlier block left beside a shorter one, gradients of scores without delta, sums turned back.
+    _attention("if (shrinks[r] != 1) {", "if (false) {", "parity"),
+    _attention("return a == 0 || b == 0 || (", "return true || (", "by_tiles", _STRIPS),
+    _attention("return a < 0x1p56f;", "return true;", "by_tiles", _STRIPS),
+    _attention("std::memset(weights + at, 0, kStepBytes<T>);", "", "parity", _ATTENTION_BACKWARD),
+    _attention("- delta[half]);", ");", "parity", _ATTENTION_BACKWARD),
+    _attention("store(row, load(row) + square[r]);", "store(row, square[r]);", "by_tiles", _STRIPS),
 ]
 
 
