@@ -8,7 +8,7 @@
 #include "rnn.h"
 
 #include "gemm.h"
-#include "rnn_steps.h"
+#include "rnn_product.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -25,10 +25,10 @@ template <class T> struct Place {
 };
 
 // One vector of hidden units of one row: gates from what they hold of the input and the recurrent sums of the panel, the
-// vector's at `sums`, a vector a gate.
+// vector's at `sums`, a vector a gate, `step` apart.
 template <class T, int mode>
-void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* sums, const acc_t<T>* hidden_bias,
-                 bool keep) {
+void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* sums, int64_t step,
+                 const acc_t<T>* hidden_bias, bool keep) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
@@ -38,9 +38,9 @@ void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* 
   A* gate = at.gate + j;
   V h;
   if constexpr (mode == kRnnLstm) {
-    const V i = sigmoid(in(gate) + load(sums)), f = sigmoid(in(gate + hidden) + load(sums + lanes)),
-            g = tanh(in(gate + 2 * hidden) + load(sums + 2 * lanes)),
-            o = sigmoid(in(gate + 3 * hidden) + load(sums + 3 * lanes));
+    const V i = sigmoid(in(gate) + load(sums)), f = sigmoid(in(gate + hidden) + load(sums + step)),
+            g = tanh(in(gate + 2 * hidden) + load(sums + 2 * step)),
+            o = sigmoid(in(gate + 3 * hidden) + load(sums + 3 * step));
     const V c = f * in(at.cell + j) + i * g;
     out(at.cell + j, c);
     if (keep) {
@@ -52,9 +52,9 @@ void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* 
     }
     h = o * tanh(c);
   } else if constexpr (mode == kRnnGru) {
-    V recurrent = load(sums + 2 * lanes);
+    V recurrent = load(sums + 2 * step);
     if (hidden_bias) recurrent += in(hidden_bias + j);
-    const V r = sigmoid(in(gate + hidden) + load(sums)), z = sigmoid(in(gate + 2 * hidden) + load(sums + lanes)),
+    const V r = sigmoid(in(gate + hidden) + load(sums)), z = sigmoid(in(gate + 2 * hidden) + load(sums + step)),
             n = tanh(in(gate + 3 * hidden) + r * recurrent);
     if (keep) {
       out(gate, recurrent);
@@ -89,16 +89,13 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
   const bool biased = combine_biases<mode>(args, bias, hidden_bias);
 
   const int64_t parts = layer.by_panels ? layer.threads : 1;
-  const int64_t unit_vectors = gates == 1 ? panel_vectors<A>(hidden, parts) : 1,
-                hr_vectors = panel_vectors<A>(state, parts);
-  const int64_t hr_size = s.projects ? ceil_div(state, hr_vectors * lanes) * hr_vectors * lanes * hidden : 0;
-  A* weights = scratch<A>(Slot::family_1,
-                          hr_size + ceil_div(hidden, unit_vectors * lanes) * unit_vectors * lanes * gates * state);
-  Packed<A> projection{};
-  if (s.projects) projection = pack_rows(args.weight_hr, 1, state, hidden, hr_vectors, weights);
-  const Packed<A> recurrent = pack_rows(args.weight_hh, gates, hidden, state, unit_vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, width),
-                hr_block = s.projects ? block_of(projection, s.batch, state) : 0;
+  const bool tiled = by_tiles<T>(s);
+  StepWeight<T> recurrent(tiled, gates, hidden, state, gates == 1 ? panel_vectors<A>(hidden, parts) : 1),
+      projection(tiled, 1, state, hidden, panel_vectors<A>(state, parts));
+  const int64_t hr_size = s.projects ? projection.size() : 0;
+  A* weights = scratch<A>(Slot::family_1, hr_size + recurrent.size());
+  if (s.projects) projection.pack_weight_rows(args.weight_hr, s.batch, weights);
+  recurrent.pack_weight_rows(args.weight_hh, s.batch, weights + hr_size);
 
   const bool keep = args.gates;
   const int64_t most_rows = larger(kChunkRows, kChunkValues / row_size);
@@ -114,15 +111,15 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
 
     layer.run(n0, n1, s.projects ? 2 : 1, false,
               [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
-                const Packed<A>& w = phase ? projection : recurrent;
+                const StepWeight<T>& w = phase ? projection : recurrent;
                 const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
                 const int64_t t = layer.step(n);
-                A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
+                A* sums = scratch<A>(Slot::family_2, kMostRows * w.width());
                 A* next = states + (n + 1) % 2 * s.batch * state;
-                const A* rows_of[kBlockRows];
-                Place<T> places[kBlockRows];
-                for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-                  const int64_t count = smaller(kBlockRows, end - b0);
+                const A* rows_of[kMostRows];
+                Place<T> places[kMostRows];
+                for (int64_t b0 = begin; b0 < end; b0 += w.block_rows) {
+                  const int64_t count = smaller(w.block_rows, end - b0);
                   for (int64_t i = 0; i < count; ++i) {
                     const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
                     Place<T>& at = places[i];
@@ -146,20 +143,21 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
                     at.cell = cell + b * hidden;
                     at.saved_cell = keep && mode == kRnnLstm ? args.cells + row * hidden : nullptr;
                   }
+                  const StepRows<T> rows(w, rows_of, count);
                   for (int64_t panel = panel0; panel < panel1; ++panel) {
-                    multiply_panel(w, panel, rows_of, count, phase ? hr_block : block, sums);
+                    rows.multiply(panel, sums);
                     for (int64_t i = 0; i < count; ++i) {
-                      const A* sum = sums + i * w.vectors * lanes;
+                      const A* sum = sums + i * w.width();
                       if (phase) {
-                        const int64_t j = panel * w.vectors * lanes, some = smaller(w.vectors * lanes, state - j);
+                        const int64_t j = panel * w.width(), some = smaller(w.width(), state - j);
                         copy(sum, places[i].next + j, some);
                         if (places[i].output) copy(sum, places[i].output + j, some);
                         continue;
                       }
-                      for (int64_t u = 0; u < unit_vectors; ++u) {
-                        const int64_t j = (panel * unit_vectors + u) * lanes;
+                      for (int64_t u = 0; u < w.unit_vectors; ++u) {
+                        const int64_t j = (panel * w.unit_vectors + u) * lanes;
                         if (j < hidden)
-                          apply_gates<T, mode>(places[i], hidden, j, sum + u * gates * lanes,
+                          apply_gates<T, mode>(places[i], hidden, j, sum + u * w.unit_step, w.gate_step,
                                                biased ? hidden_bias : nullptr, keep);
                       }
                     }

@@ -2,7 +2,7 @@
 // input and of the weights.
 #pragma once
 #include "gemm.h"
-#include "rnn_steps.h"
+#include "rnn_product.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 
