@@ -52,6 +52,27 @@ template <class T, int mode> struct BackwardCell {
   }
 };
 
+// The gradients of input, weight_ih and weight_hh from those of the gates, `grads`; previous: room for states.
+template <class T, int mode, class G>
+void weight_gradients(const RnnBackwardArgs<T>& args, const Layer<acc_t<T>>& layer, const acc_t<T>* h0, const G* grads,
+                      G* previous) {
+  const RnnShape& s = args.shape;
+  const int64_t hidden = s.hidden, state = s.state, row_size = s.slots() * hidden;
+  input_gradients(args, grads + row_size - s.gates() * hidden, row_size);
+  if (!args.grad_weight_hh) return;
+  gather_previous(args, layer, h0, previous);
+  const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
+    gemm(Gemm<G, T>{some * hidden, state, s.rows, grads + slot * hidden, 1, row_size, previous, state, 1,
+                    args.grad_weight_hh + gate * hidden * state, state});
+  };
+  if (mode == kRnnGru) {
+    of_recurrent(1, 0, 2);
+    of_recurrent(0, 2, 1);
+  } else {
+    of_recurrent(0, 0, s.gates());
+  }
+}
+
 template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
@@ -137,23 +158,25 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   }
   if (mode == kRnnLstm) copy(cells, args.grad_c0, s.batch * hidden);
 
-  const A* of_input = args.grad_gates + row_size - width;  // GRU's recurrent side has n in the first block
-  input_gradients(args, of_input, row_size);
-  if (!args.grad_weight_ih) return;
-  gather_previous(args, layer, h0);
-  const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
-    gemm(Gemm<A, T>{some * hidden, state, s.rows, args.grad_gates + slot * hidden, 1, row_size, args.previous, state, 1,
-                    args.grad_weight_hh + gate * hidden * state, state});
-  };
-  if (mode == kRnnGru) {
-    of_recurrent(1, 0, 2);
-    of_recurrent(0, 2, 1);
+  const int64_t to_input = row_size - width;  // GRU's recurrent side has n in the first block
+  if constexpr (kParts<T> == 1) {
+    // The tiles' products of bfloat16 take gradients as such, and nothing is widened.
+    if (tiled) {
+      T* grads = scratch<T>(Slot::family_4, s.rows * row_size);
+      parallel_for(s.rows, 1 + 16384 / row_size, [&](int64_t begin, int64_t end) {
+        copy(args.grad_gates + begin * row_size, grads + begin * row_size, (end - begin) * row_size);
+      });
+      weight_gradients<T, mode>(args, layer, h0, grads, reinterpret_cast<T*>(args.previous));
+    } else {
+      weight_gradients<T, mode>(args, layer, h0, args.grad_gates, args.previous);
+    }
   } else {
-    of_recurrent(0, 0, s.gates());
+    weight_gradients<T, mode>(args, layer, h0, args.grad_gates, args.previous);
   }
+  if (!args.grad_weight_ih) return;
   if (s.projects) projection_gradient(args);
   if (!args.grad_bias_ih) return;
-  sum_columns(of_input, row_size, 1, s.rows, width, args.grad_bias_ih);
+  sum_columns(args.grad_gates + to_input, row_size, 1, s.rows, width, args.grad_bias_ih);
   const int64_t shared = mode == kRnnGru ? 2 * hidden : width;
   std::memcpy(static_cast<void*>(args.grad_bias_hh), args.grad_bias_ih, sizeof(T) * static_cast<size_t>(shared));
   if (mode == kRnnGru) sum_columns(args.grad_gates, row_size, 1, s.rows, hidden, args.grad_bias_hh + shared);

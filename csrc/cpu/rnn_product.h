@@ -2,9 +2,9 @@
 // by AMX's tiles (tiles.h).
 //
 // By tiles, a panel is 32 units: a strip of the weight a gate. The rows, states or gradients of gates, are floats and are
-// laid out as strips anew each step, in parts that together hold more bits than the storage type. Sums that tiles can't be
-// trusted with (is_exact()), of a row and a panel, are computed again by vectors; so what decides does not depend on how
-// threads share rows and panels.
+// laid out as strips anew each step, in as many parts as the weight: bfloat16's are rounded, as they are where they are
+// stored. Sums that tiles can't be trusted with (is_exact()), of a row and a panel, are computed again by vectors; so what
+// decides does not depend on how threads share rows and panels.
 #pragma once
 #include <optional>
 
@@ -16,10 +16,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 constexpr int64_t kMostRows = 2 * kStrip;  // rows of the batch that are multiplied together, by tiles
 static_assert(kMostRows >= kBlockRows);
 
-// Parts of the rows.
-template <class T> constexpr int kRowParts = kParts<T> == 3 ? 3 : 2;
-
-template <class T> inline bool by_tiles(const RnnShape& s) {
+template <class T> bool by_tiles(const RnnShape& s) {
   if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   return s.batch >= 4 && s.hidden >= kTile && has_tiles();
 }
@@ -38,8 +35,8 @@ template <class T> struct StepWeight {
   Lines<T> lines{};
   const char* strips = nullptr;
 
-  StepWeight(bool by_tiles, int64_t gate_count, int64_t unit_count, int64_t products, int64_t vectors)
-      : tiled(by_tiles), gates(gate_count), units(unit_count), depth(products) {
+  StepWeight(bool with_tiles, int64_t gate_count, int64_t unit_count, int64_t products, int64_t vectors)
+      : tiled(with_tiles), gates(gate_count), units(unit_count), depth(products) {
     constexpr int64_t lanes = kLanes<A>;
     unit_vectors = tiled ? kStrip / lanes : vectors;
     panels = ceil_div(units, unit_vectors * lanes);
@@ -105,9 +102,14 @@ using TilesInUse = std::optional<Tiles>;
 // The rows as strips, one a kStrip rows.
 template <class T>
 void lay_rows(const StepWeight<T>& w, const float* const* rows, int64_t count, char* to) {
-  constexpr int parts = kRowParts<T>;
+  constexpr int parts = kParts<T>;
+  const auto nearest = [](vfloat v) {  // even, of bfloat16
+    vuint32 bits = (vuint32)v;
+    bits += 0x7fffu + ((bits >> 16) & 1u);
+    return parts > 1 ? v : v == v ? (vfloat)bits : v;
+  };
   for (int64_t first = 0; first < count; first += kStrip)
-    for (int64_t p = 0; p < w.depth; p += kTileStep, to += parts * 2 * kTileBytes) {
+    for (int64_t p = 0; p < w.depth; p += kTileStep, to += kStepBytes<T>) {
       const int64_t left = w.depth - p, used = ceil_div(smaller(kStrip, count - first), kTile) * kTile;
       for (int64_t r = 0; r < used; ++r) {
         vfloat low{}, high{};
@@ -116,38 +118,9 @@ void lay_rows(const StepWeight<T>& w, const float* const* rows, int64_t count, c
           low = load_some(from, left);
           if (left > kTile) high = load_some(from + kTile, left - kTile);
         }
-        tiles_detail::store_words<parts>(low, high, to + r / kTile * kTileBytes + r % kTile * 64);
+        tiles_detail::store_words<parts>(nearest(low), nearest(high), to + r / kTile * kTileBytes + r % kTile * 64);
       }
     }
-}
-
-// sums[ROWS tiles][pitch] = left strip x right strip over `steps` steps.
-template <int ROWS, int COLUMNS, class T>
-void multiply_row_tiles(int64_t steps, const char* left, const char* right, float* sums, int64_t pitch) {
-  using namespace tiles_detail;
-  constexpr int64_t left_bytes = kRowParts<T> * 2 * kTileBytes;
-  // Where results are floats, blocks of k are summed one by one: rounding errors grow with a sum's length.
-  constexpr int64_t most = kParts<T> == 3 ? 8 : int64_t{1} << 40;
-  alignas(64) float more[ROWS * kTile * kStrip];
-  for (int64_t s = 0; s < steps;) {
-    const bool first = s == 0;
-    zero_sums<ROWS, COLUMNS>();
-    for (const int64_t end = smaller(steps, s + most); s < end; ++s, left += left_bytes, right += kStepBytes<T>) {
-      if constexpr (kParts<T> == kRowParts<T>) {
-        multiply_step<ROWS, COLUMNS, kParts<T>>(left, right);
-      } else {
-        load_right<0, COLUMNS>(right);
-        load_left<1, ROWS>(left, kTileBytes, 64);
-        multiply_parts<ROWS, COLUMNS>();
-        load_left<0, ROWS>(left, kTileBytes, 64);
-        multiply_parts<ROWS, COLUMNS>();
-      }
-    }
-    store_sums<ROWS, COLUMNS>(first ? sums : more, first ? pitch : kStrip);
-    for (int64_t i = 0; !first && i < ROWS * kTile; ++i)
-      for (int64_t j = 0; j < COLUMNS * kTile; j += kTile)
-        store(sums + i * pitch + j, load(sums + i * pitch + j) + load(more + i * kStrip + j));
-  }
 }
 
 // Whether a row's sums, `width` of them, are what exact parts give. Those of a row of zeros are, if they are finite.
@@ -165,23 +138,25 @@ inline bool is_exact_row(const float* sums, int64_t width, const float* row, int
 template <class T>
 void multiply_laid(const StepWeight<T>& w, int64_t panel, const float* const* rows, int64_t count, const char* laid,
                    float* sums) {
+  // Where results are floats, blocks of k are summed one by one: rounding errors grow with a sum's length.
+  constexpr int64_t most = kParts<T> == 3 ? 8 : int64_t{1} << 40;
   const int64_t steps = ceil_div(w.depth, kTileStep), width = w.width(),
                 columns = smaller(kStrip, w.units - panel * kStrip);
-  for (int64_t gate = 0; gate < w.gates; ++gate) {
-    const char* right = w.strip(panel, gate);
+  alignas(64) float more[kStrip * kStrip];
+  for (int64_t gate = 0; gate < w.gates; ++gate)
     for (int64_t i = 0; i < count; i += kStrip) {
-      const char* left = laid + i / kStrip * steps * kRowParts<T> * 2 * kTileBytes;
+      const char *left = laid + i / kStrip * steps * kStepBytes<T>, *right = w.strip(panel, gate);
+      const int64_t height = smaller(kStrip, count - i);
       float* to = sums + i * width + gate * kStrip;
-      const auto run = [&]<int ROWS, int COLUMNS>() {
-        multiply_row_tiles<ROWS, COLUMNS, T>(steps, left, right, to, width);
-        for (int64_t r = 0; COLUMNS == 1 && r < ROWS * kTile; ++r) store(to + r * width + kTile, vfloat{});
-      };
-      if (count - i > kTile)
-        columns > kTile ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
-      else
-        columns > kTile ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+      for (int64_t s = 0; s < steps; s += most) {
+        multiply_strips<T>(smaller(most, steps - s), left + s * kStepBytes<T>, right + s * kStepBytes<T>,
+                           s == 0 ? to : more, s == 0 ? width : kStrip, false, height, columns);
+        for (int64_t r = 0; s > 0 && r < height; ++r)
+          for (int64_t j = 0; j < columns; j += kTile)
+            store(to + r * width + j, load(to + r * width + j) + load(more + r * kStrip + j));
+      }
+      for (int64_t r = 0; columns <= kTile && r < height; ++r) store(to + r * width + kTile, vfloat{});
     }
-  }
   const float* again[kMostRows];
   int64_t where[kMostRows], some = 0;
   for (int64_t i = 0; i < count; ++i)
@@ -226,7 +201,7 @@ template <class T> class StepRows {
     if constexpr (kHasTileCode && kParts<T> > 0)
       if (w.tiled) {
         laid = scratch<char>(Slot::rnn_rows,
-                             kMostRows / kStrip * ceil_div(w.depth, kTileStep) * kRowParts<T> * 2 * kTileBytes);
+                             kMostRows / kStrip * ceil_div(w.depth, kTileStep) * kStepBytes<T>);
         lay_rows(w, rows, count, laid);
         tiles.emplace();
       }
