@@ -16,9 +16,12 @@ namespace dlkern::cpu::DLKERN_ISA {
 constexpr int64_t kMostRows = 2 * kStrip;  // rows of the batch that are multiplied together, by tiles
 static_assert(kMostRows >= kBlockRows);
 
+// Where tiles pay: few rows leave most of them empty, but bfloat16's weights are half as long to read as vectors' floats,
+// and float's one and a half times.
 template <class T> bool by_tiles(const RnnShape& s) {
   if constexpr (!kHasTileCode || kParts<T> == 0) return false;
-  return s.batch >= 4 && s.hidden >= kTile && has_tiles();
+  constexpr int64_t least = kParts<T> == 1 ? 1 : kParts<T> == 2 ? kTile : kStrip + 1;
+  return s.batch >= least && s.hidden >= 2 * kStrip && has_tiles();
 }
 
 template <class T> struct StepWeight {
@@ -200,8 +203,7 @@ template <class T> class StepRows {
   StepRows(const StepWeight<T>& weight, const A* const* from, int64_t some) : w(weight), rows(from), count(some) {
     if constexpr (kHasTileCode && kParts<T> > 0)
       if (w.tiled) {
-        laid = scratch<char>(Slot::rnn_rows,
-                             kMostRows / kStrip * ceil_div(w.depth, kTileStep) * kStepBytes<T>);
+        laid = scratch<char>(Slot::rnn_rows, kMostRows / kStrip * ceil_div(w.depth, kTileStep) * kStepBytes<T>);
         lay_rows(w, rows, count, laid);
         tiles.emplace();
       }

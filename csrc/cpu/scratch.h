@@ -7,7 +7,22 @@
 
 namespace dlkern::cpu {
 
-enum class Slot { gemm_a, gemm_b, gemm_c, family_0, family_1, family_2, family_3, family_4, tiles_a, tiles_b, tiles_c, rnn_rows, rnn_again, count };
+enum class Slot {
+  gemm_a,
+  gemm_b,
+  gemm_c,
+  family_0,
+  family_1,
+  family_2,
+  family_3,
+  family_4,
+  tiles_a,
+  tiles_b,
+  tiles_c,
+  rnn_rows,
+  rnn_again,
+  count
+};
 
 // At least `bytes` bytes for the calling thread; valid until the same thread asks for the same slot again.
 void* scratch(Slot slot, size_t bytes);
