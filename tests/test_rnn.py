@@ -245,14 +245,14 @@ def test_dropout_between_layers(kind):
     assert torch.equal(half(x)[0], first) and not torch.equal(half(x)[0], first)
 
 
-def assert_threads_change_no_bit(module):
+def assert_threads_change_no_bit(module, dtype=torch.float32):
     threads = torch.get_num_threads()
     for batch in (2, 33):  # hidden units are shared out, and rows of the batch
         x, found = torch.randn(6, batch, 40), []
         for count in (1, 2):
             torch.set_num_threads(count)
             try:
-                found.append(results(module, x, None, torch.float32))
+                found.append(results(module, x, None, dtype))
             finally:
                 torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(*found))

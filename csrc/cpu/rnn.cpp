@@ -8,7 +8,8 @@
 #include "rnn.h"
 
 #include "gemm.h"
-#include "rnn_steps.h"
+#include "rnn_gates.h"
+#include "rnn_product.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -24,52 +25,73 @@ template <class T> struct Place {
   T* output;  // where that is rounded to, or null
 };
 
-// One vector of hidden units of one row: gates from what they hold of the input and the recurrent sums of the panel, the
-// vector's at `sums`, a vector a gate.
-template <class T, int mode>
-void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* sums, const acc_t<T>* hidden_bias,
-                 bool keep) {
+// U vectors of hidden units of one row, from j on: gates from what they hold of the input and the recurrent sums of the
+// panel, of the first vector at `sums`, a vector a gate; `steps` are between gates and between vectors of units.
+template <class T, int mode, int U>
+void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* sums, int64_t gate_step,
+                 int64_t unit_step, const acc_t<T>* hidden_bias, bool keep) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int64_t lanes = kLanes<A>;
-  const int count = static_cast<int>(smaller(lanes, hidden - j));
-  const auto in = [count](const A* p) { return load_some(p, count); };
-  const auto out = [count](A* p, V v) { store_some(p, v, count); };
-  A* gate = at.gate + j;
-  V h;
+  const auto in = [&](const A* p, int u) { return load_some(p + j + u * lanes, hidden - j - u * lanes); };
+  const auto out = [&](A* p, int u, V v) { store_some(p + j + u * lanes, v, hidden - j - u * lanes); };
+  const auto sum = [&](int gate, int u) { return load(sums + gate * gate_step + u * unit_step); };
+  A* const gate = at.gate;
+  V h[U];
   if constexpr (mode == kRnnLstm) {
-    const V i = sigmoid(in(gate) + load(sums)), f = sigmoid(in(gate + hidden) + load(sums + lanes)),
-            g = tanh(in(gate + 2 * hidden) + load(sums + 2 * lanes)),
-            o = sigmoid(in(gate + 3 * hidden) + load(sums + 3 * lanes));
-    const V c = f * in(at.cell + j) + i * g;
-    out(at.cell + j, c);
-    if (keep) {
-      out(gate, i);
-      out(gate + hidden, f);
-      out(gate + 2 * hidden, g);
-      out(gate + 3 * hidden, o);
-      out(at.saved_cell + j, c);
+    V c[U], o[U];
+    for (int u = 0; u < U; ++u) {
+      V x[4] = {in(gate, u) + sum(0, u), in(gate + hidden, u) + sum(1, u), in(gate + 3 * hidden, u) + sum(3, u),
+                in(gate + 2 * hidden, u) + sum(2, u)};
+      activate_gates<T, 3>(x);
+      c[u] = x[1] * in(at.cell, u) + x[0] * x[3];
+      o[u] = x[2];
+      h[u] = c[u];
+      out(at.cell, u, c[u]);
+      if (keep) {
+        out(gate, u, x[0]);
+        out(gate + hidden, u, x[1]);
+        out(gate + 2 * hidden, u, x[3]);
+        out(gate + 3 * hidden, u, x[2]);
+        out(at.saved_cell, u, c[u]);
+      }
     }
-    h = o * tanh(c);
+    activate_gates<T, 0>(h);
+    for (int u = 0; u < U; ++u) h[u] *= o[u];
   } else if constexpr (mode == kRnnGru) {
-    V recurrent = load(sums + 2 * lanes);
-    if (hidden_bias) recurrent += in(hidden_bias + j);
-    const V r = sigmoid(in(gate + hidden) + load(sums)), z = sigmoid(in(gate + 2 * hidden) + load(sums + lanes)),
-            n = tanh(in(gate + 3 * hidden) + r * recurrent);
-    if (keep) {
-      out(gate, recurrent);
-      out(gate + hidden, r);
-      out(gate + 2 * hidden, z);
-      out(gate + 3 * hidden, n);
+    V n[U], z[U];
+    for (int u = 0; u < U; ++u) {
+      V recurrent = sum(2, u);
+      if (hidden_bias) recurrent += in(hidden_bias, u);
+      V x[2] = {in(gate + hidden, u) + sum(0, u), in(gate + 2 * hidden, u) + sum(1, u)};
+      activate_gates<T, 2>(x);
+      n[u] = in(gate + 3 * hidden, u) + x[0] * recurrent;
+      z[u] = x[1];
+      if (keep) {
+        out(gate, u, recurrent);
+        out(gate + hidden, u, x[0]);
+        out(gate + 2 * hidden, u, x[1]);
+      }
     }
-    h = n + z * (in(at.previous + j) - n);
+    activate_gates<T, 0>(n);
+    for (int u = 0; u < U; ++u) {
+      if (keep) out(gate + 3 * hidden, u, n[u]);
+      h[u] = n[u] + z[u] * (in(at.previous, u) - n[u]);
+    }
   } else {
-    const V x = in(gate) + load(sums);
-    h = mode == kRnnTanh ? tanh(x) : (x > A(0) ? x : V{} + (x != x ? x : V{}));
-    if (keep) out(gate, mode == kRnnTanh ? A(1) - h * h : (x > A(0) ? broadcast<A>(1) : x != x ? x : V{}));
+    V x[U];
+    for (int u = 0; u < U; ++u) h[u] = x[u] = in(gate, u) + sum(0, u);
+    if constexpr (mode == kRnnTanh) activate_gates<T, 0>(h);
+    for (int u = 0; u < U; ++u) {
+      const V nan = x[u] != x[u] ? x[u] : V{};
+      if (mode == kRnnRelu) h[u] = x[u] > A(0) ? x[u] : nan;
+      if (keep) out(gate, u, mode == kRnnTanh ? A(1) - h[u] * h[u] : (x[u] > A(0) ? broadcast<A>(1) : nan));
+    }
   }
-  out(at.next + j, h);
-  if (at.output) store_some(at.output + j, h, count);
+  for (int u = 0; u < U; ++u) {
+    out(at.next, u, h[u]);
+    if (at.output) store_some(at.output + j + u * lanes, h[u], hidden - j - u * lanes);
+  }
 }
 
 template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
@@ -89,16 +111,13 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
   const bool biased = combine_biases<mode>(args, bias, hidden_bias);
 
   const int64_t parts = layer.by_panels ? layer.threads : 1;
-  const int64_t unit_vectors = gates == 1 ? panel_vectors<A>(hidden, parts) : 1,
-                hr_vectors = panel_vectors<A>(state, parts);
-  const int64_t hr_size = s.projects ? ceil_div(state, hr_vectors * lanes) * hr_vectors * lanes * hidden : 0;
-  A* weights = scratch<A>(Slot::family_1,
-                          hr_size + ceil_div(hidden, unit_vectors * lanes) * unit_vectors * lanes * gates * state);
-  Packed<A> projection{};
-  if (s.projects) projection = pack_rows(args.weight_hr, 1, state, hidden, hr_vectors, weights);
-  const Packed<A> recurrent = pack_rows(args.weight_hh, gates, hidden, state, unit_vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, width),
-                hr_block = s.projects ? block_of(projection, s.batch, state) : 0;
+  const bool tiled = by_tiles<T>(s);
+  StepWeight<T> recurrent(tiled, gates, hidden, state, gates == 1 ? panel_vectors<A>(hidden, parts) : 1),
+      projection(tiled, 1, state, hidden, panel_vectors<A>(state, parts));
+  const int64_t hr_size = s.projects ? projection.size() : 0;
+  A* weights = scratch<A>(Slot::family_1, hr_size + recurrent.size());
+  if (s.projects) projection.pack_weight_rows(args.weight_hr, s.batch, weights);
+  recurrent.pack_weight_rows(args.weight_hh, s.batch, weights + hr_size);
 
   const bool keep = args.gates;
   const int64_t most_rows = larger(kChunkRows, kChunkValues / row_size);
@@ -114,15 +133,15 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
 
     layer.run(n0, n1, s.projects ? 2 : 1, false,
               [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
-                const Packed<A>& w = phase ? projection : recurrent;
+                const StepWeight<T>& w = phase ? projection : recurrent;
                 const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
                 const int64_t t = layer.step(n);
-                A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
+                A* sums = scratch<A>(Slot::family_2, kMostRows * w.width());
                 A* next = states + (n + 1) % 2 * s.batch * state;
-                const A* rows_of[kBlockRows];
-                Place<T> places[kBlockRows];
-                for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-                  const int64_t count = smaller(kBlockRows, end - b0);
+                const A* rows_of[kMostRows];
+                Place<T> places[kMostRows];
+                for (int64_t b0 = begin; b0 < end; b0 += w.block_rows) {
+                  const int64_t count = smaller(w.block_rows, end - b0);
                   for (int64_t i = 0; i < count; ++i) {
                     const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
                     Place<T>& at = places[i];
@@ -146,22 +165,26 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
                     at.cell = cell + b * hidden;
                     at.saved_cell = keep && mode == kRnnLstm ? args.cells + row * hidden : nullptr;
                   }
+                  const StepRows<T> rows(w, rows_of, count);
                   for (int64_t panel = panel0; panel < panel1; ++panel) {
-                    multiply_panel(w, panel, rows_of, count, phase ? hr_block : block, sums);
+                    rows.multiply(panel, sums);
                     for (int64_t i = 0; i < count; ++i) {
-                      const A* sum = sums + i * w.vectors * lanes;
+                      const A* sum = sums + i * w.width();
                       if (phase) {
-                        const int64_t j = panel * w.vectors * lanes, some = smaller(w.vectors * lanes, state - j);
+                        const int64_t j = panel * w.width(), some = smaller(w.width(), state - j);
                         copy(sum, places[i].next + j, some);
                         if (places[i].output) copy(sum, places[i].output + j, some);
                         continue;
                       }
-                      for (int64_t u = 0; u < unit_vectors; ++u) {
-                        const int64_t j = (panel * unit_vectors + u) * lanes;
-                        if (j < hidden)
-                          apply_gates<T, mode>(places[i], hidden, j, sum + u * gates * lanes,
-                                               biased ? hidden_bias : nullptr, keep);
-                      }
+                      const auto apply = [&]<int U>(int64_t u) {
+                        apply_gates<T, mode, U>(places[i], hidden, (panel * w.unit_vectors + u) * lanes,
+                                                sum + u * w.unit_step, w.gate_step, w.unit_step,
+                                                biased ? hidden_bias : nullptr, keep);
+                      };
+                      const int64_t some = smaller(w.unit_vectors, ceil_div(hidden, lanes) - panel * w.unit_vectors);
+                      int64_t u = 0;
+                      for (; u + 1 < some; u += 2) apply.template operator()<2>(u);
+                      if (u < some) apply.template operator()<1>(u);
                     }
                   }
                 }

@@ -52,6 +52,27 @@ template <class T, int mode> struct BackwardCell {
   }
 };
 
+// The gradients of input, weight_ih and weight_hh from those of the gates, `grads`; previous: room for states.
+template <class T, int mode, class G>
+void weight_gradients(const RnnBackwardArgs<T>& args, const Layer<acc_t<T>>& layer, const acc_t<T>* h0, const G* grads,
+                      G* previous) {
+  const RnnShape& s = args.shape;
+  const int64_t hidden = s.hidden, state = s.state, row_size = s.slots() * hidden;
+  input_gradients(args, grads + row_size - s.gates() * hidden, row_size);
+  if (!args.grad_weight_hh) return;
+  gather_previous(args, layer, h0, previous);
+  const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
+    gemm(Gemm<G, T>{some * hidden, state, s.rows, grads + slot * hidden, 1, row_size, previous, state, 1,
+                    args.grad_weight_hh + gate * hidden * state, state});
+  };
+  if (mode == kRnnGru) {
+    of_recurrent(1, 0, 2);
+    of_recurrent(0, 2, 1);
+  } else {
+    of_recurrent(0, 0, s.gates());
+  }
+}
+
 template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
@@ -64,43 +85,42 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   const A* h0 = widened(args.h0, s.batch * state, c0_room + s.batch * hidden);
 
   // The recurrent weight as rows of the gradient of gates see it (GRU's: n, r, z).
-  const int64_t parts = layer.by_panels ? layer.threads : 1, vectors = panel_vectors<A>(state, parts),
-                hr_vectors = panel_vectors<A>(hidden, parts);
-  const int64_t hr_size = s.projects ? ceil_div(hidden, hr_vectors * lanes) * hr_vectors * lanes * state : 0;
-  A* weights = scratch<A>(Slot::family_1, hr_size + ceil_div(state, vectors * lanes) * vectors * lanes * width);
-  Packed<A> projection{};
-  if (s.projects) projection = pack_columns(args.weight_hr, state, hidden, 0, hr_vectors, weights);
-  const Packed<A> recurrent =
-      pack_columns(args.weight_hh, width, state, mode == kRnnGru ? 2 * hidden : 0, vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, state),
-                hr_block = s.projects ? block_of(projection, s.batch, hidden) : 0;
+  const int64_t parts = layer.by_panels ? layer.threads : 1;
+  const bool tiled = by_tiles<T>(s);
+  StepWeight<T> recurrent(tiled, 1, state, width, panel_vectors<A>(state, parts)),
+      projection(tiled, 1, hidden, state, panel_vectors<A>(hidden, parts));
+  const int64_t hr_size = s.projects ? projection.size() : 0;
+  A* weights = scratch<A>(Slot::family_1, hr_size + recurrent.size());
+  if (s.projects) projection.pack_weight_columns(args.weight_hr, 0, s.batch, weights);
+  recurrent.pack_weight_columns(args.weight_hh, mode == kRnnGru ? 2 * hidden : 0, s.batch, weights + hr_size);
 
   clear_padding(s, args.grad_gates, row_size);
   const BackwardCell<T, mode> cell{args, h0, c0, direct, cells};
   layer.run(0, s.steps, s.projects ? 2 : 1, true,
             [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
-              const Packed<A>& w = phase ? projection : recurrent;
+              const StepWeight<T>& w = phase ? projection : recurrent;
               const int64_t panel0 = part * w.panels / layer.threads, panel1 = last_part * w.panels / layer.threads;
               const int64_t t = layer.step(n), units = phase ? hidden : state;
-              A* sums = scratch<A>(Slot::family_2, kBlockRows * w.vectors * lanes);
-              const A* rows[kBlockRows];
-              for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-                const int64_t count = smaller(kBlockRows, end - b0);
+              A* sums = scratch<A>(Slot::family_2, kMostRows * w.width());
+              const A* rows[kMostRows];
+              for (int64_t b0 = begin; b0 < end; b0 += w.block_rows) {
+                const int64_t count = smaller(w.block_rows, end - b0);
                 int64_t going_on = 0;  // rows whose sequence goes on: the first ones
                 while (going_on < count && layer.after(t, b0 + going_on) >= 0) {
                   rows[going_on] = args.grad_gates + layer.after(t, b0 + going_on) * row_size;
                   ++going_on;
                 }
                 for (int64_t i = 0; phase && i < count; ++i) rows[i] = args.grad_states + s.row(t, b0 + i) * state;
+                const StepRows<T> laid(w, rows, phase ? count : going_on);
                 for (int64_t panel = panel0; panel < panel1; ++panel) {
-                  multiply_panel(w, panel, rows, phase ? count : going_on, phase ? hr_block : block, sums);
+                  laid.multiply(panel, sums);
                   for (int64_t i = 0; i < count; ++i) {
                     const int64_t b = s.place(b0 + i), row = s.row(t, b0 + i), before = layer.before(t, b0 + i);
-                    for (int64_t v = 0; v < w.vectors; ++v) {
-                      const int64_t j = (panel * w.vectors + v) * lanes;
+                    for (int64_t v = 0; v < w.unit_vectors; ++v) {
+                      const int64_t j = (panel * w.unit_vectors + v) * lanes;
                       if (j >= units) break;
                       const int some = static_cast<int>(smaller(lanes, units - j));
-                      Vec<A> dh = load(sums + (i * w.vectors + v) * lanes);
+                      Vec<A> dh = load(sums + (i * w.unit_vectors + v) * lanes);
                       if (!phase) {
                         const Vec<A> of_output = load_some(args.grad_output + row * state + j, some);
                         dh = i < going_on ? of_output + dh : of_output + load_some(args.grad_h_n + b * state + j, some);
@@ -117,17 +137,18 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
             });
 
   // The initial states', from the first step of each sequence.
-  for (int64_t b0 = 0; b0 < s.batch; b0 += kBlockRows) {
-    const int64_t count = smaller(kBlockRows, s.batch - b0);
-    const A* rows[kBlockRows];
+  for (int64_t b0 = 0; b0 < s.batch; b0 += recurrent.block_rows) {
+    const int64_t count = smaller(recurrent.block_rows, s.batch - b0);
+    const A* rows[kMostRows];
     for (int64_t i = 0; i < count; ++i) rows[i] = args.grad_gates + layer.first_row(b0 + i) * row_size;
-    parallel_for(recurrent.panels, 1 + 32768 / (count * recurrent.panel_size()), [&](int64_t first, int64_t last) {
-      A* sums = scratch<A>(Slot::family_2, kBlockRows * vectors * lanes);
+    parallel_for(recurrent.panels, 1 + 32768 / (count * recurrent.width() * width), [&](int64_t first, int64_t last) {
+      A* sums = scratch<A>(Slot::family_2, kMostRows * recurrent.width());
+      const StepRows<T> laid(recurrent, rows, count);
       for (int64_t panel = first; panel < last; ++panel) {
-        multiply_panel(recurrent, panel, rows, count, block, sums);
-        const int64_t j = panel * vectors * lanes, some = smaller(vectors * lanes, state - j);
+        laid.multiply(panel, sums);
+        const int64_t j = panel * recurrent.width(), some = smaller(recurrent.width(), state - j);
         for (int64_t i = 0; i < count; ++i) {
-          A* sum = sums + i * vectors * lanes;
+          A* sum = sums + i * recurrent.width();
           const int64_t at = s.place(b0 + i) * state + j;
           for (int64_t e = 0; mode == kRnnGru && e < some; ++e) sum[e] += direct[at + e];
           copy(sum, args.grad_h0 + at, some);
@@ -137,23 +158,25 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   }
   if (mode == kRnnLstm) copy(cells, args.grad_c0, s.batch * hidden);
 
-  const A* of_input = args.grad_gates + row_size - width;  // GRU's recurrent side has n in the first block
-  input_gradients(args, of_input, row_size);
-  if (!args.grad_weight_ih) return;
-  gather_previous(args, layer, h0);
-  const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
-    gemm(Gemm<A, T>{some * hidden, state, s.rows, args.grad_gates + slot * hidden, 1, row_size, args.previous, state, 1,
-                    args.grad_weight_hh + gate * hidden * state, state});
-  };
-  if (mode == kRnnGru) {
-    of_recurrent(1, 0, 2);
-    of_recurrent(0, 2, 1);
+  const int64_t to_input = row_size - width;  // GRU's recurrent side has n in the first block
+  if constexpr (kParts<T> == 1) {
+    // The tiles' products of bfloat16 take gradients as such, and nothing is widened.
+    if (tiled) {
+      T* grads = scratch<T>(Slot::family_4, s.rows * row_size);
+      parallel_for(s.rows, 1 + 16384 / row_size, [&](int64_t begin, int64_t end) {
+        copy(args.grad_gates + begin * row_size, grads + begin * row_size, (end - begin) * row_size);
+      });
+      weight_gradients<T, mode>(args, layer, h0, grads, reinterpret_cast<T*>(args.previous));
+    } else {
+      weight_gradients<T, mode>(args, layer, h0, args.grad_gates, args.previous);
+    }
   } else {
-    of_recurrent(0, 0, s.gates());
+    weight_gradients<T, mode>(args, layer, h0, args.grad_gates, args.previous);
   }
+  if (!args.grad_weight_ih) return;
   if (s.projects) projection_gradient(args);
   if (!args.grad_bias_ih) return;
-  sum_columns(of_input, row_size, 1, s.rows, width, args.grad_bias_ih);
+  sum_columns(args.grad_gates + to_input, row_size, 1, s.rows, width, args.grad_bias_ih);
   const int64_t shared = mode == kRnnGru ? 2 * hidden : width;
   std::memcpy(static_cast<void*>(args.grad_bias_hh), args.grad_bias_ih, sizeof(T) * static_cast<size_t>(shared));
   if (mode == kRnnGru) sum_columns(args.grad_gates, row_size, 1, s.rows, hidden, args.grad_bias_hh + shared);

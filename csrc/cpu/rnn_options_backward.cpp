@@ -241,7 +241,7 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
 
   if (args.grad_weight_ih) {
     sum_weights(step, layer);
-    gather_previous(args, layer, h0);
+    gather_previous(args, layer, h0, args.previous);
     for (int64_t t = 0; o.mask && t < s.steps; ++t)
       for (int64_t b = 0; b < s.batch_sizes[t]; ++b)
         for (int64_t j = 0; j < state; ++j) args.previous[s.row(t, b) * state + j] *= o.mask[s.place(b) * state + j];

@@ -19,6 +19,8 @@ enum class Slot {
   tiles_a,
   tiles_b,
   tiles_c,
+  rnn_rows,
+  rnn_again,
   count
 };
 

@@ -411,8 +411,32 @@ inline vdouble exp_polynomial(vdouble r) {
   y = y * r + 0.5;
   return y;
 }
-// e^x, a polynomial after reduction by ln 2; under 2 ulp, flushes below -87.3.
+// e^x of x <= 0 (or NaN), with less to look after: softmax needs no more. A polynomial after reduction by ln 2; under 2
+// ulp, flushes below -87.3.
+inline vfloat exp_nonpositive(vfloat x) {
+  constexpr float kLow = -87.3365447504f, kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat t = x * 1.44269504088896341f + kShifter, k = t - kShifter;
+  vfloat r = x - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  vfloat y = exp_polynomial(r) * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)  // times 2^k where not below kLow, so that a NaN stays one
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kLow), _CMP_NLT_UQ);
+  return (vfloat)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)k);
+#else
+  vuint32 n, bits;  // unsigned: below kLow they wrap around
+  std::memcpy(&n, &t, sizeof n);
+  std::memcpy(&bits, &y, sizeof bits);
+  bits += n << 23;
+  std::memcpy(&y, &bits, sizeof y);
+  y = x < kLow ? broadcast<float>(0.0f) : y;
+  return x != x ? x : y;
+#endif
+}
+// The same of any x.
 inline vfloat exp(vfloat x) {
+#if defined(__AVX512F__)  // 2^k is that large there, and a NaN passes the minimum
+  return exp_nonpositive((vfloat)_mm512_min_ps(_mm512_set1_ps(89.0f), (__m512)x));
+#else
   constexpr float kHigh = 88.3762626647949f, kLow = -87.3365447504f;
   vfloat clamped = x > kHigh ? broadcast<float>(kHigh) : x;
   clamped = clamped < kLow ? broadcast<float>(kLow) : clamped;
@@ -430,26 +454,6 @@ inline vfloat exp(vfloat x) {
   y = y * scale1 * scale2;
   y = x < kLow ? broadcast<float>(0.0f) : y;
   y = x > kHigh ? broadcast<float>(__builtin_inff()) : y;
-  return x != x ? x : y;
-}
-// e^x of x <= 0 (or NaN), with less to look after: softmax needs no more. The same polynomial; under 2 ulp, flushes
-// below -87.3.
-inline vfloat exp_nonpositive(vfloat x) {
-  constexpr float kLow = -87.3365447504f, kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat t = x * 1.44269504088896341f + kShifter, k = t - kShifter;
-  vfloat r = x - k * 0.693359375f;
-  r = r - k * -2.12194440e-4f;
-  vfloat y = exp_polynomial(r) * (r * r) + r + 1.0f;
-#if defined(__AVX512F__)  // times 2^k where not below kLow, so that a NaN stays one
-  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kLow), _CMP_NLT_UQ);
-  return (vfloat)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)k);
-#else
-  vuint32 n, bits;  // unsigned: below kLow they wrap around
-  std::memcpy(&n, &t, sizeof n);
-  std::memcpy(&bits, &y, sizeof bits);
-  bits += n << 23;
-  std::memcpy(&y, &bits, sizeof y);
-  y = x < kLow ? broadcast<float>(0.0f) : y;
   return x != x ? x : y;
 #endif
 }
