@@ -434,3 +434,15 @@ MUTANTS += [
     _loss("if (args.reduction == 1) total /=", "if (args.reduction == 2) total /=", "probabilities"),
     _loss("grad * smoothed.keep * weight *", "grad * weight *", "probabilities"),
 ]
+
+# Convolution by AMX's tiles, on a CPU that has them: rows that run into each other, blocks of a sum, sums that cannot be trusted,
+# the next block's columns, a tap's offset.
+_TILES_CONV = dict(tests=["tests/test_tiles_conv.py"], build="native")
+MUTANTS += [
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="f.pitch = f.merged ? columns : apart(f.w, columns, source_w);",
+         new="f.pitch = columns;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="if (b > 1) add_strip(block_sums(b - 1), sums);", new=""),
+    dict(_TILES_CONV, file="csrc/cpu/conv.cpp", old="return !any || is_exact(largest, kTile, 1, kTile);", new="return true;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="plan.y.only_block = true;", new="plan.y.only_block = false;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;"),
+]
