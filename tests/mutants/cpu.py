@@ -303,7 +303,7 @@ MUTANTS += [
                 "for (int64_t n = 0; n < args.n; ++n) {\n        const T* from = args.grad_output + k", "csrc/cpu/conv_weight.cpp"),
     # freeze: a bias of the wrong group, a filter's last tap, groups' weights mixed up
     _transposed("z.bias[g * plan.outputs + j]) : acc_t<T>(0);\n}", "z.bias[j]) : acc_t<T>(0);\n}"),
-    _transposed("for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;\n    c.kernel_h", "for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = 0;\n    c.kernel_h",
+    _transposed("for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;\n  c.kernel_h", "for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = 0;\n    c.kernel_h",
                 tests=("tests/test_freeze.py", "-k", "same_bits")),
     _transposed("c.packed = args.packed;", "c.packed = args.packed ? args.packed + 1 : nullptr;", tests=("tests/test_freeze.py", "-k", "same_bits")),
 ]
