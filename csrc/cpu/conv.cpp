@@ -7,6 +7,8 @@
 // panel's weights in the first-level cache. The input gradient is, for each residue of the input position modulo the
 // stride, a dense correlation of grad_output with the taps of that residue: no multiplications by inserted zeros.
 // Floor: 2 N P Q K C R S / groups over the FMA peak.
+//
+// Where the CPU has AMX, blocks go by tiles (conv_tiles.h) and come back here only where these are not exact.
 #include "conv.h"
 
 #include "conv_borders.h"

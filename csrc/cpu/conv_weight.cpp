@@ -7,6 +7,8 @@
 // one run of columns; and where output channels fill vectors better, tiles are turned: vectors hold those. Threads
 // share out the pixels, each summing into a gradient of its own, which are then added in order of the threads, or, where
 // the gradient is large, the output channels. Floor: 2 N P Q K C R S / groups over the FMA peak.
+//
+// Where the CPU has AMX, tiles do it (conv_weight_tiles.h), unless their sums are not exact.
 #include "conv.h"
 
 #include "conv_depthwise.h"

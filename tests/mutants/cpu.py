@@ -311,7 +311,7 @@ MUTANTS += [
                 "for (int64_t n = 0; n < args.n; ++n) {\n        const T* from = args.grad_output + k", "csrc/cpu/conv_weight.cpp"),
     # freeze: a bias of the wrong group, a filter's last tap, groups' weights mixed up
     _transposed("z.bias[g * plan.outputs + j]) : acc_t<T>(0);\n}", "z.bias[j]) : acc_t<T>(0);\n}"),
-    _transposed("for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;\n    c.kernel_h", "for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = 0;\n    c.kernel_h",
+    _transposed("for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;\n  c.kernel_h", "for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = 0;\n    c.kernel_h",
                 tests=("tests/test_freeze.py", "-k", "same_bits")),
     _transposed("c.packed = args.packed;", "c.packed = args.packed ? args.packed + 1 : nullptr;", tests=("tests/test_freeze.py", "-k", "same_bits")),
 ]
@@ -443,9 +443,9 @@ MUTANTS += [
     _loss("grad * smoothed.keep * weight *", "grad * weight *", "probabilities"),
 ]
 
-# AMX's tiles, in memory: the last step of k, one of float's six products, bfloat16's layout, blocks of k that do not add up, sums that cannot be
-# trusted (infinite, and nearly zero), the turned product.
-_TILES = dict(tests=["tests/test_builds.py", "-k", "tiles_on_any_machine"], build="wide")
+# AMX's tiles, in memory: the last step of k, one of float's six products, bfloat16's layout, blocks of k that do not add up,
+# sums that cannot be trusted (infinite, and nearly zero), the turned product.
+_TILES = dict(tests=["tests/test_builds.py", "-k", "tiles_on_any_machine and test_tiles.py"], build="wide")
 MUTANTS += [
     dict(_TILES, file="csrc/cpu/tiles.h", old="return load_some(from + r * row, columns);", new="return load(from + r * row);"),
     dict(_TILES, file="csrc/cpu/tiles.h",
@@ -455,4 +455,16 @@ MUTANTS += [
     dict(_TILES, file="csrc/cpu/tiles.h", old=" && largest < 0x7f800000;", new=";"),
     dict(_TILES, file="csrc/cpu/tiles.h", old="return largest >= 0x1f800000 &&", new="return"),
     dict(_TILES, file=_GEMM, old="                turn_strip(sum, other);\n", new=""),
+]
+
+# Convolution by tiles: rows that run into each other, blocks of a sum, sums that cannot be trusted,
+# the next block's columns, a tap's offset.
+_TILES_CONV = dict(tests=["tests/test_builds.py", "-k", "tiles_on_any_machine and conv"], build="wide")
+MUTANTS += [
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="f.pitch = f.merged ? columns : apart(f.w, columns, source_w);",
+         new="f.pitch = columns;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="if (b > 1) add_strip(block_sums(b - 1), sums);", new=""),
+    dict(_TILES_CONV, file="csrc/cpu/conv.cpp", old="return !any || is_exact(largest, kTile, 1, kTile);", new="return true;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="plan.y.only_block = true;", new="plan.y.only_block = false;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;"),
 ]
