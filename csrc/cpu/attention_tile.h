@@ -1,8 +1,9 @@
 // One tile of attention scores, kRows queries x kKeys keys: what forward and backward share.
 //
 // Operands are brought into dense rows of the type sums are carried in, padded with zeros to whole vectors; products run
-// on the micro-kernel of gemm.h, or on AMX's tiles, from strips laid out for them (attention_strips.h). Which keys a query sees without a mask (causal, a window, lengths) is one interval a
-// row, so that tiles outside it are skipped and only those on its border look at single keys.
+// on the micro-kernel of gemm.h, or on AMX's tiles, from strips laid out for them (attention_strips.h). Which keys a query
+// sees without a mask (causal, a window, lengths) is one interval a row, so that tiles outside it are skipped and only
+// those on its border look at single keys.
 #pragma once
 #include "attention_strips.h"
 #include "philox_vector.h"
