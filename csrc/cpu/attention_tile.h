@@ -555,7 +555,7 @@ template <class T, int SCORE> struct Tile {
       }
       return {top, scale};
     }
-    if (s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale > 0) {
+    if (strips && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale > 0) {
       const Tag<A> lane = iota<A>();
       const int64_t from = begin - j0, to = end - j0;
       for (int64_t j = 0; j < count; j += lanes) {
