@@ -80,7 +80,9 @@ void softmax_strip(Tile<T, SCORE>& tile, int64_t r0, int64_t rows, int64_t count
     const vfloat base = next == minus_infinity ? vfloat{} : next;
     store(largest + t, next);
     store(bases, base);
-    store(shrinks, next != before ? exp_nonpositive(before - base) : broadcast<float>(1));
+    // Nothing was summed before a row's first keys.
+    store(shrinks,
+          (next != before) & (before != minus_infinity) ? exp_nonpositive(before - base) : broadcast<float>(1));
     for (int64_t r = 0; r < some; ++r) {
       vfloat total = load(sums + (t + r) * lanes);
       if (shrinks[r] != 1) {

@@ -265,8 +265,9 @@ template <class T, int SCORE> void pack_block_strip(GradientTile<T, SCORE>& tile
   });
 }
 
-// Strips of queries, a block of kBlockRows at a time, are laid out when the first keys need them and kept for the others. What is summed over queries, the gradients of keys and values, is summed turned:
-// probabilities are then a right side as they lie, and no more than the sums is turned back.
+// Strips of queries, a block of kBlockRows at a time, are laid out when the first keys need them and kept for the others.
+// What is summed over queries, the gradients of keys and values, is summed turned: probabilities are then a right side as
+// they lie, and no more than the sums is turned back.
 template <class T, int SCORE> class StripGradients<T, SCORE, true> {
   struct Block {
     float query_most, grad_most;

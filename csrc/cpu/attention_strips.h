@@ -38,19 +38,31 @@ inline float largest_of(vint32 bits) {
   std::memcpy(&value, &largest, sizeof value);
   return value;
 }
-// The largest absolute value of rows of numbers; a NaN is one.
+// The largest absolute value of rows of numbers; a NaN is one. Bits are compared, which order numbers alike; those of 16-bit
+// types as they lie.
 template <class T> inline float most_of(const T* from, int64_t row, int64_t rows, int64_t columns) {
+  using vuint16 [[gnu::vector_size(kVectorBytes)]] = uint16_t;
+  constexpr int64_t lanes = kLanes<float>, halves = sizeof(T) == 2 ? 2 * lanes : 0;
+  vuint16 most_halves{};
   vint32 most{};
+  const auto compare = [&](vfloat v) {
+    const vint32 bits = (vint32)v & 0x7fffffff;
+    most = bits > most ? bits : most;
+  };
   for (int64_t r = 0; r < rows; ++r, from += row) {
     int64_t c = 0;
-    for (; c + kLanes<float> <= columns; c += kLanes<float>) {
-      const vint32 bits = (vint32)load(from + c) & 0x7fffffff;
-      most = bits > most ? bits : most;
+    for (; halves && c + halves <= columns; c += halves) {
+      vuint16 bits;
+      std::memcpy(&bits, from + c, sizeof bits);
+      bits &= 0x7fff;
+      most_halves = bits > most_halves ? bits : most_halves;
     }
-    if (c < columns) {
-      const vint32 bits = (vint32)load_some(from + c, columns - c) & 0x7fffffff;
-      most = bits > most ? bits : most;
-    }
+    for (; c < columns; c += lanes) compare(load_some(from + c, columns - c));
+  }
+  if constexpr (halves > 0) {
+    T some[halves];
+    std::memcpy(static_cast<void*>(some), &most_halves, sizeof most_halves);
+    for (int64_t half = 0; half < halves; half += lanes) compare(load(some + half));
   }
   return largest_of(most);
 }

@@ -1,8 +1,9 @@
 // One tile of attention scores, kRows queries x kKeys keys: what forward and backward share.
 //
 // Operands are brought into dense rows of the type sums are carried in, padded with zeros to whole vectors; products run
-// on the micro-kernel of gemm.h, or on AMX's tiles, from strips laid out for them (attention_strips.h). Which keys a query sees without a mask (causal, a window, lengths) is one interval a
-// row, so that tiles outside it are skipped and only those on its border look at single keys.
+// on the micro-kernel of gemm.h, or on AMX's tiles, from strips laid out for them (attention_strips.h). Which keys a query
+// sees without a mask (causal, a window, lengths) is one interval a row, so that tiles outside it are skipped and only
+// those on its border look at single keys.
 #pragma once
 #include "attention_strips.h"
 #include "philox_vector.h"
@@ -554,7 +555,7 @@ template <class T, int SCORE> struct Tile {
       }
       return {top, scale};
     }
-    if (s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale > 0) {
+    if (strips && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale > 0) {
       const Tag<A> lane = iota<A>();
       const int64_t from = begin - j0, to = end - j0;
       for (int64_t j = 0; j < count; j += lanes) {
