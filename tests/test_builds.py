@@ -53,11 +53,15 @@ def test_contract_with_avx512_vectors_on_any_machine():
     run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
 
 
+TILES = [("test_tiles.py", "test"), ("test_tiles_conv.py", "test"), ("test_tiles_rnn.py", "test"), ("test_attention.py", "tiles")]
+
+
 @x86
 @pytest.mark.slow
-def test_tiles_on_any_machine():
+@pytest.mark.parametrize("file, selection", TILES, ids=[file for file, _ in TILES])
+def test_tiles_on_any_machine(file, selection):
     """AMX's tiles in memory."""
-    run_tests("test_tiles.py", "test", DLKERN_LIBRARY=library("wide", "avx512"))
+    run_tests(file, selection, DLKERN_LIBRARY=library("wide", "avx512"))
 
 
 @pytest.mark.slow
@@ -65,7 +69,8 @@ def test_tiles_on_any_machine():
 def test_contract_without_tiles():
     """What this machine leaves to AMX, by AVX-512's vectors."""
     run_tests("test_contract.py", "test_parity and not float64", DLKERN_CPU_ISA="avx512")
-    run_tests("test_tiles.py", "test", DLKERN_CPU_ISA="avx512")
+    for file, selection in TILES:
+        run_tests(file, selection, DLKERN_CPU_ISA="avx512")
 
 
 def sanitized(isas: str) -> dict[str, str]:
