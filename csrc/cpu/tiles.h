@@ -38,6 +38,13 @@ template <> inline constexpr int kParts<bfloat16> = 1;
 template <class T> constexpr int64_t kStepBytes = kParts<T> * 2 * kTileBytes;
 template <class T> inline int64_t strip_bytes(int64_t k) { return ceil_div(k, kTileStep) * kStepBytes<T>; }
 
+// How an operand's values lie: value (line, k) at lines[line * line_stride + k * k_stride], where a line is a row of the
+// left side or a column of the right side. One of the strides is 1.
+template <class T> struct Lines {
+  const T* at;
+  int64_t line, k;
+};
+
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 
 #if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
@@ -130,13 +137,6 @@ template <class T>
 }
 
 }  // namespace tiles_detail
-
-// How an operand's values lie: value (line, k) at lines[line * line_stride + k * k_stride], where a line is a row of the
-// left side or a column of the right side. One of the strides is 1.
-template <class T> struct Lines {
-  const T* at;
-  int64_t line, k;
-};
 
 // `count` lines (32 at most), values [0, k), into a strip; what is beyond either is zero.
 template <bool LEFT, class T> inline void pack_strip(Lines<T> from, int64_t count, int64_t k, char* to) {
