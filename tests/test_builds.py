@@ -53,7 +53,9 @@ def test_contract_with_avx512_vectors_on_any_machine():
     run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
 
 
-TILES = [("test_tiles.py", "test"), ("test_tiles_conv.py", "test"), ("test_tiles_rnn.py", "test"), ("test_attention.py", "tiles")]
+TILES = [
+    ("test_tiles.py", "test"), ("test_tiles_conv.py", "test"), ("test_tiles_rnn.py", "test"), ("test_attention.py", "tiles"),
+]
 
 
 @x86

@@ -616,7 +616,7 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
     else
       left ? pack_strip<true>(from, count, some, to) : pack_strip<false>(from, count, some, to);
   };
-  const Tiles tiles;
+  [[maybe_unused]] const Tiles tiles;
   for (int64_t kb = kept_begin; kb < kept_end; kb += kept_step)
     for (int64_t mb = met_begin; mb < met_end; mb += met_step)
       for (int64_t first = 0; first < blocks; first += together) {

@@ -6,8 +6,6 @@
 // stored. Sums that tiles can't be trusted with (is_exact()), of a row and a panel, are computed again by vectors; so what
 // decides does not depend on how threads share rows and panels.
 #pragma once
-#include <optional>
-
 #include "rnn_steps.h"
 #include "tiles.h"
 
@@ -100,8 +98,6 @@ template <class T> struct StepWeight {
 };
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
-using TilesInUse = std::optional<Tiles>;
-
 // The rows as strips, one a kStrip rows.
 template <class T>
 void lay_rows(const StepWeight<T>& w, const float* const* rows, int64_t count, char* to) {
@@ -186,8 +182,6 @@ void multiply_laid(const StepWeight<T>& w, int64_t panel, const float* const* ro
     }
   }
 }
-#else
-using TilesInUse = std::optional<int>;
 #endif
 
 // Some rows of the batch, as their products with a weight read them.
@@ -197,15 +191,15 @@ template <class T> class StepRows {
   const A* const* rows;
   int64_t count;
   char* laid = nullptr;
-  TilesInUse tiles;
+  [[maybe_unused]] const Tiles tiles;
 
  public:
-  StepRows(const StepWeight<T>& weight, const A* const* from, int64_t some) : w(weight), rows(from), count(some) {
+  StepRows(const StepWeight<T>& weight, const A* const* from, int64_t some)
+      : w(weight), rows(from), count(some), tiles(weight.tiled) {
     if constexpr (kHasTileCode && kParts<T> > 0)
       if (w.tiled) {
         laid = scratch<char>(Slot::rnn_rows, kMostRows / kStrip * ceil_div(w.depth, kTileStep) * kStepBytes<T>);
         lay_rows(w, rows, count, laid);
-        tiles.emplace();
       }
   }
   // sums[i][w.width()] = rows[i] times a panel; the memory of whole strips of rows is used.

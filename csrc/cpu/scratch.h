@@ -1,6 +1,7 @@
 // Working memory of the CPU column: one growing, 64-byte aligned buffer a thread and purpose, reused by every
 // call and kept between calls, so that kernels neither allocate nor touch fresh pages. Contents are made anew each
-// call. A kernel that calls another keeps its own slot: gemm uses the gemm_ and tiles_ slots (convolution the latter, too), families the others.
+// call. A kernel that calls another keeps its own slot: gemm uses the gemm_ and tiles_ slots (convolution the latter,
+// too), families the others.
 #pragma once
 #include <cstddef>
 #include <cstdint>

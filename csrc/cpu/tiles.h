@@ -38,6 +38,13 @@ template <> inline constexpr int kParts<bfloat16> = 1;
 template <class T> constexpr int64_t kStepBytes = kParts<T> * 2 * kTileBytes;
 template <class T> inline int64_t strip_bytes(int64_t k) { return ceil_div(k, kTileStep) * kStepBytes<T>; }
 
+// How an operand's values lie: value (line, k) at lines[line * line_stride + k * k_stride], where a line is a row of the
+// left side or a column of the right side. One of the strides is 1.
+template <class T> struct Lines {
+  const T* at;
+  int64_t line, k;
+};
+
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
 
 #if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
@@ -46,13 +53,16 @@ struct alignas(64) TileShapes {
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-// The calling thread's tiles, in use while this lives.
+// The calling thread's tiles, in use while this lives (if at all).
 struct Tiles {
-  Tiles() {
+  const bool used;
+  explicit Tiles(bool use = true) : used(use) {
     static constexpr TileShapes shapes{};
-    asm volatile("ldtilecfg %0" : : "m"(shapes));
+    if (used) asm volatile("ldtilecfg %0" : : "m"(shapes));
   }
-  ~Tiles() { asm volatile("tilerelease"); }
+  ~Tiles() {
+    if (used) asm volatile("tilerelease");
+  }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
@@ -74,7 +84,7 @@ struct TileRegisters {
 };
 inline thread_local TileRegisters tile_registers;
 struct Tiles {
-  Tiles() {}
+  explicit Tiles(bool = true) {}
 };
 template <int N> inline void tile_zero() { std::memset(tile_registers.bytes[N], 0, kTileBytes); }
 template <int N> inline void tile_load(const void* from, int64_t pitch) {
@@ -133,13 +143,6 @@ template <class T>
 }
 
 }  // namespace tiles_detail
-
-// How an operand's values lie: value (line, k) at lines[line * line_stride + k * k_stride], where a line is a row of the
-// left side or a column of the right side. One of the strides is 1.
-template <class T> struct Lines {
-  const T* at;
-  int64_t line, k;
-};
 
 // `count` lines (32 at most), values [0, k), into a strip of a T's parts; what is beyond either is zero. As the parts of a
 // narrower type U, values are rounded.
@@ -366,6 +369,10 @@ inline bool is_exact(const float* sums, int64_t pitch, int64_t rows, int64_t col
   return largest >= 0x1f800000 && largest < 0x7f800000;  // 2^-64, infinity
 }
 
+#else
+struct Tiles {
+  explicit Tiles(bool = true) {}
+};
 #endif
 
 }  // namespace dlkern::cpu::DLKERN_ISA
