@@ -555,21 +555,6 @@ template <class T, int SCORE> struct Tile {
       }
       return {top, scale};
     }
-    if (strips && s.mask == kNoMask && !args.slopes && s.softcap == 0 && scale > 0) {
-      const Tag<A> lane = iota<A>();
-      const int64_t from = begin - j0, to = end - j0;
-      for (int64_t j = 0; j < count; j += lanes) {
-        V v = load(x + j);
-        if (j < from || j + lanes > to) {
-          v = (lane >= tags<A>(larger(from - j, 0))) & (lane < tags<A>(larger(smaller(to - j, lanes), 0)))
-                  ? v
-                  : broadcast<A>(minus_infinity);
-          store(x + j, v);
-        }
-        top = v > top ? v : top;
-      }
-      return {top, scale};
-    }
     if (all && s.mask != kNoMask && args.mask.stride[3] == 1 && !args.slopes && s.softcap == 0) {
       const int64_t m = b * args.mask.stride[0] + h * args.mask.stride[1] + (i0 + r0 + r) * args.mask.stride[2] + j0;
       if (s.mask == kBoolMask && scale > 0) {
