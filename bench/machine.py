@@ -144,6 +144,7 @@ def describe(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_isa": isa(),
         "cpu_tiles": bool(_native.facts().get("cpu_tiles")),
+        "cpu_float_tiles": bool(_native.facts().get("cpu_float_tiles")),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -261,7 +262,7 @@ class Floors:
             if self.device == "cpu" and _native.library_loaded():
                 wide = dtype if dtype == torch.float64 else torch.float32
                 candidates.append((self._fma(wide), "multiply-add loop"))
-                if dtype == torch.float32 and _native.facts().get("cpu_tiles"):
+                if dtype == torch.float32 and _native.facts().get("cpu_float_tiles"):
                     # csrc/cpu/tiles.h: a product of floats is six of bfloat16.
                     candidates.append((self._mm(torch.bfloat16) / 6, "torch.mm in bfloat16, six products"))
             self._peaks[dtype] = max(candidates)

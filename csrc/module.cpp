@@ -35,7 +35,10 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set the CPU column uses here: 'avx512', 'avx2' or 'portable'.");
   m.def(
       "cpu_tiles", [] { return dlkern::cpu::has_tiles(); },
-      "Whether matrix products go by AMX's tiles: the CPU has them, and DLKERN_CPU_ISA does not rule them out.");
+      "Whether 16-bit matrix products go by AMX's tiles: the CPU has them, and DLKERN_CPU_ISA does not rule them out.");
+  m.def(
+      "cpu_float_tiles", [] { return dlkern::cpu::has_float_tiles(); },
+      "Whether float32's do, too: DLKERN_AMX_FLOAT32=1 asks for it.");
   m.def(
       "build_info",
       [] {

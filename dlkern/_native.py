@@ -71,5 +71,6 @@ def facts() -> dict[str, Any]:
         "cpu_features": _C.cpu_features(),
         "cpu_isa": _C.cpu_isa(),
         "cpu_tiles": _C.cpu_tiles(),
+        "cpu_float_tiles": _C.cpu_float_tiles(),
         "cuda_kernels": json.loads(_C.cuda_kernels_json()),
     }

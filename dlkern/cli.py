@@ -45,7 +45,9 @@ def _versions() -> Table:
     except ImportError:
         triton_version = "not installed"
     made_with = f"{build['compiler']}, torch {build['torch']}" if build else facts.get("error", "")
-    tiles = ", matrix products by AMX" if facts.get("cpu_tiles") else ""
+    tiles = ", 16-bit matrix products by AMX" if facts.get("cpu_tiles") else ""
+    if facts.get("cpu_float_tiles"):
+        tiles = ", matrix products by AMX"
     rows = [
         ("dlkern", dlkern.__version__),
         ("native library", "loaded" if _native.load() else str(_native.LIBRARY_ERROR)),

@@ -63,16 +63,27 @@ TILES = [
 @pytest.mark.parametrize("file, selection", TILES, ids=[file for file, _ in TILES])
 def test_tiles_on_any_machine(file, selection):
     """AMX's tiles in memory."""
-    run_tests(file, selection, DLKERN_LIBRARY=library("wide", "avx512"))
+    run_tests(file, selection, DLKERN_LIBRARY=library("wide", "avx512"), DLKERN_AMX_FLOAT32="1")
 
 
+with_tiles = pytest.mark.skipif(not dlkern._native.facts().get("cpu_tiles"), reason="the CPU has no AMX")
+
+
+@with_tiles
 @pytest.mark.slow
-@pytest.mark.skipif(not dlkern._native.facts().get("cpu_tiles"), reason="the CPU has no AMX: no other test uses it")
 def test_contract_without_tiles():
     """What this machine leaves to AMX, by AVX-512's vectors."""
-    run_tests("test_contract.py", "test_parity and not float64", DLKERN_CPU_ISA="avx512")
+    run_tests("test_contract.py", "test_parity and float16", DLKERN_CPU_ISA="avx512")
     for file, selection in TILES:
         run_tests(file, selection, DLKERN_CPU_ISA="avx512")
+
+
+@with_tiles
+@pytest.mark.slow
+def test_float32_by_tiles():
+    run_tests("test_contract.py", "test_parity and float32", DLKERN_AMX_FLOAT32="1")
+    for file, selection in TILES:
+        run_tests(file, selection, DLKERN_AMX_FLOAT32="1")
 
 
 def sanitized(isas: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ template <class T, int SCORE> bool is_tiled(const AttentionShape& s) {
   return s.queries >= kLeastQueries && s.depth >= kLeastDepth && s.depth <= kMostDepth &&
          s.value_depth >= kLeastDepth && s.value_depth <= kMostDepth &&
          s.queries * s.keys * (s.depth + s.value_depth) >= 2 * gemm_detail::kSmallWork && s.scale <= large &&
-         s.scale >= -large && (s.softcap == 0 || s.softcap >= small) && has_tiles();
+         s.scale >= -large && (s.softcap == 0 || s.softcap >= small) && uses_tiles<T>();
 }
 
 // The largest of absolute values' bits, as the number that they are.

@@ -315,7 +315,7 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 }
 
 template <class T> bool tiles_over_planar(const Correlation<T>& z) {
-  return sizeof(T) == 2 && kHasTileCode && z.source.channels >= kTile && z.out_channels >= 3 && has_tiles();
+  return sizeof(T) == 2 && kHasTileCode && z.source.channels >= kTile && z.out_channels >= 3 && uses_tiles<T>();
 }
 
 template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
@@ -490,7 +490,7 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
 
 // Strips of weights whose cells are channels of one pixel, which any geometry can use.
 template <class T> bool keeps_strips(const Plan<T>& vectors) {
-  return kHasTileCode && kParts<T> > 0 && vectors.channels >= kMergedChannels && has_tiles();
+  return kHasTileCode && kParts<T> > 0 && vectors.channels >= kMergedChannels && uses_tiles<T>();
 }
 template <class T> TilePlan plan_kept_strips(const Correlation<T>& z, const Plan<T>& vectors) {
   TilePlan plan{};

@@ -30,11 +30,11 @@ template <class T> inline bool tiles_pay(int64_t work, int64_t outputs, int64_t 
   if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   const bool wide = sizeof(T) == 4;
   return work >= (wide ? 8 * kConvTileWork : kConvTileWork) && outputs >= (wide ? kTile : 3) &&
-         depth >= (wide ? kTile : kTile / 2) && has_tiles();
+         depth >= (wide ? kTile : kTile / 2) && uses_tiles<T>();
 }
 // Groups that both tiles and conv_grouped.cpp can do.
 template <class T> inline bool tiles_over_groups(const ConvShape& z) {
-  return sizeof(T) == 2 && kHasTileCode && z.c / z.groups >= kTile && has_tiles();
+  return sizeof(T) == 2 && kHasTileCode && z.c / z.groups >= kTile && uses_tiles<T>();
 }
 
 // One dimension's taps: tap t reads the source at stride * (position + step[t]) + residue[phase[t]].

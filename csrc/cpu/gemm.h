@@ -578,7 +578,7 @@ template <class T, class C> bool is_tiled(const Gemm<T, C>& g) {
   constexpr int64_t work = kParts<T> == 1 ? 1 << 15 : kParts<T> == 2 ? 1 << 16 : 1 << 22;
   constexpr int64_t reuse = kParts<T> == 3 ? 80 : 4;
   return (g.a_row == 1 || g.a_column == 1) && (g.b_row == 1 || g.b_column == 1) && g.k >= kTile &&
-         g.m * g.n >= reuse * (g.m + g.n) && g.m * g.n * g.k >= work && has_tiles();
+         g.m * g.n >= reuse * (g.m + g.n) && g.m * g.n * g.k >= work && uses_tiles<T>();
 }
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)

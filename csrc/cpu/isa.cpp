@@ -73,6 +73,11 @@ static bool detect_tiles() {
 #endif
 }
 
+bool has_float_tiles() {
+  static const char* const wanted = std::getenv("DLKERN_AMX_FLOAT32");
+  return wanted && !std::strcmp(wanted, "1") && has_tiles();
+}
+
 bool has_tiles() {
   static const bool has = detect_tiles();
   return has;

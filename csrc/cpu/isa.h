@@ -16,6 +16,9 @@ bool has_bf16_dot();
 // Whether AMX's tiles may be used: the CPU has them for bfloat16, the system lets the process keep their state, and
 // DLKERN_CPU_ISA is not set to less ("avx512" is less, too).
 bool has_tiles();
+// Whether float32 goes by them too: DLKERN_AMX_FLOAT32=1. Not by default: in convolutions and backward passes on two cores of
+// a shared machine, where AMX's rate falls to a quarter for seconds, vectors were faster.
+bool has_float_tiles();
 
 }  // namespace dlkern::cpu
 

@@ -19,7 +19,7 @@ static_assert(kMostRows >= kBlockRows);
 template <class T> bool by_tiles(const RnnShape& s) {
   if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   constexpr int64_t least = kParts<T> == 1 ? 1 : kParts<T> == 2 ? kTile : kStrip + 1;
-  return s.batch >= least && s.hidden >= 2 * kStrip && has_tiles();
+  return s.batch >= least && s.hidden >= 2 * kStrip && uses_tiles<T>();
 }
 
 template <class T> struct StepWeight {

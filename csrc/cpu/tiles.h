@@ -34,6 +34,11 @@ template <> inline constexpr int kParts<float> = 3;
 template <> inline constexpr int kParts<float16> = 2;
 template <> inline constexpr int kParts<bfloat16> = 1;
 
+// Whether this process multiplies Ts by tiles.
+template <class T> inline bool uses_tiles() {
+  return kHasTileCode && kParts<T> > 0 && (kParts<T> == 3 ? has_float_tiles() : has_tiles());
+}
+
 // Bytes of a step, and of `k` values of a whole strip.
 template <class T> constexpr int64_t kStepBytes = kParts<T> * 2 * kTileBytes;
 template <class T> inline int64_t strip_bytes(int64_t k) { return ceil_div(k, kTileStep) * kStepBytes<T>; }
