@@ -66,24 +66,17 @@ def test_tiles_on_any_machine(file, selection):
     run_tests(file, selection, DLKERN_LIBRARY=library("wide", "avx512"), DLKERN_AMX_FLOAT32="1")
 
 
-with_tiles = pytest.mark.skipif(not dlkern._native.facts().get("cpu_tiles"), reason="the CPU has no AMX")
-
-
-@with_tiles
 @pytest.mark.slow
-def test_contract_without_tiles():
-    """What this machine leaves to AMX, by AVX-512's vectors."""
-    run_tests("test_contract.py", "test_parity and float16", DLKERN_CPU_ISA="avx512")
+@pytest.mark.skipif(not dlkern._native.facts().get("cpu_tiles"), reason="the CPU has no AMX")
+@pytest.mark.parametrize(
+    "dtype, environment",
+    [("float16", {"DLKERN_CPU_ISA": "avx512"}), ("float32", {"DLKERN_AMX_FLOAT32": "1"})],  # bfloat16 is a float16 here
+    ids=["16 bits by vectors", "float32 by tiles"],
+)
+def test_what_goes_the_other_way_by_default(dtype, environment):
+    run_tests("test_contract.py", f"test_parity and {dtype}", **environment)
     for file, selection in TILES:
-        run_tests(file, selection, DLKERN_CPU_ISA="avx512")
-
-
-@with_tiles
-@pytest.mark.slow
-def test_float32_by_tiles():
-    run_tests("test_contract.py", "test_parity and float32", DLKERN_AMX_FLOAT32="1")
-    for file, selection in TILES:
-        run_tests(file, selection, DLKERN_AMX_FLOAT32="1")
+        run_tests(file, selection, **environment)
 
 
 def sanitized(isas: str) -> dict[str, str]:

@@ -4,12 +4,14 @@ options that torch does not have, beside a loop in torch's ops."""
 import contextlib
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as TF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from threads import on_threads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import dlkern
@@ -246,15 +248,8 @@ def test_dropout_between_layers(kind):
 
 
 def assert_threads_change_no_bit(module, dtype=torch.float32):
-    threads = torch.get_num_threads()
     for batch in (2, 33):  # hidden units are shared out, and rows of the batch
-        x, found = torch.randn(6, batch, 40), []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            try:
-                found.append(results(module, x, None, dtype))
-            finally:
-                torch.set_num_threads(threads)
+        found = on_threads((1, 2), partial(results, module, torch.randn(6, batch, 40), None, dtype))
         assert all(torch.equal(a, b) for a, b in zip(*found))
 
 

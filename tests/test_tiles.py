@@ -5,6 +5,7 @@ numbers the tiles can't hold. Elsewhere they go by vectors; test_builds.py runs 
 import pytest
 import torch
 import torch.nn.functional as tF
+from threads import on_threads
 
 import dlkern
 import dlkern.nn.functional as F
@@ -54,13 +55,7 @@ def test_long_sums(k):
 def test_bits_do_not_depend_on_the_threads(dtype):
     x, w, b = (t.detach() for t in draw(*SIZES[dtype][-1], dtype))
     x[70 % len(x), 3] = torch.inf  # its tile is multiplied again, by vectors
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(F.linear(x, w, b))
-    finally:
-        torch.set_num_threads(threads)
+    results = on_threads((1, 2, 3), lambda: F.linear(x, w, b))
     assert all(torch.equal(results[0].nan_to_num(), r.nan_to_num()) for r in results[1:])
 
 

@@ -5,6 +5,7 @@ all kinds, threads. Elsewhere they go by vectors.
 import pytest
 import torch
 import torch.nn.functional as TF
+from threads import on_threads
 
 import dlkern
 import dlkern.nn.functional as F
@@ -125,12 +126,6 @@ def test_bits_do_not_depend_on_the_threads(name, dtype):
     x, w, b = draw(name, dtype, LAYOUTS[1])
     x[0, 2, 3, 4] = torch.inf  # its block is computed again, by vectors
     grad = torch.randn(TF.conv2d(x.float(), w.float(), None, *SIZES[name][2:]).shape).to(dtype)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append([t.nan_to_num() for t in gradients(F.conv2d, (x, w, b), SIZES[name][2:], grad)[:2]])
-    finally:
-        torch.set_num_threads(threads)
+    results = on_threads((1, 2, 3), lambda: [t.nan_to_num() for t in gradients(F.conv2d, (x, w, b), SIZES[name][2:], grad)[:2]])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))

@@ -39,7 +39,7 @@ inline void softmax_row(Tile<T, SCORE>& tile, int64_t r0, int64_t r, int64_t cou
   store(sum, total);
 }
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 // The same for a strip of rows, which leaves the exponentials as a left side for products by tiles.
 template <class T, int SCORE>
 void softmax_strip(Tile<T, SCORE>& tile, int64_t r0, int64_t rows, int64_t count, const Seen& seen, float* largest,

@@ -233,7 +233,7 @@ template <class T, int SCORE, bool TILED = kTiled<T, SCORE>> struct StripGradien
   void finish(acc_t<T>*, acc_t<T>*) {}
 };
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 
 template <class T, int SCORE> void multiply_grad_strip(GradientTile<T, SCORE>& tile, int64_t rows, int64_t width) {
   multiply_row<T>(ceil_div(tile.s.value_depth, kTileStep), tile.grad_strip, tile.value_squares, tile.grad_bytes,

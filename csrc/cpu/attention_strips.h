@@ -15,7 +15,7 @@ constexpr int64_t kKeyStrips = kKeys / kStrip, kKeySteps = kKeys / kTileStep;
 
 // Scores that are products, of types that are made of parts.
 template <class T, int SCORE>
-constexpr bool kTiled = kHasTileCode && kParts<T> > 0 && (SCORE == kDotScore || SCORE == kCosineScore);
+constexpr bool kTiled = kHasTileCode<T> && (SCORE == kDotScore || SCORE == kCosineScore);
 
 // Sums of more products would lose more by rounding than vectors do, fewer are not worth laying out.
 constexpr int64_t kMostDepth = 512, kLeastDepth = 12, kLeastQueries = 9;
@@ -32,8 +32,7 @@ template <class T, int SCORE> bool is_tiled(const AttentionShape& s) {
 
 // The largest of absolute values' bits, as the number that they are.
 inline float largest_of(vint32 bits) {
-  int32_t largest = 0;
-  for (int l = 0; l < kLanes<float>; ++l) largest = bits[l] > largest ? bits[l] : largest;
+  const int32_t largest = largest_lane(bits);
   float value;
   std::memcpy(&value, &largest, sizeof value);
   return value;
@@ -75,7 +74,7 @@ inline bool are_large(float a, float b) {
 }
 inline bool is_bounded(float a) { return a < 0x1p56f; }
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 
 // e^(x factor - base), at most 1, as what becomes parts of a T: with AVX-512 by 2^x, to 2^-17, for types of 16 bits.
 template <class T> struct Exponential {
@@ -114,9 +113,7 @@ template <class T> struct Exponential {
 // The largest lane of each of 16 vectors.
 inline vfloat largest_lanes(const vfloat* rows) {
   vfloat square[kTile];
-#pragma GCC unroll 16
-  for (int r = 0; r < kTile; ++r) square[r] = rows[r];
-  transpose(square);
+  load_turned(reinterpret_cast<const float*>(rows), kTile, square);
 #pragma GCC unroll 16
   for (int step = kTile / 2; step > 0; step /= 2)
 #pragma GCC unroll 8
@@ -167,9 +164,7 @@ inline void add_turned(const float* from, int64_t from_row, int64_t count, int64
   for (int64_t j = 0; j < count; j += kTile)
     for (int64_t d = 0; d < depth; d += kTile) {
       vfloat square[kTile];
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kTile; ++r) square[r] = load(from + (d + r) * from_row + j);
-      transpose(square);
+      load_turned(from + d * from_row + j, from_row, square);
       for (int64_t r = 0; r < smaller(kTile, count - j); ++r) {
         float* row = to + (j + r) * to_row + d;
         store(row, load(row) + square[r]);
@@ -181,7 +176,7 @@ inline void add_turned(const float* from, int64_t from_row, int64_t count, int64
 
 // f(), with the calling thread's tiles set up if it multiplies by them.
 template <class T, int SCORE, class F> inline void on_tiles([[maybe_unused]] bool tiled, const F& f) {
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
   if constexpr (kTiled<T, SCORE>)
     if (tiled) {
       const Tiles tiles;

@@ -620,7 +620,7 @@ template <class T, int SCORE> struct Tile {
   }
 };
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 // f(numbers, row): what strips are packed from.
 template <class T, int SCORE, class F> void with_query_rows(Tile<T, SCORE>& tile, const F& f) {
   if (tile.packs_rows(tile.args.query)) return f(tile.query_at(tile.i0), tile.args.query.stride[2]);

@@ -315,7 +315,7 @@ void run_block(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, 
 }
 
 template <class T> bool tiles_over_planar(const Correlation<T>& z) {
-  return sizeof(T) == 2 && kHasTileCode && z.source.channels >= kTile && z.out_channels >= 3 && uses_tiles<T>();
+  return sizeof(T) == 2 && z.source.channels >= kTile && z.out_channels >= 3 && uses_tiles<T>();
 }
 
 template <class T> bool is_tiled(const Correlation<T>& z, const Plan<T>& plan) {
@@ -334,7 +334,7 @@ struct TilePlan {
   char* failed;  // [block][group]
 };
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 // A panel's sums at positions [p, p + count), to the output or, where that is planar, to pixels[..][32] of the block.
 // Whether they are exact.
 template <class T>
@@ -373,9 +373,7 @@ bool finish_positions(const Correlation<T>& z, const TilePlan& plan, const Block
     sums += run * kStrip;
     p += run;
   }
-  alignas(64) float largest[kTile];
-  store(largest, (vfloat)most);
-  return !any || is_exact(largest, kTile, 1, kTile);
+  return !any || is_exact(most);
 }
 
 // One block, panels [panel_begin, panel_end) of a group.
@@ -406,13 +404,9 @@ void run_tile_block(const Correlation<T>& z, const TilePlan& plan, int64_t index
   };
   const auto multiply = [&](int64_t panel, int64_t p) {
     const char* strip = plan.strips + (group * plan.panels + panel) * plan.strip;
-    const auto run = [&]<int ROWS, int COLUMNS>() {
+    with_tiles(positions - p, outputs - panel * kStrip, [&]<int ROWS, int COLUMNS>() {
       multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums[1 - turn], spare);
-    };
-    if (positions - p > kTile)
-      outputs - panel* kStrip > kTile ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
-    else
-      outputs - panel* kStrip > kTile ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+    });
     const bool exact = finish_waiting();
     waiting = p, waiting_panel = panel, turn = 1 - turn;
     return exact;
@@ -490,7 +484,7 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
 
 // Strips of weights whose cells are channels of one pixel, which any geometry can use.
 template <class T> bool keeps_strips(const Plan<T>& vectors) {
-  return kHasTileCode && kParts<T> > 0 && vectors.channels >= kMergedChannels && uses_tiles<T>();
+  return vectors.channels >= kMergedChannels && uses_tiles<T>();
 }
 template <class T> TilePlan plan_kept_strips(const Correlation<T>& z, const Plan<T>& vectors) {
   TilePlan plan{};
@@ -572,7 +566,7 @@ template <class T> void correlate(const Correlation<T>& z) {
   plan_blocks(z, plan);
   [[maybe_unused]] TilePlan tiles;
   [[maybe_unused]] const bool tiled = is_tiled(z, plan);
-  if constexpr (kHasTileCode && kParts<T> > 0) {
+  if constexpr (kHasTileCode<T>) {
     if (tiled && correlate_tiles(z, plan, tiles)) return;
   }
 
@@ -610,7 +604,7 @@ template <class T> void correlate(const Correlation<T>& z) {
     plan.weights = weights;
   }
 
-  if constexpr (kHasTileCode && kParts<T> > 0) {
+  if constexpr (kHasTileCode<T>) {
     if (tiled) return correlate_failed(z, plan, tiles);
   }
   const int64_t tasks = plan.row_blocks * plan.column_blocks * z.groups * plan.splits;
@@ -657,7 +651,7 @@ template <class T> int64_t pack(const ConvPackArgs<T>& args) {
   for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
   c.kernel_h = kernel_h, c.kernel_w = kernel_w;
   if (args.packed) pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
-  if constexpr (kHasTileCode && kParts<T> > 0) {
+  if constexpr (kHasTileCode<T>) {
     if (keeps_strips(plan)) {  // behind the vectors' weights
       const TilePlan tiles = plan_kept_strips(c, plan);
       if (args.packed) pack_strips(c, plan, tiles, reinterpret_cast<char*>(args.packed + count), tap_offsets);

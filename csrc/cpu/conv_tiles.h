@@ -27,14 +27,13 @@ constexpr int64_t kConvTileWork = 1 << 19;
 // Whether to multiply by tiles: multiplications, output channels of a group, values of a cell (or channels of a row of
 // taps). Small sums of float are as exact as a library's by vectors only, and narrow ones as fast.
 template <class T> inline bool tiles_pay(int64_t work, int64_t outputs, int64_t depth) {
-  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   const bool wide = sizeof(T) == 4;
   return work >= (wide ? 8 * kConvTileWork : kConvTileWork) && outputs >= (wide ? kTile : 3) &&
          depth >= (wide ? kTile : kTile / 2) && uses_tiles<T>();
 }
 // Groups that both tiles and conv_grouped.cpp can do.
 template <class T> inline bool tiles_over_groups(const ConvShape& z) {
-  return sizeof(T) == 2 && kHasTileCode && z.c / z.groups >= kTile && uses_tiles<T>();
+  return sizeof(T) == 2 && z.c / z.groups >= kTile && uses_tiles<T>();
 }
 
 // One dimension's taps: tap t reads the source at stride * (position + step[t]) + residue[phase[t]].
@@ -142,7 +141,7 @@ inline Field plan_field(int64_t images, int64_t rows, int64_t columns, int64_t c
   return f;
 }
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 
 inline void zero_cells(char* to, int64_t count) {
   if (count > 0) std::memset(to, 0, static_cast<size_t>(count * kCell));
@@ -311,37 +310,6 @@ inline void pack_filter_step(const float* rows, int64_t pitch, int64_t values, i
                              to + half * kTileBytes + r * kCell);
 }
 
-// The products of one step, added to the sums in registers (tiles.h's multiply_step, where tiles lie elsewhere): a side's
-// second tile is `tile` bytes from its first, its next part `part` bytes.
-template <int ROWS, int COLUMNS, int PARTS>
-[[gnu::always_inline]] inline void multiply_step_at(const char* left, int64_t left_tile, int64_t left_part,
-                                                    const char* right, int64_t right_tile, int64_t right_part) {
-  using tiles_detail::multiply_parts;
-  const auto load_left = [&](int part) __attribute__((always_inline)) {
-    tile_load<4>(left + part * left_part, kCell);
-    if constexpr (ROWS == 2) tile_load<5>(left + part * left_part + left_tile, kCell);
-  };
-  const auto load_right = [&](int part) __attribute__((always_inline)) {
-    tile_load<6>(right + part * right_part, kCell);
-    if constexpr (COLUMNS == 2) tile_load<7>(right + part * right_part + right_tile, kCell);
-  };
-  load_left(0);
-#pragma GCC unroll 3
-  for (int part = PARTS - 1; part >= 0; --part) {
-    load_right(part);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-#pragma GCC unroll 2
-  for (int part = PARTS - 1; part > 0; --part) {
-    load_left(part);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-  if constexpr (PARTS == 3) {
-    load_right(1);
-    multiply_parts<ROWS, COLUMNS>();
-  }
-}
-
 // Steps of a sum in the tiles' registers; then it is added to others in memory, since rounding errors grow with its length.
 template <class T> constexpr int64_t kConvSteps = 24 / (kParts<T> ? kParts<T> : 1);
 
@@ -355,8 +323,7 @@ inline void multiply_cells(const char* cells, int64_t apart, const int64_t* offs
   for (int64_t b = 0; b < blocks; ++b) {
     zero_sums<ROWS, COLUMNS>();
     for (int64_t s = b * steps / blocks; s < (b + 1) * steps / blocks; ++s)
-      multiply_step_at<ROWS, COLUMNS, kParts<T>>(cells + offsets[s], kTileBytes, apart, strip + s * kStepBytes<T>,
-                                                 kTileBytes, 2 * kTileBytes);
+      multiply_step<ROWS, COLUMNS, kParts<T>>(cells + offsets[s], strip + s * kStepBytes<T>, {kTileBytes, apart});
     store_sums<ROWS, COLUMNS>(block_sums(b), kStrip);
     if (b > 1) add_strip(block_sums(b - 1), sums);  // while the tiles are busy
   }

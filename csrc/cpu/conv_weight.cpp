@@ -398,7 +398,7 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
       static_cast<double>(z.n * z.p * z.q) * static_cast<double>(z.k * (z.c / z.groups) * z.r * z.s);
   if (products <= kFewProducts) return backward_weight_plain(args);
   if (depthwise_backward_weight(args) || (!tiles_over_groups<T>(z) && grouped_backward_weight(args))) return;
-  if constexpr (kHasTileCode && kParts<T> > 0) {
+  if constexpr (kHasTileCode<T>) {
     if (weight_is_tiled<T>(z) && backward_weight_tiles(args)) return;
   }
   Plan<T> plan;

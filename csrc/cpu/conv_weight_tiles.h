@@ -17,7 +17,7 @@ template <class T> inline bool weight_is_tiled(const ConvShape& z) {
                       channels < kMergedChannels ? z.s * channels : channels);
 }
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 namespace tiles_detail {
 
 // The low halves of two vectors of words, and the high ones.
@@ -38,12 +38,8 @@ template <class T> inline void turn_cells(const char* cells, int64_t apart, int6
     for (int64_t part = 0; part < kParts<T>; ++part, to += 2 * kTileBytes) {
       const float* from = reinterpret_cast<const float*>(cells + part * apart + p * kCell);
       vfloat a[kTile], b[kTile];
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kTile; ++r) a[r] = load(from + r * kTile);
-      transpose(a);
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kTile; ++r) b[r] = load(from + (kTile + r) * kTile);
-      transpose(b);
+      load_turned(from, kTile, a);
+      load_turned(from + kTile * kTile, kTile, b);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kTile; ++r)
         store_halves((vuint32)a[r], (vuint32)b[r], to + r * kCell, to + kTileBytes + r * kCell);
@@ -141,25 +137,20 @@ void sum_blocks(const ConvBackwardWeightArgs<T>& args, const WeightTiles<T>& pla
           const int64_t rows = smaller(kStrip, y.depth - panel * kStrip);
           const char* left = strips + panel * most_steps * kStepBytes<T>;
           float* to = to_group + panel * plan.panel_size() + s * f.taps * area;
-          const auto multiply = [&]<int ROWS, int COLUMNS>() {
+          with_tiles(rows, columns, [&]<int ROWS, int COLUMNS>() {
             for (int64_t t = 0; t < f.taps; ++t, to += area)
               for (int64_t c = 0; c < chains; ++c) {
                 const char* right = pairs + f.tap_offset(t);
                 zero_sums<ROWS, COLUMNS>();
                 for (int64_t p = c * steps / chains; p < (c + 1) * steps / chains; ++p)
-                  multiply_step_at<ROWS, COLUMNS, parts>(left + p * kStepBytes<T>, kTileBytes, 2 * kTileBytes,
-                                                         right + p * kTileStep * kCell, planes * f.plane,
-                                                         f.phases() * f.plane);
+                  multiply_step<ROWS, COLUMNS, parts>(left + p * kStepBytes<T>, right + p * kTileStep * kCell, {},
+                                                      {planes * f.plane, f.phases() * f.plane});
                 store_sums<ROWS, COLUMNS>(sums[1 - turn], kStrip);
                 add_waiting();  // meanwhile
                 waiting = to;
                 turn = 1 - turn;
               }
-          };
-          if (rows > kTile)
-            columns > kTile ? multiply.template operator()<2, 2>() : multiply.template operator()<2, 1>();
-          else
-            columns > kTile ? multiply.template operator()<1, 2>() : multiply.template operator()<1, 1>();
+          });
           add_waiting();
         }
       }

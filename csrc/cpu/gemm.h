@@ -574,14 +574,13 @@ template <class T> constexpr int64_t kTileKC = kParts<T> == 1 ? 1024 : kParts<T>
 
 // Whether tiles pay: float's parts are worth making where each is multiplied often enough.
 template <class T, class C> bool is_tiled(const Gemm<T, C>& g) {
-  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   constexpr int64_t work = kParts<T> == 1 ? 1 << 15 : kParts<T> == 2 ? 1 << 16 : 1 << 22;
   constexpr int64_t reuse = kParts<T> == 3 ? 80 : 4;
   return (g.a_row == 1 || g.a_column == 1) && (g.b_row == 1 || g.b_column == 1) && g.k >= kTile &&
          g.m * g.n >= reuse * (g.m + g.n) && g.m * g.n * g.k >= work && uses_tiles<T>();
 }
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 template <class T, class C, class Epilogue>
 void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
                int64_t j_end) {
@@ -663,7 +662,7 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
 template <class T, class C, class Epilogue>
 void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
          int64_t j_end) {
-  if constexpr (kHasTileCode && kParts<T> > 0) {
+  if constexpr (kHasTileCode<T>) {
     if (is_tiled(g)) return run_tiles(g, epilogue, i_begin, i_end, j_begin, j_end);
   }
   run_vectors(g, epilogue, i_begin, i_end, j_begin, j_end);

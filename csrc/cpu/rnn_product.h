@@ -17,7 +17,6 @@ static_assert(kMostRows >= kBlockRows);
 // Where tiles pay: few rows leave most of them empty, but bfloat16's weights are half as long to read as vectors' floats,
 // and float's one and a half times.
 template <class T> bool by_tiles(const RnnShape& s) {
-  if constexpr (!kHasTileCode || kParts<T> == 0) return false;
   constexpr int64_t least = kParts<T> == 1 ? 1 : kParts<T> == 2 ? kTile : kStrip + 1;
   return s.batch >= least && s.hidden >= 2 * kStrip && uses_tiles<T>();
 }
@@ -88,7 +87,7 @@ template <class T> struct StepWeight {
   void pack_strips(Lines<T> from, A* to) {
     lines = from;
     strips = reinterpret_cast<char*>(to);
-    if constexpr (kHasTileCode && kParts<T> > 0)
+    if constexpr (kHasTileCode<T>)
       parallel_for(panels * gates, larger(1, 65536 / (depth * kStrip)), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           pack_strip<false>(lines_of(i / gates, i % gates), smaller(kStrip, units - i / gates * kStrip), depth,
@@ -97,7 +96,7 @@ template <class T> struct StepWeight {
   }
 };
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+#if DLKERN_TILE_CODE
 // The rows as strips, one a kStrip rows.
 template <class T>
 void lay_rows(const StepWeight<T>& w, const float* const* rows, int64_t count, char* to) {
@@ -196,7 +195,7 @@ template <class T> class StepRows {
  public:
   StepRows(const StepWeight<T>& weight, const A* const* from, int64_t some)
       : w(weight), rows(from), count(some), tiles(weight.tiled) {
-    if constexpr (kHasTileCode && kParts<T> > 0)
+    if constexpr (kHasTileCode<T>)
       if (w.tiled) {
         laid = scratch<char>(Slot::rnn_rows, kMostRows / kStrip * ceil_div(w.depth, kTileStep) * kStepBytes<T>);
         lay_rows(w, rows, count, laid);
@@ -204,7 +203,7 @@ template <class T> class StepRows {
   }
   // sums[i][w.width()] = rows[i] times a panel; the memory of whole strips of rows is used.
   void multiply(int64_t panel, A* sums) const {
-    if constexpr (kHasTileCode && kParts<T> > 0)
+    if constexpr (kHasTileCode<T>)
       if (w.tiled) return multiply_laid(w, panel, rows, count, laid, sums);
     multiply_panel(w.packed, panel, rows, count, w.block, sums);
   }

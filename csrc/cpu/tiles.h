@@ -20,9 +20,9 @@
 namespace dlkern::cpu::DLKERN_ISA {
 
 #if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
-constexpr bool kHasTileCode = true;
+#define DLKERN_TILE_CODE 1
 #else
-constexpr bool kHasTileCode = false;
+#define DLKERN_TILE_CODE 0
 #endif
 
 constexpr int64_t kTile = 16, kTileStep = 32, kStrip = 2 * kTile;
@@ -34,9 +34,10 @@ template <> inline constexpr int kParts<float> = 3;
 template <> inline constexpr int kParts<float16> = 2;
 template <> inline constexpr int kParts<bfloat16> = 1;
 
-// Whether this process multiplies Ts by tiles.
+// Whether there is code that multiplies Ts by tiles, and whether this process does.
+template <class T> constexpr bool kHasTileCode = DLKERN_TILE_CODE && kParts<T> > 0;
 template <class T> inline bool uses_tiles() {
-  return kHasTileCode && kParts<T> > 0 && (kParts<T> == 3 ? has_float_tiles() : has_tiles());
+  return kHasTileCode<T> && (kParts<T> == 3 ? has_float_tiles() : has_tiles());
 }
 
 // Bytes of a step, and of `k` values of a whole strip.
@@ -50,7 +51,14 @@ template <class T> struct Lines {
   int64_t line, k;
 };
 
-#if defined(__AVX512F__) || defined(DLKERN_VECTOR_BYTES)
+// The largest lane.
+inline int32_t largest_lane(vint32 v) {
+  int32_t largest = v[0];
+  for (int l = 1; l < kLanes<float>; ++l) largest = v[l] > largest ? v[l] : largest;
+  return largest;
+}
+
+#if DLKERN_TILE_CODE
 
 #if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
 struct alignas(64) TileShapes {
@@ -248,15 +256,6 @@ template <bool LEFT> inline void pack_pairs(Lines<bfloat16> from, int64_t count,
 namespace tiles_detail {
 
 // Registers: 0 to 3 sums (row of tiles * 2 + column), 4 and 5 left, 6 and 7 right.
-template <int PART, int ROWS> [[gnu::always_inline]] inline void load_left(const char* step, int64_t tile,
-                                                                           int64_t row) {
-  tile_load<4>(step + PART * 2 * tile, row);
-  if constexpr (ROWS == 2) tile_load<5>(step + PART * 2 * tile + tile, row);
-}
-template <int PART, int COLUMNS> [[gnu::always_inline]] inline void load_right(const char* step) {
-  tile_load<6>(step + PART * 2 * kTileBytes, 64);
-  if constexpr (COLUMNS == 2) tile_load<7>(step + PART * 2 * kTileBytes + kTileBytes, 64);
-}
 template <int ROWS, int COLUMNS> [[gnu::always_inline]] inline void multiply_parts() {
   tile_multiply<0, 4, 6>();
   if constexpr (COLUMNS == 2) tile_multiply<1, 4, 7>();
@@ -266,36 +265,38 @@ template <int ROWS, int COLUMNS> [[gnu::always_inline]] inline void multiply_par
 
 }  // namespace tiles_detail
 
+// How a step's tiles lie: bytes from a side's first tile to its second, and from a part to the next. In strips:
+struct StepTiles {
+  int64_t tile = kTileBytes, part = 2 * kTileBytes;
+};
+
 // The products of one step, added to the sums in registers, in the order that loads the fewest tiles.
 template <int ROWS, int COLUMNS, int PARTS>
-[[gnu::always_inline]] inline void multiply_step(const char* left, const char* right) {
-  using namespace tiles_detail;
+[[gnu::always_inline]] inline void multiply_step(const char* left, const char* right, StepTiles of_left = {},
+                                                 StepTiles of_right = {}) {
+  using tiles_detail::multiply_parts;
+  const auto load_left = [&](int part) __attribute__((always_inline)) {
+    tile_load<4>(left + part * of_left.part, 64);
+    if constexpr (ROWS == 2) tile_load<5>(left + part * of_left.part + of_left.tile, 64);
+  };
+  const auto load_right = [&](int part) __attribute__((always_inline)) {
+    tile_load<6>(right + part * of_right.part, 64);
+    if constexpr (COLUMNS == 2) tile_load<7>(right + part * of_right.part + of_right.tile, 64);
+  };
+  load_left(0);
+#pragma GCC unroll 3
+  for (int part = PARTS - 1; part >= 0; --part) {
+    load_right(part);
+    multiply_parts<ROWS, COLUMNS>();
+  }
+#pragma GCC unroll 2
+  for (int part = PARTS - 1; part > 0; --part) {
+    load_left(part);
+    multiply_parts<ROWS, COLUMNS>();
+  }
   if constexpr (PARTS == 3) {
-    load_left<0, ROWS>(left, kTileBytes, 64);
-    load_right<2, COLUMNS>(right);
+    load_right(1);
     multiply_parts<ROWS, COLUMNS>();
-    load_right<1, COLUMNS>(right);
-    multiply_parts<ROWS, COLUMNS>();
-    load_right<0, COLUMNS>(right);
-    multiply_parts<ROWS, COLUMNS>();
-    load_left<2, ROWS>(left, kTileBytes, 64);
-    multiply_parts<ROWS, COLUMNS>();
-    load_left<1, ROWS>(left, kTileBytes, 64);
-    multiply_parts<ROWS, COLUMNS>();
-    load_right<1, COLUMNS>(right);
-    multiply_parts<ROWS, COLUMNS>();
-  } else {
-    load_left<0, ROWS>(left, kTileBytes, 64);
-    if constexpr (PARTS == 2) {
-      load_right<1, COLUMNS>(right);
-      multiply_parts<ROWS, COLUMNS>();
-    }
-    load_right<0, COLUMNS>(right);
-    multiply_parts<ROWS, COLUMNS>();
-    if constexpr (PARTS == 2) {
-      load_left<1, ROWS>(left, kTileBytes, 64);
-      multiply_parts<ROWS, COLUMNS>();
-    }
   }
 }
 
@@ -321,12 +322,20 @@ template <int ROWS, int COLUMNS> [[gnu::always_inline]] inline void store_sums(f
   if constexpr (ROWS == 2 && COLUMNS == 2) tile_store<3>(to + kTile * pitch + kTile, row);
 }
 
+// run.operator()<ROWS, COLUMNS>() with the tiles that `rows` and `columns` (32 at most) fill.
+template <class F> [[gnu::always_inline]] inline void with_tiles(int64_t rows, int64_t columns, F&& run) {
+  if (rows > kTile)
+    columns > kTile ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
+  else
+    columns > kTile ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+}
+
 // sums[32][pitch] (+)= left strip x right strip over `steps` steps; `rows` and `columns` (32 at most) say which tiles are
 // of use. Within a Tiles' life.
 template <class T>
 inline void multiply_strips(int64_t steps, const char* left, const char* right, float* sums, int64_t pitch, bool add,
                             int64_t rows, int64_t columns) {
-  const auto run = [&]<int ROWS, int COLUMNS>() __attribute__((always_inline)) {
+  with_tiles(rows, columns, [&]<int ROWS, int COLUMNS>() __attribute__((always_inline)) {
     if (add)
       load_sums<ROWS, COLUMNS>(sums, pitch);
     else
@@ -334,11 +343,7 @@ inline void multiply_strips(int64_t steps, const char* left, const char* right, 
     for (int64_t s = 0; s < steps; ++s)
       multiply_step<ROWS, COLUMNS, kParts<T>>(left + s * kStepBytes<T>, right + s * kStepBytes<T>);
     store_sums<ROWS, COLUMNS>(sums, pitch);
-  };
-  if (rows > kTile)
-    columns > kTile ? run.template operator()<2, 2>() : run.template operator()<2, 1>();
-  else
-    columns > kTile ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+  });
 }
 
 // to += from, both float[32][32].
@@ -346,22 +351,31 @@ inline void add_strip(const float* from, float* to) {
   for (int64_t i = 0; i < kStrip * kStrip; i += kTile) store(to + i, load(to + i) + load(from + i));
 }
 
+// square = from[16][row]^T.
+[[gnu::always_inline]] inline void load_turned(const float* from, int64_t row, vfloat (&square)[kTile]) {
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kTile; ++r) square[r] = load(from + r * row);
+  transpose(square);
+}
+
 // to = from^T, both float[32][32].
 inline void turn_strip(const float* from, float* to) {
-  constexpr int64_t lanes = kTile;
-  for (int64_t i = 0; i < kStrip; i += lanes)
-    for (int64_t j = 0; j < kStrip; j += lanes) {
-      vfloat square[lanes];
+  for (int64_t i = 0; i < kStrip; i += kTile)
+    for (int64_t j = 0; j < kStrip; j += kTile) {
+      vfloat square[kTile];
+      load_turned(from + i * kStrip + j, kStrip, square);
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < lanes; ++r) square[r] = load(from + (i + r) * kStrip + j);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < lanes; ++r) store(to + (j + r) * kStrip + i, square[r]);
+      for (int64_t r = 0; r < kTile; ++r) store(to + (j + r) * kStrip + i, square[r]);
     }
 }
 
-// Whether the tiles' sums, rows x columns at sums[..][pitch], are what exact parts give: they are finite, and their
-// largest is so far above the smallest number that what was flushed to zero does not show.
+// Whether the tiles' sums, the largest of whose absolute values' bits are `most`, are what exact parts give: they are finite,
+// and their largest is so far above the smallest number that what was flushed to zero does not show.
+inline bool is_exact(vint32 most) {
+  const int32_t largest = largest_lane(most);
+  return largest >= 0x1f800000 && largest < 0x7f800000;  // 2^-64, infinity
+}
+// The same of rows x columns at sums[..][pitch].
 inline bool is_exact(const float* sums, int64_t pitch, int64_t rows, int64_t columns) {
   vint32 most{};
   for (int64_t i = 0; i < rows; ++i)
@@ -369,9 +383,7 @@ inline bool is_exact(const float* sums, int64_t pitch, int64_t rows, int64_t col
       const vint32 bits = (vint32)load_some(sums + i * pitch + j, columns - j) & 0x7fffffff;
       most = bits > most ? bits : most;
     }
-  int32_t largest = 0;
-  for (int l = 0; l < kLanes<float>; ++l) largest = most[l] > largest ? most[l] : largest;
-  return largest >= 0x1f800000 && largest < 0x7f800000;  // 2^-64, infinity
+  return is_exact(most);
 }
 
 #else
