@@ -88,23 +88,6 @@ inline void transpose_rows(const A* from, int64_t from_row, int64_t count, int64
     }
 }
 
-// The largest lane; of a NaN and a number, either. (Widths as constants: else the compiler builds the orders of lanes
-// lane by lane in every call.)
-template <int WIDTH, class V> [[gnu::always_inline]] inline auto largest_lane(V v) {
-  if constexpr (WIDTH == 0) {
-    return v[0];
-  } else {
-    decltype(v > v) other;
-#pragma GCC unroll 16
-    for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(v[0])); ++l) other[l] = l ^ WIDTH;
-    const V turned = __builtin_shuffle(v, other);
-    return largest_lane<WIDTH / 2>(turned > v ? turned : v);
-  }
-}
-template <class V> [[gnu::always_inline]] inline auto largest_lane(V v) {
-  return largest_lane<static_cast<int>(sizeof(V) / sizeof(v[0])) / 2>(v);
-}
-
 // `count` numbers of a mask from `from`, `step` apart, as what is added to scores.
 template <class A, class M> inline Vec<A> mask_vector(const M* from, int64_t step, int64_t count) {
   if (step == 0) return broadcast<A>(static_cast<A>(from[0]));

@@ -349,13 +349,15 @@ bool finish_positions(const Correlation<T>& z, const TilePlan& plan, const Block
     const int64_t run = smaller(end - p, f.pitch - column),
                   some = i < block.rows ? smaller(run, block.columns - column) : 0;
     const auto each = [&](auto&& put) __attribute__((always_inline)) {
+      vint32 larger = most;  // a register, whatever the stores may alias
       for (int64_t j = 0; j < some; ++j) {
         const vfloat low = load(sums + j * kStrip), high = load(sums + j * kStrip + kTile);
         const vint32 a = (vint32)low & 0x7fffffff, b = (vint32)high & 0x7fffffff;
-        most = a > most ? a : most;
-        most = b > most ? b : most;
+        larger = a > larger ? a : larger;
+        larger = b > larger ? b : larger;
         put(j, low + bias0, high + bias1);
       }
+      most = larger;
     };
     if (some > 0 && z.output_channels_last) {
       const int64_t h = z.start_h + (block.row + i) * z.step_h, w = z.start_w + (block.column + column) * z.step_w;
@@ -470,12 +472,14 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
         }
         for (int64_t t = 0; t < f.taps; ++t, to += kStepBytes<T>) {
           const int64_t row = f.merged ? t * f.depth + c : t * some.channels;
+          const Lines<T> lines{weight + first * z.weight_out + c * z.weight_in + all.taps[t], z.weight_out,
+                               z.weight_in};
           if (rows)
             pack_filter_step<T>(rows + row * kStrip, kStrip, values, count, to);
+          else if constexpr (has_pairs<T>)
+            pack_pairs<false>(lines, count, values, to);
           else
-            pack_strip<false>(
-                Lines<T>{weight + first * z.weight_out + c * z.weight_in + all.taps[t], z.weight_out, z.weight_in},
-                count, values, to);
+            pack_strip<false>(lines, count, values, to);
         }
       }
     }

@@ -1,11 +1,13 @@
 // Convolution on AMX's tiles (tiles.h): how images are laid out for them.
 //
-// A cell is 64 bytes: 32 channels of one pixel, one bfloat16 part of each. Cells of a window lie in planes, one for each
-// step of 32 channels, part, and phase: phase (a, b) holds the source's rows a and columns b modulo the strides, so that
-// neighbouring output pixels read neighbouring cells, whatever the stride. A tile's left side is then 16 cells as they
-// lie, moved by the tap, and nothing is copied for each tap. Output pixels are numbered as the cells are: rows follow
-// each other at the planes' pitch, images at theirs, with as many columns and rows of zeros between them as the taps
-// reach beyond (a row's right border is the next one's left border). Sums at the places between are made in vain.
+// A cell is 64 bytes: 32 channels of one pixel, one bfloat16 part of each. A word of it holds channels c and c + 16 or,
+// of bfloat16 itself, c and c + 1: a cell is then what lies in memory anyway (has_pairs). Cells of a window lie in
+// planes, one for each step of 32 channels, part, and phase: phase (a, b) holds the source's rows a and columns b
+// modulo the strides, so that neighbouring output pixels read neighbouring cells, whatever the stride. A tile's left
+// side is then 16 cells as they lie, moved by the tap, and nothing is copied for each tap. Output pixels are numbered
+// as the cells are: rows follow each other at the planes' pitch, images at theirs, with as many columns and rows of
+// zeros between them as the taps reach beyond (a row's right border is the next one's left border). Sums at the places
+// between are made in vain.
 //
 // Where pixels have few channels (first layers), a cell holds all that a row of taps reads instead: `merged`.
 #pragma once
@@ -23,6 +25,9 @@ constexpr int64_t kStripBytes = 384 * 1024;  // of it, for weights that all meet
 constexpr int64_t kMostPositions = 1536;  // of a block
 constexpr int64_t kMergedChannels = 16;  // fewer are merged
 constexpr int64_t kConvTileWork = 1 << 19;
+
+// Whether words of cells and of weights' strips hold neighbouring channels.
+template <class T> constexpr bool has_pairs = kParts<T> == 1;
 
 // Whether to multiply by tiles: multiplications, output channels of a group, values of a cell (or channels of a row of
 // taps). Small sums of float are as exact as a library's by vectors only, and narrow ones as fast.
@@ -143,8 +148,37 @@ inline Field plan_field(int64_t images, int64_t rows, int64_t columns, int64_t c
 
 #if DLKERN_TILE_CODE
 
+// The first `count` (32 at most) of two vectors, rounded, to neighbouring elements.
+template <class T> [[gnu::always_inline]] inline void store_pair(T* to, vfloat low, vfloat high, int64_t count) {
+#if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
+  if constexpr (sizeof(T) == 2) {
+    __m512i both;
+    if constexpr (kParts<T> == 1)  // every CPU with tiles has this instruction
+      asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    else
+      both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph((__m512)low, _MM_FROUND_TO_NEAREST_INT)),
+                                _mm512_cvtps_ph((__m512)high, _MM_FROUND_TO_NEAREST_INT), 1);
+    _mm512_mask_storeu_epi16(to, count >= kStrip ? ~0u : (1u << count) - 1, both);
+    return;
+  }
+#endif
+  store_some(to, low, count);
+  if (count > kTile) store_some(to + kTile, high, count - kTile);
+}
+
 inline void zero_cells(char* to, int64_t count) {
   if (count > 0) std::memset(to, 0, static_cast<size_t>(count * kCell));
+}
+
+// One part of `count` values (32 at most), the rest zero, as they lie.
+[[gnu::always_inline]] inline vuint32 load_pairs(const void* from, int64_t count) {
+#if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
+  return (vuint32)_mm512_maskz_loadu_epi16(count >= kTileStep ? ~0u : (1u << count) - 1, from);
+#else
+  vuint32 v{};
+  std::memcpy(&v, from, static_cast<size_t>(2 * smaller(count, kTileStep)));
+  return v;
+#endif
 }
 
 // `pixels` cells of up to 32 channels, a part `apart` bytes from the next, of pixels that lie as [pixel][channel],
@@ -152,23 +186,16 @@ inline void zero_cells(char* to, int64_t count) {
 template <class T>
 inline void cells_of_pixels(const T* from, int64_t pixel, int64_t pixels, int64_t channels, char* to, int64_t apart) {
   using namespace tiles_detail;
-  if (kParts<T> == 1 && channels >= kTileStep) {  // a cell is there, in another order
-    using halves [[gnu::vector_size(kCell)]] = uint16_t;
-    halves order;
-    for (int l = 0; l < kTileStep; ++l) order[l] = static_cast<uint16_t>(l / 2 + l % 2 * kTile);
-    for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell) {
-      halves v;
-      std::memcpy(&v, from, sizeof v);
-      v = __builtin_shuffle(v, order);
-      std::memcpy(to, &v, sizeof v);
-    }
-  } else if (channels >= kTileStep) {
-    for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell)
+  for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell) {
+    if constexpr (has_pairs<T>) {
+      const vuint32 cell = load_pairs(from, channels);
+      std::memcpy(to, &cell, sizeof cell);
+    } else if (channels >= kTileStep) {
       store_words<kParts<T>>(load(from), load(from + kTile), to, apart);
-  } else {
-    for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell)
+    } else {
       store_words<kParts<T>>(load_some(from, channels),
                              channels > kTile ? load_some(from + kTile, channels - kTile) : vfloat{}, to, apart);
+    }
   }
 }
 
@@ -179,16 +206,19 @@ inline void cells_of_planes(const T* from, int64_t plane, int64_t pixels, int64_
   for (int64_t j = 0; j < pixels; j += kTile, from += kTile, to += kTile * kCell) {
     const int64_t some = smaller(kTile, pixels - j);
     const bool whole = some == kTile && channels >= kTileStep;
-    const T* high = from + kTile * plane;
+    // a and b: the channels of words' halves.
+    constexpr int64_t every = has_pairs<T> ? 2 : 1, from_a_to_b = has_pairs<T> ? 1 : kTile;
+    const T* high = from + from_a_to_b * plane;
     vfloat a[kTile], b[kTile];
     if (whole) {
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kTile; ++r) a[r] = load(from + r * plane), b[r] = load(high + r * plane);
+      for (int64_t r = 0; r < kTile; ++r) a[r] = load(from + every * r * plane), b[r] = load(high + every * r * plane);
     } else {
       for (int64_t r = 0; r < kTile; ++r)
-        a[r] = load_row(from, plane, r, channels, some), b[r] = load_row(high, plane, r, channels - kTile, some);
+        a[r] = load_row(from, plane, every * r, channels, some),
+        b[r] = load_row(high, plane, every * r, channels - from_a_to_b, some);
     }
-    if constexpr (kParts<T> == 1) {  // words are turned, not their halves
+    if constexpr (has_pairs<T>) {  // words are turned, not their halves
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kTile; ++r) a[r] = (vfloat)(((vuint32)a[r] >> 16) | ((vuint32)b[r] & 0xffff0000u));
       transpose(a);
@@ -217,9 +247,12 @@ inline void copy_cell_row(const Images<T>& x, const Field& f, const Block& b, in
       const int64_t count = f.depth - s * kTileStep;
       for (int64_t j = 0; j < b.columns; ++j) {
         const float* from = row + j * f.column_stride * f.channels + s * kTileStep;
-        tiles_detail::store_words<parts>(load_some(from, count),
-                                         count > kTile ? load_some(from + kTile, count - kTile) : vfloat{},
-                                         to + j * kCell, apart);
+        const vfloat low = load_some(from, count),
+                     high = count > kTile ? load_some(from + kTile, count - kTile) : vfloat{};
+        if constexpr (has_pairs<T>)
+          store_pair(reinterpret_cast<T*>(to + j * kCell), low, high, kStrip);
+        else
+          tiles_detail::store_words<parts>(low, high, to + j * kCell, apart);
       }
       for (int64_t part = 0; part < parts; ++part)
         zero_cells(to + part * apart + b.columns * kCell, f.pitch - b.columns);
@@ -303,10 +336,11 @@ template <class T> inline int64_t step_cells_bytes(const Field& f) { return kPar
 template <class T>
 inline void pack_filter_step(const float* rows, int64_t pitch, int64_t values, int64_t count, char* to) {
   using namespace tiles_detail;
+  constexpr int64_t every = has_pairs<T> ? 2 : 1, apart = has_pairs<T> ? 1 : kTile;
   for (int64_t half = 0; half < 2; ++half, rows += kTile, count -= kTile)
     for (int64_t r = 0; r < kTile; ++r)
-      store_words<kParts<T>>(load_row(rows, pitch, r, values, count),
-                             load_row(rows + kTile * pitch, pitch, r, values - kTile, count),
+      store_words<kParts<T>>(load_row(rows, pitch, every * r, values, count),
+                             load_row(rows + apart * pitch, pitch, every * r, values - apart, count),
                              to + half * kTileBytes + r * kCell);
 }
 
@@ -328,24 +362,6 @@ inline void multiply_cells(const char* cells, int64_t apart, const int64_t* offs
     if (b > 1) add_strip(block_sums(b - 1), sums);  // while the tiles are busy
   }
   if (blocks > 1) add_strip(block_sums(blocks - 1), sums);
-}
-
-// The first `count` (32 at most) of two vectors, rounded, to neighbouring elements.
-template <class T> [[gnu::always_inline]] inline void store_pair(T* to, vfloat low, vfloat high, int64_t count) {
-#if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
-  if constexpr (sizeof(T) == 2) {
-    __m512i both;
-    if constexpr (kParts<T> == 1)  // every CPU with tiles has this instruction
-      asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
-    else
-      both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph((__m512)low, _MM_FROUND_TO_NEAREST_INT)),
-                                _mm512_cvtps_ph((__m512)high, _MM_FROUND_TO_NEAREST_INT), 1);
-    _mm512_mask_storeu_epi16(to, count >= kStrip ? ~0u : (1u << count) - 1, both);
-    return;
-  }
-#endif
-  store_some(to, low, count);
-  if (count > kTile) store_some(to + kTile, high, count - kTile);
 }
 
 #endif

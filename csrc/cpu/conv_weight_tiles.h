@@ -32,7 +32,7 @@ inline vuint32 load_words(const char* from) {
   return v;
 }
 
-// Cells of `positions` (a multiple of 32) as steps of a left strip.
+// Cells of `positions` (a multiple of 32) as steps of a left strip: lines, whose order is that of channels.
 template <class T> inline void turn_cells(const char* cells, int64_t apart, int64_t positions, char* to) {
   for (int64_t p = 0; p < positions; p += kTileStep)
     for (int64_t part = 0; part < kParts<T>; ++part, to += 2 * kTileBytes) {
@@ -40,16 +40,30 @@ template <class T> inline void turn_cells(const char* cells, int64_t apart, int6
       vfloat a[kTile], b[kTile];
       load_turned(from, kTile, a);
       load_turned(from + kTile * kTile, kTile, b);
+      constexpr int64_t every = has_pairs<T> ? 2 * kCell : kCell, apart_lines = has_pairs<T> ? kCell : kTileBytes;
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kTile; ++r)
-        store_halves((vuint32)a[r], (vuint32)b[r], to + r * kCell, to + kTileBytes + r * kCell);
+        store_halves((vuint32)a[r], (vuint32)b[r], to + r * every, to + r * every + apart_lines);
     }
 }
 
 // Words of cell i and cell i + 16: those of channels [0, 16) to `to`, those of [16, 32) `plane` bytes on.
-inline void pair_cells(const char* cells, int64_t count, int64_t plane, char* to) {
-  for (int64_t i = 0; i < count; ++i, cells += kCell, to += kCell)
-    store_halves(load_words(cells), load_words(cells + kTile * kCell), to, to + plane);
+template <class T> inline void pair_cells(const char* cells, int64_t count, int64_t plane, char* to) {
+  using halves [[gnu::vector_size(kCell)]] = uint16_t;
+  halves low, high;
+  for (int l = 0; l < kTileStep; ++l)
+    low[l] = static_cast<uint16_t>(l / 2 + l % 2 * kTileStep), high[l] = static_cast<uint16_t>(low[l] + kTile);
+  for (int64_t i = 0; i < count; ++i, cells += kCell, to += kCell) {
+    const vuint32 a = load_words(cells), b = load_words(cells + kTile * kCell);
+    if constexpr (has_pairs<T>) {
+      const halves first = __builtin_shuffle((halves)a, (halves)b, low),
+                   second = __builtin_shuffle((halves)a, (halves)b, high);
+      std::memcpy(to, &first, sizeof first);
+      std::memcpy(to + plane, &second, sizeof second);
+    } else {
+      store_halves(a, b, to, to + plane);
+    }
+  }
 }
 
 }  // namespace tiles_detail
@@ -132,7 +146,7 @@ void sum_blocks(const ConvBackwardWeightArgs<T>& args, const WeightTiles<T>& pla
         const int64_t columns = smaller(kStrip, f.depth - s * kStrip);
         copy_cells(input, f, block, group * f.channels, s, s + 1, cells, lines);
         for (int64_t plane = 0; plane < planes; ++plane)
-          pair_cells(cells + plane * f.plane, f.plane / kCell - kTile, planes * f.plane, pairs + plane * f.plane);
+          pair_cells<T>(cells + plane * f.plane, f.plane / kCell - kTile, planes * f.plane, pairs + plane * f.plane);
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t rows = smaller(kStrip, y.depth - panel * kStrip);
           const char* left = strips + panel * most_steps * kStepBytes<T>;

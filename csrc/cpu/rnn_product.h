@@ -127,9 +127,7 @@ inline bool is_exact_row(const float* sums, int64_t width, const float* row, int
   vint32 bits{}, ends{};
   for (int64_t k = 0; k < depth; k += kTile) bits |= (vint32)load_some(row + k, depth - k) & 0x7fffffff;
   for (int64_t j = 0; j < width; j += kTile) ends |= ((vint32)load(sums + j) & 0x7fffffff) >= 0x7f800000;
-  for (int64_t l = 0; l < kTile; ++l)
-    if (bits[l] || ends[l]) return false;
-  return true;
+  return largest_lane(bits | (ends & 1)) == 0;
 }
 
 // sums[count][width] = rows times a panel of the weight.

@@ -340,13 +340,26 @@ template <class V, int N> [[gnu::always_inline]] inline void transpose(V (&row)[
   if constexpr (N > 2) transpose_round<2>(row);
   transpose_round<1>(row);
 }
+// both(first lanes, last lanes), halved until one is left. By shuffles: what goes through memory waits until all stores
+// before are done. (Widths as constants: else the compiler builds the orders of lanes lane by lane in every call.)
+template <int WIDTH, class V, class F> [[gnu::always_inline]] inline auto reduce_lanes(V v, F&& both) {
+  if constexpr (WIDTH == 0) {
+    return v[0];
+  } else {
+    decltype(v > v) other;
+#pragma GCC unroll 16
+    for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(v[0])); ++l) other[l] = l ^ WIDTH;
+    return reduce_lanes<WIDTH / 2>(both(v, __builtin_shuffle(v, other)), both);
+  }
+}
+template <class V> constexpr int kHalfLanes = sizeof(V) / sizeof(V{}[0]) / 2;
 // Sum of the lanes, in a fixed order.
-template <class V> inline auto reduce_add(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  auto s = v;
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+template <class V> [[gnu::always_inline]] inline auto reduce_add(V v) {
+  return reduce_lanes<kHalfLanes<V>>(v, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+}
+// The largest lane; of a NaN and a number, either.
+template <class V> [[gnu::always_inline]] inline auto largest_lane(V v) {
+  return reduce_lanes<kHalfLanes<V>>(v, [](V a, V b) __attribute__((always_inline)) { return b > a ? b : a; });
 }
 // Larger of two lanes; NaN in either gives NaN, as torch.max has it.
 template <class V> inline V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }

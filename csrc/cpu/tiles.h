@@ -51,13 +51,6 @@ template <class T> struct Lines {
   int64_t line, k;
 };
 
-// The largest lane.
-inline int32_t largest_lane(vint32 v) {
-  int32_t largest = v[0];
-  for (int l = 1; l < kLanes<float>; ++l) largest = v[l] > largest ? v[l] : largest;
-  return largest;
-}
-
 #if DLKERN_TILE_CODE
 
 #if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
