@@ -2,6 +2,7 @@
 // consecutive elements of one channel (apply_segment) or over rows of channels (apply_rows).
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "activation.h"
 #include "simd.h"
@@ -56,6 +57,35 @@ template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
     store(p, v);
 }
 
+// Two bfloat16s a lane.
+inline void store_by(uintptr_t past, bfloat16* p, vuint32 words) {
+  if (kStreams && (reinterpret_cast<uintptr_t>(p) & (past | (sizeof words - 1))) == 0)
+    stream(reinterpret_cast<float*>(p), (vfloat)words);
+  else
+    std::memcpy(static_cast<void*>(p), &words, sizeof words);
+}
+
+// Whether elements at even and at odd places are taken apart (load_even), which spares a type its conversions' shuffles.
+template <class T> constexpr bool kEvenOdd = std::is_same_v<T, bfloat16>;
+// Elements from `at` on, two vectors; constants of those at even places, and at odd ones.
+template <class Apply>
+[[gnu::always_inline]] inline void apply_even_odd(const Apply& apply, int64_t at, const vfloat (&k_even)[kConstants],
+                                                  const vfloat (&k_odd)[kConstants], uintptr_t past) {
+  constexpr int most = 2;  // results of an element
+  bfloat16* to[most];
+  vfloat even[most], odd[most];
+  int results = 0, of_odd = 0;
+  apply(
+      at, k_even, [](const bfloat16* p) { return load_even(p); },
+      [&](bfloat16* p, vfloat v) __attribute__((always_inline)) { to[results] = p, even[results++] = v; });
+  apply(
+      at, k_odd, [](const bfloat16* p) { return load_odd(p); },
+      [&](bfloat16*, vfloat v) __attribute__((always_inline)) { odd[of_odd++] = v; });
+#pragma GCC unroll 2
+  for (int r = 0; r < most; ++r)
+    if (r < results) store_by(past, to[r], merge_even_odd(even[r], odd[r]));
+}
+
 template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count,
                                                           const acc_t<T>* constants, uintptr_t past) {
   const Apply apply = shared;  // a copy that no store can change
@@ -63,6 +93,8 @@ template <class T, class Apply> inline void apply_segment(const Apply& shared, i
 #pragma GCC unroll 8
   for (int m = 0; m < kConstants; ++m) k[m] = broadcast<T>(constants[m]);
   const int64_t end = i + count;
+  if constexpr (kEvenOdd<T>)
+    for (; i + 2 * kLanes<T> <= end; i += 2 * kLanes<T>) apply_even_odd(apply, i, k, k, past);
   for (; i + kLanes<T> <= end; i += kLanes<T>)
     apply(i, k, [](const T* p) { return load(p); }, [past](T* p, Vec<T> v) { store_by(past, p, v); });
   if (i < end) {
@@ -98,6 +130,16 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = first + block < rows ? first + block : rows;
     int64_t j = 0;
+    if constexpr (kEvenOdd<T>)
+      for (; j + 2 * step <= width; j += 2 * step) {
+        vfloat even[kConstants], odd[kConstants];
+#pragma GCC unroll 8
+        for (int m = 0; m < kConstants; ++m) {
+          const acc_t<T>* of_columns = constants + m * constants_apart + j;
+          take_apart(load(of_columns), load(of_columns + step), even[m], odd[m]);
+        }
+        for (int64_t r = first; r < last; ++r) apply_even_odd(apply, begin + r * stride + j, even, odd, past);
+      }
     for (; j + tile * step <= width; j += tile * step)
       columns.template operator()<tile>(j, first, last, load_whole, store_whole);
     for (; j + step <= width; j += step) columns.template operator()<1>(j, first, last, load_whole, store_whole);

@@ -5,6 +5,8 @@
 // on one grid, so x - s rounds to the same side for all of them); ExactSums carries the rounding errors of doubles along
 // (CompensatedSum), for float64.
 #pragma once
+#include <type_traits>
+
 #include "activation.h"
 #include "simd.h"
 
@@ -187,21 +189,28 @@ inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin
   const V c = V{} + centre;
   Sums sums = out;
   int64_t left = Sums::kBlock;  // additions until the sums must be flushed
-  auto add = [&](int64_t i, int u) DLKERN_INLINE {
+  auto add = [&](int64_t i, int u, auto&& read) DLKERN_INLINE {
     V v[Rule::kStreams];
 #pragma GCC unroll 8
-    for (int k = 0; k < Rule::kStreams; ++k) v[k] = Sums::read(streams.at[k] + i);
+    for (int k = 0; k < Rule::kStreams; ++k) v[k] = read(streams.at[k] + i);
     Rule::add(sums, u, v, c);
   };
+  const auto read = [](const T* at) DLKERN_INLINE { return Sums::read(at); };
   for (int64_t s = 0; s < segments; ++s, begin += apart) {
     int64_t i = begin;
     const int64_t end = begin + length;
     for (;;) {
       int64_t groups = smaller((end - i) / (4 * step), left);
       left -= groups;
-      for (; groups > 0; --groups, i += 4 * step)
+      for (; groups > 0; --groups, i += 4 * step) {
 #pragma GCC unroll 8
-        for (int u = 0; u < 4; ++u) add(i + u * step, u);
+        for (int u = 0; u < 4; ++u)
+          if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<V, vfloat>)
+            add(i + u / 2 * 2 * step, u,
+                [u](const T* at) DLKERN_INLINE { return u % 2 ? load_odd(at) : load_even(at); });
+          else
+            add(i + u * step, u, read);
+      }
       if (left == 0) {
         sums.flush();
         left = Sums::kBlock;
@@ -210,7 +219,7 @@ inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin
     }
     if (i == end) continue;
     --left;
-    for (int u = 0; u < 3 && i + step <= end; ++u, i += step) add(i, u);
+    for (int u = 0; u < 3 && i + step <= end; ++u, i += step) add(i, u, read);
     if (i < end) {
       V v[Rule::kStreams];
       const int lanes = static_cast<int>(end - i);

@@ -170,12 +170,36 @@ inline vdouble load_wide(const float16* p) {
 }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
+// Twice as many consecutive bfloat16s as elements at even and at odd places: what does not ask for their order needs no
+// shuffles.
+inline vfloat load_even(const bfloat16* p) {
+  vuint32 words;
+  std::memcpy(&words, p, sizeof words);
+  return (vfloat)(words << 16);
+}
+inline vfloat load_odd(const bfloat16* p) {
+  vuint32 words;
+  std::memcpy(&words, p, sizeof words);
+  return (vfloat)(words & 0xffff0000u);
+}
+// Two vectors of consecutive elements, taken apart in the same way.
+inline void take_apart(vfloat first, vfloat second, vfloat& even, vfloat& odd) {
+  vint32 at_even, at_odd;
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<float>; ++l) at_even[l] = 2 * l, at_odd[l] = 2 * l + 1;
+  even = __builtin_shuffle(first, second, at_even);
+  odd = __builtin_shuffle(first, second, at_odd);
+}
+// A bfloat16 in the upper half of each lane, rounded to nearest even; below it is rubbish.
+inline vuint32 round_to_upper_half(vfloat v) {
+  const vuint32 u = (vuint32)v;
+  return v == v ? u + 0x7fffu + ((u >> 16) & 1u) : u | 0x400000u;
+}
+inline vuint32 merge_even_odd(vfloat even, vfloat odd) {
+  return (round_to_upper_half(even) >> 16) | (round_to_upper_half(odd) & 0xffff0000u);
+}
 inline void store(bfloat16* p, vfloat v) {
-  vuint32 u;
-  std::memcpy(&u, &v, sizeof u);
-  vuint32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  rounded = (v != v) ? ((u >> 16) | 0x40u) : rounded;
-  vuint16_half h = __builtin_convertvector(rounded, vuint16_half);
+  const vuint16_half h = __builtin_convertvector(round_to_upper_half(v) >> 16, vuint16_half);
   std::memcpy(p, &h, sizeof h);
 }
 inline void store(float16* p, vfloat v) {
