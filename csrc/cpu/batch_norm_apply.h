@@ -2,7 +2,6 @@
 // consecutive elements of one channel (apply_segment) or over rows of channels (apply_rows).
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "activation.h"
 #include "simd.h"
@@ -65,8 +64,6 @@ inline void store_by(uintptr_t past, bfloat16* p, vuint32 words) {
     std::memcpy(static_cast<void*>(p), &words, sizeof words);
 }
 
-// Whether elements at even and at odd places are taken apart (load_even), which spares a type its conversions' shuffles.
-template <class T> constexpr bool kEvenOdd = std::is_same_v<T, bfloat16>;
 // Elements from `at` on, two vectors; constants of those at even places, and at odd ones.
 template <class Apply>
 [[gnu::always_inline]] inline void apply_even_odd(const Apply& apply, int64_t at, const vfloat (&k_even)[kConstants],
@@ -136,7 +133,8 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
 #pragma GCC unroll 8
         for (int m = 0; m < kConstants; ++m) {
           const acc_t<T>* of_columns = constants + m * constants_apart + j;
-          take_apart(load(of_columns), load(of_columns + step), even[m], odd[m]);
+          even[m] = take_even(load(of_columns), load(of_columns + step));
+          odd[m] = take_odd(load(of_columns), load(of_columns + step));
         }
         for (int64_t r = first; r < last; ++r) apply_even_odd(apply, begin + r * stride + j, even, odd, past);
       }

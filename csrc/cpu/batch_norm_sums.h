@@ -5,8 +5,6 @@
 // on one grid, so x - s rounds to the same side for all of them); ExactSums carries the rounding errors of doubles along
 // (CompensatedSum), for float64.
 #pragma once
-#include <type_traits>
-
 #include "activation.h"
 #include "simd.h"
 
@@ -205,7 +203,7 @@ inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin
       for (; groups > 0; --groups, i += 4 * step) {
 #pragma GCC unroll 8
         for (int u = 0; u < 4; ++u)
-          if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<V, vfloat>)
+          if constexpr (kEvenOdd<T> && std::is_same_v<V, vfloat>)
             add(i + u / 2 * 2 * step, u,
                 [u](const T* at) DLKERN_INLINE { return u % 2 ? load_odd(at) : load_even(at); });
           else

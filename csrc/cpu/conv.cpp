@@ -390,27 +390,27 @@ void run_tile_block(const Correlation<T>& z, const TilePlan& plan, int64_t index
   float* pixels = z.output_channels_last
                       ? nullptr
                       : scratch<float>(Slot::tiles_c, block.images * block.rows * block.columns * kStrip);
-  alignas(64) float sums[2][kStrip * kStrip] = {}, spare[2 * kStrip * kStrip] = {};
+  alignas(64) float sums[kStrip * kStrip] = {}, spare[kStrip * kStrip] = {};
   copy_cells(z.source, f, block, group * f.channels, 0, f.steps, memory, memory + cells);
   // Sums are finished while the tiles make the next ones.
   int64_t waiting = -1, waiting_panel = 0;
-  int turn = 0;
   const auto finish_waiting = [&] {
     if (waiting < 0) return true;
     const int64_t first = waiting_panel * kStrip;
     const float* bias = plan.bias ? plan.bias + (group * plan.panels + waiting_panel) * kStrip : nullptr;
-    const bool exact = finish_positions(z, plan, block, waiting, smaller(kStrip, positions - waiting), sums[turn], bias,
+    const bool exact = finish_positions(z, plan, block, waiting, smaller(kStrip, positions - waiting), sums, bias,
                                         group * outputs + first, smaller(kStrip, outputs - first), pixels);
     waiting = -1;
     return exact;
   };
   const auto multiply = [&](int64_t panel, int64_t p) {
     const char* strip = plan.strips + (group * plan.panels + panel) * plan.strip;
+    bool exact = true;
     with_tiles(positions - p, outputs - panel * kStrip, [&]<int ROWS, int COLUMNS>() {
-      multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums[1 - turn], spare);
+      multiply_cells<ROWS, COLUMNS, T>(memory + p * kCell, apart, plan.offsets, steps, strip, sums, spare,
+                                       [&] { exact = finish_waiting(); });
     });
-    const bool exact = finish_waiting();
-    waiting = p, waiting_panel = panel, turn = 1 - turn;
+    waiting = p, waiting_panel = panel;
     return exact;
   };
   bool exact = true;

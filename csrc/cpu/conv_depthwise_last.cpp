@@ -41,40 +41,77 @@ template <class T> struct Tile {
   int64_t out_step;
 };
 
+// Sums of a tile, without bias, over channels from c on; load_source() and load_constants() read a vector of them.
+template <int PIXELS, int S, int STRIDE, bool EDGE, class T, class LoadSource, class LoadConstants>
+[[gnu::always_inline]] inline void sum_tile(const Tile<T>& tile, int64_t c, Vec<acc_t<T>> (&sum)[PIXELS],
+                                            LoadSource&& load_source, LoadConstants&& load_constants) {
+  using A = acc_t<T>;
+  const int64_t channels = tile.channels, rows = tile.rows, begin = tile.begin, end = tile.end,
+                row_step = tile.row_step, weight_row = tile.weight_row, weight_step = tile.weight_step;
+  const T* source = tile.source + c;
+  const A* weights = tile.weights + c;
+#pragma GCC unroll 8
+  for (int i = 0; i < PIXELS; ++i) sum[i] = Vec<A>{};
+  for (int64_t r = 0; r < rows; ++r, source += row_step, weights += weight_row) {
+    Vec<A> weight[S], part[PIXELS] = {};  // a sum for each row of taps: shorter sums, smaller errors
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) weight[s] = load_constants(weights + s * weight_step);
+#pragma GCC unroll 32
+    for (int j = 0; j < (PIXELS - 1) * STRIDE + S; ++j) {
+      if (EDGE && (j < begin || j >= end)) continue;
+      Vec<A> value = load_source(source + j * channels);
+      keep(value);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s)
+        if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) part[(j - s) / STRIDE] += weight[s] * value;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; ++i) sum[i] += part[i];
+  }
+  if (tile.bias) {
+    const Vec<A> bias = load_constants(tile.bias + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; ++i) sum[i] += bias;
+  }
+}
+
 // S taps a row, next to each other; at least one whole vector of channels.
 template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const Tile<T>& tile) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t channels = tile.channels, out_step = tile.out_step, rows = tile.rows, begin = tile.begin,
-                end = tile.end, row_step = tile.row_step, weight_row = tile.weight_row, weight_step = tile.weight_step;
-  const A* const bias = tile.bias;
-  for (int64_t next = 0; next < channels; next += lanes) {
-    const int64_t c = smaller(next, channels - lanes);
-    Vec<A> sum[PIXELS] = {};
-    const T* source = tile.source + c;
-    const A* weights = tile.weights + c;
-    for (int64_t r = 0; r < rows; ++r, source += row_step, weights += weight_row) {
-      Vec<A> weight[S], part[PIXELS] = {};  // a sum for each row of taps: shorter sums, smaller errors
+  const auto sum_by = [&](int64_t c, Vec<A>(&sum)[PIXELS], auto&& load_source, auto&& load_constants)
+                          __attribute__((always_inline)) {
+                            sum_tile<PIXELS, S, STRIDE, EDGE>(tile, c, sum, load_source, load_constants);
+                          };
+  if constexpr (kEvenOdd<T>) {
+    if (tile.channels >= 2 * lanes) {  // even and odd channels apart, without shuffles
+      for (int64_t next = 0; next < tile.channels; next += 2 * lanes) {
+        const int64_t c = smaller(next, tile.channels - 2 * lanes);
+        vfloat even[PIXELS], odd[PIXELS];
+        sum_by(
+            c, even, [](const T* p) { return load_even(p); },
+            [](const A* p) { return take_even(load(p), load(p + lanes)); });
+        sum_by(
+            c, odd, [](const T* p) { return load_odd(p); },
+            [](const A* p) { return take_odd(load(p), load(p + lanes)); });
+        T* output = tile.output + c;
 #pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) weight[s] = load(weights + s * weight_step);
-#pragma GCC unroll 32
-      for (int j = 0; j < (PIXELS - 1) * STRIDE + S; ++j) {
-        if (EDGE && (j < begin || j >= end)) continue;
-        Vec<A> value = load(source + j * channels);
-        keep(value);
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s)
-          if (j >= s && (j - s) % STRIDE == 0 && (j - s) / STRIDE < PIXELS) part[(j - s) / STRIDE] += weight[s] * value;
+        for (int i = 0; i < PIXELS; ++i, output += tile.out_step) {
+          const vuint32 words = merge_even_odd(even[i], odd[i]);
+          std::memcpy(static_cast<void*>(output), &words, sizeof words);
+        }
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < PIXELS; ++i) sum[i] += part[i];
+      return;
     }
+  }
+  for (int64_t next = 0; next < tile.channels; next += lanes) {
+    const int64_t c = smaller(next, tile.channels - lanes);
+    Vec<A> sum[PIXELS];
+    const auto load_whole = [](const auto* p) { return load(p); };
+    sum_by(c, sum, load_whole, load_whole);
     T* output = tile.output + c;
-    if (bias)
 #pragma GCC unroll 8
-      for (int i = 0; i < PIXELS; ++i) sum[i] += load(bias + c);
-#pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; ++i, output += out_step) store(output, sum[i]);
+    for (int i = 0; i < PIXELS; ++i, output += tile.out_step) store(output, sum[i]);
   }
 }
 

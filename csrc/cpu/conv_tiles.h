@@ -348,20 +348,21 @@ inline void pack_filter_step(const float* rows, int64_t pitch, int64_t values, i
 template <class T> constexpr int64_t kConvSteps = 24 / (kParts<T> ? kParts<T> : 1);
 
 // sums[32][32] = cells of 32 positions x a strip, over `steps` pairs of a step of channels and a tap, whose cells are at
-// offsets[step]. `spare` has room for twice as many sums.
-template <int ROWS, int COLUMNS, class T>
+// offsets[step]. `spare` has room for as many sums. meanwhile() runs beside the first products and may read what `sums`
+// held before: loads behind the stores of sums would wait for them, which share the low bits of addresses.
+template <int ROWS, int COLUMNS, class T, class F>
 inline void multiply_cells(const char* cells, int64_t apart, const int64_t* offsets, int64_t steps, const char* strip,
-                           float* sums, float* spare) {
+                           float* sums, float* spare, F&& meanwhile) {
   const int64_t blocks = ceil_div(steps, kConvSteps<T>);
-  const auto block_sums = [&](int64_t b) { return b == 0 ? sums : spare + b % 2 * kStrip * kStrip; };
   for (int64_t b = 0; b < blocks; ++b) {
     zero_sums<ROWS, COLUMNS>();
     for (int64_t s = b * steps / blocks; s < (b + 1) * steps / blocks; ++s)
       multiply_step<ROWS, COLUMNS, kParts<T>>(cells + offsets[s], strip + s * kStepBytes<T>, {kTileBytes, apart});
-    store_sums<ROWS, COLUMNS>(block_sums(b), kStrip);
-    if (b > 1) add_strip(block_sums(b - 1), sums);  // while the tiles are busy
+    if (b == 0) meanwhile();
+    if (b > 1) add_strip(spare, sums);
+    store_sums<ROWS, COLUMNS>(b == 0 ? sums : spare, kStrip);
   }
-  if (blocks > 1) add_strip(block_sums(blocks - 1), sums);
+  if (blocks > 1) add_strip(spare, sums);
 }
 
 #endif

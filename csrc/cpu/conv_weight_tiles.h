@@ -121,11 +121,10 @@ void sum_blocks(const ConvBackwardWeightArgs<T>& args, const WeightTiles<T>& pla
   char* pairs = cells + cells_size;
   char* strips = pairs + 2 * planes * f.plane;
   char* lines = strips + plan.panels * most_steps * kStepBytes<T>;
-  alignas(64) float sums[2][area];
-  float* waiting = nullptr;  // where sums[turn] have to be added
-  int turn = 0;
+  alignas(64) float sums[area];
+  float* waiting = nullptr;  // where sums have to be added
   const auto add_waiting = [&] {
-    if (waiting) add_strip(sums[turn], waiting);
+    if (waiting) add_strip(sums, waiting);
     waiting = nullptr;
   };
   const Tiles tiles;
@@ -159,10 +158,9 @@ void sum_blocks(const ConvBackwardWeightArgs<T>& args, const WeightTiles<T>& pla
                 for (int64_t p = c * steps / chains; p < (c + 1) * steps / chains; ++p)
                   multiply_step<ROWS, COLUMNS, parts>(left + p * kStepBytes<T>, right + p * kTileStep * kCell, {},
                                                       {planes * f.plane, f.phases() * f.plane});
-                store_sums<ROWS, COLUMNS>(sums[1 - turn], kStrip);
-                add_waiting();  // meanwhile
+                add_waiting();  // meanwhile; behind the stores it would wait for them (multiply_cells)
+                store_sums<ROWS, COLUMNS>(sums, kStrip);
                 waiting = to;
-                turn = 1 - turn;
               }
           });
           add_waiting();

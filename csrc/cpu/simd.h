@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -170,8 +171,9 @@ inline vdouble load_wide(const float16* p) {
 }
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
-// Twice as many consecutive bfloat16s as elements at even and at odd places: what does not ask for their order needs no
-// shuffles.
+// Twice as many consecutive bfloat16s as elements at even and at odd places: what does not ask for their order is spared
+// its conversions' shuffles.
+template <class T> constexpr bool kEvenOdd = std::is_same_v<T, bfloat16>;
 inline vfloat load_even(const bfloat16* p) {
   vuint32 words;
   std::memcpy(&words, p, sizeof words);
@@ -182,13 +184,18 @@ inline vfloat load_odd(const bfloat16* p) {
   std::memcpy(&words, p, sizeof words);
   return (vfloat)(words & 0xffff0000u);
 }
-// Two vectors of consecutive elements, taken apart in the same way.
-inline void take_apart(vfloat first, vfloat second, vfloat& even, vfloat& odd) {
-  vint32 at_even, at_odd;
+// The same of two vectors of consecutive elements.
+inline vfloat take_even(vfloat first, vfloat second) {
+  vint32 at;
 #pragma GCC unroll 16
-  for (int l = 0; l < kLanes<float>; ++l) at_even[l] = 2 * l, at_odd[l] = 2 * l + 1;
-  even = __builtin_shuffle(first, second, at_even);
-  odd = __builtin_shuffle(first, second, at_odd);
+  for (int l = 0; l < kLanes<float>; ++l) at[l] = 2 * l;
+  return __builtin_shuffle(first, second, at);
+}
+inline vfloat take_odd(vfloat first, vfloat second) {
+  vint32 at;
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<float>; ++l) at[l] = 2 * l + 1;
+  return __builtin_shuffle(first, second, at);
 }
 // A bfloat16 in the upper half of each lane, rounded to nearest even; below it is rubbish.
 inline vuint32 round_to_upper_half(vfloat v) {
