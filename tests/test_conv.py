@@ -50,6 +50,7 @@ CASES = {
     "depthwise wide": ((1, 5, 40, 131), (5, 1, 3, 3), 1, 1, 1, 5, True),
     "depthwise wide stride": ((1, 37, 41, 67), (37, 1, 3, 3), 2, 1, 1, 37, True),
     "depthwise 3x3 stride": ((2, 33, 15, 14), (33, 1, 3, 3), 2, 1, 1, 33, False),
+    "depthwise many channels": ((1, 70, 9, 10), (70, 1, 3, 3), 1, 1, 1, 70, True),
     "depthwise 5x5": ((2, 17, 9, 16), (17, 1, 5, 5), 1, 2, 1, 17, True),
     "depthwise 7x7": ((1, 20, 15, 15), (20, 1, 7, 7), 1, 3, 1, 20, True),
     "depthwise 7x7 stride": ((1, 18, 16, 17), (18, 1, 7, 7), 2, 3, 1, 18, True),

@@ -173,9 +173,16 @@ MUTANTS += [
          new='if (EDGE && j < begin) continue;',
          tests=["tests/test_conv.py", "-k", "exact_on_integers and (depthwise)"], build="native"),
     dict(file="csrc/cpu/conv_depthwise_last.cpp",
-         old='    const int64_t c = smaller(next, channels - lanes);\n    Vec<A> sum[PIXELS] = {};',
-         new='    const int64_t c = smaller(next, channels - lanes - (channels > lanes));\n    Vec<A> sum[PIXELS] = {};',
+         old='const int64_t c = smaller(next, tile.channels - lanes);',
+         new='const int64_t c = smaller(next, tile.channels - lanes - (tile.channels > lanes));',
          tests=["tests/test_conv.py", "-k", "exact_on_integers and (depthwise)"], build="native"),
+    dict(file="csrc/cpu/conv_depthwise_last.cpp",  # bfloat16, even and odd channels apart: the last ones, their weights
+         old='const int64_t c = smaller(next, tile.channels - 2 * lanes);',
+         new='const int64_t c = smaller(next, tile.channels - 2 * lanes - (tile.channels > 2 * lanes));',
+         tests=["tests/test_conv.py", "-k", "test_parity and depthwise"], build="native"),
+    dict(file="csrc/cpu/conv_depthwise_last.cpp",
+         old='return take_odd(load(p), load(p + lanes));', new='return take_even(load(p), load(p + lanes));',
+         tests=["tests/test_conv.py", "-k", "test_parity and depthwise"], build="native"),
     dict(file="csrc/cpu/conv_depthwise_last.cpp",
          old='const int64_t q = smaller(next, z.columns - pixels);  // the last tile overlaps the one before',
          new='const int64_t q = smaller(next, z.columns - pixels - (z.columns > pixels));',
@@ -463,8 +470,11 @@ _TILES_CONV = dict(tests=["tests/test_builds.py", "-k", "tiles_on_any_machine an
 MUTANTS += [
     dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="f.pitch = f.merged ? columns : apart(f.w, columns, source_w);",
          new="f.pitch = columns;"),
-    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="if (b > 1) add_strip(block_sums(b - 1), sums);", new=""),
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="if (b > 1) add_strip(spare, sums);", new=""),
     dict(_TILES_CONV, file="csrc/cpu/conv.cpp", old="return !any || is_exact(most);", new="return true;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="plan.y.only_block = true;", new="plan.y.only_block = false;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;"),
+    # bfloat16's words: of weights, of positions' pairs
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="apart = has_pairs<T> ? 1 : kTile;", new="apart = kTile;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="has_pairs<T> ? 2 * kCell : kCell,", new="kCell,"),
 ]
