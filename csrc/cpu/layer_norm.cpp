@@ -3,12 +3,14 @@
 // A row stays in the first-level cache while it is summed, its deviations squared and summed, and written: one read and
 // one write of memory. Backward reads each row once: g w and g w xhat are summed, the gradient of the input is written,
 // and the row is added to the sums of its chunk for weight and bias. Chunks come from the shape alone and are added in
-// order: the same bits for any number of threads. Floor: one read and one write; backward two reads and one write.
+// order: the same bits for any number of threads. 16-bit types become floats once, not in every pass over a row. Floor: one
+// read and one write; backward two reads and one write.
 #include "layer_norm.h"
 
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -16,10 +18,24 @@ namespace {
 constexpr int64_t kMostChunks = 64;  // of rows, for the sums down columns
 constexpr int kSums = 4;  // at a time, because each addition waits for the one before
 
+// A row in the type that is computed in: where it lies, or converted to `memory`.
+template <class T> const acc_t<T>* widened(const T* row, int64_t columns, acc_t<T>* memory) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    return row;
+  } else {
+    copy(row, memory, columns);
+    return memory;
+  }
+}
+// For so many of them.
+template <class T> acc_t<T>* row_memory(int64_t rows, int64_t columns) {
+  return sizeof(T) == sizeof(acc_t<T>) ? nullptr : scratch<acc_t<T>>(Slot::family_1, rows * columns);
+}
+
 // Sum of f(j, count) over the vectors of a row, in a fixed order; f gives zeros beyond `count`.
-template <class T, class F> [[gnu::always_inline]] inline acc_t<T> sum_row(int64_t columns, const F& f) {
-  constexpr int64_t lanes = kLanes<T>;
-  Vec<T> sum[kSums] = {};
+template <class A, class F> [[gnu::always_inline]] inline A sum_row(int64_t columns, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  Vec<A> sum[kSums] = {};
   int64_t j = 0;
   for (; j + kSums * lanes <= columns; j += kSums * lanes)
 #pragma GCC unroll 4
@@ -34,25 +50,26 @@ template <class T> void forward(const LayerNormArgs<T>& args) {
   const int64_t columns = args.columns;
   const A count_of_row = static_cast<A>(columns);  // divided by: a rounded reciprocal would show in rows of few numbers
   parallel_for(args.rows, 1 + 16384 / columns, [&](int64_t begin, int64_t end) {
+    A* values = row_memory<T>(1, columns);
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = args.input + row * columns;
+      const A* x = widened(args.input + row * columns, columns, values);
       T* y = args.output + row * columns;
       // About the first number: a row of equal numbers has exactly that mean, and deviations of exactly 0.
-      const A first = static_cast<A>(x[0]);
-      const A mean = first + sum_row<T>(columns, [&](int64_t j, int64_t count) {
-                               const Vec<T> d = load_some(x + j, count) - first;
-                               return count == lanes ? d : first_lanes<T>(d, count);
+      const A first = x[0];
+      const A mean = first + sum_row<A>(columns, [&](int64_t j, int64_t count) {
+                               const Vec<A> d = load_some(x + j, count) - first;
+                               return count == lanes ? d : first_lanes<A>(d, count);
                              }) / count_of_row;
-      const A square = sum_row<T>(columns, [&](int64_t j, int64_t count) {
-        const Vec<T> d = load_some(x + j, count) - mean;
-        return count == lanes ? d * d : first_lanes<T>(d * d, count);
+      const A square = sum_row<A>(columns, [&](int64_t j, int64_t count) {
+        const Vec<A> d = load_some(x + j, count) - mean;
+        return count == lanes ? d * d : first_lanes<A>(d * d, count);
       });
       const A rstd = static_cast<A>(1 / std::sqrt(static_cast<double>(square / count_of_row) + args.eps));
       args.mean[row] = mean;
       args.rstd[row] = rstd;
       for (int64_t j = 0; j < columns; j += lanes) {
         const int64_t count = smaller(lanes, columns - j);
-        Vec<T> value = (load_some(x + j, count) - mean) * rstd;
+        Vec<A> value = (load_some(x + j, count) - mean) * rstd;
         if (args.weight) value *= load_some(args.weight + j, count);
         if (args.bias) value += load_some(args.bias + j, count);
         store_some(y + j, value, count);
@@ -70,21 +87,22 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
   A* partial = sums ? scratch<A>(Slot::family_0, 2 * chunks * padded) : nullptr;
   const A count_of_row = static_cast<A>(columns);
   parallel_for(chunks, 1 + 16384 / (columns * chunk), [&](int64_t begin, int64_t end) {
+    A* values = row_memory<T>(2, columns);
     for (int64_t c = begin; c < end; ++c) {
       A *of_weight = partial + 2 * c * padded, *of_bias = of_weight + padded;
       for (int64_t row = c * chunk; row < smaller((c + 1) * chunk, args.rows); ++row) {
-        const T* x = args.input + row * columns;
-        const T* g = args.grad_output + row * columns;
+        const A* x = widened(args.input + row * columns, columns, values);
+        const A* g = widened(args.grad_output + row * columns, columns, values + columns);
         const A mean = args.mean[row], rstd = args.rstd[row];
         const auto xhat = [&](int64_t j, int64_t count) { return (load_some(x + j, count) - mean) * rstd; };
         const auto weighted = [&](int64_t j, int64_t count) {
-          const Vec<T> value = load_some(g + j, count);
+          const Vec<A> value = load_some(g + j, count);
           return args.weight ? value * load_some(args.weight + j, count) : value;
         };
         if (args.grad_input) {
-          const A first = sum_row<T>(columns, weighted) / count_of_row;
+          const A first = sum_row<A>(columns, weighted) / count_of_row;
           const A second =
-              sum_row<T>(columns, [&](int64_t j, int64_t count) { return weighted(j, count) * xhat(j, count); }) /
+              sum_row<A>(columns, [&](int64_t j, int64_t count) { return weighted(j, count) * xhat(j, count); }) /
               count_of_row;
           for (int64_t j = 0; j < columns; j += lanes) {
             const int64_t count = smaller(lanes, columns - j);
@@ -96,7 +114,7 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
         const bool fresh = row == c * chunk;
         for (int64_t j = 0; j < columns; j += lanes) {
           const int64_t count = smaller(lanes, columns - j);
-          const Vec<T> gradient = load_some(g + j, count), with = gradient * xhat(j, count);
+          const Vec<A> gradient = load_some(g + j, count), with = gradient * xhat(j, count);
           store(of_weight + j, fresh ? with : load(of_weight + j) + with);
           store(of_bias + j, fresh ? gradient : load(of_bias + j) + gradient);
         }

@@ -78,7 +78,7 @@ def _layer_norm(old: str, new: str) -> dict:
 
 MUTANTS += [
     # A row's tail counted in the variance, the mean of g w left out, the last chunk of rows forgotten.
-    _layer_norm("first_lanes<T>(d * d, count)", "d * d"),
+    _layer_norm("first_lanes<A>(d * d, count)", "d * d"),
     _layer_norm("((weighted(j, count) - first) -", "(weighted(j, count) -"),
     _layer_norm("for (int64_t c = 0; c < chunks; ++c) {\n        of_weight", "for (int64_t c = 0; c + 1 < chunks; ++c) {\n        of_weight"),
 ]
