@@ -194,7 +194,8 @@ inline std::optional<Tensor> widened(const std::optional<Tensor>& x, const Tenso
   dispatch_reduced(from.scalar_type(), [&](auto* type) {
     const auto* source = data<std::remove_pointer_t<decltype(type)>>(from);
     float* target = mutable_data<float>(to);
-    for (int64_t i = 0; i < from.numel(); ++i) target[i] = source[i];
+    const int64_t count = from.numel();  // a call into torch
+    for (int64_t i = 0; i < count; ++i) target[i] = source[i];
   });
   return to;
 }
@@ -206,7 +207,8 @@ inline Tensor narrowed(const Tensor& x, ScalarType dtype) {
     using T = std::remove_pointer_t<decltype(type)>;
     const float* source = data<float>(x);
     T* target = mutable_data<T>(to);
-    for (int64_t i = 0; i < x.numel(); ++i) target[i] = T(source[i]);
+    const int64_t count = x.numel();  // a call into torch
+    for (int64_t i = 0; i < count; ++i) target[i] = T(source[i]);
   });
   return to;
 }

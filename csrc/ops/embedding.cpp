@@ -12,14 +12,18 @@ Tensor checked_indices(const char* op, const Tensor& indices, int64_t rows) {
   const ScalarType dtype = indices.scalar_type();
   check(dtype == ScalarType::Long || dtype == ScalarType::Int, op, ": indices are not int64 or int32");
   Tensor result = as_contiguous(indices);
+  const int64_t count = result.numel();  // a call into torch, as are the tensors' addresses
   if (dtype == ScalarType::Int) {
     const Tensor narrow = result;
     result = allocate(narrow.sizes(), ScalarType::Long, narrow);
-    for (int64_t i = 0; i < narrow.numel(); ++i) mutable_data<int64_t>(result)[i] = data<int32_t>(narrow)[i];
+    const int32_t* from = data<int32_t>(narrow);
+    int64_t* to = mutable_data<int64_t>(result);
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
   const int64_t* at = data<int64_t>(result);
-  for (int64_t i = 0; i < result.numel(); ++i)
-    check<std::out_of_range>(at[i] >= 0 && at[i] < rows, "index out of range in self");
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside &= at[i] >= 0 && at[i] < rows;
+  check<std::out_of_range>(inside, "index out of range in self");
   return result;
 }
 

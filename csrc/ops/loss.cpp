@@ -70,9 +70,9 @@ CheckedIndices checked(const char* op, const Tensor& input, const Tensor& target
     check(same_sizes(sample_weight->sizes(), target.sizes()), op, ": sample_weight is not of target's sizes");
     result.sample_weight = as_contiguous(*sample_weight);
   }
-  const int64_t classes = input.size(1);
+  const int64_t classes = input.size(1), places = result.target.numel();
   const int64_t* t = data<int64_t>(result.target);
-  for (int64_t i = 0; i < result.target.numel(); ++i)
+  for (int64_t i = 0; i < places; ++i)
     check<std::out_of_range>((t[i] >= 0 && t[i] < classes) || t[i] == ignore_index, "Target ", t[i],
                              " is out of bounds.");
   return result;
