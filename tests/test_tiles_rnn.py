@@ -88,16 +88,17 @@ def test_special_values(tmp_path):
         ours = special_results(kind, dtype)
         some = 2 if kind == "rnn_relu" else None  # a rounding near zero changes the derivative
         for mine, other in zip(ours[:some], without[:some], strict=True):
-            assert torch.equal(mine.isfinite(), other.isfinite())
+            not_numbers = [t.where(~t.isfinite(), torch.zeros_like(t)) for t in (mine, other)]
+            torch.testing.assert_close(*not_numbers, rtol=0, atol=0, equal_nan=True)
         tiny = ours[0][:, TINY]  # parts of it are too small for tiles
         assert dtype == torch.float16 or kind == "lstm" or 0 < tiny.abs().max() < 1e-35
         module, x, hx = special(kind, dtype)
         theirs = results(module.to(dtype), x, hx, dtype)
         exact = results(module, moved(x, dtype), moved(hx, dtype), torch.float64)
         of_sequences = [i for i, tensor in enumerate(ours) if tensor.dim() == 3]  # the rest sums over all of them
-        for rows in (ordinary, [TINY]):
-            for i in of_sequences[:some]:
+        for rows in (ordinary, [TINY], [HUGE]):
+            for i in of_sequences[: 2 if rows == [HUGE] else some]:  # gradients behind saturated gates are below 1e-37
                 mine, vectors, other, correct = (t[:, rows] for t in (ours[i], without[i], theirs[i], exact[i]))
                 other = other.where(other.isfinite(), vectors)  # torch's bfloat16 gives NaN in tiny rows
                 found = compare(f"{kind} {dtype} result {i}", [mine], [other], [correct], dtype)
-                assert found and all(row.ok for row in found), found
+                assert (found or rows == [HUGE]) and all(row.ok for row in found), found  # huge ones may all overflow

@@ -127,7 +127,7 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = first + block < rows ? first + block : rows;
     int64_t j = 0;
-    if constexpr (kEvenOdd<T>)
+    if constexpr (kEvenOdd<T>) {
       for (; j + 2 * step <= width; j += 2 * step) {
         vfloat even[kConstants], odd[kConstants];
 #pragma GCC unroll 8
@@ -138,8 +138,10 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
         }
         for (int64_t r = first; r < last; ++r) apply_even_odd(apply, begin + r * stride + j, even, odd, past);
       }
-    for (; j + tile * step <= width; j += tile * step)
-      columns.template operator()<tile>(j, first, last, load_whole, store_whole);
+    } else {
+      for (; j + tile * step <= width; j += tile * step)
+        columns.template operator()<tile>(j, first, last, load_whole, store_whole);
+    }
     for (; j + step <= width; j += step) columns.template operator()<1>(j, first, last, load_whole, store_whole);
     if (j < width) {
       const int lanes = static_cast<int>(width - j);

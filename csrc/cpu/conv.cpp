@@ -349,15 +349,15 @@ bool finish_positions(const Correlation<T>& z, const TilePlan& plan, const Block
     const int64_t run = smaller(end - p, f.pitch - column),
                   some = i < block.rows ? smaller(run, block.columns - column) : 0;
     const auto each = [&](auto&& put) __attribute__((always_inline)) {
-      vint32 larger = most;  // a register, whatever the stores may alias
+      vint32 top = most;  // a register, whatever the stores may alias
       for (int64_t j = 0; j < some; ++j) {
         const vfloat low = load(sums + j * kStrip), high = load(sums + j * kStrip + kTile);
         const vint32 a = (vint32)low & 0x7fffffff, b = (vint32)high & 0x7fffffff;
-        larger = a > larger ? a : larger;
-        larger = b > larger ? b : larger;
+        top = a > top ? a : top;
+        top = b > top ? b : top;
         put(j, low + bias0, high + bias1);
       }
-      most = larger;
+      most = top;
     };
     if (some > 0 && z.output_channels_last) {
       const int64_t h = z.start_h + (block.row + i) * z.step_h, w = z.start_w + (block.column + column) * z.step_w;
@@ -476,7 +476,7 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
                                z.weight_in};
           if (rows)
             pack_filter_step<T>(rows + row * kStrip, kStrip, values, count, to);
-          else if constexpr (has_pairs<T>)
+          else if constexpr (kHasPairs<T>)
             pack_pairs<false>(lines, count, values, to);
           else
             pack_strip<false>(lines, count, values, to);

@@ -1,7 +1,7 @@
 // Depthwise convolution of channels_last images, and its gradients: a lane is a channel.
 //
 // Forward and the gradient of the input are correlations. A tile is kPixels neighbouring output pixels of one row and
-// one vector of channels; for each row of taps every input pixel is loaded once and multiplied into all the sums that
+// one vector of channels (of bfloat16 two, even and odd apart); for each row of taps every input pixel is loaded once and multiplied into all the sums that
 // use it. Taps outside the image are left out, so nothing is copied or padded. The last vector of channels overlaps
 // the one before. The input's gradient runs once for each residue of the position modulo the stride.
 // The weight's gradient holds a vector for each tap and walks along the rows of both images with them; they are added
@@ -22,21 +22,21 @@ template <class T> struct Pass {
   T* output;
   int64_t out_h, out_w, rows, columns, start_h, start_w, step_h, step_w, stride_h, stride_w;
   Taps taps_h, taps_w;
-  int64_t kernel_w;            // elements of a kernel's row
-  const acc_t<T>* weights;     // [kernel element][padded]
-  const acc_t<T>* bias;        // [padded], or null
+  int64_t kernel_w;  // elements of a kernel's row
+  const acc_t<T>* weights;  // [kernel element][padded]
+  const acc_t<T>* bias;  // [padded], or null
   int64_t padded;
 };
 
 // What a tile of output pixels needs: of one row, from one column on.
 template <class T> struct Tile {
-  const T* source;             // tap (first in range, 0) of its first pixel; may lie left of the image
-  int64_t rows, row_step;      // taps that lie inside, elements from one's source row to the next's
-  const acc_t<T>* weights;     // of tap (first in range, 0)
+  const T* source;  // tap (first in range, 0) of its first pixel; may lie left of the image
+  int64_t rows, row_step;  // taps that lie inside, elements from one's source row to the next's
+  const acc_t<T>* weights;  // of tap (first in range, 0)
   int64_t weight_row, weight_step, weight_count;
   const acc_t<T>* bias;
   int64_t channels, begin, end;  // source columns inside the image, relative to `source`
-  int64_t step, stride;        // of taps and pixels, in columns
+  int64_t step, stride;  // of taps and pixels, in columns
   T* output;
   int64_t out_step;
 };
@@ -79,20 +79,16 @@ template <int PIXELS, int S, int STRIDE, bool EDGE, class T, class LoadSource, c
 template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const Tile<T>& tile) {
   using A = acc_t<T>;
   constexpr int64_t lanes = kLanes<A>;
-  const auto sum_by = [&](int64_t c, Vec<A>(&sum)[PIXELS], auto&& load_source, auto&& load_constants)
-                          __attribute__((always_inline)) {
-                            sum_tile<PIXELS, S, STRIDE, EDGE>(tile, c, sum, load_source, load_constants);
-                          };
   if constexpr (kEvenOdd<T>) {
     if (tile.channels >= 2 * lanes) {  // even and odd channels apart, without shuffles
       for (int64_t next = 0; next < tile.channels; next += 2 * lanes) {
         const int64_t c = smaller(next, tile.channels - 2 * lanes);
         vfloat even[PIXELS], odd[PIXELS];
-        sum_by(
-            c, even, [](const T* p) { return load_even(p); },
+        sum_tile<PIXELS, S, STRIDE, EDGE>(
+            tile, c, even, [](const T* p) { return load_even(p); },
             [](const A* p) { return take_even(load(p), load(p + lanes)); });
-        sum_by(
-            c, odd, [](const T* p) { return load_odd(p); },
+        sum_tile<PIXELS, S, STRIDE, EDGE>(
+            tile, c, odd, [](const T* p) { return load_odd(p); },
             [](const A* p) { return take_odd(load(p), load(p + lanes)); });
         T* output = tile.output + c;
 #pragma GCC unroll 8
@@ -108,7 +104,7 @@ template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const
     const int64_t c = smaller(next, tile.channels - lanes);
     Vec<A> sum[PIXELS];
     const auto load_whole = [](const auto* p) { return load(p); };
-    sum_by(c, sum, load_whole, load_whole);
+    sum_tile<PIXELS, S, STRIDE, EDGE>(tile, c, sum, load_whole, load_whole);
     T* output = tile.output + c;
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; ++i, output += tile.out_step) store(output, sum[i]);
@@ -283,10 +279,10 @@ constexpr int kMostTaps = kVectorBytes == 64 ? 25 : 9;
 
 // Rows of grad_output and of the input, whose products are summed for ROWS x S taps of one vector of channels.
 template <class T> struct Rows {
-  const T *y, *x;              // x: what tap (0, 0) sees from output column 0; may lie left of the image
-  int64_t count, y_row, x_row; // elements from one output row to the next
+  const T *y, *x;  // x: what tap (0, 0) sees from output column 0; may lie left of the image
+  int64_t count, y_row, x_row;  // elements from one output row to the next
   int64_t columns, channels, tap_row, tap_step, stride;
-  int64_t begin, end;          // columns of x inside the image
+  int64_t begin, end;  // columns of x inside the image
   int lanes;
   acc_t<T>* sums;
   int64_t sum_row, sum_step;

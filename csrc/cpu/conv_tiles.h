@@ -1,7 +1,7 @@
 // Convolution on AMX's tiles (tiles.h): how images are laid out for them.
 //
 // A cell is 64 bytes: 32 channels of one pixel, one bfloat16 part of each. A word of it holds channels c and c + 16 or,
-// of bfloat16 itself, c and c + 1: a cell is then what lies in memory anyway (has_pairs). Cells of a window lie in
+// of bfloat16 itself, c and c + 1: a cell is then what lies in memory anyway (kHasPairs). Cells of a window lie in
 // planes, one for each step of 32 channels, part, and phase: phase (a, b) holds the source's rows a and columns b
 // modulo the strides, so that neighbouring output pixels read neighbouring cells, whatever the stride. A tile's left
 // side is then 16 cells as they lie, moved by the tap, and nothing is copied for each tap. Output pixels are numbered
@@ -27,7 +27,7 @@ constexpr int64_t kMergedChannels = 16;  // fewer are merged
 constexpr int64_t kConvTileWork = 1 << 19;
 
 // Whether words of cells and of weights' strips hold neighbouring channels.
-template <class T> constexpr bool has_pairs = kParts<T> == 1;
+template <class T> constexpr bool kHasPairs = kParts<T> == 1;
 
 // Whether to multiply by tiles: multiplications, output channels of a group, values of a cell (or channels of a row of
 // taps). Small sums of float are as exact as a library's by vectors only, and narrow ones as fast.
@@ -170,24 +170,13 @@ inline void zero_cells(char* to, int64_t count) {
   if (count > 0) std::memset(to, 0, static_cast<size_t>(count * kCell));
 }
 
-// One part of `count` values (32 at most), the rest zero, as they lie.
-[[gnu::always_inline]] inline vuint32 load_pairs(const void* from, int64_t count) {
-#if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
-  return (vuint32)_mm512_maskz_loadu_epi16(count >= kTileStep ? ~0u : (1u << count) - 1, from);
-#else
-  vuint32 v{};
-  std::memcpy(&v, from, static_cast<size_t>(2 * smaller(count, kTileStep)));
-  return v;
-#endif
-}
-
 // `pixels` cells of up to 32 channels, a part `apart` bytes from the next, of pixels that lie as [pixel][channel],
 // `pixel` elements apart.
 template <class T>
 inline void cells_of_pixels(const T* from, int64_t pixel, int64_t pixels, int64_t channels, char* to, int64_t apart) {
   using namespace tiles_detail;
   for (int64_t i = 0; i < pixels; ++i, from += pixel, to += kCell) {
-    if constexpr (has_pairs<T>) {
+    if constexpr (kHasPairs<T>) {
       const vuint32 cell = load_pairs(from, channels);
       std::memcpy(to, &cell, sizeof cell);
     } else if (channels >= kTileStep) {
@@ -207,7 +196,7 @@ inline void cells_of_planes(const T* from, int64_t plane, int64_t pixels, int64_
     const int64_t some = smaller(kTile, pixels - j);
     const bool whole = some == kTile && channels >= kTileStep;
     // a and b: the channels of words' halves.
-    constexpr int64_t every = has_pairs<T> ? 2 : 1, from_a_to_b = has_pairs<T> ? 1 : kTile;
+    constexpr int64_t every = kHasPairs<T> ? 2 : 1, from_a_to_b = kHasPairs<T> ? 1 : kTile;
     const T* high = from + from_a_to_b * plane;
     vfloat a[kTile], b[kTile];
     if (whole) {
@@ -218,7 +207,7 @@ inline void cells_of_planes(const T* from, int64_t plane, int64_t pixels, int64_
         a[r] = load_row(from, plane, every * r, channels, some),
         b[r] = load_row(high, plane, every * r, channels - from_a_to_b, some);
     }
-    if constexpr (has_pairs<T>) {  // words are turned, not their halves
+    if constexpr (kHasPairs<T>) {  // words are turned, not their halves
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kTile; ++r) a[r] = (vfloat)(((vuint32)a[r] >> 16) | ((vuint32)b[r] & 0xffff0000u));
       transpose(a);
@@ -249,7 +238,7 @@ inline void copy_cell_row(const Images<T>& x, const Field& f, const Block& b, in
         const float* from = row + j * f.column_stride * f.channels + s * kTileStep;
         const vfloat low = load_some(from, count),
                      high = count > kTile ? load_some(from + kTile, count - kTile) : vfloat{};
-        if constexpr (has_pairs<T>)
+        if constexpr (kHasPairs<T>)
           store_pair(reinterpret_cast<T*>(to + j * kCell), low, high, kStrip);
         else
           tiles_detail::store_words<parts>(low, high, to + j * kCell, apart);
@@ -336,7 +325,7 @@ template <class T> inline int64_t step_cells_bytes(const Field& f) { return kPar
 template <class T>
 inline void pack_filter_step(const float* rows, int64_t pitch, int64_t values, int64_t count, char* to) {
   using namespace tiles_detail;
-  constexpr int64_t every = has_pairs<T> ? 2 : 1, apart = has_pairs<T> ? 1 : kTile;
+  constexpr int64_t every = kHasPairs<T> ? 2 : 1, apart = kHasPairs<T> ? 1 : kTile;
   for (int64_t half = 0; half < 2; ++half, rows += kTile, count -= kTile)
     for (int64_t r = 0; r < kTile; ++r)
       store_words<kParts<T>>(load_row(rows, pitch, every * r, values, count),

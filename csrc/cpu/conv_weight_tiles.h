@@ -40,7 +40,7 @@ template <class T> inline void turn_cells(const char* cells, int64_t apart, int6
       vfloat a[kTile], b[kTile];
       load_turned(from, kTile, a);
       load_turned(from + kTile * kTile, kTile, b);
-      constexpr int64_t every = has_pairs<T> ? 2 * kCell : kCell, apart_lines = has_pairs<T> ? kCell : kTileBytes;
+      constexpr int64_t every = kHasPairs<T> ? 2 * kCell : kCell, apart_lines = kHasPairs<T> ? kCell : kTileBytes;
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kTile; ++r)
         store_halves((vuint32)a[r], (vuint32)b[r], to + r * every, to + r * every + apart_lines);
@@ -55,7 +55,7 @@ template <class T> inline void pair_cells(const char* cells, int64_t count, int6
     low[l] = static_cast<uint16_t>(l / 2 + l % 2 * kTileStep), high[l] = static_cast<uint16_t>(low[l] + kTile);
   for (int64_t i = 0; i < count; ++i, cells += kCell, to += kCell) {
     const vuint32 a = load_words(cells), b = load_words(cells + kTile * kCell);
-    if constexpr (has_pairs<T>) {
+    if constexpr (kHasPairs<T>) {
       const halves first = __builtin_shuffle((halves)a, (halves)b, low),
                    second = __builtin_shuffle((halves)a, (halves)b, high);
       std::memcpy(to, &first, sizeof first);

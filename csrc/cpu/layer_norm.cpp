@@ -18,16 +18,7 @@ namespace {
 constexpr int64_t kMostChunks = 64;  // of rows, for the sums down columns
 constexpr int kSums = 4;  // at a time, because each addition waits for the one before
 
-// A row in the type that is computed in: where it lies, or converted to `memory`.
-template <class T> const acc_t<T>* widened(const T* row, int64_t columns, acc_t<T>* memory) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    return row;
-  } else {
-    copy(row, memory, columns);
-    return memory;
-  }
-}
-// For so many of them.
+// Where so many rows are widened.
 template <class T> acc_t<T>* row_memory(int64_t rows, int64_t columns) {
   return sizeof(T) == sizeof(acc_t<T>) ? nullptr : scratch<acc_t<T>>(Slot::family_1, rows * columns);
 }

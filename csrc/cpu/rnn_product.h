@@ -101,11 +101,7 @@ template <class T> struct StepWeight {
 template <class T>
 void lay_rows(const StepWeight<T>& w, const float* const* rows, int64_t count, char* to) {
   constexpr int parts = kParts<T>;
-  const auto nearest = [](vfloat v) {  // even, of bfloat16
-    vuint32 bits = (vuint32)v;
-    bits += 0x7fffu + ((bits >> 16) & 1u);
-    return parts > 1 ? v : v == v ? (vfloat)bits : v;
-  };
+  const auto nearest = [](vfloat v) { return parts > 1 ? v : (vfloat)round_to_upper_half(v); };
   for (int64_t first = 0; first < count; first += kStrip)
     for (int64_t p = 0; p < w.depth; p += kTileStep, to += kStepBytes<T>) {
       const int64_t left = w.depth - p, used = ceil_div(smaller(kStrip, count - first), kTile) * kTile;

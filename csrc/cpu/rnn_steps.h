@@ -123,16 +123,6 @@ template <class A> int64_t block_of(const Packed<A>& w, int64_t batch, int64_t c
   return sum_depth(w.depth, static_cast<double>(batch * columns) * static_cast<double>(w.depth));
 }
 
-// from, or a copy in the type sums are carried in, at `room`.
-template <class T> const acc_t<T>* widened(const T* from, int64_t count, acc_t<T>* room) {
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    return from;
-  } else {
-    copy(from, room, count);
-    return room;
-  }
-}
-
 // Rows of padding, set to zero.
 template <class T> void clear_padding(const RnnShape& s, T* rows, int64_t width) {
   for (int64_t t = 0; s.order && t < s.rows / s.batch; ++t)

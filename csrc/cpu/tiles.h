@@ -209,7 +209,18 @@ template <bool LEFT, class T, class U = T> inline void pack_strip(Lines<T> from,
   }
 }
 
-// The same of bfloat16 alone, with words that hold k and k + 1: rows that lie along k are copied as they are.
+// A row of a tile: `count` 16-bit values (no more than it holds), the rest zero, as they lie.
+[[gnu::always_inline]] inline vuint32 load_pairs(const void* from, int64_t count) {
+#if defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
+  return (vuint32)_mm512_maskz_loadu_epi16(count >= kTileStep ? ~0u : (1u << count) - 1, from);
+#else
+  vuint32 v{};
+  std::memcpy(&v, from, static_cast<size_t>(2 * smaller(count, kTileStep)));
+  return v;
+#endif
+}
+
+// The same as pack_strip of bfloat16 alone, with words that hold k and k + 1: rows that lie along k are copied as they are.
 template <bool LEFT> inline void pack_pairs(Lines<bfloat16> from, int64_t count, int64_t k, char* to) {
   using words = vuint32;
   const bool along = from.k == 1;  // else across: neighbours are lines
@@ -228,9 +239,7 @@ template <bool LEFT> inline void pack_pairs(Lines<bfloat16> from, int64_t count,
 #pragma GCC unroll 16
         for (int64_t r = 0; r < kTile; ++r) std::memcpy(&row[r], at + r * from.line, sizeof row[r]);
       } else if (along) {
-        std::memset(static_cast<void*>(row), 0, sizeof row);
-        for (int64_t r = 0; r < smaller(kTile, lines); ++r)
-          std::memcpy(&row[r], at + r * from.line, static_cast<size_t>(smaller(kTileStep, left)) * sizeof(bfloat16));
+        for (int64_t r = 0; r < kTile; ++r) row[r] = r < lines ? load_pairs(at + r * from.line, left) : words{};
       } else if (whole) {
 #pragma GCC unroll 16
         for (int64_t r = 0; r < kTile; ++r)

@@ -158,5 +158,14 @@ template <class S, class D> inline void copy(const S* src, D* dst, int64_t count
   if (i < count)
     store_partial<D>(dst + i, load_partial<S>(src + i, static_cast<int>(count - i)), static_cast<int>(count - i));
 }
+// from, or a copy in the type sums are carried in, at `room`.
+template <class T> const acc_t<T>* widened(const T* from, int64_t count, acc_t<T>* room) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    return from;
+  } else {
+    copy(from, room, count);
+    return room;
+  }
+}
 
 }  // namespace dlkern::cpu::DLKERN_ISA

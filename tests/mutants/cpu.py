@@ -475,6 +475,6 @@ MUTANTS += [
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="plan.y.only_block = true;", new="plan.y.only_block = false;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;"),
     # bfloat16's words: of weights, of positions' pairs
-    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="apart = has_pairs<T> ? 1 : kTile;", new="apart = kTile;"),
-    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="has_pairs<T> ? 2 * kCell : kCell,", new="kCell,"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="apart = kHasPairs<T> ? 1 : kTile;", new="apart = kTile;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="kHasPairs<T> ? 2 * kCell : kCell,", new="kCell,"),
 ]
