@@ -132,11 +132,20 @@ def add_product(acc, p, b, ACC: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl
 
 @triton.jit
 def _tanh(x):
-    """tanh(x) and its derivative, by two special functions, with the small absolute error that exponents want."""
+    """tanh(x) and its derivative, by two special functions; of small x in float32 by Cephes' polynomial, since 1 - 2q
+    cancels there."""
     e = tl.exp(-2.0 * tl.abs(x))
     q = e / (1.0 + e)
     t = 1.0 - 2.0 * q
-    return tl.where(x < 0, -t, t), 4.0 * q * (1.0 - q)
+    t = tl.where(x < 0, -t, t)
+    if x.dtype == tl.float32:
+        z = x * x
+        p = -5.70498872745e-3 * z + 2.06390887954e-2
+        p = p * z - 5.37397155531e-2
+        p = p * z + 1.33314422036e-1
+        p = p * z - 3.33332819422e-1
+        t = tl.where(z < 0.39, p * (z * x) + x, t)
+    return t, 4.0 * q * (1.0 - q)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from dlkern import ops
 from dlkern.nn import functional
 from dlkern.ops.attention import ADDITIVE, COSINE, GAUSSIAN, Settings
 from dlkern.reference import attention as reference
+from dlkern.testing import check
 
 
 def leaves(*shapes, dtype=torch.float64):
@@ -85,3 +86,22 @@ def sides(settings, more, shapes):
         return ours, on(lambda *a: reference.attention_rotary(*a[:7], *a[8:10], *a[7][:-1], a[10])), inputs
     ours = on(lambda *a: ops.attention.attention("dot_attention", *a))
     return ours, on(lambda *a: reference.attention(*a[:-1], *a[-1])), inputs
+
+
+# Of the additive score: how far queries and keys spread, the mean of their sum, and the weight's size. Where tanh is nearly
+# linear, and where it is nearly one, so that its derivative cancels.
+ADDITIVE_RANGES = {"small": (0.01, 0, 1), "saturated": (1, -6, 0.3)}
+
+
+def check_additive_range(name, draws=16):
+    """As torch computes it, by the rule."""
+    spread, mean, size = ADDITIVE_RANGES[name]
+
+    def theirs(q, k, v, w):
+        return torch.softmax(torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3)) @ w, -1) @ v
+
+    def inputs():
+        q, k, v, w = randn(9, 20), randn(11, 20), randn(11, 5), randn(20)
+        return [t.requires_grad_() for t in (q * spread + mean / 2, k * spread + mean / 2, v, w * size)]
+
+    check(functional.additive_attention, theirs, inputs, draws=draws, name=name).raise_if_failed()

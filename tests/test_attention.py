@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as tF
+from attention_cases import ADDITIVE_RANGES, check_additive_range
 from torch import nn
 
 import dlkern
@@ -255,6 +256,11 @@ def test_gradcheck_additive_both_ways():
     q, k, v, w = leaves((2, 3, 4), (2, 5, 4), (2, 5, 3), (4,))
     assert torch.autograd.gradcheck(F.additive_attention, (q, k, v, w))
     assert torch.autograd.gradgradcheck(F.additive_attention, (q, k, v, w))
+
+
+@pytest.mark.parametrize("name", ADDITIVE_RANGES)
+def test_additive_ranges(name):
+    check_additive_range(name, draws=64)
 
 
 def test_additive_far_from_zero():

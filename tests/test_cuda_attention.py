@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as tF
-from attention_cases import KEYS, OPTIONS, QUERIES, leaves, randn, sides
+from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, check_additive_range, leaves, randn, sides
 from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -167,6 +167,11 @@ def test_attention_with_nothing_to_do():
         torch.testing.assert_close(ours, theirs)
         for x, y in zip(found, torch.autograd.grad(theirs.sum(), (q, k))):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", ADDITIVE_RANGES)
+def test_additive_ranges(name):
+    check_additive_range(name)
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])

@@ -5,7 +5,7 @@ import pytest
 import test_varlen
 import torch
 import torch.nn.functional as tF
-from attention_cases import KEYS, OPTIONS, QUERIES, ROTARY, leaves, sides
+from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, ROTARY, check_additive_range, leaves, sides
 from triton_column import emulated  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -212,3 +212,8 @@ def test_varlen_windows(window):
 def test_varlen_options_and_wrong_calls():
     test_varlen.check_options("triton")
     test_varlen.check_wrong_raw_calls("triton")
+
+
+@pytest.mark.parametrize("name", ADDITIVE_RANGES)
+def test_additive_ranges(name):
+    check_additive_range(name)

@@ -194,8 +194,15 @@ template <Pairwise KIND, int R, class A>
           of_query[r] += u;
           of_key -= u;
         } else {
-          const V t = KIND == kTanh ? quotient(x[r] * key - A(1), x[r] * key + A(1)) : tanh(x[r] + key);
-          const V u = A(1) - t * t;
+          V t, u;
+          if constexpr (KIND == kTanh) {  // 1 - t^2 = 4 s (1 - s), which does not cancel
+            const V e = x[r] * key, rest = reciprocal(e + A(1)), s = e * rest;
+            t = s - rest;
+            u = s * (A(4) * rest);
+          } else {
+            t = KIND == kSmallTanh ? tanh_of_small(x[r] + key) : tanh(x[r] + key);
+            u = A(1) - t * t;
+          }
           of_query[r] += d * u;
           of_key += d * u;
           of_weight += d * t;
@@ -602,12 +609,10 @@ void backward_keys(const AttentionBackwardArgs<T>& args, const acc_t<T>* delta, 
         product(count, value_depth, rows, tile.scores, 1, kKeys, tile.grad.data, tile.grad.row, grad_value, value_depth,
                 true, tile.k_step);
         if constexpr (additive) {
-          if (tile.exact(0))
-            pairwise_backward<kExactTanh>(rows, count, s.depth, tile.query_copy, tile.key_copy, args.forward.weight,
-                                          tile.change, of_query, grad_key, of_weight);
-          else
-            pairwise_backward<kTanh>(rows, count, s.depth, tile.query_exp, tile.key_exp, args.forward.weight,
-                                     tile.change, of_query, grad_key, of_weight);
+          tile.with_tanh(0, [&]<Pairwise KIND>(const A* q, const A* k, const A*) {
+            pairwise_backward<KIND>(rows, count, s.depth, q, k, args.forward.weight, tile.change, of_query, grad_key,
+                                    of_weight);
+          });
         } else if constexpr (gaussian) {
           pairwise_backward<kSquare>(rows, count, s.depth, tile.query_copy, tile.key_copy,
                                      static_cast<const A*>(nullptr), tile.change, of_query, grad_key, of_weight);

@@ -184,24 +184,47 @@ inline void dropout_words(const Keys& keys, int64_t row, int64_t all_keys, int64
 }
 
 // Scores that are no product of matrices: sums over h of a function of q[i, h] and k[j, h].
-// kTanh is weight[h] tanh(q + k) = weight[h] (e^2q e^2k - 1) / (e^2q e^2k + 1), whose operands are the exponentials; kExactTanh,
-// where those would leave their range, the same of plain operands; kSquare is -(q - k)^2 / 2.
-enum Pairwise { kTanh, kExactTanh, kSquare };
-// Up to which |q| and |k|. Not in double, which has no wider exponentials to round.
+// kTanh is weight[h] tanh(q + k) = weight[h] (e^2q e^2k - 1) / (e^2q e^2k + 1), whose operands are the exponentials. Of plain
+// operands the same are kSmallTanh, where |q| + |k| is at most kSmall and the exponentials' rounding would count, and
+// kExactTanh, where they would leave their range. kSquare is -(q - k)^2 / 2.
+enum Pairwise { kTanh, kSmallTanh, kExactTanh, kSquare };
+// Up to which |q| and |k| each, and in sum. Not in double, which has no wider exponentials to round.
 template <class A> constexpr A kSafe = sizeof(A) == 4 ? 20 : -1;
+template <class A> constexpr A kSmall = sizeof(A) == 4 ? 1 : -1;
 
-// a / d for d from 1 to 1e38: with AVX-512 the estimate, a step of Newton's and the remainder put back, a third of a
-// division's time and its result but for the last bit now and then.
+// 1 / d for d from 1 to 1e38: with AVX-512 the estimate and a step of Newton's, of which only the last rounding counts.
+inline vdouble reciprocal(vdouble d) { return 1.0 / d; }
+inline vfloat reciprocal(vfloat d) {
+#if defined(__AVX512F__)
+  const vfloat r = (vfloat)_mm512_rcp14_ps((__m512)d);
+  return r + r * (1.0f - d * r);
+#else
+  return 1.0f / d;
+#endif
+}
+// a / d, likewise, the remainder put back: a division's result but for the last bit now and then.
 inline vdouble quotient(vdouble a, vdouble d) { return a / d; }
 inline vfloat quotient(vfloat a, vfloat d) {
 #if defined(__AVX512F__)
-  vfloat r = (vfloat)_mm512_rcp14_ps((__m512)d);
-  r += r * (1.0f - d * r);
-  const vfloat q = a * r;
+  const vfloat r = reciprocal(d), q = a * r;
   return q + r * (a - d * q);
 #else
   return a / d;
 #endif
+}
+
+// tanh x for |x| up to 1 as x + x^3 P(x^2), P fitted for the least largest relative error, 2^-27.7.
+inline vdouble tanh_of_small(vdouble x) { return tanh(x); }
+inline vfloat tanh_of_small(vfloat x) {
+  const vfloat z = x * x;
+  vfloat p = broadcast<float>(-3.5845183e-4f);
+  p = p * z + 2.301364e-3f;
+  p = p * z + -7.946106e-3f;
+  p = p * z + 2.1486657e-2f;
+  p = p * z + -5.38798e-2f;
+  p = p * z + 1.3332345e-1f;
+  p = p * z + -3.3333296e-1f;
+  return p * (z * x) + x;
 }
 
 // tile[R rows, a vector] of such sums, short ones: scores are exponents.
@@ -221,6 +244,8 @@ template <Pairwise KIND, int R, class A>
         const A x = q[r * q_row + h];
         if constexpr (KIND == kTanh)
           sum[r][chain] += weight[h] * quotient(x * key - A(1), x * key + A(1));
+        else if constexpr (KIND == kSmallTanh)
+          sum[r][chain] += weight[h] * tanh_of_small(x + key);
         else if constexpr (KIND == kExactTanh)
           sum[r][chain] += weight[h] * tanh(x + key);
         else
@@ -479,7 +504,16 @@ template <class T, int SCORE> struct Tile {
     return by_strips;
   }
 
-  bool exact(int64_t r0) const { return !(query_bound[r0 / kRows] <= kSafe<A> && key_bound <= kSafe<A>); }
+  // f.operator()<kind>(queries from row r0 on, keys, keys turned) with the form of tanh that their bounds ask for.
+  template <class F> void with_tanh(int64_t r0, const F& f) const {
+    const A bound = query_bound[r0 / kRows];
+    if (bound + key_bound <= kSmall<A>)
+      f.template operator()<kSmallTanh>(query_copy + r0 * depth, key_copy, key_turned);
+    else if (bound <= kSafe<A> && key_bound <= kSafe<A>)
+      f.template operator()<kTanh>(query_exp + r0 * depth, key_exp, key_exp_turned);
+    else
+      f.template operator()<kExactTanh>(query_copy + r0 * depth, key_copy, key_turned);
+  }
 
   // Scores of the loaded queries r0 .. r0 + rows - 1 and the first `count` loaded keys, without scale and masks.
   void multiply(int64_t r0, int64_t rows, int64_t count) {
@@ -487,12 +521,9 @@ template <class T, int SCORE> struct Tile {
     if constexpr (kTiled<T, SCORE>)
       if (by_strips) return multiply_strip(*this, r0, rows, width);
     if constexpr (kAdditive) {
-      if (exact(r0))
-        pairwise_scores<kExactTanh>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned, args.weight,
-                                    scores);
-      else
-        pairwise_scores<kTanh>(rows, width, s.depth, query_exp + r0 * depth, depth, key_exp_turned, args.weight,
-                               scores);
+      with_tanh(r0, [&]<Pairwise KIND>(const A* q, const A*, const A* turned) {
+        pairwise_scores<KIND>(rows, width, s.depth, q, depth, turned, args.weight, scores);
+      });
     } else if constexpr (kGaussian) {
       pairwise_scores<kSquare>(rows, width, s.depth, query_copy + r0 * depth, depth, key_turned,
                                static_cast<const A*>(nullptr), scores);

@@ -114,6 +114,7 @@ MUTANTS = [
     # attention: sums not brought down to a new largest score, dropout's factor, a tile of keys skipped, a shared head's
     # gradient, the cap, delta, the order of dropout's words, the mask's batches
     _attention("attention", "total = total * shrink + ", "total = total + ", "test_parity and plain"),
+    _attention("_attention_tile", "tl.where(z < 0.39,", "tl.where(z < 0.0,", "additive_ranges and small"),
     _attention("attention", "inverse = inverse * kept.to(ACC)", "inverse = inverse", "test_parity and dropout"),
     _attention("_attention_tile", "end = tl.minimum(end, tl.minimum(i0 + BLOCK_M, queries) + right)",
                "end = tl.minimum(end, tl.minimum(i0 + BLOCK_M, queries) + right - 1)", "tile_borders"),
