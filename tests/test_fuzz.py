@@ -448,6 +448,7 @@ def attention_calls(draw):
     queries, keys, depth, value_depth = (draw(st.integers(1, 20)) for _ in range(4))
     if draw(st.integers(0, 4)) == 0:
         queries, keys = draw(st.integers(40, 140)), draw(st.integers(100, 300))
+        depth, value_depth = (draw(st.integers(1, 80)) for _ in range(2))  # from 20 or so on, tiles of AMX
     groups, gqa = lead, False
     if len(lead) == 2 and draw(st.integers(0, 3)) == 0:
         groups, gqa = (lead[0], draw(st.sampled_from([1, 2, 3]))), True
@@ -456,7 +457,8 @@ def attention_calls(draw):
         tensor(draw, (*lead, queries, depth), dtype), tensor(draw, (*groups, keys, depth + odd), dtype),
         tensor(draw, (*groups, keys, value_depth), dtype),
     ]  # fmt: skip
-    options = {"enable_gqa": gqa} | draw(st.sampled_from([{}, {"is_causal": True}, {"scale": 0.3}, {"scale": 2.0}]))
+    more = draw(st.sampled_from([{}, {"is_causal": True}, {"scale": 0.3}, {"scale": 2.0}, {"scale": 20.0}]))
+    options = {"enable_gqa": gqa} | more
     mask = None
     if "is_causal" not in options:
         full = (*lead, queries, keys)
@@ -482,6 +484,71 @@ def test_scaled_dot_product_attention(call):
         return f
 
     agree(on(F), on(tF), inputs if mask is None else [*inputs, mask], dtype, same_strides=False)
+
+
+def other_score(score, mask, lengths, factor, query, key, value, *weight):
+    """In plain expressions; a query that sees no key gets zeros."""
+    if score == "additive":
+        scores = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) @ weight[0]
+    elif score == "gaussian":
+        scores = -0.5 * ((query.unsqueeze(-2) - key.unsqueeze(-3)) / factor).square().sum(-1)
+    else:
+        if score == "cosine":
+            query, key = (tF.normalize(x, dim=-1, eps=1e-8) for x in (query, key))
+        scores = query @ key.transpose(-2, -1) * factor
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    if lengths is not None:
+        rows = lengths.reshape(-1, *[1] * (scores.dim() - 1)) if lengths.dim() == 1 else lengths.reshape(
+            lengths.shape[0], *[1] * (scores.dim() - 3), -1, 1
+        )
+        seen = seen & (torch.arange(scores.shape[-1]) < rows)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    some = seen.any(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(~seen & some, -torch.inf), -1) * some @ value
+
+
+@st.composite
+def other_score_calls(draw):
+    score, dtype = draw(st.sampled_from(["dot", "additive", "cosine", "gaussian"])), draw(dtypes)
+    lead = draw(st.sampled_from([(2, 2), (1, 3), (3,), (2, 1)]))
+    queries, keys, depth, value_depth = (draw(st.integers(1, 20)) for _ in range(4))
+    if draw(st.integers(0, 9)) == 0:
+        queries, keys = draw(st.integers(40, 70)), draw(st.integers(100, 150))
+    odd = depth > 1 and draw(st.integers(0, 14)) == 0  # a size that does not fit; one element would broadcast
+    inputs = [
+        tensor(draw, (*lead, queries, depth), dtype), tensor(draw, (*lead, keys, depth + odd), dtype),
+        tensor(draw, (*lead, keys, value_depth), dtype),
+    ]  # fmt: skip
+    if score == "additive":
+        inputs.append(tensor(draw, (depth,), dtype))
+    mask = lengths = None
+    kind = draw(st.sampled_from(["none", "bool", "added", "lengths", "lengths of queries"]))
+    size = tuple(n if draw(st.booleans()) else 1 for n in (*lead, queries, keys))
+    if kind == "bool":
+        mask = torch.rand(size) < draw(st.sampled_from([0.2, 0.9]))
+    elif kind == "added":
+        mask = torch.randn(size, dtype=torch.float64).to(dtype)
+    elif kind != "none":
+        lengths = torch.randint(0, keys + 1, (lead[0],) if kind == "lengths" else (lead[0], queries))
+    return score, inputs, mask, lengths, draw(st.sampled_from([0.3, 1.0, 3.0])), dtype
+
+
+@fuzz
+@given(other_score_calls())
+def test_other_scores_of_attention(call):
+    score, inputs, mask, lengths, factor, dtype = call
+
+    def ours(*tensors):
+        named = {"gaussian": {"width": factor}, "additive": {}}.get(score, {"scale": factor})
+        return getattr(F, f"{score}_attention")(*tensors, attn_mask=mask, lengths=lengths, **named)
+
+    def theirs(*tensors):
+        return other_score(score, mask, lengths, factor, *tensors)
+
+    agree(ours, theirs, inputs, dtype, same_strides=False)
 
 
 @st.composite
