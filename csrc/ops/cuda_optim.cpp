@@ -205,8 +205,7 @@ void for_grads(const Tensors& grads, const Tensor& like, Call& call, bool writte
   for_dtypes<cuda::GradTensor>(
       grads, 0, grads.size(), like,
       [&](cuda::GradTensor& row, size_t i) {
-        const Tensor& x = operands[i].tensor();
-        row.data[0] = written ? call.updates(x) : const_cast<void*>(call.reads(x));
+        row.data[0] = call.updates(operands[i].tensor());  // sums first, and later written
       },
       launch);
   for (const Operand& operand : operands) operand.write_back();
