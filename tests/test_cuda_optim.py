@@ -108,7 +108,7 @@ def test_optim_views_at_odd_addresses():
 def test_more_tensors_than_a_table_has_rows(kind):
     """Tensors of one, two and many blocks on both sides of a launch's last row, each with a rate of its own."""
     name, settings = cases.OPTIMIZERS.get(kind, ("LARS", dict(momentum=0.9)))
-    sizes = [4100 if i % 37 == 36 else 9000 if i == 70 else i % 5 + 1 for i in range(130)]
+    sizes = [4100 if i % 37 == 36 else 9000 if i == 70 else i % 5 + 1 for i in range(180)]
     ends = []
     for column in ("cpu", "cuda"):
         torch.manual_seed(1)

@@ -220,7 +220,7 @@ double first_number(const Tensor& x) {
 #ifdef DLKERN_CUDA_ON_HOST
   return *data<double>(x);
 #else
-  return *data<double>(torch::stable::to(x, torch::stable::Device("cpu")));
+  return *data<double>(torch::stable::to(x, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
 #endif
 }
 
