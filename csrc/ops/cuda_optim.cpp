@@ -59,7 +59,7 @@ void for_dtypes(const Tensors& tensors, size_t begin, size_t end, const Tensor& 
   }
 }
 
-// fill(row, i, call) for each parameter that has elements, the addresses aside; launch(element, rows, like, call) for
+// fill(row, i) for each parameter that has elements, the addresses aside; launch(element, rows, like, call) for
 // each device and dtype. Overlapping tensors go one at a time.
 template <class Row, class Fill, class Launch>
 void run_range(const Step& step, size_t begin, size_t end, Fill&& fill, Launch&& launch) {
