@@ -89,6 +89,11 @@ REQUIRED = {
             f"HGMMA.64x{n}x16.{types}", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"]
            for t, types in WGMMA.items() for n in (256, 128)},
     },
+    "optim": {
+        r"(sgd|adam|lars|grad_scale|grad_clamp)_kernel<.*": ["LDG.E.128", "STG.E.128"],
+        r"optim_sums_kernel<.*": ["LDG.E.128", "DADD"],
+        r"adam_kernel<.*": ["MUFU.RSQ"],
+    },
     "pooling": {
         r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|(__nv_bfloat16|__half), 8).*": ["LDG.E.128", "STG.E.128"],
         r"max_pool2d_forward_kernel<(__nv_bfloat16|__half), 8, 1>": ["STG.E.64"],

@@ -11,7 +11,7 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
-POSITIONS = "csrc/cuda/positions.cu"
+POSITIONS, OPTIM = "csrc/cuda/positions.cu", "csrc/cuda/optim.cu"
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
@@ -32,6 +32,10 @@ def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> 
 
 def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float32") -> dict:
     return _mutant(LAYER_NORM, old, new, selection, "_layer_norm")
+
+
+def _optim_mutant(old: str, new: str, selection: str) -> dict:
+    return _mutant(OPTIM, old, new, selection, "_optim")
 
 
 def _rnn_mutant(file: str, old: str, new: str, selection: str) -> dict:
@@ -180,6 +184,17 @@ MUTANTS = [
                  "to[columns + j + v] = gradient[i];"),
     _norm_mutant("for (int warp = 0; warp < My::kRowsAtOnce; warp++)", "for (int warp = 1; warp < My::kRowsAtOnce; warp++)"),
     _norm_mutant("part < count; part += kFinalRows", "part < count; part += count", "test_layer_norm_sums"),
+    # sgd_kernel, adam_kernel, lars_rate_kernel, grad_norm_kernel, grad_clamp_kernel; the table and its cuts
+    _optim_mutant("row.fresh ? grad[v] :", "row.fresh ? 0.5f * grad[v] :", "parity and momentum"),
+    _optim_mutant("corrections[2 * row.counted + 1]", "corrections[2 * row.counted]", "parity and adam"),
+    _optim_mutant("largest[v] < square[v] ||", "largest[v] > square[v] ||", "parity and amsgrad"),
+    _optim_mutant("parts[row.first_block + i]", "parts[i]", "test_lars_follows"),
+    _optim_mutant("return a > b || a != a ? a : b;", "return a > b ? a : b;", "not_finite"),
+    _optim_mutant("factor >= 1.0 ? 1.0 : factor", "factor", "test_clipping_by_norm"),
+    _optim_mutant("if (limit != limit) x[v] = limit;", "", "test_clipping_by_value"),
+    _optim_mutant("row.first_block = static_cast<int32_t>(blocks);", "row.first_block = i;", "more_tensors"),
+    _optim_mutant("    before += blocks;\n", "", "more_tensors"),
+    _optim_mutant("if (v < left) x[v] = from_float", "x[v] = from_float", "odd_addresses"),
     # rnn_forward_kernel
     _rnn_mutant(RNN_STEPS, "met * gridDim.x", "(met - 1) * gridDim.x", "test_rnn_same_bits_in_every_thread_order"),
     _rnn_mutant(RNN_STEPS, "for (int w = 1; w < kWarpsK; w++)", "for (int w = 2; w < kWarpsK; w++)", "test_rnn_long_sums"),
