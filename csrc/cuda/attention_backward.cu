@@ -302,8 +302,8 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
   if (PAIRWISE) memory.clear_sums();
 
   // Queries that may see some of these keys.
-  const int start = x.right < 0 ? 0 : max(0, j0 - shift_of(x) - x.right) / kAcross * kAcross;
-  int end = x.left < 0 ? x.queries : min(x.queries, j0 - shift_of(x) + kTileRows + x.left);
+  const int start = x.right < 0 ? 0 : max(0, j0 - x.right - shift_of(x)) / kAcross * kAcross;
+  int end = x.left < 0 ? x.queries : min(x.queries, j0 + kTileRows + x.left - shift_of(x));
   if (x.lengths && x.lengths_stride[1] == 0 && x.lengths[b * x.lengths_stride[0]] <= j0) end = 0;
   const int query_tiles = end > start ? static_cast<int>(ceil_div(end - start, kAcross)) : 0;
   const int steps = query_tiles * x.group;

@@ -120,8 +120,8 @@ MUTANTS = [
     _attention_mutant(ATTENTION, "from_row<T>(output, tile.first_query)", "output", "varlen_has_the_bits and 12-float32"),
     _attention_mutant(ATTENTION_BACKWARD, "args.split = tile.keys <= kFewKeys", "args.split = true",
                       "varlen_has_the_bits and 12-float32"),
-    _attention_mutant(ATTENTION_BACKWARD, "j0 - shift_of(x) - x.right", "j0 - x.right", "test_varlen_windows"),
-    _attention_mutant(ATTENTION_BACKWARD, "j0 - shift_of(x) + kTileRows", "j0 + kTileRows", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_BACKWARD, "j0 - x.right - shift_of(x)", "j0 - x.right", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_BACKWARD, "x.left - shift_of(x)", "x.left", "test_varlen_windows"),
     _attention_mutant(ATTENTION_VARLEN, "(of_keys ? n : tiles - 1 - n) * ", "0 * ", "varlen_has_the_bits and 12-float32"),
     # attention_forward_sm90_kernel
     _attention_mutant(ATTENTION_HOPPER, "sum[i] *= shrink[r];", "sum[i] *= 1.0f;", "test_attention_on_hopper and plain"),
