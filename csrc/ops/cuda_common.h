@@ -74,7 +74,7 @@ inline Tensor pinned_like(const Tensor& x) {
 #ifdef DLKERN_CUDA_ON_HOST
   return allocate(x.sizes(), x.scalar_type(), x);
 #else
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, torch::stable::Device("cpu"), true);
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, torch::headeronly::DeviceType::CPU, true);
 #endif
 }
 
