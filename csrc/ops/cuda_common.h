@@ -69,6 +69,15 @@ inline Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
 }
 
+// Uninitialised, of x's size and dtype, on the host: in pinned memory, from which a copy makes nobody wait.
+inline Tensor pinned_like(const Tensor& x) {
+#ifdef DLKERN_CUDA_ON_HOST
+  return allocate(x.sizes(), x.scalar_type(), x);
+#else
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, torch::headeronly::DeviceType::CPU, true);
+#endif
+}
+
 #ifdef DLKERN_CUDA_ON_HOST
 
 // One call of an op. On the host: announces to the checker what the kernels may touch, and makes results start as NaN.

@@ -15,6 +15,7 @@ POSITIONS, OPTIM = "csrc/cuda/positions.cu", "csrc/cuda/optim.cu"
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
+ATTENTION_VARLEN = "csrc/ops/cuda_attention_varlen.cpp"
 
 
 ATTENTION_HOPPER, ATTENTION_HOPPER_BACKWARD, ATTENTION_HOPPER_TILE = (
@@ -115,6 +116,17 @@ MUTANTS = [
             "window.first_w + (window.width - 1) * window.stride_w - width", "test_on_hopper", "_conv"),
     _mutant(CONV_HOPPER, "first_pixel = blockIdx.y * args.part_length", "first_pixel = blockIdx.y * 64", "test_on_hopper", "_conv"),
     _mutant(CONV_HOPPER, "tap % window.taps_w * args.tap_w", "tap % window.taps_w * args.tap_h", "test_on_hopper", "_conv"),
+    # attention_varlen_forward_kernel, attention_varlen_backward_query_kernel, attention_varlen_backward_key_kernel
+    _attention_mutant(ATTENTION_TILE, " + static_cast<uint64_t>(x.sequence)", "", "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_TILE, "tile.sequence, tile.keys - tile.queries}", "tile.sequence, 0}", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_TILE, "static_cast<int64_t>(x.heads) * tile.first_query", "int64_t{tile.first_query}",
+                      "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION, "from_row<T>(output, tile.first_query)", "output", "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_BACKWARD, "args.split = tile.keys <= kFewKeys", "args.split = true",
+                      "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_BACKWARD, "j0 - x.right - shift_of(x)", "j0 - x.right", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_BACKWARD, "x.left - shift_of(x)", "x.left", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_VARLEN, "(of_keys ? n : tiles - 1 - n) * ", "0 * ", "varlen_has_the_bits and 12-float32"),
     # attention_forward_sm90_kernel
     _attention_mutant(ATTENTION_HOPPER, "sum[i] *= shrink[r];", "sum[i] *= 1.0f;", "test_attention_on_hopper and plain"),
     _attention_mutant(ATTENTION_HOPPER, "of_values ? use / 2 - 1", "of_values ? use / 2", "test_attention_on_hopper and plain"),
