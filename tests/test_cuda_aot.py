@@ -30,14 +30,15 @@ MMA = {"__nv_bfloat16": "HMMA.16816.F32.BF16", "__half": "HMMA.16816.F32$"}
 WGMMA = {"__nv_bfloat16": "F32.BF16", "__half": "F32$"}
 REQUIRED = {
     "attention": {
-        **{rf"attention_forward_kernel<{t}, .*": [mma, "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]
+        **{rf"attention_(varlen_)?forward_kernel<{t}, .*": [mma, "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]
            for t, mma in MMA.items()},
-        r"attention_forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
+        r"attention_(varlen_)?forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
     },
     "attention_backward": {
-        **{rf"attention_backward_(query|key)_kernel<{t}, .*": [mma, "LDSM.16.M88.4", "LDGSTS.E"] for t, mma in MMA.items()},
+        **{rf"attention_(varlen_)?backward_(query|key)_kernel<{t}, .*": [mma, "LDSM.16.M88.4", "LDGSTS.E"]
+           for t, mma in MMA.items()},
         **{rf"attention_backward_\w+_kernel<{t}, \d+, false>": [mma, "LDSM.16.M88.4"] for t, mma in MMA.items()},
-        r"attention_backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
+        r"attention_(varlen_)?backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
     },
     "attention_sm90": {
         r"attention_forward_sm90_kernel<64>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
@@ -88,6 +89,11 @@ REQUIRED = {
         **{rf"linear_sm90_kernel<{t}, WgmmaShape<{n}, .*": [
             f"HGMMA.64x{n}x16.{types}", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"]
            for t, types in WGMMA.items() for n in (256, 128)},
+    },
+    "optim": {
+        r"(sgd|adam|lars|grad_scale|grad_clamp)_kernel<.*": ["LDG.E.128", "STG.E.128"],
+        r"optim_sums_kernel<.*": ["LDG.E.128", "DADD"],
+        r"adam_kernel<.*": ["MUFU.RSQ"],
     },
     "pooling": {
         r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|(__nv_bfloat16|__half), 8).*": ["LDG.E.128", "STG.E.128"],

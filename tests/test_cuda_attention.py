@@ -5,6 +5,7 @@ file again on the checked build."""
 import contextlib
 
 import pytest
+import test_varlen
 import torch
 import torch.nn.functional as tF
 from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, check_additive_range, leaves, randn, sides
@@ -191,6 +192,124 @@ def test_attention_same_bits_in_every_thread_order(name, order):
     with cuda_on_host.thread_order(order, 1):
         other = sample()
     assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+# ---- Sequences one after another ----
+
+VARLEN_FORWARD, VARLEN_BACKWARD = (
+    ops.attention_varlen.raw[f"attention_varlen_{way}"]["cuda"] for way in ("forward", "backward"))
+
+
+@all_dtypes
+@pytest.mark.parametrize("name", test_varlen.CASES)
+def test_varlen_parity(name, dtype):
+    with on_cuda():
+        test_varlen.check_parity(name, dtype, "cuda")
+
+
+@pytest.mark.parametrize("window", [*test_varlen.WINDOWS, (0, 70), (100, 1)], ids=str)
+def test_varlen_windows(window):
+    """Borders of tiles; sequences of more queries than keys, whose first ones may see none, and of fewer."""
+    of_queries, of_keys = test_varlen.starts([70, 3, 130, 1]), test_varlen.starts([66, 140, 64, 2])
+    certify(
+        lambda *x: F.varlen_attn(*x, of_queries, of_keys, window_size=window),
+        lambda *x: test_varlen.by_torch(*x, of_queries, of_keys, window),
+        lambda: leaves((204, 1, 8), (272, 1, 8), (272, 1, 8)), torch.float32, 2,
+    )  # fmt: skip
+
+
+def test_varlen_options_and_wrong_arguments():
+    with on_cuda():
+        test_varlen.check_options("cuda", torch.float32)
+        test_varlen.check_wrong_raw_calls("cuda")
+    x, a = torch.randn(4, 2, 8, dtype=torch.float64), torch.tensor([0, 4])
+    with pytest.raises(RuntimeError, match="expected float32"):
+        VARLEN_FORWARD(x, x, x, a, a, None, 0.0, 1.0, 0.0, -1, -1)
+
+
+def _varlen_sample(dtype, options=(0.3, 0.3, 2.0, -1, -1), depth=12):
+    """Several tiles of queries and keys; sequences that go through their keys once and twice, and empty ones."""
+    of_queries, of_keys = test_varlen.starts([70, 3, 0, 129, 1]), test_varlen.starts([150, 0, 5, 66, 1])
+    tokens = (203, 4), (222, 2), (222, 2), (203, 4)
+    q, k, v, g = (torch.randn(*n, depth).to(dtype) for n in tokens)
+    rest = of_queries, of_keys, torch.tensor(2**40 + 7)
+    output, statistics = VARLEN_FORWARD(q, k, v, *rest, *options)
+    return (q, k, v, g), rest, [output, statistics, *VARLEN_BACKWARD(g, q, k, v, *rest, output, statistics, *options)]
+
+
+@all_dtypes
+@pytest.mark.parametrize("depth", [12, 72])
+def test_varlen_has_the_bits_of_calls_of_their_own(depth, dtype):
+    """Of each sequence alone, with seed + b."""
+    (q, k, v, g), (of_queries, of_keys, seed), found = _varlen_sample(dtype, depth=depth)
+    output, statistics, *gradients = found
+    settings = Settings(p=0.3, scale=0.3, softcap=2.0)
+    for b in range(5):
+        rows, keys = (slice(*x[b : b + 2].tolist()) for x in (of_queries, of_keys))
+        one = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys], g[rows])]
+        rest = (None,) * 4 + (seed + b,)
+        y, numbers = FORWARD["cuda"](*one[:3], *rest, *settings)
+        theirs = [y, *BACKWARD["cuda"](one[3], *one[:3], *rest, y, numbers, *settings, False)[:3]]
+        ours = output[rows], gradients[0][rows], gradients[1][keys], gradients[2][keys]
+        assert all(torch.equal(a.transpose(0, 1)[None], b) for a, b in zip(ours, theirs, strict=True))
+        heads = slice(4 * rows.start, 4 * rows.stop)
+        assert torch.equal(statistics[:, heads], numbers.view(2, -1))
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_varlen_same_bits_in_every_thread_order(order):
+    torch.manual_seed(5)
+    *_, forward = _varlen_sample(torch.bfloat16)
+    torch.manual_seed(5)
+    with cuda_on_host.thread_order(order, 1):
+        *_, other = _varlen_sample(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+def test_varlen_operands_are_read_where_they_lie():
+    of_queries, of_keys = test_varlen.starts([5, 66]), test_varlen.starts([9, 3])
+    settings = 0.0, 0.5, 0.0, -1, 0
+    lying = [torch.randn(2, n, 16).transpose(0, 1) for n in (71, 12, 12, 71)]
+    gaps = [torch.randn(n, 2, 32)[..., ::2] for n in (71, 12, 12, 71)]
+    for operands in (lying, gaps):
+        found = []
+        for q, k, v, g in (operands, [x.contiguous() for x in operands]):
+            rest = of_queries, of_keys, None
+            y, numbers = VARLEN_FORWARD(q, k, v, *rest, *settings)
+            found.append([y, numbers, *VARLEN_BACKWARD(g, q, k, v, *rest, y, numbers, *settings)])
+        assert all(x.is_contiguous() for x in found[0])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_varlen_with_nothing_to_do():
+    """No sequences, no tokens on one side or either, no heads, no depth; and dropout of all."""
+    for lengths, keys, heads, depth, p in (
+        ([], [], 2, 8, 0.0), ([0, 0], [3, 4], 2, 8, 0.0), ([3, 4], [0, 0], 2, 8, 0.0), ([0], [0], 2, 8, 0.0),
+        ([3], [4], 0, 8, 0.0), ([3], [4], 2, 0, 0.0), ([3], [4], 2, 8, 1.0),
+    ):  # fmt: skip
+        q, k = (torch.randn(sum(n), heads, depth, requires_grad=True) for n in (lengths, keys))
+        rest = test_varlen.starts(lengths), test_varlen.starts(keys), torch.tensor(3), p, 0.3, 0.0, -1, -1
+        with on_cuda():
+            ours = ops.attention_varlen.attention_varlen(q, k, k, *rest)
+            found = torch.autograd.grad(ours.sum(), (q, k), allow_unused=True)
+        theirs = reference.attention_varlen(q, k, k, *rest)
+        torch.testing.assert_close(ours, theirs)
+        for x, leaf in zip(found, (q, k)):
+            assert x.shape == leaf.shape and x.isfinite().all() and (p < 1 or not x.any())
+
+
+def test_varlen_of_nested_tensors():
+    pieces = [torch.randn(n, 2, 8, requires_grad=True) for n in (3, 70, 1)]
+    x = torch.nested.as_nested_tensor(pieces, layout=torch.jagged).transpose(1, 2)
+    with on_cuda():
+        y = SDPA(x, x, x, is_causal=True)
+        y.values().square().sum().backward()
+        for found, piece in zip(y.transpose(1, 2).unbind(), pieces):
+            alone = piece.detach().transpose(0, 1)[None].requires_grad_()
+            theirs = SDPA(alone, alone, alone, is_causal=True)
+            assert torch.equal(found.transpose(0, 1)[None], theirs)
+            theirs.square().sum().backward()
+            torch.testing.assert_close(piece.grad.transpose(0, 1)[None], alone.grad)
 
 
 # ---- sm_90a ----

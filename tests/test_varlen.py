@@ -87,9 +87,9 @@ def check_windows(name, window, column):
         torch.testing.assert_close(a, b)
 
 
-def check_options(column):
+def check_options(column, dtype=torch.float64):
     """Dropout, each sequence's that of a call of its own with seed + b, and soft-capped scores."""
-    inputs, of_queries, of_keys = operands("several")
+    inputs, of_queries, of_keys = operands("several", dtype)
     seed = torch.tensor([2**40 + 7])
     settings = 0.3, 0.5, 2.0, -1, 4
     arguments = of_queries, of_keys, seed, *settings

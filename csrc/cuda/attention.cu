@@ -20,11 +20,9 @@ constexpr int forward_shared_bytes() {
          Scratch<T, kForwardKeys<T>>::kFloats * static_cast<int>(sizeof(float));
 }
 
-// blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal. blockIdx.y: block of
-// the value's columns.
-template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_forward_kernel(const __grid_constant__ Args x, const __grid_constant__ Operand output) {
+// Queries i0 .. i0 + kTileRows - 1 of head h of batch b. blockIdx.y: block of the value's columns.
+template <class T, int SIZE, bool PAIRWISE, class A>
+DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head, int64_t b, int h, int i0) {
   using Mine = Layout<T>;
   constexpr int kKeys = kForwardKeys<T>, kStride = TileOf<T, SIZE>::kStride;
   DLKERN_DYNAMIC_SHARED(shared);
@@ -33,9 +31,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* const value_tile = key_tile + kKeys * kStride;
   float* const scratch = reinterpret_cast<float*>(value_tile + kKeys * kStride);
 
-  const int tiles = static_cast<int>(ceil_div(x.queries, kTileRows));
-  const int64_t head = blockIdx.x / tiles, b = head / x.heads;
-  const int h = static_cast<int>(head % x.heads), i0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;
   const int own = static_cast<int>(blockIdx.y) * SIZE, first = i0 + warp() * 16;
   const Side<T> queries{head_of<T>(x.query, b, h), x.query, query_tile, i0, x.queries};
   Side<T> keys{head_of<T>(x.key, b, h / x.group), x.key, key_tile, 0, x.keys};
@@ -109,6 +104,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   T* const to = const_cast<T*>(head_of<T>(output, b, h));
   store_rows(to, output.stride[2], sum, first, x.queries, own, x.value_depth);
+}
+
+// blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal.
+template <class T, int SIZE, bool PAIRWISE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_forward_kernel(const __grid_constant__ Args x, const __grid_constant__ Operand output) {
+  const int tiles = static_cast<int>(ceil_div(x.queries, kTileRows));
+  const int64_t head = blockIdx.x / tiles, b = head / x.heads;
+  const int h = static_cast<int>(head % x.heads), i0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;
+  forward_tile<T, SIZE, PAIRWISE>(x, output, head, b, h, i0);
+}
+
+// blockIdx.x: head, and tile of a sequence.
+template <class T, int SIZE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_varlen_forward_kernel(const __grid_constant__ Args args, const __grid_constant__ Operand output,
+                                    const AttentionTile* tiles, int count) {
+  const AttentionTile tile = tiles[blockIdx.x % count];
+  const int h = static_cast<int>(blockIdx.x / count);
+  forward_tile<T, SIZE, false>(of_sequence<T>(args, tile), from_row<T>(output, tile.first_query), h, 0, h,
+                               tile.first_row);
 }
 
 // A warp takes a row: the reciprocal of its length.
@@ -210,6 +226,19 @@ void attention_forward(const Attention& a, const AttentionOperand& output, void*
                     blocks_of(a.value_depth, size.value));
     DLKERN_LAUNCH((attention_forward_kernel<T, size.value, pairwise.value>), grid, dim3(kThreads),
                   (forward_shared_bytes<T, size.value>()), stream, x, operand_of(output, a.value_depth, a.element));
+  });
+}
+
+void attention_varlen_forward(const Attention& a, const AttentionTiles& tiles, const AttentionOperand& output,
+                              void* stream) {
+  if (a.heads * tiles.count == 0) return;
+  const Args x = arguments_of(a);
+  dispatch_varlen(a, [&](auto* type, auto size) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    DLKERN_LAUNCH((attention_varlen_forward_kernel<T, size.value>),
+                  dim3(static_cast<unsigned>(a.heads * tiles.count), blocks_of(a.value_depth, size.value)),
+                  dim3(kThreads), (forward_shared_bytes<T, size.value>()), stream, x,
+                  operand_of(output, a.value_depth, a.element), tiles.at, static_cast<int>(tiles.count));
   });
 }
 

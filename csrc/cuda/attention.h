@@ -34,6 +34,16 @@ struct Attention {
   float *largest, *inverse;  // [batch, heads, queries]: the largest score and 1 / sum(exp(score - largest))
 };
 
+// Rows first_row .. first_row + kAttentionTileRows - 1 of one of several sequences that lie one after another.
+struct AttentionTile {
+  int sequence, first_query, first_key, queries, keys, first_row;
+};
+constexpr int kAttentionTileRows = 64;
+struct AttentionTiles {
+  const AttentionTile* at;  // on the device
+  int64_t count;
+};
+
 // output: in any order of batch, heads and queries, values last.
 void attention_forward(const Attention& attention, const AttentionOperand& output, void* stream);
 
@@ -52,8 +62,16 @@ struct AttentionBackward {
 };
 void attention_backward(const Attention& attention, const AttentionBackward& tensors, void* stream);
 
-// The same by attention_sm90.cu and attention_backward_sm90.cu, where the GPU is a Hopper and the call fits them; false
-// where nothing was done.
+// Of sequences, dot scores alone: `attention` has their tokens as one long sequence of batch 1, windows are aligned at a
+// sequence's last query and key, and sequence b drops what seed + b does. Statistics and delta are [heads, queries] of
+// each sequence in turn, gradients [tokens, heads, depth].
+void attention_varlen_forward(const Attention& attention, const AttentionTiles& tiles, const AttentionOperand& output,
+                              void* stream);
+void attention_varlen_backward(const Attention& attention, const AttentionTiles& of_queries,
+                               const AttentionTiles& of_keys, const AttentionBackward& tensors, void* stream);
+
+// attention_forward and attention_backward by attention_sm90.cu and attention_backward_sm90.cu, where the GPU is a Hopper
+// and the call fits them; false where nothing was done.
 bool attention_forward_sm90(const Attention& attention, const AttentionOperand& output, void* stream);
 bool attention_backward_sm90(const Attention& attention, const AttentionBackward& tensors, void* stream);
 

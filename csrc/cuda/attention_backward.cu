@@ -19,17 +19,26 @@ constexpr int kKeysAcross = sizeof(T) == 4 && SIZE == 128 ? 16 : 32;
 template <class T, int SIZE>
 constexpr int kQueriesAcross = sizeof(T) == 4 || SIZE == 128 ? 16 : 32;
 
-struct BackwardArgs {
-  Args x;
+// Where a gradient goes: its elements lie side by side.
+struct Rows {
+  void* data;
+  int64_t head_stride, row_stride;
+};
+
+template <class A>
+struct BackwardArgsOf {
+  A x;
   Operand grad_output, output;
   bool by_tiles;  // delta is sum(P g V^T), of a pass of its own
   bool split;  // 16-bit P and dS are multiplied in two parts
   bool wide;  // gradients of query and key are floats: those of vectors of length 1
   float* delta;
-  void *grad_query, *grad_key, *grad_value, *grad_mask;
+  Rows grad_query, grad_key, grad_value;
+  void* grad_mask;
   float* weight_parts;
   int64_t mask_size[4];
 };
+using BackwardArgs = BackwardArgsOf<Args>;
 
 // Shared memory: two tiles of 64 rows, a ring of pairs of tiles of ACROSS, scratch, and for pairwise scores the sums.
 template <class T, int SIZE, bool PAIRWISE, int ACROSS>
@@ -125,24 +134,20 @@ DLKERN_DEVICE float through_dropout(const Args& x, uint32_t kept, int place, flo
 }
 
 template <class OUT, int SIZE, class T>
-DLKERN_DEVICE void store_gradient(void* to, int64_t head, Fragment<T, SIZE>& sum, int first, int rows, int column,
+DLKERN_DEVICE void store_gradient(const Rows& to, int64_t head, Fragment<T, SIZE>& sum, int first, int rows, int column,
                                   int columns) {
-  store_rows(static_cast<OUT*>(to) + head * rows * columns, columns, sum, first, rows, column, columns);
+  store_rows(static_cast<OUT*>(to.data) + head * to.head_stride, to.row_stride, sum, first, rows, column, columns);
 }
 
-// blockIdx.x: head, and tile of queries, the last first; blockIdx.y: block of the gradient's columns.
-template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
+// Queries i0 .. i0 + kTileRows - 1 of a head. blockIdx.y: block of the gradient's columns.
+template <class T, int SIZE, bool PAIRWISE, class A>
+DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t head, int64_t b, int h, int i0) {
   using Mine = Layout<T>;
   constexpr int kAcross = kKeysAcross<T, SIZE>;
   using Memory = Plan<T, SIZE, PAIRWISE, kAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
   const Memory memory(shared);
-  const Args& x = args.x;
-  const int tiles = static_cast<int>(ceil_div(x.queries, kTileRows));
-  const int64_t head = blockIdx.x / tiles, b = head / x.heads;
-  const int h = static_cast<int>(head % x.heads), i0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;
+  const A& x = args.x;
   const int own = static_cast<int>(blockIdx.y), first = i0 + warp() * 16;
   const Side<T> queries{head_of<T>(x.query, b, h), x.query, memory.first_rows, i0, x.queries};
   const Side<T> grads{head_of<T>(args.grad_output, b, h), args.grad_output, memory.second_rows, i0, x.queries};
@@ -269,19 +274,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_gradient<T>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
 }
 
-// blockIdx.x: head of keys, and tile of keys; blockIdx.y: block of both gradients' columns.
+// blockIdx.x: head, and tile of queries, the last first.
 template <class T, int SIZE, bool PAIRWISE>
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_key_kernel(const __grid_constant__ BackwardArgs args) {
+    attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
+  const int tiles = static_cast<int>(ceil_div(args.x.queries, kTileRows));
+  const int64_t head = blockIdx.x / tiles, b = head / args.x.heads;
+  const int h = static_cast<int>(head % args.x.heads);
+  const int i0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;
+  backward_query_tile<T, SIZE, PAIRWISE>(args, head, b, h, i0);
+}
+
+// Keys j0 .. j0 + kTileRows - 1 of a head of keys. blockIdx.y: block of both gradients' columns.
+template <class T, int SIZE, bool PAIRWISE, class A>
+DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_head, int64_t b, int kh, int j0) {
   using Mine = Layout<T>;
   constexpr int kAcross = kQueriesAcross<T, SIZE>;
   using Memory = Plan<T, SIZE, PAIRWISE, kAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
   const Memory memory(shared);
-  const Args& x = args.x;
-  const int tiles = static_cast<int>(ceil_div(x.keys, kTileRows));
-  const int64_t key_head = blockIdx.x / tiles, b = key_head / x.key_heads;
-  const int kh = static_cast<int>(key_head % x.key_heads), j0 = static_cast<int>(blockIdx.x % tiles) * kTileRows;
+  const A& x = args.x;
   const int own = static_cast<int>(blockIdx.y), first = j0 + warp() * 16;
   const Side<T> keys{head_of<T>(x.key, b, kh), x.key, memory.first_rows, j0, x.keys};
   const Side<T> values{head_of<T>(x.value, b, kh), x.value, memory.second_rows, j0, x.keys};
@@ -290,8 +302,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (PAIRWISE) memory.clear_sums();
 
   // Queries that may see some of these keys.
-  const int start = x.right < 0 ? 0 : max(0, j0 - x.right) / kAcross * kAcross;
-  int end = x.left < 0 ? x.queries : min(x.queries, j0 + kTileRows + x.left);
+  const int start = x.right < 0 ? 0 : max(0, j0 - x.right - shift_of(x)) / kAcross * kAcross;
+  int end = x.left < 0 ? x.queries : min(x.queries, j0 + kTileRows + x.left - shift_of(x));
   if (x.lengths && x.lengths_stride[1] == 0 && x.lengths[b * x.lengths_stride[0]] <= j0) end = 0;
   const int query_tiles = end > start ? static_cast<int>(ceil_div(end - start, kAcross)) : 0;
   const int steps = query_tiles * x.group;
@@ -394,6 +406,51 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_gradient<T>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
   if (own == own_value)
     store_gradient<T>(args.grad_value, key_head, of_value, first, x.keys, own * SIZE, x.value_depth);
+}
+
+// blockIdx.x: head of keys, and tile of keys.
+template <class T, int SIZE, bool PAIRWISE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_key_kernel(const __grid_constant__ BackwardArgs args) {
+  const int tiles = static_cast<int>(ceil_div(args.x.keys, kTileRows));
+  const int64_t key_head = blockIdx.x / tiles, b = key_head / args.x.key_heads;
+  const int kh = static_cast<int>(key_head % args.x.key_heads), j0 = static_cast<int>(blockIdx.x % tiles) * kTileRows;
+  backward_key_tile<T, SIZE, PAIRWISE>(args, key_head, b, kh, j0);
+}
+
+// The arguments of a call, as those of one sequence alone, whose own number of keys says how delta is made.
+template <class T>
+DLKERN_DEVICE BackwardArgsOf<SequenceArgs> of_sequence(const BackwardArgs& all, const AttentionTile& tile) {
+  BackwardArgsOf<SequenceArgs> args{};
+  args.x = attention::of_sequence<T>(all.x, tile);
+  args.grad_output = from_row<T>(all.grad_output, tile.first_query);
+  args.output = from_row<T>(all.output, tile.first_query);
+  args.by_tiles = args.split = tile.keys <= kFewKeys;
+  args.delta = all.delta + static_cast<int64_t>(args.x.heads) * tile.first_query;
+  const auto from = [](const Rows& to, int64_t row) {
+    return Rows{static_cast<T*>(to.data) + row * to.row_stride, to.head_stride, to.row_stride};
+  };
+  args.grad_query = from(all.grad_query, tile.first_query);
+  args.grad_key = from(all.grad_key, tile.first_key), args.grad_value = from(all.grad_value, tile.first_key);
+  return args;
+}
+
+// blockIdx.x: head, and tile of a sequence; so in the kernel for keys.
+template <class T, int SIZE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_varlen_backward_query_kernel(const __grid_constant__ BackwardArgs args, const AttentionTile* tiles,
+                                           int count) {
+  const AttentionTile tile = tiles[blockIdx.x % count];
+  const int h = static_cast<int>(blockIdx.x / count);
+  backward_query_tile<T, SIZE, false>(of_sequence<T>(args, tile), h, 0, h, tile.first_row);
+}
+template <class T, int SIZE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_varlen_backward_key_kernel(const __grid_constant__ BackwardArgs args, const AttentionTile* tiles,
+                                         int count) {
+  const AttentionTile tile = tiles[blockIdx.x % count];
+  const int kh = static_cast<int>(blockIdx.x / count);
+  backward_key_tile<T, SIZE, false>(of_sequence<T>(args, tile), kh, 0, kh, tile.first_row);
 }
 
 // A block takes a tile of the mask and adds up, in order, the dS of all batches, heads, queries and keys that it is for.
@@ -553,9 +610,9 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
   args.split = args.by_tiles && a.score == kDotScore;
   args.wide = a.score == kCosineScore;
   args.delta = tensors.delta;
-  args.grad_query = args.wide ? tensors.unit_query : tensors.grad_query;
-  args.grad_key = args.wide ? tensors.unit_key : tensors.grad_key;
-  args.grad_value = tensors.grad_value;
+  args.grad_query = {args.wide ? tensors.unit_query : tensors.grad_query, a.queries * a.depth, a.depth};
+  args.grad_key = {args.wide ? tensors.unit_key : tensors.grad_key, a.keys * a.depth, a.depth};
+  args.grad_value = {tensors.grad_value, a.keys * a.value_depth, a.value_depth};
   args.grad_mask = tensors.grad_mask;
   args.weight_parts = tensors.weight_parts;
   for (int d = 0; d < 4; d++) args.mask_size[d] = tensors.mask_size[d];
@@ -606,6 +663,33 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
       else
         finish(static_cast<T*>(nullptr));
     }
+  });
+}
+
+void attention_varlen_backward(const Attention& a, const AttentionTiles& of_queries, const AttentionTiles& of_keys,
+                               const AttentionBackward& tensors, void* stream) {
+  BackwardArgs args{};
+  args.x = arguments_of(a);
+  args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.element);
+  args.output = operand_of(tensors.output, a.value_depth, a.element);
+  args.delta = tensors.delta;
+  args.grad_query = {tensors.grad_query, a.depth, a.heads * a.depth};
+  args.grad_key = {tensors.grad_key, a.depth, a.key_heads * a.depth};
+  args.grad_value = {tensors.grad_value, a.value_depth, a.key_heads * a.value_depth};
+  const int64_t query_blocks = a.heads * of_queries.count, key_blocks = a.key_heads * of_keys.count;
+  const int64_t deepest = a.depth > a.value_depth ? a.depth : a.value_depth;
+  dispatch_varlen(a, [&](auto* type, auto size) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using OfQuery = Plan<T, size.value, false, kKeysAcross<T, size.value>>;
+    using OfKey = Plan<T, size.value, false, kQueriesAcross<T, size.value>>;
+    if (query_blocks != 0)
+      DLKERN_LAUNCH((attention_varlen_backward_query_kernel<T, size.value>),
+                    dim3(static_cast<unsigned>(query_blocks), blocks_of(a.depth, size.value)), dim3(kThreads),
+                    OfQuery::kBytes, stream, args, of_queries.at, static_cast<int>(of_queries.count));
+    if (key_blocks != 0)
+      DLKERN_LAUNCH((attention_varlen_backward_key_kernel<T, size.value>),
+                    dim3(static_cast<unsigned>(key_blocks), blocks_of(deepest, size.value)), dim3(kThreads),
+                    OfKey::kBytes, stream, args, of_keys.at, static_cast<int>(of_keys.count));
   });
 }
 

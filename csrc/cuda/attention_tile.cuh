@@ -16,7 +16,7 @@
 namespace dlkern::cuda {
 namespace attention {
 
-constexpr int kThreads = 128, kWarps = 4, kTileRows = 64;
+constexpr int kThreads = 128, kWarps = 4, kTileRows = kAttentionTileRows;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kFewKeys = 128;  // backward goes through so many twice
 
@@ -48,6 +48,18 @@ struct Args {
   float *query_unit, *key_unit, *largest, *inverse;
 };
 
+// The same of one of several sequences that lie one after another: its number, and by how much its windows are moved to be
+// aligned at the last query and the last key.
+struct SequenceArgs : Args {
+  int sequence, shift;
+};
+DLKERN_DEVICE int shift_of(const Args&) { return 0; }
+DLKERN_DEVICE int shift_of(const SequenceArgs& x) { return x.shift; }
+DLKERN_DEVICE uint64_t seed_of(const Args& x) { return static_cast<uint64_t>(*x.seed); }
+DLKERN_DEVICE uint64_t seed_of(const SequenceArgs& x) {
+  return static_cast<uint64_t>(*x.seed) + static_cast<uint64_t>(x.sequence);
+}
+
 template <class T>
 DLKERN_DEVICE float number_at(const void* numbers, bool wide, int64_t index) {
   return wide ? static_cast<const float*>(numbers)[index] : to_float(static_cast<const T*>(numbers)[index]);
@@ -64,9 +76,11 @@ DLKERN_DEVICE const T* head_of(const Operand& x, int64_t b, int64_t h) {
 struct Span {
   int begin, end;
 };
-DLKERN_DEVICE Span span_of(const Args& x, int64_t b, int i) {
+template <class A>
+DLKERN_DEVICE Span span_of(const A& x, int64_t b, int i) {
   if (i >= x.queries) return {0, 0};
-  Span span{x.left < 0 ? 0 : max(0, i - x.left), x.right < 0 ? x.keys : min(x.keys, i + x.right + 1)};
+  const int at = i + shift_of(x);
+  Span span{x.left < 0 ? 0 : max(0, at - x.left), x.right < 0 ? x.keys : min(x.keys, at + x.right + 1)};
   if (x.lengths) {
     const int64_t length = x.lengths[b * x.lengths_stride[0] + i * x.lengths_stride[1]];
     if (length < span.end) span.end = static_cast<int>(length);
@@ -80,8 +94,8 @@ struct Range {
   DLKERN_DEVICE bool meets(int begin, int end) const { return first < end && last > begin; }
   DLKERN_DEVICE bool covers(int begin, int end) const { return all_first <= begin && all_last >= end; }
 };
-template <int ROWS>
-DLKERN_DEVICE Range range_of(const Args& x, int64_t b, int i0) {
+template <int ROWS, class A>
+DLKERN_DEVICE Range range_of(const A& x, int64_t b, int i0) {
   Range range{x.keys, 0, 0, x.keys};
 #pragma unroll
   for (int row = 0; row < ROWS; row += 32) {
@@ -507,8 +521,8 @@ struct Places {
 
 // Scale, cap, slopes and masks; of tiles that are not `whole` also what position hides. `cap` becomes the derivative of
 // the cap, where there is one.
-template <bool KEYS_DOWN, class T, int N>
-DLKERN_DEVICE void finish_scores(Fragment<T, N>& s, float (*cap)[Fragment<T, N>::kColumns], const Args& x, int64_t b,
+template <bool KEYS_DOWN, class T, int N, class A>
+DLKERN_DEVICE void finish_scores(Fragment<T, N>& s, float (*cap)[Fragment<T, N>::kColumns], const A& x, int64_t b,
                                  int h, const Places<T, KEYS_DOWN>& at, bool whole) {
   if (x.plain) {
     s.each([&](int, int, float& value) { value *= x.scale; });
@@ -570,12 +584,12 @@ DLKERN_DEVICE uint32_t word_of(const philox::Block& block, int which) {
 
 // A bit an element of a tile, r * kColumns + c: whether dropout keeps it. Key j of row n of all [batch, heads, queries]
 // has word j % 64 / 16 of the block of counter (n * ceil(keys / 64) + j / 64) * 16 + j % 16.
-template <class T, int N, bool KEYS_DOWN>
-DLKERN_DEVICE uint32_t kept_bits(const Args& x, int64_t head, const Places<T, KEYS_DOWN>& at) {
+template <class T, int N, bool KEYS_DOWN, class A>
+DLKERN_DEVICE uint32_t kept_bits(const A& x, int64_t head, const Places<T, KEYS_DOWN>& at) {
   using Mine = Layout<T>;
   constexpr int kColumns = Fragment<T, N>::kColumns;
   static_assert(Mine::kRows * kColumns <= 32);
-  const uint64_t seed = static_cast<uint64_t>(*x.seed);
+  const uint64_t seed = seed_of(x);
   const int64_t groups = ceil_div(x.keys, 64);
   const auto block_of = [&](int i, int j) {
     return philox::block(seed, static_cast<uint64_t>(((head * x.queries + i) * groups + j / 64) * 16 + j % 16));
@@ -605,26 +619,52 @@ DLKERN_DEVICE uint32_t kept_bits(const Args& x, int64_t head, const Places<T, KE
   return bits;
 }
 
+// ---- Sequences that lie one after another ----
+
+template <class T>
+DLKERN_DEVICE Operand from_row(Operand x, int64_t row) {
+  x.data = static_cast<const T*>(x.data) + row * x.stride[2];
+  return x;
+}
+
+// The arguments of a call, as those of one sequence alone.
+template <class T>
+DLKERN_DEVICE SequenceArgs of_sequence(const Args& all, const AttentionTile& tile) {
+  SequenceArgs x{all, tile.sequence, tile.keys - tile.queries};
+  // Constants here, so that the compiler leaves out what nobody asks for.
+  x.score = kDotScore, x.mask = kNoMask, x.plain = x.softcap == 0.0f;
+  x.lengths = nullptr, x.slopes = nullptr;
+  x.queries = tile.queries, x.keys = tile.keys;
+  x.query = from_row<T>(x.query, tile.first_query);
+  x.key = from_row<T>(x.key, tile.first_key), x.value = from_row<T>(x.value, tile.first_key);
+  const int64_t before = static_cast<int64_t>(x.heads) * tile.first_query;
+  x.largest += before, x.inverse += before;
+  return x;
+}
+
 // ---- Launching ----
 
 Args arguments_of(const Attention& attention);
 Operand operand_of(const AttentionOperand& x, int64_t depth, Element element);
 void make_units(const Attention& attention, const Args& x, void* stream);  // of the cosine score alone
 
-// Calls f(type, size, pairwise) with T, SIZE and PAIRWISE as values that carry them in their types.
+// Calls f(type, size) with T and SIZE as values that carry them in their types; dispatch also has PAIRWISE.
+template <class F>
+void dispatch_varlen(const Attention& a, F&& f) {
+  with_type(a.element, [&](auto* type) {
+    if (a.depth <= 64 && a.value_depth <= 64)
+      f(type, std::integral_constant<int, 64>{});
+    else
+      f(type, std::integral_constant<int, 128>{});
+  });
+}
 template <class F>
 void dispatch(const Attention& a, F&& f) {
-  const auto with_size = [&](auto* type, auto pairwise) {
-    if (a.depth <= 64 && a.value_depth <= 64)
-      f(type, std::integral_constant<int, 64>{}, pairwise);
-    else
-      f(type, std::integral_constant<int, 128>{}, pairwise);
-  };
-  with_type(a.element, [&](auto* type) {
+  dispatch_varlen(a, [&](auto* type, auto size) {
     if (a.score == kGaussianScore || a.score == kAdditiveScore)
-      with_size(type, std::true_type{});
+      f(type, size, std::true_type{});
     else
-      with_size(type, std::false_type{});
+      f(type, size, std::false_type{});
   });
 }
 

@@ -1,28 +1,38 @@
-// Sum over a block, in an order that depends on nothing but the number of threads.
+// Reductions over a warp and over a block, in an order that depends on nothing but the number of threads.
 #pragma once
 #include "platform.cuh"
 
 namespace dlkern::cuda {
 
-// Sum over the warp's 32 lanes; every lane receives it.
-DLKERN_DEVICE float warp_sum(float value) {
+// The warp's 32 values combined; every lane receives the result.
+template <class T, class F>
+DLKERN_DEVICE T warp_reduce(T value, F&& combine) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
   return value;
 }
 
-// Sum over the block's THREADS threads (a multiple of 32); every thread receives it. `partial`: shared, 32 floats, free
-// again after the next barrier.
-template <int THREADS>
-DLKERN_DEVICE float block_sum(float value, float* partial) {
+// The values of the block's THREADS threads (a multiple of 32) combined; every thread receives the result. `partial`:
+// shared, 32 numbers, free again after the next barrier.
+template <int THREADS, class T, class F>
+DLKERN_DEVICE T block_reduce(T value, T* partial, F&& combine) {
   static_assert(THREADS % 32 == 0 && THREADS <= 1024);
-  value = warp_sum(value);
+  value = warp_reduce(value, combine);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
-  float sum = 0.0f;
+  T result = partial[0];
 #pragma unroll
-  for (int warp = 0; warp < THREADS / 32; warp++) sum += partial[warp];
-  return sum;
+  for (int warp = 1; warp < THREADS / 32; warp++) result = combine(result, partial[warp]);
+  return result;
+}
+
+DLKERN_DEVICE float warp_sum(float value) {
+  return warp_reduce(value, [](float a, float b) { return a + b; });
+}
+template <int THREADS>
+DLKERN_DEVICE float block_sum(float value, float* partial) {
+  return block_reduce<THREADS>(value, partial, [](float a, float b) { return a + b; });
 }
 
 }  // namespace dlkern::cuda

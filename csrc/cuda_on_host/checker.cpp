@@ -247,9 +247,11 @@ void check_new_array(Block& block, size_t offset, size_t bytes) {
     std::memset(block.operand_reads[offset / 16], 0, (bytes + 15) / 16 * sizeof *block.operand_reads);
 }
 
-void track_tensor(const void* data, size_t bytes, bool written) {
+void track_tensor(const void* data, size_t bytes, bool written, bool kept) {
   const char* begin = static_cast<const char*>(data);
-  tensors.push_back({begin, begin + bytes, written, std::vector<Shadow>(written ? bytes : 0)});
+  Shadow first{};
+  if (kept) first.write = {0, machine.clock}, first.arrived = true;  // before the next launch
+  tensors.push_back({begin, begin + bytes, written, std::vector<Shadow>(written ? bytes : 0, first)});
 }
 
 void forget_tensors() { tensors.clear(); }

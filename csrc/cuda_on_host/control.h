@@ -7,12 +7,13 @@ namespace cuda_on_host {
 
 int64_t findings();  // how many reports there were
 
-// The tensors that kernels may touch until forget_tensors(): results (`written`) and inputs. Checked build only.
+// The tensors that kernels may touch until forget_tensors(): results (`written`), which hold something already where
+// `kept` says so, and inputs. Checked build only.
 #ifdef DLKERN_CHECKED
-void track_tensor(const void* data, size_t bytes, bool written);
+void track_tensor(const void* data, size_t bytes, bool written, bool kept = false);
 void forget_tensors();
 #else
-inline void track_tensor(const void*, size_t, bool) {}
+inline void track_tensor(const void*, size_t, bool, bool = false) {}
 inline void forget_tensors() {}
 #endif
 

@@ -3,67 +3,13 @@
 // many, threads take whole sequences.
 #include "../cpu/attention.h"
 #include "../cpu/parallel.h"
-#include "common.h"
+#include "attention_varlen_checks.h"
 
 namespace dlkern::ops {
 namespace {
 
-struct Operands {
-  const Tensor &query, &key, &value, &starts_of_queries, &starts_of_keys;
-  const std::optional<Tensor>& seed;
-};
-
-struct Options {
-  double p, scale, softcap;
-  int64_t left, right;
-};
-
-struct Sequences {
-  int64_t count, heads, key_heads, depth, value_depth;
-  const int64_t *queries, *keys;  // where each begins, and the end of the last
-  bool all;  // every sequence has queries and keys
-};
-
-const int64_t* check_starts(const char* op, const char* name, const Tensor& starts, int64_t tokens) {
-  check(starts.is_cpu() && starts.scalar_type() == ScalarType::Long && starts.dim() == 1 && starts.size(0) >= 1 &&
-            starts.is_contiguous(),
-        op, ": ", name, " must be contiguous int64 [sequences + 1] on the CPU");
-  const int64_t* at = data<int64_t>(starts);
-  const int64_t count = starts.size(0) - 1;
-  bool rises = at[0] == 0 && at[count] == tokens;
-  for (int64_t b = 0; rises && b < count; ++b) rises = at[b] <= at[b + 1];
-  check(rises, op, ": ", name, " must rise from 0 to the ", tokens, " tokens");
-  return at;
-}
-
-Sequences check_operands(const char* op, const Operands& x, const Options& options) {
-  for (const Tensor* t : {&x.query, &x.key, &x.value}) {
-    check(t->is_cpu(), op, ": operands must be on the CPU");
-    check(t->dim() == 3, op, ": operands must be [tokens, heads, depth]");
-    check(t->scalar_type() == x.query.scalar_type(), op, ": operands differ in dtype");
-  }
-  Sequences s{};
-  s.heads = x.query.size(1), s.key_heads = x.key.size(1), s.depth = x.query.size(2), s.value_depth = x.value.size(2);
-  check(x.key.size(2) == s.depth, op, ": query has depth ", s.depth, ", key ", x.key.size(2));
-  check(x.value.size(0) == x.key.size(0) && x.value.size(1) == s.key_heads, op,
-        ": key and value differ in tokens or heads");
-  check(s.heads == 0 || (s.key_heads > 0 && s.heads % s.key_heads == 0), op, ": ", s.key_heads,
-        " heads of keys do not divide ", s.heads, " of queries");
-  check<std::invalid_argument>(options.left >= -1 && options.right >= -1, op,
-                               ": a window's sides are at least 0, or -1 for none");
-  check<std::invalid_argument>(options.p >= 0 && options.p <= 1,
-                               "dropout probability has to be between 0 and 1, but got ", options.p);
-  check<std::invalid_argument>(options.softcap >= 0, op, ": softcap must not be negative, got ", options.softcap);
-  check(options.p == 0 ||
-            (x.seed && x.seed->is_cpu() && x.seed->numel() == 1 && x.seed->scalar_type() == ScalarType::Long),
-        op, ": dropout wants a seed of one int64 on the CPU");
-  s.queries = check_starts(op, "cu_seq_q", x.starts_of_queries, x.query.size(0));
-  s.keys = check_starts(op, "cu_seq_k", x.starts_of_keys, x.key.size(0));
-  s.count = x.starts_of_queries.size(0) - 1;
-  check(x.starts_of_keys.size(0) == s.count + 1, op, ": cu_seq_q and cu_seq_k count different sequences");
-  s.all = true;
-  for (int64_t b = 0; b < s.count; ++b) s.all = s.all && s.queries[b] < s.queries[b + 1] && s.keys[b] < s.keys[b + 1];
-  return s;
+void check_cpu(const char* op, const char* name, const Tensor& x) {
+  check(x.is_cpu(), op, ": ", name, " is not on the CPU");
 }
 
 // [tokens, heads, depth] from token `first` on, as the kernels' [1, heads, tokens, depth].
@@ -74,7 +20,7 @@ template <class P> cpu::Strided<P> from_token(P* data, const Tensor& x, int64_t 
 // The kernels' arguments for sequence b, without results. Windows are aligned at the last query and the last key; dropout
 // is that of a call of its own with seed + b.
 template <class T>
-cpu::AttentionArgs<T> sequence(const Operands& x, const Sequences& s, int64_t b, const Options& options,
+cpu::AttentionArgs<T> sequence(const VarlenOperands& x, const Sequences& s, int64_t b, const VarlenOptions& options,
                                acc_t<T>* statistics) {
   cpu::AttentionArgs<T> args{};
   const int64_t first = s.queries[b], first_key = s.keys[b];
@@ -120,9 +66,9 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cpu(const Tensor& query, con
                                                         const std::optional<Tensor>& seed, double p, double scale,
                                                         double softcap, int64_t left, int64_t right) {
   const char* op = "attention_varlen";
-  const Operands x{query, key, value, starts_of_queries, starts_of_keys, seed};
-  const Options options{p, scale, softcap, left, right};
-  const Sequences s = check_operands(op, x, options);
+  const VarlenOperands x{query, key, value, starts_of_queries, starts_of_keys, seed};
+  const VarlenOptions options{p, scale, softcap, left, right};
+  const Sequences s = check_varlen(op, x, options, check_cpu);
   Tensor output = allocate({query.size(0), s.heads, s.value_depth}, query.scalar_type(), query);
   Tensor statistics = allocate({2, s.heads * query.size(0)}, sum_type(query), query);
   dispatch_floating(query.scalar_type(), op, [&](auto* type) {
@@ -144,19 +90,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cpu(
     const Tensor& output, const Tensor& statistics, double p, double scale, double softcap, int64_t left,
     int64_t right) {
   const char* op = "attention_varlen_backward";
-  const Operands x{query, key, value, starts_of_queries, starts_of_keys, seed};
-  const Options options{p, scale, softcap, left, right};
-  const Sequences s = check_operands(op, x, options);
-  const int64_t size[3] = {query.size(0), s.heads, s.value_depth};
-  for (const Tensor* t : {&grad_output, &output}) {
-    check(t->is_cpu() && t->scalar_type() == query.scalar_type() && t->dim() == 3 &&
-              same_sizes(t->sizes(), Ints(size, 3)),
-          op, ": grad_output or output is not of the output's size, dtype and device");
-  }
-  check(output.is_contiguous() && statistics.is_cpu() && statistics.is_contiguous() &&
-            statistics.scalar_type() == sum_type(query) && statistics.dim() == 2 && statistics.size(0) == 2 &&
-            statistics.size(1) == s.heads * query.size(0),
-        op, ": output or statistics is not what attention_varlen_forward gave");
+  const VarlenOperands x{query, key, value, starts_of_queries, starts_of_keys, seed};
+  const VarlenOptions options{p, scale, softcap, left, right};
+  const Sequences s = check_varlen(op, x, options, check_cpu);
+  check_varlen_backward(op, x, s, grad_output, output, statistics, check_cpu);
   Tensor grad_query = allocate(query.sizes(), query.scalar_type(), query),
          grad_key = allocate(key.sizes(), query.scalar_type(), query),
          grad_value = allocate(value.sizes(), query.scalar_type(), query);

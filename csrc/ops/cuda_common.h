@@ -69,6 +69,15 @@ inline Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x);
 }
 
+// Uninitialised, of x's size and dtype, on the host: in pinned memory, from which a copy makes nobody wait.
+inline Tensor pinned_like(const Tensor& x) {
+#ifdef DLKERN_CUDA_ON_HOST
+  return allocate(x.sizes(), x.scalar_type(), x);
+#else
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, torch::headeronly::DeviceType::CPU, true);
+#endif
+}
+
 #ifdef DLKERN_CUDA_ON_HOST
 
 // One call of an op. On the host: announces to the checker what the kernels may touch, and makes results start as NaN.
@@ -83,9 +92,9 @@ class Call {
     track(x, true);
     return x.mutable_data_ptr();
   }
-  // Written in part: what is there stays.
+  // Read and written, or written in part: what is there stays.
   void* updates(const Tensor& x) {
-    track(x, true);
+    track(x, true, true);
     return x.mutable_data_ptr();
   }
   void* stream() const { return nullptr; }
@@ -93,10 +102,11 @@ class Call {
  private:
   static size_t bytes(const Tensor& x) { return static_cast<size_t>(x.numel()) * element_bytes(x.scalar_type()); }
   // From the first element to the last, of a view with gaps too.
-  static const void* track(const Tensor& x, bool written) {
+  static const void* track(const Tensor& x, bool written, bool kept = false) {
     int64_t span = x.numel() == 0 ? 0 : 1;
     for (int64_t d = 0; span != 0 && d < x.dim(); ++d) span += (x.size(d) - 1) * x.stride(d);
-    cuda_on_host::track_tensor(x.const_data_ptr(), static_cast<size_t>(span) * element_bytes(x.scalar_type()), written);
+    cuda_on_host::track_tensor(x.const_data_ptr(), static_cast<size_t>(span) * element_bytes(x.scalar_type()), written,
+                               kept);
     return x.const_data_ptr();
   }
   std::lock_guard<std::recursive_mutex> lock_;

@@ -1,47 +1,13 @@
 // Optimisers and gradient clipping, op layer: sgd, adam, lars, clip_grad_norm_, clip_grad_value_ on lists of tensors.
-// Each checks all tensors before it writes to one. Kernels see memory: a tensor whose elements are not laid out as its
-// parameter's, or have gaps between them, is copied and, where it is written, copied back.
+// Each checks all tensors before it writes to one.
 #include "../cpu/optim.h"
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 
-#include "common.h"
+#include "optim_checks.h"
 
 namespace dlkern::ops {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-using Numbers = std::vector<double>;
-using Indices = std::vector<int64_t>;
-
-int64_t item_size(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
-
-// Dimensions of more than one element, by stride from the smallest; their number.
-int order_by_stride(const Tensor& x, int64_t* order) {
-  int n = 0;
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (x.size(d) != 1) order[n++] = d;
-  std::stable_sort(order, order + n, [&](int64_t a, int64_t b) { return x.stride(a) < x.stride(b); });
-  return n;
-}
-// Every element has its own place and there are no gaps.
-bool is_dense(const Tensor& x) {
-  if (x.is_contiguous()) return true;
-  int64_t order[kMostDims], expected = 1;
-  const int n = order_by_stride(x, order);
-  for (int i = 0; i < n; ++i) {
-    if (x.stride(order[i]) != expected) return false;
-    expected *= x.size(order[i]);
-  }
-  return true;
-}
-bool laid_out_as(const Tensor& x, const Tensor& model) {
-  for (int64_t d = 0; d < model.dim(); ++d)
-    if (model.size(d) != 1 && x.stride(d) != model.stride(d)) return false;
-  return true;
-}
 
 // to[...] = from[...] for tensors of one shape and dtype and any strides.
 void copy(const Tensor& from, const Tensor& to) {
@@ -71,152 +37,51 @@ void check_tensor(const char* op, const char* name, const Tensor& x) {
         ": expected float32, float64, bfloat16 or float16 in ", name);
   x.const_data_ptr();  // refuses tensors without memory
 }
-void check_written(const char* op, const char* name, const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d)
-    check(x.stride(d) != 0 || x.size(d) < 2, op, ": a tensor of ", name,
-          " has several elements in one place of memory");
-}
-void check_like(const char* op, const char* name, const Tensor& x, const Tensor& param) {
-  check_tensor(op, name, x);
-  check(x.scalar_type() == param.scalar_type() && same_sizes(x.sizes(), param.sizes()), op, ": ", name,
-        " differs from its parameter in shape or dtype");
+auto checks(const char* op) {
+  return [op](const char* name, const Tensor& x, const Tensor&) { check_tensor(op, name, x); };
 }
 
-// A tensor of a list as the kernel sees it.
-class Operand {
- public:
-  Operand(const Tensor& x, const Tensor& model, bool model_is_dense, bool written) : original_(x), used_(x) {
-    written_ = written && !(model_is_dense && laid_out_as(x, model));
-    if (model_is_dense && laid_out_as(x, model)) return;
-    if (!model_is_dense && x.is_contiguous()) {
-      written_ = false;
-      return;
-    }
-    int64_t strides[kMostDims];
-    if (model_is_dense)
-      for (int64_t d = 0; d < model.dim(); ++d) strides[d] = model.stride(d);
-    else
-      fill_strides(x.sizes(), false, strides);
-    used_ = allocate_strided(x.sizes(), strides, x.scalar_type(), x);
-    copy(x, used_);
-  }
-  template <class T> T* pointer() const { return mutable_data<T>(used_); }
-  void write_back() const {
-    if (written_) copy(used_, original_);
-  }
-
- private:
-  Tensor original_, used_;
-  bool written_ = false;
-};
-
-// Whether memory that is written belongs to two tensors: then order matters, as in a loop over the parameters.
-bool overlapping(const std::vector<const Tensors*>& lists) {
-  struct Range {
-    const char *begin, *end;
-  };
-  std::vector<Range> ranges;
-  for (const Tensors* list : lists)
-    for (const Tensor& x : *list) {
-      if (x.numel() == 0) continue;
-      int64_t last = 0;
-      for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-      const auto* begin = static_cast<const char*>(x.const_data_ptr());
-      ranges.push_back({begin, begin + (last + 1) * item_size(x.scalar_type())});
-    }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < ranges.size(); ++i)
-    if (ranges[i].begin < ranges[i - 1].end) return true;
-  return false;
+// kernel(null pointer of the element type, tensors) for each dtype there is, on entries that make(entry, i, operands)
+// fills; operands are parameter, gradient, state. Overlapping tensors go one at a time.
+template <template <class> class Entry, class Make, class Kernel>
+void run_range(const Step& step, size_t begin, size_t end, Make&& make, Kernel&& kernel) {
+  std::vector<std::vector<Operand>> operands;
+  for (size_t i = begin; i < end; ++i) operands.push_back(step.operands(i, copy));
+  for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half})
+    dispatch_floating(dtype, step.op, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      std::vector<Entry<T>> entries;
+      int64_t blocks = 0;
+      for (size_t i = begin; i < end; ++i) {
+        const Tensor& param = step.params[i];
+        if (param.scalar_type() != dtype || param.numel() == 0) continue;
+        auto& entry = entries.emplace_back();
+        entry.first_block = blocks;
+        entry.count = param.numel();
+        blocks += cpu::optim_blocks(entry.count);
+        make(entry, i, operands[i - begin]);
+      }
+      if (entries.empty()) return;
+      kernel(type, cpu::OptimTensors<Entry<T>>{entries.data(), static_cast<int64_t>(entries.size()), blocks});
+    });
+  for (const auto& row : operands)
+    for (const Operand& operand : row) operand.write_back();
 }
-
-// The parameters' lists that every optimiser has. `state` are written beside the parameters; a list may be empty.
-struct Step {
-  const char* op;
-  const Tensors& params;
-  const Tensors& grads;
-  std::vector<const Tensors*> state;
-
-  void check_all(const Indices& groups, const Numbers& settings, int64_t row) const {
-    const size_t n = params.size();
-    check<std::invalid_argument>(grads.size() == n && groups.size() == n, op, ": expected ", n,
-                                 " gradients and indices of groups, got ", grads.size(), " and ", groups.size());
-    check<std::invalid_argument>(settings.size() % static_cast<size_t>(row) == 0, op, ": a group has ", row,
-                                 " settings");
-    for (int64_t group : groups)
-      check<std::out_of_range>(group >= 0 && group < static_cast<int64_t>(settings.size()) / row, op, ": no group ",
-                               group);
-    for (const Tensors* list : state)
-      check<std::invalid_argument>(list->empty() || list->size() == n, op, ": expected ", n, " tensors of state, got ",
-                                   list->size());
-    for (size_t i = 0; i < n; ++i) {
-      check_tensor(op, "params", params[i]);
-      check_written(op, "params", params[i]);
-      check_like(op, "grads", grads[i], params[i]);
-      for (const Tensors* list : state)
-        if (!list->empty()) {
-          check_like(op, "state", (*list)[i], params[i]);
-          check_written(op, "state", (*list)[i]);
-        }
-    }
-  }
-
-  // kernel(null pointer of the element type, tensors) for each dtype there is, on entries that
-  // make(entry, i, operands) fills; operands are parameter, gradient, state. Overlapping tensors go one at a time.
-  template <template <class> class Entry, class Make, class Kernel> void run(Make&& make, Kernel&& kernel) const {
-    std::vector<const Tensors*> lists = {&params, &grads};
-    lists.insert(lists.end(), state.begin(), state.end());
-    const size_t n = params.size();
-    if (n > 1 && overlapping(lists)) {
-      for (size_t i = 0; i < n; ++i) run_range<Entry>(i, i + 1, make, kernel);
-      return;
-    }
-    run_range<Entry>(0, n, make, kernel);
-  }
-
- private:
-  template <template <class> class Entry, class Make, class Kernel>
-  void run_range(size_t begin, size_t end, Make&& make, Kernel&& kernel) const {
-    std::vector<std::vector<Operand>> operands;
-    for (size_t i = begin; i < end; ++i) {
-      const Tensor& param = params[i];
-      const bool dense = is_dense(param);
-      auto& row = operands.emplace_back();
-      row.reserve(2 + state.size());
-      row.emplace_back(param, param, dense, true);
-      row.emplace_back(grads[i], param, dense, false);
-      for (const Tensors* list : state)
-        if (!list->empty()) row.emplace_back((*list)[i], param, dense, true);
-    }
-    for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half})
-      dispatch_floating(dtype, op, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        std::vector<Entry<T>> entries;
-        int64_t blocks = 0;
-        for (size_t i = begin; i < end; ++i) {
-          if (params[i].scalar_type() != dtype || params[i].numel() == 0) continue;
-          auto& entry = entries.emplace_back();
-          entry.first_block = blocks;
-          entry.count = params[i].numel();
-          blocks += cpu::optim_blocks(entry.count);
-          make(entry, i, operands[i - begin]);
-        }
-        if (entries.empty()) return;
-        kernel(type, cpu::OptimTensors<Entry<T>>{entries.data(), static_cast<int64_t>(entries.size()), blocks});
-      });
-    for (const auto& row : operands)
-      for (const Operand& operand : row) operand.write_back();
-  }
-};
+template <template <class> class Entry, class Make, class Kernel>
+void run(const Step& step, Make&& make, Kernel&& kernel) {
+  const size_t n = step.params.size();
+  if (!step.in_turn()) return run_range<Entry>(step, 0, n, make, kernel);
+  for (size_t i = 0; i < n; ++i) run_range<Entry>(step, i, i + 1, make, kernel);
+}
 
 template <class Entry> using ElementOf = std::remove_pointer_t<decltype(std::declval<Entry>().param)>;
 
 void sgd_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices fresh, Indices groups, Numbers settings) {
   const Step step{"sgd", params, grads, {&momentum_buffers}};
-  step.check_all(groups, settings, 6);
-  check<std::invalid_argument>(fresh.size() == momentum_buffers.size(), "sgd: fresh has ", fresh.size(),
-                               " elements, expected ", momentum_buffers.size());
-  step.run<cpu::SgdTensor>(
+  step.check_all(groups, settings, 6, checks(step.op));
+  check_fresh(fresh, momentum_buffers);
+  run<cpu::SgdTensor>(
+      step,
       [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
         using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
         const double* row = &settings[static_cast<size_t>(groups[i]) * 6];
@@ -231,25 +96,19 @@ void sgd_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices fr
       [&](auto*, const auto& all) { DLKERN_CALL(sgd, all); });
 }
 
-// Counts a step up, and says how many there were.
-double counted(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Double) return *mutable_data<double>(x) += 1;
-  return static_cast<double>(*mutable_data<float>(x) += 1);
-}
-
 void adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
               Tensors steps, Indices groups, Numbers settings) {
   const Step step{"adam", params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}};
-  step.check_all(groups, settings, 7);
+  step.check_all(groups, settings, 7, checks(step.op));
   const size_t n = params.size();
-  check<std::invalid_argument>(exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n, "adam: expected ",
-                               n, " averages and steps");
+  check_adam(n, exp_avgs, exp_avg_sqs, steps);
   for (const Tensor& x : steps) {
     check(x.is_cpu() && x.numel() == 1, "adam: a step is one number on the CPU");
     check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
           "adam: expected steps in float32 or float64");
   }
-  step.run<cpu::AdamTensor>(
+  run<cpu::AdamTensor>(
+      step,
       [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
         using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
         const double* row = &settings[static_cast<size_t>(groups[i]) * 7];
@@ -274,8 +133,9 @@ void adam_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
 
 void lars_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices groups, Numbers settings) {
   const Step step{"lars", params, grads, {&momentum_buffers}};
-  step.check_all(groups, settings, 6);
-  step.run<cpu::LarsTensor>(
+  step.check_all(groups, settings, 6, checks(step.op));
+  run<cpu::LarsTensor>(
+      step,
       [&](auto& entry, size_t i, const std::vector<Operand>& operands) {
         using T = ElementOf<std::remove_reference_t<decltype(entry)>>;
         const double* row = &settings[static_cast<size_t>(groups[i]) * 6];
@@ -296,7 +156,7 @@ void lars_cpu(Tensors params, Tensors grads, Tensors momentum_buffers, Indices g
 template <class F> void for_grads(const char* op, const Tensors& grads, bool written, F&& f) {
   std::vector<Operand> operands;
   operands.reserve(grads.size());
-  for (const Tensor& x : grads) operands.emplace_back(x, x, is_dense(x), written);
+  for (const Tensor& x : grads) operands.emplace_back(x, x, is_dense(x), written, copy);
   for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half})
     dispatch_floating(dtype, op, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -322,12 +182,6 @@ template <class F> void change_grads(const char* op, const Tensors& grads, F&& f
     return;
   }
   for_grads(op, grads, true, f);
-}
-void check_grads(const char* op, const Tensors& grads) {
-  for (const Tensor& x : grads) {
-    check_tensor(op, "grads", x);
-    check_written(op, "grads", x);
-  }
 }
 
 // The norm of one tensor from its blocks, or of all from the tensors' norms.
@@ -356,25 +210,12 @@ double norm_of(const double* parts, int64_t count, double norm_type, bool of_blo
   return norm_type == 0 || norm_type == 1 ? sum : norm_type == 2 ? std::sqrt(sum) : std::pow(sum, 1 / norm_type);
 }
 
-ScalarType common_type(const Tensors& grads) {
-  ScalarType result = grads[0].scalar_type();
-  for (const Tensor& x : grads)
-    if (item_size(x.scalar_type()) > item_size(result)) result = x.scalar_type();
-  return result;
-}
-
 Tensor clip_grad_norm_cpu(Tensors grads, double max_norm, double norm_type, bool error_if_nonfinite) {
   const char* op = "clip_grad_norm_";
   check<std::invalid_argument>(!grads.empty(), op, ": no gradients");
-  check_grads(op, grads);
-  for (const Tensor& x : grads)
-    check(x.numel() > 0 || (norm_type >= 0 && !std::isinf(norm_type)), op, ": no norm of order ", norm_type,
-          " of a gradient without elements");
-  const cpu::NormKind kind = std::isinf(norm_type) ? (norm_type > 0 ? cpu::NormKind::largest : cpu::NormKind::smallest)
-                             : norm_type == 0      ? cpu::NormKind::nonzeros
-                             : norm_type == 1      ? cpu::NormKind::magnitudes
-                             : norm_type == 2      ? cpu::NormKind::squares
-                                                   : cpu::NormKind::powers;
+  check_grads(op, grads, checks(op));
+  check_norm(op, grads, norm_type);
+  const cpu::NormKind kind = norm_kind<cpu::NormKind>(norm_type);
   Numbers norms(grads.size(), 0.0);
   for_grads(op, grads, false, [&](auto*, const auto& all, const Indices& indices) {
     Numbers blocks(static_cast<size_t>(all.blocks));
@@ -384,9 +225,7 @@ Tensor clip_grad_norm_cpu(Tensors grads, double max_norm, double norm_type, bool
           norm_of(blocks.data() + all.tensors[i].first_block, cpu::optim_blocks(all.tensors[i].count), norm_type, true);
   });
   const double norm = norm_of(norms.data(), static_cast<int64_t>(norms.size()), norm_type, false);
-  check(!error_if_nonfinite || std::isfinite(norm), "The total norm of order ", norm_type,
-        " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
-        "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
+  if (error_if_nonfinite) check_finite(norm, norm_type);
   const ScalarType dtype = common_type(grads);
   Tensor total = allocate({}, dtype, grads[0]);
   dispatch_floating(dtype, op, [&](auto* type) {
@@ -401,7 +240,7 @@ Tensor clip_grad_norm_cpu(Tensors grads, double max_norm, double norm_type, bool
 
 void clip_grad_value_cpu(Tensors grads, double clip_value) {
   const char* op = "clip_grad_value_";
-  check_grads(op, grads);
+  check_grads(op, grads, checks(op));
   change_grads(op, grads, [&](auto*, const auto& all, const Indices&) {
     if (std::isnan(clip_value))  // what torch clamps to NaN is NaN
       DLKERN_CALL(grad_scale, all, clip_value);

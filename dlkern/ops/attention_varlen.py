@@ -1,7 +1,7 @@
 """Scaled dot-product attention of sequences that lie one after another, [tokens, heads, depth]: schemas, autograd, dispatch.
 
-The kernels are attention's: on the CPU a call for each sequence where it lies, in Triton a launch for all. The reference does
-the same in torch expressions, for CUDA C++, which has none, and for the gradients' own derivatives.
+The kernels are attention's: on the CPU a call for each sequence where it lies, on GPUs a launch for all. The reference does the
+same in torch expressions, for the gradients' own derivatives.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ define(
 )
 for _column in ("cpu", "triton"):
     columns.declare("varlen_attn", _column, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+columns.declare("varlen_attn", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 _forward, _backward = raw["attention_varlen_forward"], raw["attention_varlen_backward"]
 

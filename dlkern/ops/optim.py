@@ -67,6 +67,7 @@ define(
 for _op in ("sgd", "adam", "lars", "clip_grad_norm_", "clip_grad_value_"):
     for _column in ("cpu", "triton"):
         columns.declare(_op, _column, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -88,14 +89,20 @@ def choose(op: str, tensors: Sequence[torch.Tensor], fallback: str = "reference"
     """The column of a call with these tensors, which may differ in dtype; recorded for trace(). Where one of them has no
     kernel, or `reason` says why there can be none, it is `fallback`."""
     column = ""
-    for device, dtype in dict.fromkeys([(x.device, x.dtype) for x in tensors]):
+    kinds = list(dict.fromkeys([(x.device, x.dtype) for x in tensors]))
+    for device, dtype in kinds:
         if reason:
             break
         choice = columns.choose(op, device.type, dtype, columns.state.forced, columns.state.emulated)
         if choice.column == "reference":
             reason = choice.reason
         elif column and column != choice.column:
-            reason = "parameters on several devices"
+            # Columns differ in dtypes: one that takes all of them serves the step.
+            both = (column, choice.column)
+            column = next((c for c in both if not any(columns.supported(op, c, d.type, t) for d, t in kinds)), "")
+            if not column:
+                reason = "parameters on several devices"
+            break
         column = choice.column
     if reason:
         column = fallback

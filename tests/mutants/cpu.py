@@ -416,7 +416,7 @@ def _optim(old: str, new: str, tests: str, file: str = "csrc/cpu/optim.cpp") -> 
     return dict(file=file, old=old, new=new, tests=["tests/test_optim.py", "-k", tests], build="native")
 
 
-_OPTIM_LAYER = "csrc/ops/optim.cpp"
+_OPTIM_LAYER, _OPTIM_CHECKS = "csrc/ops/optim.cpp", "csrc/ops/optim_checks.h"
 MUTANTS += [
     # Dampening, Nesterov, decoupled decay, the largest square; an element left out; norms of a tail; copies not brought back.
     _optim("static_cast<A>(1 - t.dampening)", "static_cast<A>(1 + t.dampening)", "parity and momentum"),
@@ -427,9 +427,9 @@ MUTANTS += [
     _optim("rate *= t.trust_coefficient * param_norm / below;", "rate *= t.trust_coefficient / below;", "lars"),
     _optim("for (; i < end; i += lanes)", "for (; i + lanes <= end; i += lanes)", "clipping_by_norm"),
     _optim("v = v < low ? low : v;", "v = v < low ? high : v;", "clipping_by_value"),
-    _optim("if (written_) copy(used_, original_);", "", "any_strides", _OPTIM_LAYER),
+    _optim("if (written_) copy_(used_, original_);", "", "any_strides", _OPTIM_CHECKS),
     _optim("1 - lr * row[4] : 1;", "1 - row[4] : 1;", "parity and adamw", _OPTIM_LAYER),
-    _optim("ranges[i].begin < ranges[i - 1].end", "false", "share_memory", _OPTIM_LAYER),
+    _optim("ranges[i].begin < ranges[i - 1].end", "false", "share_memory", _OPTIM_CHECKS),
 ]
 
 

@@ -11,10 +11,11 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
-POSITIONS = "csrc/cuda/positions.cu"
+POSITIONS, OPTIM = "csrc/cuda/positions.cu", "csrc/cuda/optim.cu"
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
+ATTENTION_VARLEN = "csrc/ops/cuda_attention_varlen.cpp"
 
 
 ATTENTION_HOPPER, ATTENTION_HOPPER_BACKWARD, ATTENTION_HOPPER_TILE = (
@@ -32,6 +33,10 @@ def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> 
 
 def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float32") -> dict:
     return _mutant(LAYER_NORM, old, new, selection, "_layer_norm")
+
+
+def _optim_mutant(old: str, new: str, selection: str) -> dict:
+    return _mutant(OPTIM, old, new, selection, "_optim")
 
 
 def _rnn_mutant(file: str, old: str, new: str, selection: str) -> dict:
@@ -111,6 +116,17 @@ MUTANTS = [
             "window.first_w + (window.width - 1) * window.stride_w - width", "test_on_hopper", "_conv"),
     _mutant(CONV_HOPPER, "first_pixel = blockIdx.y * args.part_length", "first_pixel = blockIdx.y * 64", "test_on_hopper", "_conv"),
     _mutant(CONV_HOPPER, "tap % window.taps_w * args.tap_w", "tap % window.taps_w * args.tap_h", "test_on_hopper", "_conv"),
+    # attention_varlen_forward_kernel, attention_varlen_backward_query_kernel, attention_varlen_backward_key_kernel
+    _attention_mutant(ATTENTION_TILE, " + static_cast<uint64_t>(x.sequence)", "", "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_TILE, "tile.sequence, tile.keys - tile.queries}", "tile.sequence, 0}", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_TILE, "static_cast<int64_t>(x.heads) * tile.first_query", "int64_t{tile.first_query}",
+                      "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION, "from_row<T>(output, tile.first_query)", "output", "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_BACKWARD, "args.split = tile.keys <= kFewKeys", "args.split = true",
+                      "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_BACKWARD, "j0 - x.right - shift_of(x)", "j0 - x.right", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_BACKWARD, "x.left - shift_of(x)", "x.left", "test_varlen_windows"),
+    _attention_mutant(ATTENTION_VARLEN, "(of_keys ? n : tiles - 1 - n) * ", "0 * ", "varlen_has_the_bits and 12-float32"),
     # attention_forward_sm90_kernel
     _attention_mutant(ATTENTION_HOPPER, "sum[i] *= shrink[r];", "sum[i] *= 1.0f;", "test_attention_on_hopper and plain"),
     _attention_mutant(ATTENTION_HOPPER, "of_values ? use / 2 - 1", "of_values ? use / 2", "test_attention_on_hopper and plain"),
@@ -180,6 +196,17 @@ MUTANTS = [
                  "to[columns + j + v] = gradient[i];"),
     _norm_mutant("for (int warp = 0; warp < My::kRowsAtOnce; warp++)", "for (int warp = 1; warp < My::kRowsAtOnce; warp++)"),
     _norm_mutant("part < count; part += kFinalRows", "part < count; part += count", "test_layer_norm_sums"),
+    # sgd_kernel, adam_kernel, lars_rate_kernel, grad_norm_kernel, grad_clamp_kernel; the table and its cuts
+    _optim_mutant("row.fresh ? grad[v] :", "row.fresh ? 0.5f * grad[v] :", "parity and momentum"),
+    _optim_mutant("corrections[2 * row.counted + 1]", "corrections[2 * row.counted]", "parity and adam"),
+    _optim_mutant("largest[v] < square[v] ||", "largest[v] > square[v] ||", "parity and amsgrad"),
+    _optim_mutant("parts[row.first_block + i]", "parts[i]", "test_lars_follows"),
+    _optim_mutant("return a > b || a != a ? a : b;", "return a > b ? a : b;", "not_finite"),
+    _optim_mutant("factor >= 1.0 ? 1.0 : factor", "factor", "test_clipping_by_norm"),
+    _optim_mutant("if (limit != limit) x[v] = limit;", "", "test_clipping_by_value"),
+    _optim_mutant("row.first_block = static_cast<int32_t>(blocks);", "row.first_block = i;", "more_tensors"),
+    _optim_mutant("    before += blocks;\n", "", "more_tensors"),
+    _optim_mutant("if (v < left) x[v] = from_float", "x[v] = from_float", "odd_addresses"),
     # rnn_forward_kernel
     _rnn_mutant(RNN_STEPS, "met * gridDim.x", "(met - 1) * gridDim.x", "test_rnn_same_bits_in_every_thread_order"),
     _rnn_mutant(RNN_STEPS, "for (int w = 1; w < kWarpsK; w++)", "for (int w = 2; w < kWarpsK; w++)", "test_rnn_long_sums"),
