@@ -27,6 +27,7 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
   const A* delta;  // [batch, heads, queries]
   Rows<A> grad;
   A *grad_copy, *value_turned, *change;
+  A of_all[kRows];  // sums of a tile's probabilities, before dropout
   // Strips of a block of queries, and of the loaded values for products with gradients.
   char *block_queries, *block_grads, *value_squares;
   const char* grad_strip;
@@ -141,8 +142,12 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
       A *x = scores + r * kKeys, *d = change + r * kKeys;
       const A* cap = this->slope_of_cap + r * kKeys;
       V sums{}, all{};
-      for (int64_t j = 0; j < count; j += lanes)
-        store(x + j, exp_nonpositive(load(x + j) * factor - largest) * inverse);
+      for (int64_t j = 0; j < count; j += lanes) {
+        const V p = exp_nonpositive(load(x + j) * factor - largest) * inverse;
+        all += p;
+        store(x + j, p);
+      }
+      of_all[r] = reduce_add(all);
       if (s.p > 0)
         this->each_dropped(0, r, count, [&](int64_t j, V factor) {
           store(factors + j, factor);
@@ -151,13 +156,9 @@ template <class T, int SCORE> struct GradientTile : Tile<T, SCORE> {
       const bool whole = seen.begin[r] >= this->j0 && seen.end[r] <= this->j0 + count;
       A sum = delta[row];
       if (whole) {
-        for (int64_t j = 0; j < count; j += lanes) {
-          sums += load(x + j) * load(d + j);
-          all += load(x + j);
-        }
+        for (int64_t j = 0; j < count; j += lanes) sums += load(x + j) * load(d + j);
         // Divided by what probabilities sum to, which rounding leaves beside 1: where gradients of them are alike, it shows.
-        const A of_all = reduce_add(all);
-        sum = reduce_add(sums) / (of_all > 0 ? of_all : A(1));
+        sum = reduce_add(sums) / (of_all[r] > 0 ? of_all[r] : A(1));
       }
       for (int64_t j = 0; j < count; j += lanes) {
         const V p = load(x + j);
@@ -544,7 +545,7 @@ template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardAr
       tile.set_head(head / s.heads, head % s.heads);
       tile.load_block(i0, rows);
       const Span span(args.forward, tile.b, i0, rows);
-      double sums[kBlockRows] = {};
+      double sums[kBlockRows] = {}, of_all[kBlockRows] = {};
       for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
         tile.load_block_keys(j0, smaller(kKeys, span.last - j0));
         tile.each_part(i0, rows, [&](int64_t first, int64_t some) {
@@ -557,10 +558,12 @@ template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardAr
             for (int64_t j = 0; j < count; j += kLanes<A>)
               sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
             sums[first - i0 + r] += reduce_add(sum);
+            of_all[first - i0 + r] += tile.of_all[r];
           }
         });
       }
-      for (int64_t r = 0; r < rows; ++r) delta[tile.row_number(i0 + r)] = static_cast<A>(sums[r]);
+      for (int64_t r = 0; r < rows; ++r)
+        delta[tile.row_number(i0 + r)] = static_cast<A>(sums[r] / (of_all[r] > 0 ? of_all[r] : 1));
     }
   };
   parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { on_tiles<T, SCORE>(tiled, [&] { run(begin, end); }); });

@@ -129,13 +129,13 @@ inline void pack_lines(const Lines<F>& from, int64_t count, int64_t k, char* to,
                            to + i / kStrip * bytes);
 }
 
-// sums[rows, columns] = one strip on the left x strips `bytes` apart on the right.
+// sums[rows, columns] = one strip on the left x strips `bytes` apart on the right. Whole products: scores are exponents.
 template <class T>
 inline void multiply_row(int64_t steps, const char* left, const char* right, int64_t bytes, float* sums, int64_t pitch,
                          int64_t rows, int64_t columns) {
   for (int64_t j = 0; j < columns; j += kStrip)
-    multiply_strips<T>(steps, left, right + j / kStrip * bytes, sums + j, pitch, false, rows,
-                       smaller(kStrip, columns - j));
+    multiply_strips<T, true>(steps, left, right + j / kStrip * bytes, sums + j, pitch, false, rows,
+                             smaller(kStrip, columns - j));
 }
 
 // sums[rows, columns] += the same; columns are whole vectors. Long sums of float are sums of blocks' sums.

@@ -272,8 +272,9 @@ struct StepTiles {
   int64_t tile = kTileBytes, part = 2 * kTileBytes;
 };
 
-// The products of one step, added to the sums in registers, in the order that loads the fewest tiles.
-template <int ROWS, int COLUMNS, int PARTS>
+// The products of one step, added to the sums in registers, in the order that loads the fewest tiles. WHOLE: of two parts
+// that of both second ones too, 2^-18 of a product, so that float16's are exact.
+template <int ROWS, int COLUMNS, int PARTS, bool WHOLE = false>
 [[gnu::always_inline]] inline void multiply_step(const char* left, const char* right, StepTiles of_left = {},
                                                  StepTiles of_right = {}) {
   using tiles_detail::multiply_parts;
@@ -296,7 +297,7 @@ template <int ROWS, int COLUMNS, int PARTS>
     load_left(part);
     multiply_parts<ROWS, COLUMNS>();
   }
-  if constexpr (PARTS == 3) {
+  if constexpr (PARTS == 3 || (PARTS == 2 && WHOLE)) {
     load_right(1);
     multiply_parts<ROWS, COLUMNS>();
   }
@@ -334,7 +335,7 @@ template <class F> [[gnu::always_inline]] inline void with_tiles(int64_t rows, i
 
 // sums[32][pitch] (+)= left strip x right strip over `steps` steps; `rows` and `columns` (32 at most) say which tiles are
 // of use. Within a Tiles' life.
-template <class T>
+template <class T, bool WHOLE = false>
 inline void multiply_strips(int64_t steps, const char* left, const char* right, float* sums, int64_t pitch, bool add,
                             int64_t rows, int64_t columns) {
   with_tiles(rows, columns, [&]<int ROWS, int COLUMNS>() __attribute__((always_inline)) {
@@ -343,7 +344,7 @@ inline void multiply_strips(int64_t steps, const char* left, const char* right, 
     else
       zero_sums<ROWS, COLUMNS>();
     for (int64_t s = 0; s < steps; ++s)
-      multiply_step<ROWS, COLUMNS, kParts<T>>(left + s * kStepBytes<T>, right + s * kStepBytes<T>);
+      multiply_step<ROWS, COLUMNS, kParts<T>, WHOLE>(left + s * kStepBytes<T>, right + s * kStepBytes<T>);
     store_sums<ROWS, COLUMNS>(sums, pitch);
   });
 }
