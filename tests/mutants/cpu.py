@@ -458,7 +458,7 @@ _TILES = dict(tests=["tests/test_builds.py", "-k", "tiles_on_any_machine and tes
 MUTANTS += [
     dict(_TILES, file="csrc/cpu/tiles.h", old="return load_some(from + r * row, columns);", new="return load(from + r * row);"),
     dict(_TILES, file="csrc/cpu/tiles.h",
-         old="  if constexpr (PARTS == 3) {\n    load_right(1);\n    multiply_parts<ROWS, COLUMNS>();\n  }\n", new=""),
+         old="  if constexpr (PARTS == 3 || (PARTS == 2 && WHOLE)) {\n    load_right(1);\n    multiply_parts<ROWS, COLUMNS>();\n  }\n", new=""),
     dict(_TILES, file="csrc/cpu/tiles.h", old="if (along != LEFT) transpose(row);", new="if (along) transpose(row);"),
     dict(_TILES, file=_GEMM, old="if (block > 0) add_strip(other, sum);", new=""),
     dict(_TILES, file="csrc/cpu/tiles.h", old=" && largest < 0x7f800000;", new=";"),
