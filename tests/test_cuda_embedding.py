@@ -119,8 +119,8 @@ def test_embedding_wrong_arguments():
             with pytest.raises(type(ours.value)):
                 raw["embedding_forward"]["cpu"](*wrong)
     g = torch.randn(2, 3)
-    for wrong in ((g, index, -1), (g, index, 2**48), (g, index, 2**31), (g[:1], index, 5), (g[0], index, 5), (g, index.bool(), 5),
-                  (g.double(), index, 5), (g, index, 4), (torch.randn(2, 2**20), index, 2**30)):
+    for wrong in ((g, index, -1), (g, index, 2**48), (g, index, 2**31), (g[:1], index, 5), (g[0], index, 5),
+                  (g, index.bool(), 5), (g.double(), index, 5), (g, index, 4), (torch.randn(2, 2**20), index, 2**30)):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             backward(*wrong, -1, False)
 

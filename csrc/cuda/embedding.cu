@@ -59,20 +59,27 @@ DLKERN_DEVICE int64_t head_of(int64_t tile) { return 2 * tile; }
 DLKERN_DEVICE int64_t tail_of(int64_t tile) { return 2 * tile + 1; }
 
 template <int VEC>
-DLKERN_DEVICE void store_part(float* to, const float* sum) {
-  constexpr int kStep = VEC < 4 ? VEC : 4;
+DLKERN_DEVICE void divide(const EmbeddingBackward& args, float* sum, int64_t positions) {
+  if (!args.scale_grad_by_freq) return;
 #pragma unroll
-  for (int v = 0; v < VEC; v += kStep) store_floats<kStep>(to + v, sum + v);
+  for (int v = 0; v < VEC; v++) sum[v] /= static_cast<float>(positions);
 }
 
+// A sum to its row of the gradient, or, where `part` is not null, there. One store for both if they have one type: two
+// with different addresses would be merged, and cut in elements for that.
 template <class T, int VEC>
-DLKERN_DEVICE void store_row(const EmbeddingBackward& args, int32_t row, int64_t column, const float* sum,
-                             int64_t positions) {
-  const float divisor = args.scale_grad_by_freq ? static_cast<float>(positions) : 1.0f;
-  float mean[VEC];
+DLKERN_DEVICE void store_sum(const EmbeddingBackward& args, int32_t row, int64_t column, float* part,
+                             const float* sum) {
+  T* to = static_cast<T*>(args.grad_weight) + row * args.width + column;
+  if constexpr (std::is_same_v<T, float>) {
+    store_floats<VEC>(part ? part : to, sum);
+  } else if (!part) {
+    store_floats<VEC>(to, sum);
+  } else {
+    constexpr int kStep = VEC < 4 ? VEC : 4;
 #pragma unroll
-  for (int v = 0; v < VEC; v++) mean[v] = sum[v] / divisor;
-  store_floats<VEC>(static_cast<T*>(args.grad_weight) + row * args.width + column, mean);
+    for (int v = 0; v < VEC; v += kStep) store_floats<kStep>(part + v, sum + v);
+  }
 }
 
 // A warp: a tile of sorted positions, 32 * VEC columns.
@@ -112,12 +119,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int v = 0; v < VEC; v++) sum[v] += held[k][v];
       const bool goes_on = (ends >> p & 1) == 0;
       if (goes_on && p + 1 < kTile) continue;
-      if (begin == 0 && before == row)
-        store_part<VEC>(args.parts + head_of(tile) * args.width + column, sum);
-      else if (goes_on)
-        store_part<VEC>(args.parts + tail_of(tile) * args.width + column, sum);
-      else
-        store_row<T, VEC>(args, row, column, sum, p + 1 - begin);
+      const bool opened = begin == 0 && before == row;
+      const int64_t part = opened ? head_of(tile) : tail_of(tile);
+      if (!opened && !goes_on) divide<VEC>(args, sum, p + 1 - begin);
+      store_sum<T, VEC>(args, row, column, opened || goes_on ? args.parts + part * args.width + column : nullptr, sum);
 #pragma unroll
       for (int v = 0; v < VEC; v++) sum[v] = 0.0f;
       begin = p + 1;
@@ -170,7 +175,8 @@ __global__ void __launch_bounds__(kThreads) embedding_parts_kernel(EmbeddingBack
 #pragma unroll
     for (int v = 0; v < VEC; v++) sum[v] += sums[other][v][lane];
   }
-  store_row<T, VEC>(args, row, column, sum, end - begin);
+  divide<VEC>(args, sum, end - begin);
+  store_sum<T, VEC>(args, row, column, nullptr, sum);
 }
 
 dim3 grid_of(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
