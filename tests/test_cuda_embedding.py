@@ -10,8 +10,9 @@ from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # no
 
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
-from dlkern.testing import cuda_on_host
+from dlkern.testing import CASES, cuda_on_host
 
+CATALOG = {case.name: case for case in CASES if case.family == "embedding"}
 forward, backward = (raw[f"embedding_{pass_}ward"]["cuda"] for pass_ in ("for", "back"))
 
 
@@ -27,6 +28,19 @@ def test_embedding(rows, width, count, options, dtype):
         lambda: [torch.randn(rows, width, dtype=torch.float64).requires_grad_(), cases.frequent(rows, count)],
         dtype, draws=16 if width < 100 else 4,
     )
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", CATALOG.values(), ids=CATALOG)
+def test_embedding_cases_of_the_catalog(case, dtype):
+    certify(case.ours, case.reference(dtype), case.inputs, dtype, draws=case.draws)
+
+
+def test_embedding_schemas_and_fake_kernels():
+    index, checks = torch.tensor([[1, 0, 3], [1, 1, 2]]), ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(forward, (torch.randn(4, 5).to(dtype), index), test_utils=checks)
+        torch.library.opcheck(backward, (torch.randn(2, 3, 5).to(dtype), index, 4, 0, True), test_utils=checks)
 
 
 def exact_gradient(grad, index, rows):
