@@ -167,3 +167,30 @@ def test_module_convert_and_enabled():
     torch.testing.assert_close(model(index), expected)
     assert type(dlkern.nn.Embedding.from_pretrained(TABLE)) is dlkern.nn.Embedding
     assert type(dlkern.revert(model)[0]) is torch.nn.Embedding
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("column", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(column, dtype):
+    """As on the CPU, with the same bits each time; an index outside gives NaN and no gradient, where the CPU raises."""
+    torch.manual_seed(0)
+    for width in (64, 37):
+        weight, index, g = torch.randn(50, width).to(dtype), frequent(50, 3000), torch.randn(3000, width).to(dtype)
+        for options in ({}, dict(padding_idx=1), dict(scale_grad_by_freq=True)):
+            found = []
+            for device in ("cpu", "cuda", "cuda"):
+                w = weight.to(device).requires_grad_()
+                with dlkern.backend("auto" if device == "cpu" else column), dlkern.trace() as calls:
+                    y = F.embedding(index.to(device), w, **options)
+                assert calls[0].backend == (device if device == "cpu" else column)
+                found.append([x.detach().cpu() for x in (y, *torch.autograd.grad(y, w, g.to(device)))])
+            assert torch.equal(found[0][0], found[1][0])
+            assert all(torch.equal(a, b) for a, b in zip(*found[1:]))
+            torch.testing.assert_close(found[0][1], found[1][1])
+        outside = torch.tensor([3, 50, -1, 2**40, 2], device="cuda")
+        output = raw["embedding_forward"][column](weight.cuda(), outside)
+        assert output.isnan().all(1).tolist() == [False, True, True, True, False]
+        grad = raw["embedding_backward"][column](output.nan_to_num(), outside, 50, -1, False)
+        assert grad.count_nonzero(1).gt(0).nonzero().flatten().tolist() == [2, 3]

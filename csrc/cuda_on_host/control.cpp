@@ -16,6 +16,8 @@ std::recursive_mutex launch_mutex;
 
 int64_t findings() { return finding_count; }
 
+bool looks_at_indices() { return settings.looks_at_indices; }
+
 void report(const char* format, ...) {
   if (++finding_count > 20) return;
   char text[400];
@@ -56,6 +58,9 @@ EXPORT void cuda_on_host_set_multiprocessors(int count) { cuda_on_host::settings
 
 // Whether that device is a Hopper.
 EXPORT void cuda_on_host_set_hopper(int hopper) { cuda_on_host::settings.hopper = hopper != 0; }
+
+// Whether ops raise where an index is out of range.
+EXPORT void cuda_on_host_set_looks_at_indices(int looks) { cuda_on_host::settings.looks_at_indices = looks != 0; }
 
 // Name of the latest kernel.
 EXPORT const char* cuda_on_host_last_kernel() { return cuda_on_host::machine.kernel; }

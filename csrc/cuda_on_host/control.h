@@ -7,6 +7,8 @@ namespace cuda_on_host {
 
 int64_t findings();  // how many reports there were
 
+bool looks_at_indices();  // whether ops raise where one is out of range, or leave it to their kernels, as on a GPU
+
 // The tensors that kernels may touch until forget_tensors(): results (`written`), which hold something already where
 // `kept` says so, and inputs. Checked build only.
 #ifdef DLKERN_CHECKED

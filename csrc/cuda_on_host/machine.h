@@ -154,6 +154,7 @@ struct Settings {
   unsigned seed = 1;
   int multiprocessors = 132;
   bool hopper = false;  // whether launchers may choose kernels of sm_90a
+  bool looks_at_indices = true;
 };
 
 struct Machine {

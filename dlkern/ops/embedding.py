@@ -36,6 +36,7 @@ define(
 )
 columns.declare("embedding", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 columns.declare("embedding", "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+columns.declare("embedding", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 _forward, _backward = raw["embedding_forward"], raw["embedding_backward"]
 

@@ -19,7 +19,7 @@ from dlkern import _precision
 
 __all__ = [
     "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "multiprocessors",
-    "precision_settings", "raise_if_errors", "thread_order",
+    "precision_settings", "raise_if_errors", "thread_order", "unchecked_indices",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
@@ -135,3 +135,13 @@ def thread_order(order: str, seed: int = 1) -> Iterator[None]:
         yield
     finally:
         load().cuda_on_host_set_order(0, 1)
+
+
+@contextlib.contextmanager
+def unchecked_indices() -> Iterator[None]:
+    """Ops inside do not look at indices, as on a GPU: their kernels meet those that are out of range."""
+    load().cuda_on_host_set_looks_at_indices(0)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_looks_at_indices(1)

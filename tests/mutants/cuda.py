@@ -11,7 +11,7 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
-POSITIONS, OPTIM = "csrc/cuda/positions.cu", "csrc/cuda/optim.cu"
+POSITIONS, OPTIM, EMBEDDING = (f"csrc/cuda/{name}.cu" for name in ("positions", "optim", "embedding"))
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
@@ -37,6 +37,10 @@ def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float
 
 def _optim_mutant(old: str, new: str, selection: str) -> dict:
     return _mutant(OPTIM, old, new, selection, "_optim")
+
+
+def _embedding_mutant(old: str, new: str, selection: str = "between_tiles") -> dict:
+    return _mutant(EMBEDDING, old, new, selection, "_embedding")
 
 
 def _rnn_mutant(file: str, old: str, new: str, selection: str) -> dict:
@@ -207,6 +211,17 @@ MUTANTS = [
     _optim_mutant("row.first_block = static_cast<int32_t>(blocks);", "row.first_block = i;", "more_tensors"),
     _optim_mutant("    before += blocks;\n", "", "more_tensors"),
     _optim_mutant("if (v < left) x[v] = from_float", "x[v] = from_float", "odd_addresses"),
+    # embedding_forward_kernel, embedding_keys_kernel, embedding_sums_kernel, embedding_parts_kernel
+    _embedding_mutant("exists ? from[j] : missing<Word>()", "from[j]", "out_of_range"),
+    _embedding_mutant("(args.width | args.stride) * args.element_bytes", "args.width * args.element_bytes", "words"),
+    _embedding_mutant(" && row != padding_idx", ""),
+    _embedding_mutant("  if (lane == 31) next = after;\n", ""),
+    _embedding_mutant("opened = begin == 0 && before == row", "opened = begin == 0"),
+    _embedding_mutant("(args, sum, p + 1 - begin);", "(args, sum, p + 1);"),
+    _embedding_mutant("  if (first > 0 && args.keys[first - 1] == row) return;\n", ""),
+    _embedding_mutant("j == 0 ? tail_of(tile) : head_of(tile + j)", "head_of(tile + j)"),
+    _embedding_mutant("for (int other = 1; other < kWarps; other++)", "for (int other = 2; other < kWarps; other++)"),
+    _embedding_mutant("(args, sum, end - begin);", "(args, sum, (more + 1) * kTile);"),
     # rnn_forward_kernel
     _rnn_mutant(RNN_STEPS, "met * gridDim.x", "(met - 1) * gridDim.x", "test_rnn_same_bits_in_every_thread_order"),
     _rnn_mutant(RNN_STEPS, "for (int w = 1; w < kWarpsK; w++)", "for (int w = 2; w < kWarpsK; w++)", "test_rnn_long_sums"),
