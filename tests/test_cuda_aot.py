@@ -74,6 +74,10 @@ REQUIRED = {
         r"pixel_sums_kernel<(float, 4|(__nv_bfloat16|__half), 8), (false|true)>": ["LDG.E.128"],
     },
     "dropout": {r"dropout_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128", "IMAD.WIDE.U32"]},
+    "embedding": {
+        r"embedding_forward_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128"],
+        r"embedding_backward_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E"],
+    },
     "layer_norm": {
         r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|(__nv_bfloat16|__half), \(Rows\)\d, 8)>": [
             "LDG.E.128", "STG.E"],
@@ -88,6 +92,12 @@ REQUIRED = {
         **{rf"linear_sm90_kernel<{t}, WgmmaShape<{n}, .*": [
             f"HGMMA.64x{n}x16.{types}", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"]
            for t, types in WGMMA.items() for n in (256, 128)},
+    },
+    "loss": {
+        r"(cross_entropy|probabilities)_backward_kernel<(float, \d+, 4|(__nv_bfloat16|__half), \d+, 8)>": [
+            "LDG.E.128", "STG.E.128", "MUFU.EX2"],
+        r"(cross_entropy|probabilities)_forward_kernel<(float, \d+, 4|(__nv_bfloat16|__half), \d+, 8)>": [
+            "LDG.E.128", "SHFL.BFLY", "MUFU.EX2"],
     },
     "pooling": {
         r"(max|avg)_pool2d_(for|back)ward_kernel<(float, 4|(__nv_bfloat16|__half), 8).*": ["LDG.E.128", "STG.E.128"],

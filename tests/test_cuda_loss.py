@@ -137,8 +137,8 @@ def test_cross_entropy_wrong_arguments():
         forward(x, torch.tensor([0, 3]), None, None, 1, -100, 0.0)
     for wrong in (
         (x.double(), t, None, None, 1, -100, 0.0), (x, t, None, None, 5, -100, 0.0), (x, t.int(), None, None, 1, -100, 0.0),
-        (x, t, torch.rand(2), None, 1, -100, 0.0), (x, t, None, None, 1, -100, float("nan")), (x, t[:1], None, None, 1, -100, 0.0),
-        (x[0], t[0], None, None, 1, -100, 0.0), (x, t, None, torch.rand(3), 1, -100, 0.0),
+        (x, t, torch.rand(2), None, 1, -100, 0.0), (x, t, None, None, 1, -100, float("nan")),
+        (x, t[:1], None, None, 1, -100, 0.0), (x[0], t[0], None, None, 1, -100, 0.0), (x, t, None, torch.rand(3), 1, -100, 0.0),
         (x, t, torch.rand(3).bfloat16(), None, 1, -100, 0.0), (x, t, None, torch.rand(2).double(), 1, -100, 0.0),
     ):
         with pytest.raises((RuntimeError, ValueError)):

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kWarpClasses = 2048;  // of a row that is a warp's, at most
 
 // A product rounded before it is used: v in a gradient is the number it was in the sum of v's.
@@ -63,9 +64,9 @@ struct Place {
 
 // The largest logit and the sum of exponentials relative to it. NaN is not the largest, but makes the sum NaN.
 struct Softmax {
-  float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
+  float most = -kInfinity, total = 0.0f;
 
-  DLKERN_DEVICE float shift() const { return most == -std::numeric_limits<float>::infinity() ? 0.0f : most; }
+  DLKERN_DEVICE float shift() const { return most == -kInfinity ? 0.0f : most; }
   DLKERN_DEVICE void raise(float value) {
     if (!(value > most)) return;
     total *= expf(most - value);
@@ -92,25 +93,29 @@ struct Softmax {
 // Over all threads of a place. `partial`: shared.
 template <int ACROSS>
 DLKERN_DEVICE Softmax joined(Softmax mine, float (*partial)[kWarps]) {
-  if (ACROSS == 1) return mine;
+  if constexpr (ACROSS > 1) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    Softmax other;
-    other.most = __shfl_xor_sync(0xffffffffu, mine.most, distance);
-    other.total = __shfl_xor_sync(0xffffffffu, mine.total, distance);
-    mine.take(other);
+    for (int distance = 16; distance > 0; distance /= 2) {
+      Softmax other;
+      other.most = __shfl_xor_sync(0xffffffffu, mine.most, distance);
+      other.total = __shfl_xor_sync(0xffffffffu, mine.total, distance);
+      mine.take(other);
+    }
   }
-  if (ACROSS == 32) return mine;
-  if (threadIdx.x % 32 == 0) partial[0][threadIdx.x / 32] = mine.most, partial[1][threadIdx.x / 32] = mine.total;
-  __syncthreads();
-  Softmax all;
+  if constexpr (ACROSS <= 32) {
+    return mine;
+  } else {
+    if (threadIdx.x % 32 == 0) partial[0][threadIdx.x / 32] = mine.most, partial[1][threadIdx.x / 32] = mine.total;
+    __syncthreads();
+    Softmax all;
 #pragma unroll
-  for (int warp = 0; warp < kWarps; warp++) {
-    Softmax other;
-    other.most = partial[0][warp], other.total = partial[1][warp];
-    all.take(other);
+    for (int warp = 0; warp < kWarps; warp++) {
+      Softmax other;
+      other.most = partial[0][warp], other.total = partial[1][warp];
+      all.take(other);
+    }
+    return all;
   }
-  return all;
 }
 
 // VEC weights of classes from c on.
@@ -151,7 +156,7 @@ DLKERN_DEVICE void store_part(double loss, double share, double* parts, double (
 
 // class_weights: the sum of all classes' weights, where labels are smoothed and classes have weights.
 template <class T, int ACROSS, int VEC>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     cross_entropy_forward_kernel(Args<T> args, const double* class_weights, T* loss_out, float* lse, double* parts) {
   DLKERN_SHARED(float, of_warps, [2][kWarps]);
   DLKERN_SHARED(double, partial, [3][32]);
@@ -160,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool smooth = args.smoothing > 0;
   // Weighted logits are summed relative to the first one: their sum may be much larger than what is asked.
   float first = smooth && my.exists && s.classes > 0 ? to_float(args.input[my.begin]) : 0.0f;
-  if (!(fabsf(first) < std::numeric_limits<float>::infinity())) first = 0.0f;
+  if (!(fabsf(first) < kInfinity)) first = 0.0f;
   Softmax softmax;
   double weighted = 0;
   my.each(s, [&](int64_t c, int64_t at) {
@@ -183,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
     lse[args.places() + my.index] = static_cast<float>(log_total);
     const int64_t target = args.target_of(my.index);
     if (target != args.ignore_index) {
-      loss = share = std::numeric_limits<double>::quiet_NaN();
+      loss = share = static_cast<double>(kNan);
       if (args.is_class(target)) {
         const double own = args.own_weight(my.index), w = args.weight_of(target);
         const T logit = args.input[my.begin + target * s.class_stride];
@@ -204,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block adds the parts in an order that their number alone decides.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     loss_reduce_kernel(const double* parts, int64_t count, int reduction, T* loss, float* total_weight) {
   DLKERN_SHARED(double, partial, [2][32]);
   double sum = 0, weight = 0;
@@ -217,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) class_weights_kernel(const T* weight, int64_t classes, double* result) {
+__global__ void __launch_bounds__(kThreads, 4) class_weights_kernel(const T* weight, int64_t classes, double* result) {
   DLKERN_SHARED(double, partial, [32]);
   double sum = 0;
   for (int64_t c = threadIdx.x; c < classes; c += kThreads) sum += static_cast<double>(to_float(weight[c]));
@@ -228,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) class_weights_kernel(const T* weight
 // grad[c] = p[c] * all - w[c] * each away from the target; there along (p - 1) + each (sum(w) p - w), in this form and
 // in double, because it cancels.
 template <class T, int ACROSS, int VEC>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     cross_entropy_backward_kernel(Args<T> args, const double* class_weights, const T* grad_loss, const float* lse,
                                   const float* total_weight, T* grad_input) {
   const Logits& s = args.shape;
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t target = args.target_of(my.index);
   const bool used = target != args.ignore_index, known = args.is_class(target);
   const float most = lse[my.index], log_total = lse[args.places() + my.index];
-  float all = std::numeric_limits<float>::quiet_NaN(), each = 0.0f, chosen = 0.0f;
+  float all = kNan, each = 0.0f, chosen = 0.0f;
   if (used && known) {
     double grad = static_cast<double>(to_float(grad_loss[args.reduction == 0 ? my.index : 0]));
     if (args.reduction == 1) grad /= static_cast<double>(*total_weight);
@@ -288,7 +293,7 @@ struct Smoothed {
 };
 
 template <class T, int ACROSS, int VEC>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     probabilities_forward_kernel(Args<T> args, T* loss_out, double* kept, double* parts) {
   DLKERN_SHARED(float, of_warps, [2][kWarps]);
   DLKERN_SHARED(double, partial, [4][32]);
@@ -332,7 +337,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int ACROSS, int VEC>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     probabilities_backward_kernel(Args<T> args, const T* grad_loss, const double* kept, T* grad_input, T* grad_target) {
   const Logits& s = args.shape;
   const Place<T, ACROSS, VEC> my(s);

@@ -35,6 +35,7 @@ define(
     _fake_backward, triton="dlkern.kernels.embedding:embedding_backward",
 )
 columns.declare("embedding", "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+columns.declare("embedding", "cuda", (torch.float32, torch.bfloat16, torch.float16))
 columns.declare("embedding", "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _forward, _backward = raw["embedding_forward"], raw["embedding_backward"]

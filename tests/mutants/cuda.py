@@ -11,7 +11,7 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
-POSITIONS = "csrc/cuda/positions.cu"
+POSITIONS, LOSS, EMBEDDING = (f"csrc/cuda/{name}.cu" for name in ("positions", "loss", "embedding"))
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
@@ -32,6 +32,14 @@ def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> 
 
 def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float32") -> dict:
     return _mutant(LAYER_NORM, old, new, selection, "_layer_norm")
+
+
+def _loss_mutant(old: str, new: str, selection: str = "test_cross_entropy and float32") -> dict:
+    return _mutant(LOSS, old, new, selection, "_loss")
+
+
+def _embedding_mutant(old: str, new: str, selection: str = "test_embedding and float32") -> dict:
+    return _mutant(EMBEDDING, old, new, selection, "_embedding")
 
 
 def _rnn_mutant(file: str, old: str, new: str, selection: str) -> dict:
@@ -241,4 +249,33 @@ MUTANTS = [
     _mutant(POSITIONS, "in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] :", "in[1][v] :", "test_rotary"),
     _mutant(POSITIONS, "const int64_t behind = args.half + d;", "const int64_t behind = d;", "test_rotary"),
     _mutant(POSITIONS, "for (int64_t stride : args.x_stride) wide = wide && stride % vec == 0;", "", "test_rotary_odd"),
+    # cross_entropy_forward_kernel, class_weights_kernel, loss_reduce_kernel
+    _loss_mutant("total *= expf(most - value);", ""),
+    _loss_mutant("total += other.total * expf(other.most - shift());", "total += other.total;"),
+    _loss_mutant("most == -kInfinity ? 0.0f : most", "most", "special_values"),
+    _loss_mutant("weight[v] * (x[v] - first)", "weight[v] * x[v]"),
+    _loss_mutant("share = w * own;", "share = w;", "weights_of_places"),
+    _loss_mutant("for (int64_t c = threadIdx.x; c < classes;", "for (int64_t c = threadIdx.x + 1; c < classes;"),
+    _loss_mutant("weight += parts[count + i];", "weight += 1;"),
+    # cross_entropy_backward_kernel
+    _loss_mutant("value[v] = c + v == target ? chosen : value[v];", ""),
+    _loss_mutant("if (used) {  // else zeros", "if (true) {  // else zeros", "special_values"),
+    _loss_mutant("along + spread * weights", "along + spread"),
+    # probabilities_forward_kernel, probabilities_backward_kernel
+    _loss_mutant("other += of_class * (softmax.most - x[v]);", "other += of_class * -x[v];", "of_probabilities and float32"),
+    _loss_mutant("mass = my.sum(mass, partial[2]);", "", "of_probabilities and float32"),
+    _loss_mutant("rounded_product(expf(x[v] - most), factor)", "expf(x[v] - most)", "of_probabilities and float32"),
+    _loss_mutant("smoothed.keep * weight[v] * (log_total", "smoothed.keep * (log_total", "of_probabilities and float32"),
+    # embedding_forward_kernel
+    _embedding_mutant("table + row * stride + j", "table + row * shape.width + j", "test_embedding_views"),
+    _embedding_mutant("j < width; j += across * VEC", "j < across * VEC; j += across * VEC"),
+    _embedding_mutant("(shape.width, [&](int64_t j) {\n    Pack<T, VEC> pack;", "(shape.width - VEC, [&](int64_t j) {\n    Pack<T, VEC> pack;"),
+    # embedding_backward_kernel
+    _embedding_mutant("|| row == padding_idx) return;", ") return;"),
+    _embedding_mutant("const bool goes_on = to == end && args.same(end, row);", "const bool goes_on = false;"),
+    _embedding_mutant("args.template store<VEC>(row, to - from, j, sum);\n      }", "args.template store<VEC>(row, 1, j, sum);\n      }"),
+    # embedding_parts_kernel
+    _embedding_mutant("part <= last; part++", "part < last; part++"),
+    _embedding_mutant("while (from > begin && args.sorted[from - 1] == row) from--;", ""),
+    _embedding_mutant("if (from == begin && args.same(begin - 1, row)) return;", ""),
 ]
