@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # dlkern from the checkout; the folder of this file holds no top-level modules
 
 STAGES = ("build", "parity", "sanitize", "bench", "tune", "profile", "facts")
-FAMILIES = ("conv", "pooling", "batch_norm", "linear", "dropout", "loss", "rnn", "attention", "layer_norm",
-            "embedding")
+FAMILIES = ("conv", "pooling", "batch_norm", "linear", "dropout", "loss", "rnn", "attention", "layer_norm", "embedding")
 NETWORKS = ("gpu", "resnet50", "vgg16", "googlenet", "densenet121", "alexnet")
 COLUMNS = ("triton", "cuda")
 BARE = (("build", 260.0), ("parity", 110.0), ("headline", 150.0))

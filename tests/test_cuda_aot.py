@@ -96,6 +96,12 @@ REQUIRED = {
             f"HGMMA.64x{n}x16.{types}", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"]
            for t, types in WGMMA.items() for n in (256, 128)},
     },
+    "loss": {
+        r"(cross_entropy|probabilities)_backward_kernel<(float, \d+, 4|(__nv_bfloat16|__half), \d+, 8)>": [
+            "LDG.E.128", "STG.E.128", "MUFU.EX2"],
+        r"(cross_entropy|probabilities)_forward_kernel<(float, \d+, 4|(__nv_bfloat16|__half), \d+, 8)>": [
+            "LDG.E.128", "SHFL.BFLY", "MUFU.EX2"],
+    },
     "optim": {
         r"(sgd|adam|lars|grad_scale|grad_clamp)_kernel<.*": ["LDG.E.128", "STG.E.128"],
         r"optim_sums_kernel<.*": ["LDG.E.128", "DADD"],

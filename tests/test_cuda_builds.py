@@ -18,7 +18,8 @@ def cuda_tests(variant: str, selection: str, **environment: str) -> None:
         [sys.executable, "setup.py", "-q", "build_native", "--variant", f"cuda_on_host_{variant}"], cwd=ROOT, check=True,
         stdout=subprocess.DEVNULL,
     )
-    files = [f"tests/test_cuda{family}.py" for family in ("", "_attention", "_conv", "_embedding", "_layer_norm", "_optim", "_rnn")]
+    families = ("", "_attention", "_conv", "_embedding", "_layer_norm", "_loss", "_optim", "_rnn")
+    files = [f"tests/test_cuda{family}.py" for family in families]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-s", "-k", selection]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True,

@@ -27,12 +27,13 @@ DLKERN_DEVICE T block_reduce(T value, T* partial, F&& combine) {
   return result;
 }
 
-DLKERN_DEVICE float warp_sum(float value) {
-  return warp_reduce(value, [](float a, float b) { return a + b; });
+template <class N>
+DLKERN_DEVICE N warp_sum(N value) {
+  return warp_reduce(value, [](N a, N b) { return a + b; });
 }
-template <int THREADS>
-DLKERN_DEVICE float block_sum(float value, float* partial) {
-  return block_reduce<THREADS>(value, partial, [](float a, float b) { return a + b; });
+template <int THREADS, class N>
+DLKERN_DEVICE N block_sum(N value, N* partial) {
+  return block_reduce<THREADS>(value, partial, [](N a, N b) { return a + b; });
 }
 
 }  // namespace dlkern::cuda

@@ -72,6 +72,7 @@ define(
 )
 for _column, _dtypes in {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }.items():
     columns.declare("cross_entropy", _column, _dtypes)

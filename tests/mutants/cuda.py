@@ -11,7 +11,7 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
-POSITIONS, OPTIM, EMBEDDING = (f"csrc/cuda/{name}.cu" for name in ("positions", "optim", "embedding"))
+POSITIONS, OPTIM, EMBEDDING, LOSS = (f"csrc/cuda/{name}.cu" for name in ("positions", "optim", "embedding", "loss"))
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
@@ -33,6 +33,10 @@ def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> 
 
 def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float32") -> dict:
     return _mutant(LAYER_NORM, old, new, selection, "_layer_norm")
+
+
+def _loss_mutant(old: str, new: str, selection: str = "test_cross_entropy and float32") -> dict:
+    return _mutant(LOSS, old, new, selection, "_loss")
 
 
 def _optim_mutant(old: str, new: str, selection: str) -> dict:
@@ -283,4 +287,21 @@ MUTANTS = [
     _mutant(POSITIONS, "in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] :", "in[1][v] :", "test_rotary"),
     _mutant(POSITIONS, "const int64_t behind = args.half + d;", "const int64_t behind = d;", "test_rotary"),
     _mutant(POSITIONS, "for (int64_t stride : args.x_stride) wide = wide && stride % vec == 0;", "", "test_rotary_odd"),
+    # cross_entropy_forward_kernel, class_weights_kernel, loss_reduce_kernel
+    _loss_mutant("total *= expf(most - value);", ""),
+    _loss_mutant("total += other.total * expf(other.most - shift());", "total += other.total;"),
+    _loss_mutant("most == -kInfinity ? 0.0f : most", "most", "special_values"),
+    _loss_mutant("weight[v] * (x[v] - first)", "weight[v] * x[v]"),
+    _loss_mutant("share = w * own;", "share = w;", "weights_of_places"),
+    _loss_mutant("for (int64_t c = threadIdx.x; c < classes;", "for (int64_t c = threadIdx.x + 1; c < classes;"),
+    _loss_mutant("weight += parts[count + i];", "weight += 1;"),
+    # cross_entropy_backward_kernel
+    _loss_mutant("value[v] = c + v == target ? chosen : value[v];", ""),
+    _loss_mutant("if (used) {  // else zeros", "if (true) {  // else zeros", "special_values"),
+    _loss_mutant("along + spread * weights", "along + spread"),
+    # probabilities_forward_kernel, probabilities_backward_kernel
+    _loss_mutant("other += of_class * (softmax.most - x[v]);", "other += of_class * -x[v];", "of_probabilities and float32"),
+    _loss_mutant("mass = my.sum(mass, partial[2]);", "", "of_probabilities and float32"),
+    _loss_mutant("rounded_product(expf(x[v] - most), factor)", "expf(x[v] - most)", "of_probabilities and float32"),
+    _loss_mutant("smoothed.keep * weight[v] * (log_total", "smoothed.keep * (log_total", "of_probabilities and float32"),
 ]
