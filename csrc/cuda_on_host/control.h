@@ -7,8 +7,6 @@ namespace cuda_on_host {
 
 int64_t findings();  // how many reports there were
 
-bool looks_at_indices();  // whether ops raise where one is out of range, or leave it to their kernels, as on a GPU
-
 // The tensors that kernels may touch until forget_tensors(): results (`written`) and inputs. Checked build only.
 #ifdef DLKERN_CHECKED
 void track_tensor(const void* data, size_t bytes, bool written);
@@ -17,5 +15,7 @@ void forget_tensors();
 inline void track_tensor(const void*, size_t, bool) {}
 inline void forget_tensors() {}
 #endif
+
+bool looks_at_indices();  // whether ops raise where one is out of range, or leave it to their kernels, as on a GPU
 
 }  // namespace cuda_on_host
