@@ -79,7 +79,7 @@ REQUIRED = {
         r"embedding_forward_kernel<uint4, .*": ["LDG.E.128", "STG.E.128"],
         r"embedding_forward_kernel<uint2, .*": ["LDG.E.64", "STG.E.64"],
         r"embedding_sums_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128", "SHFL.IDX"],
-        r"embedding_parts_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E"],
+        r"embedding_parts_kernel<(float, 4|(__nv_bfloat16|__half), 8)>": ["LDG.E.128", "STG.E.128"],
     },
     "layer_norm": {
         r"layer_norm_(forward|backward)_kernel<(float, \(Rows\)\d, 4|(__nv_bfloat16|__half), \(Rows\)\d, 8)>": [

@@ -65,15 +65,13 @@ DLKERN_DEVICE void divide(const EmbeddingBackward& args, float* sum, int64_t pos
   for (int v = 0; v < VEC; v++) sum[v] /= static_cast<float>(positions);
 }
 
-// A sum to its row of the gradient, or, where `part` is not null, there. One store for both if they have one type: two
-// with different addresses would be merged, and cut in elements for that.
+// A sum to its row of the gradient, or, where `part` is not null, there.
 template <class T, int VEC>
 DLKERN_DEVICE void store_sum(const EmbeddingBackward& args, int32_t row, int64_t column, float* part,
                              const float* sum) {
-  T* to = static_cast<T*>(args.grad_weight) + row * args.width + column;
-  if constexpr (std::is_same_v<T, float>) {
-    store_floats<VEC>(part ? part : to, sum);
-  } else if (!part) {
+  // Masked: without seeing it end in zeros the compiler stores elements one by one.
+  T* to = static_cast<T*>(args.grad_weight) + ((row * args.width + column) & ~int64_t{VEC - 1});
+  if (!part) {
     store_floats<VEC>(to, sum);
   } else {
     constexpr int kStep = VEC < 4 ? VEC : 4;
