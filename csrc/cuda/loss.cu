@@ -33,27 +33,41 @@ DLKERN_DEVICE float rounded_product(float a, float b) {
 #endif
 }
 
-// ACROSS threads share a place: 1, 32 or all of a block.
-template <class T, int ACROSS, int VEC>
+// ACROSS threads share a place: 1, 32 or all of a block. Classes go in packs of VEC. ANYWHERE: rows need not start or end
+// at 16 bytes, and the classes before and behind the whole packs are a thread's each.
+template <class T, int ACROSS, int VEC, bool ANYWHERE = false>
 struct Place {
   static constexpr int kAtOnce = kThreads / ACROSS;
   int64_t index, begin;  // the place's number, and where its first class is
+  int64_t head, end;  // classes [head, end) are in packs
   bool exists;
 
   DLKERN_DEVICE explicit Place(const Logits& s)
       : index(static_cast<int64_t>(blockIdx.x) * kAtOnce + static_cast<int>(threadIdx.x) / ACROSS) {
     exists = index < s.outer * s.inner;
     begin = index / s.inner * (s.classes * s.inner) + index % s.inner * s.place_stride;
+    const int64_t before = ANYWHERE ? (VEC - begin % VEC) % VEC : 0;
+    head = before < s.classes ? before : s.classes;
+    end = ANYWHERE ? head + (s.classes - head) / VEC * VEC : s.classes;
   }
   static DLKERN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % ACROSS; }
-  // Whether this thread has the pack of class c.
-  static DLKERN_DEVICE bool owns(int64_t c) { return c / VEC % ACROSS == lane(); }
-  // Calls f(class, offset) for this thread's packs.
+  // Whether this thread has class c.
+  DLKERN_DEVICE bool owns(int64_t c) const {
+    if (c < head) return lane() == c;
+    return lane() == (c < end ? (c - head) / VEC % ACROSS : head + c - end);
+  }
+  // Calls f(width, class, offset) for this thread's packs and for its one class outside of them.
   template <class F>
   DLKERN_DEVICE void each(const Logits& s, F&& f) const {
     if (!exists) return;
+    using std::integral_constant;
 #pragma unroll 4
-    for (int64_t c = lane() * VEC; c < s.classes; c += ACROSS * VEC) f(c, begin + (VEC == 1 ? c * s.class_stride : c));
+    for (int64_t c = head + lane() * VEC; c < end; c += ACROSS * VEC)
+      f(integral_constant<int, VEC>(), c, begin + (VEC == 1 ? c * s.class_stride : c));
+    if constexpr (ANYWHERE) {
+      const int64_t c = lane() < head ? lane() : end + lane() - head;
+      if (c < s.classes) f(integral_constant<int, 1>(), c, begin + c);
+    }
   }
   // Sum over the place's threads. `partial`: shared.
   template <class N>
@@ -161,22 +175,23 @@ __global__ void __launch_bounds__(kThreads, 4)
   DLKERN_SHARED(float, of_warps, [2][kWarps]);
   DLKERN_SHARED(double, partial, [3][32]);
   const Logits& s = args.shape;
-  const Place<T, ACROSS, VEC> my(s);
+  const Place<T, ACROSS, VEC, (VEC > 1)> my(s);
   const bool smooth = args.smoothing > 0;
   // Weighted logits are summed relative to the first one: their sum may be much larger than what is asked.
   float first = smooth && my.exists && s.classes > 0 ? to_float(args.input[my.begin]) : 0.0f;
   if (!(fabsf(first) < kInfinity)) first = 0.0f;
   Softmax softmax;
   double weighted = 0;
-  my.each(s, [&](int64_t c, int64_t at) {
-    float x[VEC];
-    load_floats<VEC>(x, args.input + at);
-    softmax.template take<VEC>(x);
+  my.each(s, [&](auto width, int64_t c, int64_t at) {
+    constexpr int N = decltype(width)::value;
+    float x[N];
+    load_floats<N>(x, args.input + at);
+    softmax.template take<N>(x);
     if (!smooth) return;
-    float weight[VEC], some = 0.0f;
-    load_weights<VEC>(weight, args.weight, c);
+    float weight[N], some = 0.0f;
+    load_weights<N>(weight, args.weight, c);
 #pragma unroll
-    for (int v = 0; v < VEC; v++) some += weight[v] * (x[v] - first);
+    for (int v = 0; v < N; v++) some += weight[v] * (x[v] - first);
     weighted += static_cast<double>(some);
   });
   softmax = joined<ACROSS>(softmax, of_warps);
@@ -237,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     cross_entropy_backward_kernel(Args<T> args, const double* class_weights, const T* grad_loss, const float* lse,
                                   const float* total_weight, T* grad_input) {
   const Logits& s = args.shape;
-  const Place<T, ACROSS, VEC> my(s);
+  const Place<T, ACROSS, VEC, (VEC > 1)> my(s);
   if (!my.exists) return;
   const int64_t target = args.target_of(my.index);
   const bool used = target != args.ignore_index, known = args.is_class(target);
@@ -259,22 +274,23 @@ __global__ void __launch_bounds__(kThreads, 4)
       chosen = static_cast<float>(along * (p - 1) + static_cast<double>(each) * (weights * p - w));
     }
   }
-  my.each(s, [&](int64_t c, int64_t at) {
-    float value[VEC] = {};
+  my.each(s, [&](auto width, int64_t c, int64_t at) {
+    constexpr int N = decltype(width)::value;
+    float value[N] = {};
     if (used) {  // else zeros, whatever the logits
-      load_floats<VEC>(value, args.input + at);
+      load_floats<N>(value, args.input + at);
 #pragma unroll
-      for (int v = 0; v < VEC; v++) value[v] = expf(value[v] - most - log_total) * all;
+      for (int v = 0; v < N; v++) value[v] = expf(value[v] - most - log_total) * all;
       if (each != 0.0f) {
-        float weight[VEC];
-        load_weights<VEC>(weight, args.weight, c);
+        float weight[N];
+        load_weights<N>(weight, args.weight, c);
 #pragma unroll
-        for (int v = 0; v < VEC; v++) value[v] -= weight[v] * each;
+        for (int v = 0; v < N; v++) value[v] -= weight[v] * each;
       }
 #pragma unroll
-      for (int v = 0; v < VEC; v++) value[v] = c + v == target ? chosen : value[v];
+      for (int v = 0; v < N; v++) value[v] = c + v == target ? chosen : value[v];
     }
-    store_floats<VEC>(grad_input + at, value);
+    store_floats<N>(grad_input + at, value);
   });
 }
 
@@ -302,14 +318,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Smoothed smoothed(args.smoothing, s.classes);
   const T* const targets = static_cast<const T*>(args.target);
   Softmax softmax;
-  my.each(s, [&](int64_t, int64_t at) {
+  my.each(s, [&](auto, int64_t, int64_t at) {
     float x[VEC];
     load_floats<VEC>(x, args.input + at);
     softmax.template take<VEC>(x);
   });
   softmax = joined<ACROSS>(softmax, of_warps);
   double mass = 0, apart = 0;
-  my.each(s, [&](int64_t c, int64_t at) {
+  my.each(s, [&](auto, int64_t c, int64_t at) {
     float x[VEC], target[VEC], weight[VEC], some = 0.0f, other = 0.0f;
     load_floats<VEC>(x, args.input + at);
     load_floats<VEC>(target, targets + at);
@@ -350,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const float log_total = static_cast<float>(log(total));
   float grad = to_float(grad_loss[args.reduction == 0 ? my.index : 0]);
   if (args.reduction == 1) grad /= static_cast<float>(args.places());
-  my.each(s, [&](int64_t c, int64_t at) {
+  my.each(s, [&](auto, int64_t c, int64_t at) {
     float x[VEC], weight[VEC], value[VEC];
     load_floats<VEC>(x, args.input + at);
     load_weights<VEC>(weight, args.weight, c);
@@ -388,15 +404,16 @@ Args<T> typed(const Logits& shape, const LossArgs& a) {
           a.label_smoothing};
 }
 
-// Calls f(type, across, vec) with the shape's T, ACROSS and VEC as values that carry them in their types.
+// Calls f(type, across, vec) with the shape's T, ACROSS and VEC as values that carry them in their types. anywhere:
+// long rows may start where no pack does.
 template <class F>
-void dispatch(const Logits& shape, bool aligned, F&& f) {
+void dispatch(const Logits& shape, bool anywhere, bool aligned, F&& f) {
   with_type(shape.element, [&](auto* type) {
     using one = std::integral_constant<int, 1>;
     using warp = std::integral_constant<int, 32>;
     using block = std::integral_constant<int, kThreads>;
     using pack = std::integral_constant<int, 16 / sizeof(*type)>;
-    const bool packs = aligned && shape.classes % pack::value == 0;
+    const bool packs = aligned && (shape.classes % pack::value == 0 || (anywhere && shape.classes >= 32 * pack::value));
     switch (across_of(shape)) {
       case 1: f(type, one{}, one{}); break;
       case 32: packs ? f(type, warp{}, pack{}) : f(type, warp{}, one{}); break;
@@ -436,11 +453,12 @@ void cross_entropy_forward(const Logits& shape, const LossArgs& args, double* sc
   double* const parts = scratch + 1;
   if (blocks_of(shape) > 0) {
     const double* const weights = sum_class_weights(shape, args, scratch, stream);
-    dispatch(shape, aligned16(args.input) && aligned16(args.weight), [&](auto* type, auto across, auto vec) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      DLKERN_LAUNCH((cross_entropy_forward_kernel<T, across.value, vec.value>), grid_of(shape), dim3(kThreads), 0,
-                    stream, typed<T>(shape, args), weights, static_cast<T*>(loss), lse, parts);
-    });
+    dispatch(shape, !args.weight, aligned16(args.input) && aligned16(args.weight),
+             [&](auto* type, auto across, auto vec) {
+               using T = std::remove_pointer_t<decltype(type)>;
+               DLKERN_LAUNCH((cross_entropy_forward_kernel<T, across.value, vec.value>), grid_of(shape), dim3(kThreads),
+                             0, stream, typed<T>(shape, args), weights, static_cast<T*>(loss), lse, parts);
+             });
   }
   reduce(shape, args, parts, loss, total_weight, stream);
 }
@@ -449,7 +467,7 @@ void cross_entropy_backward(const Logits& shape, const LossArgs& args, double* s
                             const float* lse, const float* total_weight, void* grad_input, void* stream) {
   const double* const weights = sum_class_weights(shape, args, scratch, stream);
   const bool aligned = aligned16(args.input) && aligned16(args.weight) && aligned16(grad_input);
-  dispatch(shape, aligned, [&](auto* type, auto across, auto vec) {
+  dispatch(shape, !args.weight, aligned, [&](auto* type, auto across, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH((cross_entropy_backward_kernel<T, across.value, vec.value>), grid_of(shape), dim3(kThreads), 0,
                   stream, typed<T>(shape, args), weights, static_cast<const T*>(grad_loss), lse, total_weight,
@@ -460,7 +478,7 @@ void cross_entropy_backward(const Logits& shape, const LossArgs& args, double* s
 void probabilities_forward(const Logits& shape, const LossArgs& args, double* scratch, void* loss, double* kept,
                            void* stream) {
   const bool aligned = aligned16(args.input) && aligned16(args.target) && aligned16(args.weight);
-  dispatch(shape, aligned, [&](auto* type, auto across, auto vec) {
+  dispatch(shape, false, aligned, [&](auto* type, auto across, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH((probabilities_forward_kernel<T, across.value, vec.value>), grid_of(shape), dim3(kThreads), 0, stream,
                   typed<T>(shape, args), static_cast<T*>(loss), kept, scratch + 1);
@@ -472,7 +490,7 @@ void probabilities_backward(const Logits& shape, const LossArgs& args, const voi
                             void* grad_input, void* grad_target, void* stream) {
   const bool aligned = aligned16(args.input) && aligned16(args.target) && aligned16(args.weight) &&
                        aligned16(grad_input) && aligned16(grad_target);
-  dispatch(shape, aligned, [&](auto* type, auto across, auto vec) {
+  dispatch(shape, false, aligned, [&](auto* type, auto across, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH((probabilities_backward_kernel<T, across.value, vec.value>), grid_of(shape), dim3(kThreads), 0,
                   stream, typed<T>(shape, args), static_cast<const T*>(grad_loss), kept, static_cast<T*>(grad_input),

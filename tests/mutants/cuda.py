@@ -289,6 +289,7 @@ MUTANTS = [
     _mutant(POSITIONS, "for (int64_t stride : args.x_stride) wide = wide && stride % vec == 0;", "", "test_rotary_odd"),
     # cross_entropy_forward_kernel, class_weights_kernel, loss_reduce_kernel
     _loss_mutant("total *= expf(most - value);", ""),
+    _loss_mutant("end + lane() - head;", "end + lane();"),
     _loss_mutant("total += other.total * expf(other.most - shift());", "total += other.total;"),
     _loss_mutant("most == -kInfinity ? 0.0f : most", "most", "special_values"),
     _loss_mutant("weight[v] * (x[v] - first)", "weight[v] * x[v]"),
