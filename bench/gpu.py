@@ -474,7 +474,13 @@ def request_for(stage: Stage, families: list[str], tables: list[str], columns: l
 
 
 def bench(stage: Stage) -> bool:
-    """One family over all its tables; without a family, each in turn as far as the time goes."""
+    """One family over all its tables; without a family, each in turn as far as the time goes. Optimisers by name only: their
+    rows are steps over a network's parameters."""
+    if stage.options.family == "optim":
+        from dlkern.bench import optim
+
+        quick = ["sgd", "clip_grad_norm_", "--network", "lenet", "--seconds", "0.1"] if stage.dry else []
+        return optim.main([*quick, "--device", stage.device, "--output", str(stage.output("optim.json").parent)]) == 0
     families = [stage.options.family] if stage.options.family else ["dropout"] if stage.dry else list(FAMILIES)
     tables = [*NETWORKS, "sequences", *(f"deepbench_{family}" for family in ("conv", "rnn") if family in families)]
     request = request_for(stage, families, tables, ["auto"], compile=stage.options.compile)

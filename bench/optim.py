@@ -1,8 +1,9 @@
 """Optimisers and gradient clipping: a step over a network's parameters, beside torch's.
 
-    dlkern bench optim [--network resnet18] [--seconds 2] [--output FOLDER]
+    dlkern bench optim [--device cuda] [--network resnet18] [--seconds 2] [--output FOLDER]
 
-Interleaved: dlkern, torch's foreach, fused and single-tensor steps, each on parameters of its own. Floor: the bytes that
+Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused and single-tensor steps, each on parameters of
+its own. On a GPU the time is the device's from the first launch to the last, waits for the host included. Floor: the bytes that
 have to cross the bus (parameters and state read and written, gradients read; clipping reads gradients twice and writes them
 once) over the bandwidth of a copy. Results go to bench/results/<device>/optim.json.
 """
@@ -10,6 +11,7 @@ once) over the bandwidth of a copy. Results go to bench/results/<device>/optim.j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,39 +40,50 @@ STEPS: dict[str, tuple[str, dict[str, Any], int]] = {
     "lars": ("LARS", dict(**_MOMENTUM, weight_decay=1e-4), 7),
     "clip_grad_norm_": ("", {}, 3),
 }
-SIDES = ("dlkern", "foreach", "fused", "single")
+TORCHS = ("foreach", "fused", "single")
+COLUMNS = ("triton", "cuda")
 
 
-def _parameters(network: str) -> list[torch.nn.Parameter]:
+def _sides(device: str) -> tuple[str, ...]:
+    return ("dlkern", *(COLUMNS if device == "cuda" else ()), *TORCHS)
+
+
+def _parameters(network: str, device: str) -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    parameters = list(getattr(models, network)(nn=torch.nn).parameters())
+    parameters = list(getattr(models, network)(nn=torch.nn).to(device).parameters())
     for p in parameters:
         p.grad = torch.randn_like(p) * 1e-3
     return parameters
 
 
-def _side(name: str, side: str, network: str) -> Callable[[], object] | None:
-    """A step of one side, or None where torch has none."""
+def _side(name: str, side: str, network: str, device: str) -> Callable[[], object] | None:
+    """A step of one side, or None where it has none."""
     kind, settings, _ = STEPS[name]
-    parameters = _parameters(network)
+    parameters = _parameters(network, device)
     ways = {"foreach": dict(foreach=True), "fused": dict(fused=True), "single": dict(foreach=False)}
-    if not kind:  # so small a limit that gradients are scaled every time
-        if side == "fused":
+    if side in TORCHS:
+        if kind == "LARS" or (side == "fused" and not kind):
             return None
-        clip = (dlkern if side == "dlkern" else torch).nn.utils.clip_grad_norm_
-        return lambda: clip(parameters, 1e-30, **ways.get(side, {}))
-    if side == "dlkern":
-        return getattr(dlkern.optim, kind)(parameters, **settings).step
-    if kind == "LARS":
-        return None
-    return getattr(torch.optim, kind)(parameters, **settings, **ways[side]).step
+        if kind:
+            return getattr(torch.optim, kind)(parameters, **settings, **ways[side]).step
+        return lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e-30, **ways[side])
+    # So small a limit that gradients are scaled every time.
+    clip = lambda: dlkern.nn.utils.clip_grad_norm_(parameters, 1e-30)  # noqa: E731
+    step = getattr(dlkern.optim, kind)(parameters, **settings).step if kind else clip
+
+    def run() -> None:
+        with dlkern.backend(side) if side in COLUMNS else contextlib.nullcontext():
+            step()
+
+    return run
 
 
 def measure(name: str, network: str, seconds: float, floors: machine.Floors) -> dict[str, Any]:
-    """One row: milliseconds of each side, torch's over ours, and the floor."""
-    functions = {side: step for side in SIDES if (step := _side(name, side, network)) is not None}
-    samples = interleave(functions, seconds=seconds)
-    size = sum(p.numel() * p.element_size() for p in _parameters(network))
+    """One row: milliseconds of each side, theirs over ours, and the floor."""
+    device = floors.device
+    functions = {side: step for side in _sides(device) if (step := _side(name, side, network, device)) is not None}
+    samples = interleave(functions, device=device, seconds=seconds)
+    size = sum(p.numel() * p.element_size() for p in _parameters(network, "cpu"))
     floor, _ = floors.floor_ms(0, STEPS[name][2] * size, torch.float32)
     return {
         "step": name,
@@ -84,27 +97,32 @@ def measure(name: str, network: str, seconds: float, floors: machine.Floors) -> 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("dlkern bench optim", description="Time of an optimiser's step, dlkern's and torch's.")
     parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help="which (default: all)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--network", default="resnet18", help="a name in dlkern.models")
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a row may take")
     parser.add_argument("--output", type=Path, help="folder of the results")
     options = parser.parse_args(arguments)
     if options.network not in models.__all__:
         parser.error(f"no network {options.network!r}")
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here")
     try:
-        directory = make_folder(options.output or Path(__file__).resolve().parent / "results" / machine.device_slug("cpu"))
+        directory = make_folder(options.output or Path(__file__).resolve().parent / "results" / machine.device_slug(device))
     except ValueError as error:
         parser.error(str(error))
-    floors = machine.Floors("cpu", quick=True)
+    sides = _sides(device)
+    floors = machine.Floors(device, quick=True)
     rows = [measure(name, options.network, options.seconds, floors) for name in options.steps or STEPS]
     record = {
-        "machine": machine.describe("cpu"), "threads": torch.get_num_threads(), "network": options.network, "rows": rows,
+        "machine": machine.describe(device), "threads": torch.get_num_threads(), "network": options.network, "rows": rows,
     }
     (directory / "optim.json").write_text(json.dumps(record, indent=1) + "\n")
     table = [
-        (r["step"], *(r["ms"].get(s, "–") for s in SIDES), *(r["ratio"].get(s, "–") for s in SIDES[1:]), r["floor ms"],
+        (r["step"], *(r["ms"].get(s, "–") for s in sides), *(r["ratio"].get(s, "–") for s in sides[1:]), r["floor ms"],
          r["% of floor"]) for r in rows
     ]  # fmt: skip
-    heads = ("step", *(f"{s} ms" for s in SIDES), *(f"{s} / ours" for s in SIDES[1:]), "floor ms", "% of floor")
+    heads = ("step", *(f"{s} ms" for s in sides), *(f"{s} / ours" for s in sides[1:]), "floor ms", "% of floor")
     from rich.console import Console
 
     Console(highlight=False, width=140).print(Table(heads, table).rich(f"a step over {options.network}'s parameters"))
