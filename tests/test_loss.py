@@ -331,10 +331,11 @@ def test_module_is_torchs():
     assert torch.allclose(module(x, t), theirs)
 
 
-@pytest.mark.parametrize("options", [{}, dict(reduction="sum"), dict(reduction="none", label_smoothing=0.2)], ids=str)
-@pytest.mark.parametrize("shape", [(40, 9), (3, 5, 2, 7)], ids=str)
-def test_sample_weight(shape, options):
-    """Importance weights: each place's loss times its own, against float64 expressions and torch's op for each place."""
+def weighted_places(shape, **options):
+    """Importance weights: each place's loss times its own, and torch's op for each place; what draws their inputs."""
+
+    def ours(x, t, w, s):
+        return F.cross_entropy(x, t, w, sample_weight=s, **options)
 
     def theirs(x, t, w, s):
         each = tF.cross_entropy(x, t, w, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)) * s
@@ -347,11 +348,14 @@ def test_sample_weight(shape, options):
         drawn = case(shape, True)
         return [*drawn, torch.rand(drawn[1].shape, dtype=torch.float64) * 3]
 
+    return ours, theirs, inputs
+
+
+@pytest.mark.parametrize("options", [{}, dict(reduction="sum"), dict(reduction="none", label_smoothing=0.2)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 9), (3, 5, 2, 7)], ids=str)
+def test_sample_weight(shape, options):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        certificate = dlkern.testing.check(
-            lambda x, t, w, s: F.cross_entropy(x, t, w, sample_weight=s, **options), theirs, inputs, dtype=dtype, draws=12
-        )
-        certificate.raise_if_failed()
+        dlkern.testing.check(*weighted_places(shape, **options), dtype=dtype, draws=12).raise_if_failed()
 
 
 def test_sample_weight_of_one_of_two_and_of_none():

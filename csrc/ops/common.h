@@ -101,12 +101,28 @@ inline void fill_strides(Ints size, bool channels_last, int64_t* stride) {
   }
 }
 
+inline size_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::Bool:
+    case ScalarType::Byte: return 1;
+    default: return 2;
+  }
+}
+// From the first element's first byte to the last one's last.
+inline size_t span_bytes(const Tensor& x) {
+  if (x.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return static_cast<size_t>(last + 1) * element_bytes(x.scalar_type());
+}
+
 // Tests set DLKERN_POISON: every result starts as NaN (all bits set), so that what a kernel leaves out is seen.
 inline void poison_memory(const Tensor& x, Ints size, ScalarType dtype) {
-  size_t bytes = dtype == ScalarType::Double || dtype == ScalarType::Long ? 8
-                 : dtype == ScalarType::Float || dtype == ScalarType::Int ? 4
-                 : dtype == ScalarType::Byte                              ? 1
-                                                                          : 2;
+  size_t bytes = element_bytes(dtype);
   for (int64_t n : size) bytes *= static_cast<size_t>(n);
   if (bytes) std::memset(x.mutable_data_ptr(), 0xFF, bytes);
 }

@@ -21,18 +21,6 @@
 
 namespace dlkern::ops {
 
-inline size_t element_bytes(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-    case ScalarType::Long: return 8;
-    case ScalarType::Float:
-    case ScalarType::Int: return 4;
-    case ScalarType::Bool:
-    case ScalarType::Byte: return 1;
-    default: return 2;
-  }
-}
-
 // All tensors of a call must be where its first one is.
 inline void check_device(const char* op, const char* name, const Tensor& x, const Tensor& like) {
 #ifdef DLKERN_CUDA_ON_HOST
@@ -103,10 +91,7 @@ class Call {
   static size_t bytes(const Tensor& x) { return static_cast<size_t>(x.numel()) * element_bytes(x.scalar_type()); }
   // From the first element to the last, of a view with gaps too.
   static const void* track(const Tensor& x, bool written, bool kept = false) {
-    int64_t span = x.numel() == 0 ? 0 : 1;
-    for (int64_t d = 0; span != 0 && d < x.dim(); ++d) span += (x.size(d) - 1) * x.stride(d);
-    cuda_on_host::track_tensor(x.const_data_ptr(), static_cast<size_t>(span) * element_bytes(x.scalar_type()), written,
-                               kept);
+    cuda_on_host::track_tensor(x.const_data_ptr(), span_bytes(x), written, kept);
     return x.const_data_ptr();
   }
   std::lock_guard<std::recursive_mutex> lock_;

@@ -12,7 +12,7 @@ namespace {
 // to[...] = from[...] for tensors of one shape and dtype and any strides.
 void copy(const Tensor& from, const Tensor& to) {
   if (from.numel() == 0) return;
-  const int64_t size = item_size(from.scalar_type()), dim = from.dim();
+  const int64_t size = static_cast<int64_t>(element_bytes(from.scalar_type())), dim = from.dim();
   const auto* source = static_cast<const char*>(from.const_data_ptr());
   auto* target = static_cast<char*>(to.mutable_data_ptr());
   int64_t index[kMostDims] = {};

@@ -13,10 +13,6 @@ using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<double>;
 using Indices = std::vector<int64_t>;
 
-inline int64_t item_size(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
-
 // Dimensions of more than one element, by stride from the smallest; their number.
 inline int order_by_stride(const Tensor& x, int64_t* order) {
   int n = 0;
@@ -80,10 +76,8 @@ inline bool overlapping(const std::vector<const Tensors*>& lists) {
   for (const Tensors* list : lists)
     for (const Tensor& x : *list) {
       if (x.numel() == 0) continue;
-      int64_t last = 0;
-      for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
       const auto* begin = static_cast<const char*>(x.const_data_ptr());
-      ranges.push_back({begin, begin + (last + 1) * item_size(x.scalar_type())});
+      ranges.push_back({begin, begin + span_bytes(x)});
     }
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < ranges.size(); ++i)
@@ -205,8 +199,9 @@ inline ScalarType common_type(const Tensors& grads) {
   ScalarType result = grads[0].scalar_type();
   for (const Tensor& x : grads) {
     const ScalarType other = x.scalar_type();
-    if (item_size(other) > item_size(result)) result = other;
-    if (other != result && item_size(other) == item_size(result)) result = ScalarType::Float;  // the 16-bit ones
+    if (element_bytes(other) > element_bytes(result)) result = other;
+    if (other != result && element_bytes(other) == element_bytes(result))
+      result = ScalarType::Float;  // the 16-bit ones
   }
   return result;
 }
