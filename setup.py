@@ -4,6 +4,7 @@ A build.ninja is written and run, so a second build compiles only what changed. 
   DLKERN_CUDA=0|1|auto           CUDA column: never, with nvcc (default: 1 where nvcc is found), only where a GPU is
   DLKERN_CUDA_ARCHITECTURES      e.g. "80;90a" (default), semicolon-separated; compute_80 PTX is always added
   DLKERN_ISAS                    e.g. "portable" or "portable;avx2;avx512" (default on x86-64)
+  DLKERN_VARIANT=debug           not optimised, for a debugger (default: release)
   DLKERN_NATIVE=0                no native library at all (the reference column serves)
   DLKERN_JOBS                    parallel compilations (default: CPU count)
 Test libraries (sanitizers, CUDA kernels on the host): python setup.py build_native --variant NAME.
@@ -364,7 +365,10 @@ class BuildExt(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         output = ROOT / "dlkern" if in_place else Path(self.build_lib).resolve() / "dlkern"
         output.mkdir(parents=True, exist_ok=True)
-        build_libraries(output, ROOT / "build" / "native")
+        variant = os.environ.get("DLKERN_VARIANT", "release")
+        if variant not in ("release", "debug"):
+            sys.exit(f"dlkern: DLKERN_VARIANT must be release or debug, got {variant}")
+        build_libraries(output, ROOT / "build" / "native", variant)
 
     def get_outputs(self):
         return []

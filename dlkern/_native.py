@@ -39,7 +39,12 @@ def load() -> bool:
     except OSError as error:
         LIBRARY_ERROR = f"{path.name} does not load: {error}"
         return False
-    _precision.tell(ctypes.CDLL(str(path)))
+    library = ctypes.CDLL(str(path))
+    library.dlkern_cpu_unavailable.restype = ctypes.c_char_p
+    if reason := library.dlkern_cpu_unavailable().decode():
+        LIBRARY_ERROR = f"{path.name} was {reason}"
+        return False
+    _precision.tell(library)
     _loaded = True
     return True
 

@@ -332,12 +332,12 @@ def forward(call):
 
 def attention_backward(
     grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, p, scale, softcap, left, right,
-    score, of_mask,
+    score, of_mask, from_scores=False,
 ):
     """Gradients of query, key, value, mask (of size [0] unless of_mask) and weight (of size [0] where there is none)."""
     op = "attention_backward"
     call = Call(op, query, key, value, mask, lengths, slopes, weight, seed, p, scale, softcap, left, right, score)
-    return backward(op, call, grad_output, output, statistics, of_mask)
+    return backward(op, call, grad_output, output, statistics, of_mask, from_scores)
 
 
 def attention_rotary_backward(
@@ -352,7 +352,7 @@ def attention_rotary_backward(
     return backward(op, call, grad_output, output, statistics, of_mask)[:4]
 
 
-def backward(op, call, grad_output, output, statistics, of_mask):
+def backward(op, call, grad_output, output, statistics, of_mask, from_scores=False):
     """Gradients of query, key, value, mask and weight."""
     query, key, value, mask, weight, score = call.query, call.key, call.value, call.mask, call.weight, call.score
     check_tensors(op, query, grad_output, output)
@@ -376,7 +376,7 @@ def backward(op, call, grad_output, output, statistics, of_mask):
         )
     # With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
     # these scores and masks, and does not round probabilities to 16 bits. Where keys are few it costs nothing.
-    by_tiles = score != DOT or of_mask or call.most_keys <= 128
+    by_tiles = score != DOT or of_mask or from_scores or call.most_keys <= 128
     split = by_tiles and score == DOT and query.element_size() == 2
     delta = torch.empty(query.shape[:3], dtype=wide, device=query.device)
     common = (*call.operands, grad_output, statistics, delta)

@@ -88,6 +88,19 @@ def sides(settings, more, shapes):
     return ours, on(lambda *a: reference.attention(*a[:-1], *a[-1])), inputs
 
 
+def kept_scores(of_query, of_key, scale, equal):
+    """Our op, torch's, and what draws their inputs. torch's tiles are of four dimensions whose leading ones are alike; of
+    others it has the matrix of scores, and gradients that do not start from a rounded output. Of equal values the scores'
+    gradients are nothing but rounding."""
+
+    def inputs():
+        q, k, v = leaves(of_query, of_key, of_key)
+        return [q, k, torch.ones_like(v).requires_grad_() if equal else v]
+
+    functions = functional.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
+    return *((lambda *x, f=f: f(*x, scale=scale)) for f in functions), inputs
+
+
 # Of the additive score: how far queries and keys spread, the mean of their sum, and the weight's size. Where tanh is nearly
 # linear, and where it is nearly one, so that its derivative cancels.
 ADDITIVE_RANGES = {"small": (0.01, 0, 1), "saturated": (1, -6, 0.3)}

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as tF
-from attention_cases import ADDITIVE_RANGES, check_additive_range
+from attention_cases import ADDITIVE_RANGES, check_additive_range, kept_scores
 from torch import nn
 
 import dlkern
@@ -130,6 +130,25 @@ def test_operands_are_read_where_they_lie():
     assert torch.equal(turned, dense) and turned.transpose(1, 2).is_contiguous() and dense.is_contiguous()
     strided = torch.randn(2, 3, 70, 48)[..., ::2]
     assert torch.equal(SDPA(strided, strided, strided), SDPA(*[strided.contiguous()] * 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("of_query", "of_key"),
+    [((150, 24), (200, 24)), ((3, 150, 24), (3, 200, 24)), ((2, 1, 2, 150, 24), (2, 1, 2, 200, 24)),
+     ((2, 2, 150, 24), (1, 2, 200, 24))], ids=str,
+)  # fmt: skip
+def test_gradients_where_torch_keeps_the_scores(of_query, of_key, dtype):
+    if of_key[0] == 1 and dtype != torch.float32:
+        pytest.skip("README, limits: gradients are summed over what was broadcast after they were rounded")
+    for scale, equal in itertools.product((0.2, 2.0), (False, True)):
+        for draws in (8, 64):  # in a corner chance decides over few: more draws tell
+            certificate = check(
+                *kept_scores(of_query, of_key, scale, equal), dtype=dtype, draws=draws, name=f"scale {scale}, equal {equal}"
+            )
+            if certificate.ok:
+                break
+        certificate.raise_if_failed()
 
 
 def test_a_query_that_sees_nothing():

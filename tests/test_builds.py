@@ -1,5 +1,6 @@
 """The CPU column on every instruction set this machine has, and under AddressSanitizer and UBSan."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -51,6 +52,37 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 def test_contract_with_avx512_vectors_on_any_machine():
     """AVX-512's code with its vectors lowered to AVX2."""
     run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
+
+
+_UNAVAILABLE = """
+import torch, dlkern
+with dlkern.trace() as calls:
+    dlkern.nn.functional.conv2d(torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3))
+print(dlkern._native.LIBRARY_ERROR, [call.backend for call in calls])
+"""
+
+
+@x86
+def test_a_library_for_other_cpus_is_not_used(tmp_path):
+    """Instead of an illegal instruction: the reason, and the reference column."""
+    features = dlkern._native.facts()["cpu_features"]
+    has = {"PORTABLE": True, "AVX2": features["avx2"] and features["fma"], "AVX512": features["avx512vl"]}
+    for isas in (["PORTABLE"], ["AVX2"], ["AVX2", "AVX512"], ["AVX512"]):
+        path = tmp_path / f"{'-'.join(isas)}.so"
+        built = [f"-DDLKERN_BUILT_{isa}" for isa in isas]
+        subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", *built, "csrc/cpu/isa.cpp", "-o", path], cwd=ROOT, check=True)
+        reason = ctypes.CDLL(str(path)).dlkern_cpu_unavailable
+        reason.restype = ctypes.c_char_p
+        assert (reason() == b"") == has[isas[0]]
+    source = tmp_path / "other.c"
+    source.write_text('const char* dlkern_cpu_unavailable(void) { return "built for another CPU"; }')
+    path = tmp_path / "libdlkern.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", path], check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", _UNAVAILABLE], env={**os.environ, "DLKERN_LIBRARY": str(path)}, cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    ).stdout  # fmt: skip
+    assert found.strip() == "libdlkern.so was built for another CPU ['reference']"
 
 
 TILES = [

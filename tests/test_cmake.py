@@ -13,7 +13,6 @@ import pytest
 import dlkern
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "cmake"
 
 
 def program(name: str) -> str | None:
@@ -33,16 +32,26 @@ def run(*command: object) -> str:
 
 @pytest.fixture(scope="module")
 def configured() -> Path:
-    """The library for this machine's instruction set, the tests for all: kept in build/cmake, so that the next run
-    compiles only what changed."""
+    """As a user configures it: what is compiled, and how."""
+    return configure(ROOT / "build" / "cmake")
+
+
+@pytest.fixture(scope="module")
+def debug() -> Path:
+    """The library for this machine's instruction set, the tests for all, not optimised, since what setup.py builds is tested
+    everywhere else: kept, so that the next run compiles only what changed."""
+    return configure(ROOT / "build" / "cmake_debug", "-DCMAKE_BUILD_TYPE=Debug")
+
+
+def configure(build: Path, *settings: str) -> Path:
     x86 = platform.machine() in ("x86_64", "AMD64")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"] if program("ninja") else []
     run(
-        program("cmake"), "-S", ROOT, "-B", BUILD, *generator, f"-DPython_EXECUTABLE={sys.executable}", "-DDLKERN_CUDA=OFF",
+        program("cmake"), "-S", ROOT, "-B", build, *generator, f"-DPython_EXECUTABLE={sys.executable}", "-DDLKERN_CUDA=OFF",
         f"-DDLKERN_ISAS={dlkern._native.facts().get('cpu_isa', 'portable')}",
-        f"-DDLKERN_TEST_ISAS={'portable;avx2;avx512' if x86 else 'portable'}",
+        f"-DDLKERN_TEST_ISAS={'portable;avx2;avx512' if x86 else 'portable'}", *settings,
     )
-    return BUILD
+    return build
 
 
 def setup_script():
@@ -75,14 +84,14 @@ def test_sources_and_flags_are_those_of_setup(configured):
     assert plain == {name for name in ops if not name.startswith("ops/cuda_")} | once
 
 
-def test_library_and_cpp_tests(configured):
-    run(program("cmake"), "--build", configured)
-    assert (configured / "libdlkern.so").exists()
-    report = run(program("ctest"), "--test-dir", configured, "--output-on-failure")
+def test_library_and_cpp_tests(debug):
+    run(program("cmake"), "--build", debug)
+    assert (debug / "libdlkern.so").exists()
+    report = run(program("ctest"), "--test-dir", debug, "--output-on-failure")
     assert "100% tests passed" in report, report
     code = (
         "import torch, dlkern\n"
         "with dlkern.trace() as calls: y = dlkern.nn.functional.linear(torch.ones(3, 4), torch.ones(5, 4))\n"
         "assert [call.backend for call in calls] == ['cpu'] and (y == 4).all(), calls"
     )
-    run("env", f"DLKERN_LIBRARY={configured / 'libdlkern.so'}", sys.executable, "-c", code)
+    run("env", f"DLKERN_LIBRARY={debug / 'libdlkern.so'}", sys.executable, "-c", code)

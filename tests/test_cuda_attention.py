@@ -8,7 +8,7 @@ import pytest
 import test_varlen
 import torch
 import torch.nn.functional as tF
-from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, check_additive_range, leaves, randn, sides
+from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, check_additive_range, kept_scores, leaves, randn, sides
 from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -63,6 +63,12 @@ def test_attention_delta_from_the_output(dtype):
     """More keys than are gone through twice: delta is sum(g output)."""
     shapes = (1, 2, 33, 12), (1, 2, 150, 12), (1, 2, 150, 12)
     certify(SDPA, tF.scaled_dot_product_attention, lambda: leaves(*shapes), dtype, 2)
+
+
+@all_dtypes
+@pytest.mark.parametrize("equal", [False, True])
+def test_attention_gradients_where_torch_keeps_the_scores(dtype, equal):
+    certify(*kept_scores((2, 33, 12), (2, 150, 12), 2.0, equal), dtype, 4)
 
 
 def test_attention_operands_are_read_where_they_lie():
@@ -434,20 +440,22 @@ def test_attention_that_does_not_fit_hopper(settings, more, depths):
 
 
 def test_attention_that_hopper_leaves_to_others():
-    """Elements between 16-byte boundaries, expanded operands and gradients, few keys (backward), few tiles, float32."""
+    """Elements between 16-byte boundaries, expanded operands and gradients, few keys or kept scores (backward), few
+    tiles, float32."""
     q, k, g = (torch.randn(1, 2, 140, 64).bfloat16() for _ in range(3))
     shifted, expanded = torch.randn(1, 2, 140, 65).bfloat16()[..., 1:], k[:, :1].expand(1, 2, 140, 64)
     none, settings = [None] * 5, Settings(scale=0.1)
 
-    def kernels(q, k, g):
+    def kernels(q, k, g, from_scores=False):
         output, statistics = FORWARD["cuda"](q, k, k, *none, *settings)
         forward = cuda_on_host.last_kernel()
-        BACKWARD["cuda"](g, q, k, k, *none, output, statistics, *settings, False)
+        BACKWARD["cuda"](g, q, k, k, *none, output, statistics, *settings, False, from_scores)
         return [name.rpartition("_sm90")[1] for name in (forward, cuda_on_host.last_kernel())]
 
     with on_hopper():
         assert kernels(q, k, g) == ["_sm90", "_sm90"]
         assert kernels(q, k[:, :, :128], g) == ["_sm90", ""]
+        assert kernels(q, k, g, from_scores=True) == ["_sm90", ""]
         assert kernels(q, k, g[:, :, :1].expand(g.shape)) == ["_sm90", ""]
         for operands in ((shifted, k, g), (q, shifted, g), (q, expanded, g), (q.float(), k.float(), g.float())):
             assert kernels(*operands) == ["", ""]

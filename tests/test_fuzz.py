@@ -450,7 +450,6 @@ def attention_calls(draw):
         # (More keys than 128 are compared on a CPU alone: on a GPU torch rounds elsewhere.)
         queries, keys = draw(st.integers(40, 140)), draw(st.integers(100, 300 if COLUMN == "cpu" else 128))
         depth, value_depth = (draw(st.integers(1, 80)) for _ in range(2))  # from 20 or so on, tiles of AMX
-        lead = lead if keys <= 128 or len(lead) == 2 else (2, 2)  # README, limits: of others torch keeps the matrix of scores
     groups, gqa = lead, False
     if len(lead) == 2 and draw(st.integers(0, 3)) == 0:
         groups, gqa = (lead[0], draw(st.sampled_from([1, 2, 3]))), True

@@ -55,8 +55,8 @@ def test_from_the_repository_root_and_from_elsewhere(tmp_path):
 
 
 def test_a_wheel_works_where_it_is_installed(tmp_path):
-    # One instruction set: the packaging is tested here, and the build is short.
-    package = wheel(copy_of_the_sources(tmp_path), tmp_path, DLKERN_ISAS="portable")
+    # One instruction set, not optimised: the packaging is tested here, and the build is short.
+    package = wheel(copy_of_the_sources(tmp_path), tmp_path, DLKERN_ISAS="portable", DLKERN_VARIANT="debug")
     install(package, tmp_path / "site")
     output = run(USE, tmp_path, str(tmp_path / "site"))
     assert str(tmp_path / "site") in output and "('cpu', '')" in output

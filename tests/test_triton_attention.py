@@ -5,7 +5,7 @@ import pytest
 import test_varlen
 import torch
 import torch.nn.functional as tF
-from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, ROTARY, check_additive_range, leaves, sides
+from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, ROTARY, check_additive_range, kept_scores, leaves, sides
 from triton_column import emulated  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -92,6 +92,12 @@ def test_delta_from_the_output():
     ours, theirs = SDPA(q, k, v), tF.scaled_dot_product_attention(q, k, v)
     for a, b in zip(torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(theirs.sum(), (q, k, v))):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("equal", [False, True])
+def test_gradients_where_torch_keeps_the_scores(dtype, equal):
+    check(*kept_scores((1, 33, 12), (1, 150, 12), 2.0, equal), dtype=dtype, draws=4).raise_if_failed()
 
 
 def test_operands_are_read_where_they_lie():

@@ -725,12 +725,13 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   A* partial = scratch<A>(Slot::family_2, tasks * slice);
   A* weights = args.grad_weight ? scratch<A>(Slot::family_3, tasks * s.depth) : nullptr;
   // With the matrix of scores in memory, torch has exact sums where a rounded output of 16 bits would show: its own tiles
-  // take no dropout, one depth, and elements that lie side by side.
+  // take no dropout, one depth, and elements that lie side by side; from_scores is what else the caller knows.
   const auto strided = [](const auto& x, int64_t size) { return size > 1 && x.stride[3] != 1; };
   const auto& x = args.forward;
   const bool torch_has_scores = s.p > 0 || s.depth != s.value_depth || strided(x.query, s.depth) ||
                                 strided(x.key, s.depth) || strided(x.value, s.value_depth);
-  const bool by_tiles = SCORE != kDotScore || args.grad_mask || (sizeof(T) < sizeof(A) && torch_has_scores);
+  const bool by_tiles =
+      SCORE != kDotScore || args.grad_mask || args.from_scores || (sizeof(T) < sizeof(A) && torch_has_scores);
   if (s.keys > kKeys)  // else every tile is whole and makes its own
     by_tiles ? make_delta_by_tiles<T, SCORE>(args, delta) : make_delta(args, delta);
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);

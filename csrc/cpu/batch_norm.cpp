@@ -40,19 +40,41 @@ template <class T, int unroll> using SumsOf =
     std::conditional_t<kShortSums<T>, ShortSums<unroll>,
                        std::conditional_t<sizeof(T) == sizeof(float), WideSums<unroll>, ExactSums<unroll>>>;
 
-// One direction's arithmetic. Rule, Sums and Again (the sums where few() or !good(total)) say how to sum; `summed` whether to,
+template <class F> inline void with_activation(int activation, F&& f) {
+  switch (activation) {
+    case kRelu: return f.template operator()<kRelu>();
+    case kTanh: return f.template operator()<kTanh>();
+    case kSigmoid: return f.template operator()<kSigmoid>();
+    default: return f.template operator()<kNone>();
+  }
+}
+
+// One direction's arithmetic. Sums and Again (the sums where few() or !good(total)) say how to sum; `summed` whether to,
 // `apply_waits` whether the second pass needs the totals; centre(channel) is subtracted before summing; results() writes
-// what a channel returns, constants() what its apply pass needs.
-template <class T, int activation> struct ForwardJob {
-  using Rule = Deviation;
+// what a channel returns, constants() what its apply pass needs. sum(), sum_rows() and with_apply() see pieces of channels
+// and rows, and there alone an activation has code of its own: what cuts the work is compiled once for all.
+template <class T> struct ForwardJob {
   template <int unroll> using Sums = SumsOf<T, unroll>;
   template <int unroll> using Again = std::conditional_t<kShortSums<T>, WideSums<unroll>, Sums<unroll>>;
   const BatchNormArgs<T>& args;
-  Streams<T, 1> streams{{args.input}};
-  ApplyForward<T, activation> apply{args.input, args.residual, args.output};
   bool summed = args.train, apply_waits = args.train;
   double count = static_cast<double>(args.shape.n * args.shape.inner);
 
+  int streams() const { return args.residual ? 3 : 2; }  // of the apply pass
+  template <class S> void sum(int64_t begin, int64_t segments, int64_t apart, int64_t length, typename S::Centre centre,
+                              S& sums) const {
+    sum_segments<Deviation>(Streams<T, 1>{{args.input}}, begin, segments, apart, length, centre, sums);
+  }
+  template <template <int> class S> void sum_rows(int64_t begin, int64_t rows, int64_t stride, int64_t width,
+                                                  const typename S<1>::Centre* centres, double* memory,
+                                                  int64_t apart) const {
+    sum_row_block<Deviation, S, T>(Streams<T, 1>{{args.input}}, begin, rows, stride, width, centres, memory, apart);
+  }
+  // f(what one element takes).
+  template <class F> void with_apply(F&& f) const {
+    with_activation(args.activation,
+                    [&]<int activation>() { f(ApplyForward<T, activation>{args.input, args.residual, args.output}); });
+  }
   // The mean of eight elements far apart, in an order exact for a constant channel.
   double centre(int64_t c) const {
     const NormShape& s = args.shape;
@@ -93,21 +115,41 @@ template <class T, int activation> struct ForwardJob {
   }
 };
 
-template <class T, int activation, bool train> struct BackwardJob {
-  using Rule = Gradient<activation>;
+template <class T, bool train> struct BackwardJob {
   template <int unroll> using Sums = SumsOf<T, unroll>;
   template <int unroll> using Again = Sums<unroll>;
   const BatchNormBackwardArgs<T>& args;
-  Streams<T, Rule::kStreams> streams;
-  ApplyBackward<T, activation, train> apply{args.grad_output, args.input, args.output, args.grad_input,
-                                            args.grad_residual};
   bool summed = true, apply_waits = train;
   double count = static_cast<double>(args.shape.n * args.shape.inner);
 
-  explicit BackwardJob(const BatchNormBackwardArgs<T>& a) : args(a) {
-    streams.at[0] = a.grad_output;
-    streams.at[1] = a.input;
-    if constexpr (activation != kNone) streams.at[2] = a.output;
+  int streams() const { return 2 + (args.activation != kNone) + train + (args.grad_residual != nullptr); }
+  // f(Rule(), the streams it reads).
+  template <class F> void with_rule(F&& f) const {
+    with_activation(args.activation, [&]<int activation>() {
+      if constexpr (activation == kNone)
+        f(Gradient<activation>(), Streams<T, 2>{{args.grad_output, args.input}});
+      else
+        f(Gradient<activation>(), Streams<T, 3>{{args.grad_output, args.input, args.output}});
+    });
+  }
+  template <class S> void sum(int64_t begin, int64_t segments, int64_t apart, int64_t length, typename S::Centre centre,
+                              S& sums) const {
+    with_rule([&](auto rule, const auto& from) {
+      sum_segments<decltype(rule)>(from, begin, segments, apart, length, centre, sums);
+    });
+  }
+  template <template <int> class S> void sum_rows(int64_t begin, int64_t rows, int64_t stride, int64_t width,
+                                                  const typename S<1>::Centre* centres, double* memory,
+                                                  int64_t apart) const {
+    with_rule([&](auto rule, const auto& from) {
+      sum_row_block<decltype(rule), S, T>(from, begin, rows, stride, width, centres, memory, apart);
+    });
+  }
+  template <class F> void with_apply(F&& f) const {
+    with_activation(args.activation, [&]<int activation>() {
+      f(ApplyBackward<T, activation, train>{args.grad_output, args.input, args.output, args.grad_input,
+                                            args.grad_residual});
+    });
   }
   double centre(int64_t c) const { return static_cast<double>(args.mean[c]); }
   bool few() const { return false; }
@@ -129,8 +171,14 @@ template <class T, int activation, bool train> struct BackwardJob {
 };
 
 template <class T, class Job> uintptr_t past_for(const NormShape& s, const Job& job) {
-  return past_caches<T>(s.n * s.c * s.inner * static_cast<int64_t>(sizeof(T)) * job.apply.streams() >=
+  return past_caches<T>(s.n * s.c * s.inner * static_cast<int64_t>(sizeof(T)) * job.streams() >=
                         (job.summed ? kCaches : kCachesOnce));
+}
+
+// Consecutive elements of a channel.
+template <class T, class Job>
+void apply_piece(const Job& job, int64_t at, int64_t count, const acc_t<T>* constants, uintptr_t past) {
+  job.with_apply([&](const auto& apply) { apply_segment<T>(apply, at, count, constants, past); });
 }
 
 // A channel at a time, for planes.
@@ -145,12 +193,11 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
         return Total{static_cast<double>(centre), sums.first(), sums.second()};
       };
       auto sum_all = [&](auto sums) {
-        return total(sums, job.centre(c), s.n, [&](int64_t, auto centre, auto& to) {
-          sum_segments<typename Job::Rule>(job.streams, first, s.n, apart, s.inner, centre, to);
-        });
+        return total(sums, job.centre(c), s.n,
+                     [&](int64_t, auto centre, auto& to) { job.sum(first, s.n, apart, s.inner, centre, to); });
       };
       acc_t<T> k[kConstants] = {};
-      auto apply = [&](int64_t n) { apply_segment<T>(job.apply, first + n * apart, s.inner, k, past); };
+      auto apply = [&](int64_t n) { apply_piece<T>(job, first + n * apart, s.inner, k, past); };
       if (!job.summed) {
         job.constants(c, Total{}, k);
         for (int64_t n = 0; n < s.n; ++n) apply(n);
@@ -164,7 +211,7 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
       } else {
         job.constants(c, Total{}, k);
         job.results(c, total(typename Job::template Sums<4>{}, job.centre(c), 1, [&](int64_t n, auto centre, auto& to) {
-                      sum_segments<typename Job::Rule>(job.streams, first + n * apart, 1, 0, s.inner, centre, to);
+                      job.sum(first + n * apart, 1, 0, s.inner, centre, to);
                       apply(n);
                     }));
       }
@@ -184,13 +231,13 @@ template <class T, class Job> void planes_in_order(const NormShape& s, const Job
       if (sums) {
         Sums found;
         const auto centre = static_cast<typename Sums::Centre>(job.centre(c));
-        sum_segments<typename Job::Rule>(job.streams, plane * s.inner, 1, 0, s.inner, centre, found);
+        job.sum(plane * s.inner, 1, 0, s.inner, centre, found);
         sums[2 * plane] = found.first();
         sums[2 * plane + 1] = found.second();
       }
       acc_t<T> k[kConstants] = {};
       job.constants(c, Total{}, k);
-      apply_segment<T>(job.apply, plane * s.inner, s.inner, k, past);
+      apply_piece<T>(job, plane * s.inner, s.inner, k, past);
     }
     fence();
   });
@@ -228,18 +275,20 @@ struct Rows {
     auto tiles = [&](int64_t first, int64_t last, int64_t columns) {
       for (int64_t j = 0; j < columns; j += kTile)
         for (int64_t r = first; r < last; r += kSumRows)
-          sum_row_block<typename Job::Rule, Sums, T>(job.streams, r * width + j, smaller(kSumRows, last - r), width,
-                                                     smaller(kTile, columns - j), centres + j, memory + j, apart);
+          job.template sum_rows<Sums>(r * width + j, smaller(kSumRows, last - r), width, smaller(kTile, columns - j),
+                                      centres + j, memory + j, apart);
     };
     tiles(begin, smaller(end, full), width);
     if (end > full) tiles(full, full + 1, elements - full * width);
   }
   template <class T, class Job> void apply(const Job& job, int64_t begin, int64_t end, const acc_t<T>* constants,
                                            int64_t apart, uintptr_t past) const {
-    if (begin < full)
-      apply_row_block<T>(job.apply, begin * width, smaller(end, full) - begin, width, width, constants, apart, past);
-    if (end > full)
-      apply_row_block<T>(job.apply, full * width, 1, width, elements - full * width, constants, apart, past);
+    job.with_apply([&](const auto& apply) {
+      if (begin < full)
+        apply_row_block<T>(apply, begin * width, smaller(end, full) - begin, width, width, constants, apart, past);
+      if (end > full)
+        apply_row_block<T>(apply, full * width, 1, width, elements - full * width, constants, apart, past);
+    });
   }
 };
 
@@ -262,9 +311,7 @@ struct CutPlanes {
            int64_t apart) const {
     for (int64_t c = 0; c < width; ++c) {
       Sums<4> sums;
-      each_segment(begin, end, c, [&](int64_t at, int64_t count) {
-        sum_segments<typename Job::Rule>(job.streams, at, 1, 0, count, centres[c], sums);
-      });
+      each_segment(begin, end, c, [&](int64_t at, int64_t count) { job.sum(at, 1, 0, count, centres[c], sums); });
       const double found[2] = {sums.first(), sums.second()};
       for (int i = 0; i < 2; ++i) {
         CompensatedSum<double> all{memory[i * apart + c], memory[(i + 2) * apart + c]};
@@ -279,7 +326,7 @@ struct CutPlanes {
     for (int64_t c = 0; c < width; ++c) {
       acc_t<T> k[kConstants];
       for (int m = 0; m < kConstants; ++m) k[m] = constants[m * apart + c];
-      each_segment(begin, end, c, [&](int64_t at, int64_t count) { apply_segment<T>(job.apply, at, count, k, past); });
+      each_segment(begin, end, c, [&](int64_t at, int64_t count) { apply_piece<T>(job, at, count, k, past); });
     }
   }
 };
@@ -401,28 +448,15 @@ template <class T, class Job> void run(const NormShape& s, const Job& job) {
     in_parts<T>(CutPlanes(s), job, parts);
 }
 
-template <class F> inline void with_activation(int activation, F&& f) {
-  switch (activation) {
-    case kRelu: return f.template operator()<kRelu>();
-    case kTanh: return f.template operator()<kTanh>();
-    case kSigmoid: return f.template operator()<kSigmoid>();
-    default: return f.template operator()<kNone>();
-  }
-}
-
 }  // namespace
 
-#define DLKERN_DEFINE_BATCH_NORM(T)                                                                 \
-  void batch_norm_forward(const BatchNormArgs<T>& args) {                                           \
-    with_activation(args.activation, [&]<int a>() { run<T>(args.shape, ForwardJob<T, a>{args}); }); \
-  }                                                                                                 \
-  void batch_norm_backward(const BatchNormBackwardArgs<T>& args) {                                  \
-    with_activation(args.activation, [&]<int a>() {                                                 \
-      if (args.train)                                                                               \
-        run<T>(args.shape, BackwardJob<T, a, true>(args));                                          \
-      else                                                                                          \
-        run<T>(args.shape, BackwardJob<T, a, false>(args));                                         \
-    });                                                                                             \
+#define DLKERN_DEFINE_BATCH_NORM(T)                                                                  \
+  void batch_norm_forward(const BatchNormArgs<T>& args) { run<T>(args.shape, ForwardJob<T>{args}); } \
+  void batch_norm_backward(const BatchNormBackwardArgs<T>& args) {                                   \
+    if (args.train)                                                                                  \
+      run<T>(args.shape, BackwardJob<T, true>{args});                                                \
+    else                                                                                             \
+      run<T>(args.shape, BackwardJob<T, false>{args});                                               \
   }
 DLKERN_DEFINE_BATCH_NORM(float)
 DLKERN_DEFINE_BATCH_NORM(double)

@@ -16,7 +16,6 @@ template <class T, int activation> struct ApplyForward {
   const T* input;
   const T* residual;  // or null
   T* output;
-  int streams() const { return residual ? 3 : 2; }
   template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
                                                               Store&& store_at) const {
     const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
@@ -31,7 +30,6 @@ template <class T, int activation, bool train> struct ApplyBackward {
   const T* output;  // read where there is an activation
   T* grad_input;
   T* grad_residual;  // or null
-  int streams() const { return 2 + (activation != kNone) + train + (grad_residual != nullptr); }
   template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
                                                               Store&& store_at) const {
     V g = load_at(grad_output + at);

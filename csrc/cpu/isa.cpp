@@ -10,7 +10,7 @@
 
 namespace dlkern::cpu {
 
-static Isa detect() {
+static Isa best_of_cpu() {
   Isa best = Isa::portable;
 #ifndef DLKERN_NO_SIMD
   __builtin_cpu_init();
@@ -20,6 +20,11 @@ static Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
 #endif
+  return best;
+}
+
+static Isa detect() {
+  Isa best = best_of_cpu();
 #ifndef DLKERN_BUILT_AVX512
   if (best == Isa::avx512) best = Isa::avx2;
 #endif
@@ -47,6 +52,16 @@ Isa isa() {
 }
 
 const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable"; }
+
+extern "C" [[gnu::visibility("default")]] const char* dlkern_cpu_unavailable() {
+#if defined(DLKERN_BUILT_PORTABLE)
+  return "";
+#elif defined(DLKERN_BUILT_AVX2) || defined(DLKERN_WIDE)
+  return best_of_cpu() < Isa::avx2 ? "built without portable code, and this CPU has no AVX2 with FMA and F16C" : "";
+#else
+  return best_of_cpu() < Isa::avx512 ? "built for AVX-512 alone, which this CPU does not have" : "";
+#endif
+}
 
 bool has_bf16_dot() {
 #ifdef DLKERN_NO_SIMD

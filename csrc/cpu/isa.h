@@ -11,6 +11,8 @@ enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
 // The instruction set in use, decided on the first call.
 Isa isa();
 const char* isa_name(Isa isa);
+// Why this CPU runs nothing of what was built (DLKERN_ISAS left its instruction set out), or "".
+extern "C" const char* dlkern_cpu_unavailable();
 // Whether vdpbf16ps (AVX512_BF16) may be used: the CPU has it and isa() is avx512.
 bool has_bf16_dot();
 // Whether AMX's tiles may be used: the CPU has them for bfloat16, the system lets the process keep their state, and
@@ -34,7 +36,7 @@ bool has_float_tiles();
   }
 
 // A build may leave instruction sets out (DLKERN_ISAS): setup.py then defines DLKERN_BUILT_<NAME> for those it has.
-// (An instruction set below the lowest one built runs that.)
+// (One below the lowest built is never asked for: dlkern_cpu_unavailable.)
 #ifdef DLKERN_BUILT_PORTABLE
 #define DLKERN_CALL_PORTABLE(name, ...) ::dlkern::cpu::portable::name(__VA_ARGS__)
 #elif defined(DLKERN_BUILT_AVX2)

@@ -53,6 +53,7 @@ int64_t attention_weight_parts(const Attention& attention);
 struct AttentionBackward {
   AttentionOperand grad_output, output;
   bool of_mask, wide_grad_weight;
+  bool from_scores;  // torch has the matrix of scores of this call in memory
   int64_t mask_size[4];
   float* delta;  // working memory, [batch, heads, queries]
   void *grad_query, *grad_key;  // dense; floats for the cosine score, whose

@@ -606,7 +606,7 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
   args.output = operand_of(tensors.output, a.value_depth, a.element);
   // With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
   // these scores and masks, and does not round probabilities to 16 bits. Where keys are few it costs nothing.
-  args.by_tiles = a.score != kDotScore || tensors.of_mask || a.keys <= kFewKeys;
+  args.by_tiles = a.score != kDotScore || tensors.of_mask || tensors.from_scores || a.keys <= kFewKeys;
   args.split = args.by_tiles && a.score == kDotScore;
   args.wide = a.score == kCosineScore;
   args.delta = tensors.delta;

@@ -324,7 +324,7 @@ bool attention_backward_sm90(const Attention& a, const AttentionBackward& tensor
                 key_blocks = a.batch * a.key_heads * ceil_div(a.keys, kBlockRows);
   const int64_t enough = multiprocessors() / 2;
   if (!fits(a, x) || query_blocks < enough || key_blocks < enough) return false;
-  if (a.keys <= kFewKeys) return false;  // delta is made in another way
+  if (a.keys <= kFewKeys || tensors.from_scores) return false;  // delta is made in another way
   args.gradient = operand_of(tensors.grad_output, a.depth, a.element);
   args.output = operand_of(tensors.output, a.depth, a.element);
   if (!args.output.aligned) return false;

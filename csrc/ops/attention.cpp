@@ -87,7 +87,8 @@ Two forward(const char* op, const AttentionOperands& x, const AttentionOptions& 
 // grad_mask is of size [0] where none is wanted, grad_weight where there is no weight.
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Five backward(const char* op, const Tensor& grad_output, const AttentionOperands& x, const Tensor& output,
-              const Tensor& statistics, const AttentionOptions& options, bool of_mask, const Rotary* rotary) {
+              const Tensor& statistics, const AttentionOptions& options, bool of_mask, bool from_scores,
+              const Rotary* rotary) {
   const Tensor &query = x.query, &key = x.key, &value = x.value;
   const std::optional<Tensor>&mask = x.mask, &weight = x.weight;
   Tensor grad_query, grad_key, grad_value, grad_mask, grad_weight;
@@ -117,7 +118,8 @@ Five backward(const char* op, const Tensor& grad_output, const AttentionOperands
                                                strided(mutable_data<T>(grad_key), grad_key),
                                                strided(mutable_data<T>(grad_value), grad_value),
                                                of_mask ? grad_mask.mutable_data_ptr() : nullptr,
-                                               weight ? mutable_data<A>(sums) : nullptr};
+                                               weight ? mutable_data<A>(sums) : nullptr,
+                                               from_scores};
       DLKERN_CALL(attention_backward, args);
     }
     grad_weight = weight ? narrowed(sums, weight->scalar_type()) : narrowed(sums, query.scalar_type());
@@ -138,9 +140,10 @@ Five attention_backward_cpu(const Tensor& grad_output, const Tensor& query, cons
                             const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
                             const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
                             const std::optional<Tensor>& seed, const Tensor& output, const Tensor& statistics, double p,
-                            double scale, double softcap, int64_t left, int64_t right, int64_t score, bool of_mask) {
+                            double scale, double softcap, int64_t left, int64_t right, int64_t score, bool of_mask,
+                            bool from_scores) {
   return backward("attention_backward", grad_output, {query, key, value, mask, lengths, slopes, weight, seed}, output,
-                  statistics, {p, scale, softcap, left, right, score}, of_mask, nullptr);
+                  statistics, {p, scale, softcap, left, right, score}, of_mask, from_scores, nullptr);
 }
 
 Two attention_rotary_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -163,7 +166,7 @@ Four attention_rotary_backward_cpu(const Tensor& grad_output, const Tensor& quer
   const Rotary rotary{cos, sin, interleaved};
   auto [of_query, of_key, of_value, of_added, none] =
       backward("attention_rotary_backward", grad_output, {query, key, value, mask, lengths, slopes, std::nullopt, seed},
-               output, statistics, {p, scale, softcap, left, right, cpu::kDotScore}, of_mask, &rotary);
+               output, statistics, {p, scale, softcap, left, right, cpu::kDotScore}, of_mask, false, &rotary);
   return {of_query, of_key, of_value, of_added};
 }
 

@@ -110,7 +110,7 @@ Five attention_backward_cuda(const Tensor& grad_output, const Tensor& query, con
                              const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
                              const std::optional<Tensor>& seed, const Tensor& output, const Tensor& statistics,
                              double p, double scale, double softcap, int64_t left, int64_t right, int64_t score,
-                             bool of_mask) {
+                             bool of_mask, bool from_scores) {
   const char* op = "attention_backward";
   const Problem problem(op, {query, key, value, mask, lengths, slopes, weight, seed},
                         {p, scale, softcap, left, right, score});
@@ -142,6 +142,7 @@ Five attention_backward_cuda(const Tensor& grad_output, const Tensor& query, con
   tensors.output = operand(call.reads(output), output);
   tensors.output.stride[3] = 1;
   tensors.of_mask = of_mask && grad_mask.numel() != 0;
+  tensors.from_scores = from_scores;
   tensors.wide_grad_weight = a.wide_weight;
   for (int d = 0; d < 4; ++d) tensors.mask_size[d] = s.mask_size[d];
   tensors.delta = floats(call.writes(delta));

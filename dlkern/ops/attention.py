@@ -65,7 +65,7 @@ def _fake_forward(query, key, value, mask, lengths, slopes, weight, seed, p, sca
 
 
 def _fake_backward(grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, p, scale, softcap,
-                   left, right, score, of_mask):  # fmt: skip
+                   left, right, score, of_mask, from_scores=False):  # fmt: skip
     of_weight = query.new_empty((0,)) if weight is None else weight.new_empty(weight.shape)
     return *empty_gradients(query, key, value, mask, of_mask), of_weight
 
@@ -80,8 +80,9 @@ define(
 )
 define(
     "attention_backward",
-    f"(Tensor grad_output, {_OPERANDS}, Tensor output, Tensor statistics, {_SETTINGS}, bool of_mask) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward, triton="dlkern.kernels.attention:attention_backward",
+    f"(Tensor grad_output, {_OPERANDS}, Tensor output, Tensor statistics, {_SETTINGS}, bool of_mask, "
+    "bool from_scores=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward,
+    triton="dlkern.kernels.attention:attention_backward",
 )
 PUBLIC = (
     "scaled_dot_product_attention", "dot_attention", "cosine_attention", "gaussian_attention", "additive_attention",
@@ -101,34 +102,34 @@ class Attention(_autograd.Function):
     """(output, statistics); the latter is for the backward alone."""
 
     @staticmethod
-    def forward(query, key, value, mask, lengths, slopes, weight, seed, settings, column):
+    def forward(query, key, value, mask, lengths, slopes, weight, seed, settings, from_scores, column):
         return _forward[column](query, key, value, mask, lengths, slopes, weight, seed, *settings)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        *tensors, settings, column = inputs
+        *tensors, settings, from_scores, column = inputs
         output, statistics = outputs
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output, statistics)
-        ctx.constants = settings, ctx.needs_input_grad, column
+        ctx.constants = settings, from_scores, ctx.needs_input_grad, column
 
     @staticmethod
     def backward(ctx, grad_output, _):
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 11
         *tensors, output, statistics = ctx.saved_tensors
-        settings, need, column = ctx.constants
+        settings, from_scores, need, column = ctx.constants
         if torch.is_grad_enabled():
             found = _autograd.apply(
-                AttentionBackward, grad_output, *tensors, output, statistics, settings, need[3], column
+                AttentionBackward, grad_output, *tensors, output, statistics, settings, need[3], from_scores, column
             )
         else:
-            found = _backward[column](grad_output, *tensors, output, statistics, *settings, need[3])
+            found = _backward[column](grad_output, *tensors, output, statistics, *settings, need[3], from_scores)
         of_query, of_key, of_value, of_mask, of_weight = found
         return (
             of_query if need[0] else None, of_key if need[1] else None, of_value if need[2] else None,
-            of_mask if need[3] else None, None, None, of_weight if need[6] else None, None, None, None,
+            of_mask if need[3] else None, None, None, of_weight if need[6] else None, *(None,) * 4,
         )
 
 
@@ -137,14 +138,15 @@ class AttentionBackward(_autograd.Function):
 
     @staticmethod
     def forward(grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, settings, of_mask,
-                column):  # fmt: skip
+                from_scores, column):  # fmt: skip
         return _backward[column](
-            grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, *settings, of_mask
+            grad_output, query, key, value, mask, lengths, slopes, weight, seed, output, statistics, *settings, of_mask,
+            from_scores,
         )
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        grad_output, query, key, value, mask, lengths, slopes, weight, seed, _, _, settings, of_mask, _ = inputs
+        grad_output, query, key, value, mask, lengths, slopes, weight, seed, _, _, settings, of_mask, _, _ = inputs
         ctx.save_for_backward(grad_output, query, key, value, mask, lengths, slopes, weight, seed)
         ctx.constants = settings, of_mask
 
@@ -170,15 +172,14 @@ class AttentionBackward(_autograd.Function):
         found = _autograd.vjp(gradients, (grad_output, *primals), tuple(cotangents[place] for place in places))
         by_place = dict(zip(places, found[1:]))
         return (
-            found[0], by_place[0], by_place[1], by_place[2], by_place.get(3), None, None, by_place.get(4), None, None, None,
-            None, None, None,
+            found[0], by_place[0], by_place[1], by_place[2], by_place.get(3), None, None, by_place.get(4), *(None,) * 7,
         )
 
 
 def attention(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     lengths: torch.Tensor | None, slopes: torch.Tensor | None, weight: torch.Tensor | None, seed: torch.Tensor | None,
-    settings: Settings, reason: str = "",
+    settings: Settings, from_scores: bool = False, reason: str = "",
 ) -> torch.Tensor:
     """Attention of [B, H, L, D], [B, Hk, S, D] and [B, Hk, S, Dv]; arguments are valid.
 
@@ -189,6 +190,9 @@ def attention(
         slopes: [H], of -slope · |i - j|; or None.
         weight: [D], of the additive score; or None.
         seed: of dropout, one int64; or None.
+        from_scores: whether torch has the matrix of scores of such a call in memory, so that its gradients start from the
+            scores; ours then do too, without the matrix, in another pass over the keys. Else they start from the output,
+            as torch's tiles do, which in 16 bits is rounded.
         reason: what trace() is told where the column itself has none.
     """
     tensors = (query, key, value, mask, lengths, slopes, weight, seed)
@@ -201,11 +205,11 @@ def attention(
     if column == "reference":
         return reference.attention(*tensors, *settings)
     if _autograd.needs_grad(query, key, value, mask, weight):
-        return _autograd.apply(Attention, *tensors, settings, column)[0]
+        return _autograd.apply(Attention, *tensors, settings, from_scores, column)[0]
     return _forward[column](*tensors, *settings)[0]
 
 
-def run(column, query, key, value, mask, settings, lengths=None, weight=None):
+def run(column, query, key, value, mask, settings, lengths=None, weight=None, from_scores=False):
     """attention without slopes and dropout on a given column, for a plain call (see _plain.py)."""
     tensors = (query, key, value, mask, lengths, None, weight, None)
     wanted = (
@@ -213,5 +217,5 @@ def run(column, query, key, value, mask, settings, lengths=None, weight=None):
         or (weight is not None and weight.requires_grad)
     )
     if wanted and _autograd.recording():
-        return Attention.fast_apply(*tensors, settings, column)[0]
+        return Attention.fast_apply(*tensors, settings, from_scores, column)[0]
     return _forward[column](*tensors, *settings)[0]

@@ -128,7 +128,7 @@ def attention_rotary(
         turned = (
             positions.rotary(x, cos[:, :, : x.shape[2]], sin[:, :, : x.shape[2]], interleaved) for x in (query, key)
         )
-        return attention(op, next(turned), next(turned), value, mask, lengths, slopes, None, seed, settings, reason)
+        return attention(op, next(turned), next(turned), value, mask, lengths, slopes, None, seed, settings, reason=reason)
     if tracing.active:
         tracing.record(op, column, reason, query, key, value, mask, cos, sin)
     if column == "reference":

@@ -119,6 +119,7 @@ MUTANTS = [
     _attention("_attention_tile", "end = tl.minimum(end, tl.minimum(i0 + BLOCK_M, queries) + right)",
                "end = tl.minimum(end, tl.minimum(i0 + BLOCK_M, queries) + right - 1)", "tile_borders"),
     _attention("_attention_backward", "for member in range(0, GROUP):", "for member in range(0, 1):", "test_parity and plain"),
+    _attention("attention", "of_mask or from_scores or call", "of_mask or call", "keeps_the_scores"),
     _attention("_attention_tile", "cap = 1.0 - t * t", "cap = 1.0 - t", "test_parity and softcap"),
     _attention("_attention_backward", "for block in range(0, V_BLOCKS):", "for block in range(1, V_BLOCKS):", "delta"),
     _attention("_attention_tile", "(0, 1, 4, 3, 2)", "(0, 1, 3, 4, 2)", "drops_the_same"),

@@ -78,7 +78,7 @@ def _attend(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float,
     gqa: bool, settings: Settings, lengths: torch.Tensor | None = None, slopes: torch.Tensor | None = None,
     weight: torch.Tensor | None = None, seed: torch.Tensor | None = None,
-    rotary: tuple[torch.Tensor, torch.Tensor, bool] | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor, bool] | None = None, from_scores: bool = False,
 ) -> torch.Tensor:
     """Operands [*, L, D], [*, S, D], [*, S, Dv] with leading dimensions that broadcast; rotary: cos, sin, interleaved."""
     if gqa:
@@ -103,7 +103,11 @@ def _attend(
             op, q, k, v, mask, lengths, slopes, seed, settings, cos, sin, rotary[2]
         )
     else:
-        output = ops.attention.attention(op, q, k, v, mask, lengths, slopes, weight, seed, settings)
+        # torch's tiles take four dimensions, and leading ones that are alike.
+        as_tiles = dims == 4 and q is query and k is key and v is value
+        output = ops.attention.attention(
+            op, q, k, v, mask, lengths, slopes, weight, seed, settings, from_scores or not as_tiles
+        )
     if dims == 4:
         return output
     return output.reshape(*lead, query.shape[-2], value.shape[-1])
@@ -244,7 +248,7 @@ def _other(
             if column is not None and alike and query.dim() == key.dim() == value.dim() == 3:
                 of_rows = None if lengths is None else lengths.unsqueeze(1)
                 operands = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-                return ops.attention.run(column, *operands, None, settings, of_rows, weight).squeeze(1)
+                return ops.attention.run(column, *operands, None, settings, of_rows, weight, from_scores=True).squeeze(1)
         except _plain.REFUSALS:
             pass  # the long way says what is wrong
     query, key, value = lowered(query, key, value)  # type: ignore[assignment]
@@ -262,8 +266,10 @@ def _other(
     if len(lead) == 1:  # [B, L, D] is a batch of one head, so that lengths and masks [B, 1, S] mean what they say
         mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
-        return _attend(op, query, key, value, mask, dropout_p, False, settings, lengths, weight=weight).squeeze(1)
-    return _attend(op, query, key, value, mask, dropout_p, False, settings, lengths, weight=weight)
+        return _attend(
+            op, query, key, value, mask, dropout_p, False, settings, lengths, weight=weight, from_scores=True
+        ).squeeze(1)
+    return _attend(op, query, key, value, mask, dropout_p, False, settings, lengths, weight=weight, from_scores=True)
 
 
 def dot_attention(
