@@ -170,10 +170,8 @@ void launch_product(Product& product, int64_t most_rows, int64_t layers, void* s
   static_assert(Shape::kBlocks * (ENGINE::kSharedBytes + 1024 + 16 * (Shape::kBlockM + Shape::kBlockN)) <= 164 * 1024);
   product.column_tiles = static_cast<uint32_t>(ceil_div(product.n, Shape::kBlockN));
   const int64_t blocks = ceil_div(most_rows, Shape::kBlockM) * product.column_tiles * product.groups;
-  if (blocks >= int64_t{1} << 31) throw std::runtime_error("conv2d: more than 2^31 - 1 tiles (cuda column)");
-  const dim3 grid(static_cast<unsigned>(blocks), 1, static_cast<unsigned>(layers));
-  launch("conv2d_product_kernel", conv2d_product_kernel<ENGINE>, grid, dim3(Shape::kThreads), ENGINE::kSharedBytes,
-         stream, false, product);
+  launch("conv2d_product_kernel", conv2d_product_kernel<ENGINE>, grid_of(blocks, 1, layers), dim3(Shape::kThreads),
+         ENGINE::kSharedBytes, stream, false, product);
 }
 
 // Tiles of a result, and whether large ones fill half the multiprocessors of an A100 or H200. Looks at sizes alone.

@@ -80,9 +80,10 @@ void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, 
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = output_pixels(geometry, VEC);
-    DLKERN_LAUNCH((adaptive_max_pool2d_forward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
-                  geometry, static_cast<const T*>(input), static_cast<T*>(output), indices);
+    for_output_pixels(geometry, VEC, [&](const Pixels& pixels) {
+      DLKERN_LAUNCH((adaptive_max_pool2d_forward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
+                    geometry, static_cast<const T*>(input), static_cast<T*>(output), indices);
+    });
   });
 }
 
@@ -91,9 +92,10 @@ void adaptive_max_pool2d_backward(Element element, const PoolGeometry& geometry,
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = input_pixels(geometry, VEC);
-    DLKERN_LAUNCH((adaptive_max_pool2d_backward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
-                  geometry, static_cast<const T*>(grad_output), indices, static_cast<T*>(grad_input));
+    for_input_pixels(geometry, VEC, [&](const Pixels& pixels) {
+      DLKERN_LAUNCH((adaptive_max_pool2d_backward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
+                    geometry, static_cast<const T*>(grad_output), indices, static_cast<T*>(grad_input));
+    });
   });
 }
 

@@ -11,29 +11,28 @@ constexpr int kThreads = 256;
 
 // ---- Where a thread works ----
 
-// Splits a thread's number into (outer, y, x, channel) over [outer, height, width, inner / VEC].
+// Splits a thread's number into (outer, y, x, channel) over a launch's slice of [outer, height, width, inner / VEC].
 struct Pixels {
+  int64_t first;  // of outer
   uint32_t count;
   FastDivide packs, width, height;
 
-  Pixels(int64_t outer, int64_t h, int64_t w, int64_t packs_of_inner)
-      : count(static_cast<uint32_t>(outer * h * w * packs_of_inner)), packs(packs_of_inner), width(w), height(h) {}
-
   struct At {
-    uint32_t outer, y, x, pack;
+    int64_t outer;
+    uint32_t y, x, pack;
   };
   DLKERN_DEVICE At at(uint32_t item) const {
     At at;
     item = packs.divide(item, at.pack);
     item = width.divide(item, at.x);
-    at.outer = height.divide(item, at.y);
+    at.outer = first + height.divide(item, at.y);
     return at;
   }
 };
 
 // Element offset of channel 0 of a pixel of a [outer, height, width, inner] tensor.
-DLKERN_DEVICE int64_t pixel_offset(uint32_t outer, int y, int x, int height, int width, int64_t inner) {
-  return ((static_cast<int64_t>(outer) * height + y) * width + x) * inner;
+DLKERN_DEVICE int64_t pixel_offset(int64_t outer, int y, int x, int height, int width, int64_t inner) {
+  return ((outer * height + y) * width + x) * inner;
 }
 
 // ---- Windows along one axis ----
@@ -89,13 +88,22 @@ void with_pack(Element element, int64_t inner, F&& f) {
   });
 }
 
-inline dim3 blocks_for(const Pixels& pixels) { return dim3(static_cast<unsigned>(ceil_div(pixels.count, kThreads))); }
+inline dim3 blocks_for(const Pixels& pixels) { return grid_of(ceil_div(pixels.count, kThreads)); }
 
-inline Pixels output_pixels(const PoolGeometry& g, int vec) {
-  return Pixels(g.outer, g.height.out_size, g.width.out_size, g.inner / vec);
+// Calls f(pixels) for slices of [outer, h, w, packs].
+template <class F>
+void for_pixels(int64_t outer, int64_t h, int64_t w, int64_t packs, F&& f) {
+  for_slices("pooling", outer, h * w * packs, [&](int64_t first, int64_t count) {
+    f(Pixels{first, static_cast<uint32_t>(count * h * w * packs), FastDivide(packs), FastDivide(w), FastDivide(h)});
+  });
 }
-inline Pixels input_pixels(const PoolGeometry& g, int vec) {
-  return Pixels(g.outer, g.height.size, g.width.size, g.inner / vec);
+template <class F>
+void for_output_pixels(const PoolGeometry& g, int vec, F&& f) {
+  for_pixels(g.outer, g.height.out_size, g.width.out_size, g.inner / vec, f);
+}
+template <class F>
+void for_input_pixels(const PoolGeometry& g, int vec, F&& f) {
+  for_pixels(g.outer, g.height.size, g.width.size, g.inner / vec, f);
 }
 
 }  // namespace dlkern::cuda
