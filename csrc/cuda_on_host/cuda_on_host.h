@@ -194,6 +194,11 @@ T shuffled(unsigned mask, T value, int source_lane, const char* where) {
                            CUDA_ON_HOST_HERE)
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 
 inline int min(int a, int b) { return a < b ? a : b; }
