@@ -176,9 +176,13 @@ void max_pool2d_forward(Element element, const PoolGeometry& geometry, const voi
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const auto run = [&](auto kernel) {
-      for_output_pixels(geometry, VEC, [&](const Pixels& pixels) {
+      for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+        void* places = indices;
+        if (kind == PoolIndices::window_offset) places = from_output(static_cast<uint8_t*>(indices), geometry, first);
+        if (kind == PoolIndices::flat) places = from_output(static_cast<int64_t*>(indices), geometry, first);
         launch("max_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-               geometry, static_cast<const T*>(input), static_cast<T*>(output), indices);
+               geometry, from_input(static_cast<const T*>(input), geometry, first),
+               from_output(static_cast<T*>(output), geometry, first), places);
       });
     };
     if (kind == PoolIndices::none) run(max_pool2d_forward_kernel<T, VEC, PoolIndices::none>);
@@ -194,10 +198,11 @@ void max_pool2d_backward(Element element, const PoolGeometry& geometry, const vo
     constexpr int VEC = decltype(vec)::value;
     const auto run = [&](auto kernel, auto* index_type) {
       using INDEX = std::remove_pointer_t<decltype(index_type)>;
-      for_input_pixels(geometry, VEC, [&](const Pixels& pixels) {
+      for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
         launch("max_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-               geometry, static_cast<const T*>(grad_output), static_cast<const INDEX*>(indices),
-               static_cast<T*>(grad_input));
+               geometry, from_output(static_cast<const T*>(grad_output), geometry, first),
+               from_output(static_cast<const INDEX*>(indices), geometry, first),
+               from_input(static_cast<T*>(grad_input), geometry, first));
       });
     };
     if (kind == PoolIndices::window_offset)
@@ -213,9 +218,10 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const auto run = [&](auto kernel) {
-      for_output_pixels(geometry, VEC, [&](const Pixels& pixels) {
+      for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
         launch("avg_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-               geometry, rule, static_cast<const T*>(input), static_cast<T*>(output));
+               geometry, rule, from_input(static_cast<const T*>(input), geometry, first),
+               from_output(static_cast<T*>(output), geometry, first));
       });
     };
     if (rule.adaptive)
@@ -231,9 +237,10 @@ void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const Av
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
     const auto run = [&](auto kernel) {
-      for_input_pixels(geometry, VEC, [&](const Pixels& pixels) {
+      for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
         launch("avg_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-               geometry, rule, static_cast<const T*>(grad_output), static_cast<T*>(grad_input));
+               geometry, rule, from_output(static_cast<const T*>(grad_output), geometry, first),
+               from_input(static_cast<T*>(grad_input), geometry, first));
       });
     };
     if (rule.adaptive)

@@ -155,9 +155,10 @@ void lp_pool2d_forward(Element element, const PoolGeometry& geometry, double nor
     using T = std::remove_pointer_t<decltype(type)>;
     using A = decltype(zero);
     constexpr int VEC = decltype(vec)::value;
-    for_output_pixels(geometry, VEC, [&](const Pixels& pixels) {
+    for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
       DLKERN_LAUNCH((lp_pool2d_forward_kernel<T, VEC, A>), blocks_for(pixels), kThreads, 0, stream, pixels, geometry,
-                    Power<A>(norm), Power<A>(1.0 / norm), static_cast<const T*>(input), static_cast<T*>(output));
+                    Power<A>(norm), Power<A>(1.0 / norm), from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<T*>(output), geometry, first));
     });
   });
 }
@@ -169,15 +170,19 @@ void lp_pool2d_backward(Element element, const PoolGeometry& geometry, double no
     using A = decltype(zero);
     constexpr int VEC = decltype(vec)::value;
     const double inverse = 1.0 / norm;
-    for_output_pixels(geometry, VEC, [&](const Pixels& windows) {
+    for_output_pixels(geometry, VEC, [&](const Pixels& windows, int64_t first) {
       DLKERN_LAUNCH((lp_pool2d_slope_kernel<T, VEC, A>), blocks_for(windows), kThreads, 0, stream, windows, geometry,
                     static_cast<A>(inverse), Power<A>(norm), Power<A>(inverse - 1.0),
-                    static_cast<const T*>(grad_output), static_cast<const T*>(input), static_cast<A*>(slopes));
+                    from_output(static_cast<const T*>(grad_output), geometry, first),
+                    from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<A*>(slopes), geometry, first));
     });
-    for_input_pixels(geometry, VEC, [&](const Pixels& pixels) {
+    for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
       DLKERN_LAUNCH((lp_pool2d_backward_kernel<T, VEC, A>), blocks_for(pixels), kThreads, 0, stream, pixels, geometry,
-                    static_cast<A>(norm), Power<A>(norm - 1.0), static_cast<const T*>(input),
-                    static_cast<const A*>(slopes), static_cast<T*>(grad_input));
+                    static_cast<A>(norm), Power<A>(norm - 1.0),
+                    from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<const A*>(slopes), geometry, first),
+                    from_input(static_cast<T*>(grad_input), geometry, first));
     });
   });
 }

@@ -11,28 +11,26 @@ constexpr int kThreads = 256;
 
 // ---- Where a thread works ----
 
-// Splits a thread's number into (outer, y, x, channel) over a launch's slice of [outer, height, width, inner / VEC].
+// Splits a thread's number into (outer, y, x, channel) over [outer, height, width, inner / VEC].
 struct Pixels {
-  int64_t first;  // of outer
   uint32_t count;
   FastDivide packs, width, height;
 
   struct At {
-    int64_t outer;
-    uint32_t y, x, pack;
+    uint32_t outer, y, x, pack;
   };
   DLKERN_DEVICE At at(uint32_t item) const {
     At at;
     item = packs.divide(item, at.pack);
     item = width.divide(item, at.x);
-    at.outer = first + height.divide(item, at.y);
+    at.outer = height.divide(item, at.y);
     return at;
   }
 };
 
 // Element offset of channel 0 of a pixel of a [outer, height, width, inner] tensor.
-DLKERN_DEVICE int64_t pixel_offset(int64_t outer, int y, int x, int height, int width, int64_t inner) {
-  return ((outer * height + y) * width + x) * inner;
+DLKERN_DEVICE int64_t pixel_offset(uint32_t outer, int y, int x, int height, int width, int64_t inner) {
+  return ((static_cast<int64_t>(outer) * height + y) * width + x) * inner;
 }
 
 // ---- Windows along one axis ----
@@ -90,11 +88,21 @@ void with_pack(Element element, int64_t inner, F&& f) {
 
 inline dim3 blocks_for(const Pixels& pixels) { return grid_of(ceil_div(pixels.count, kThreads)); }
 
-// Calls f(pixels) for slices of [outer, h, w, packs].
+// A tensor of the input's or the output's sizes from its image (or plane) `first` on.
+template <class T>
+T* from_input(T* data, const PoolGeometry& g, int64_t first) {
+  return data + first * g.height.size * g.width.size * g.inner;
+}
+template <class T>
+T* from_output(T* data, const PoolGeometry& g, int64_t first) {
+  return data + first * g.height.out_size * g.width.out_size * g.inner;
+}
+
+// Calls f(pixels, first) for slices of [outer, h, w, packs], which begin at `first` of outer.
 template <class F>
 void for_pixels(int64_t outer, int64_t h, int64_t w, int64_t packs, F&& f) {
   for_slices("pooling", outer, h * w * packs, [&](int64_t first, int64_t count) {
-    f(Pixels{first, static_cast<uint32_t>(count * h * w * packs), FastDivide(packs), FastDivide(w), FastDivide(h)});
+    f(Pixels{static_cast<uint32_t>(count * h * w * packs), FastDivide(packs), FastDivide(w), FastDivide(h)}, first);
   });
 }
 template <class F>

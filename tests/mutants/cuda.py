@@ -97,7 +97,9 @@ MUTANTS = [
     _mutant(POOLING_LP, "Power<A>(norm - 1.0)", "Power<A>(norm)", "test_lp_pool2d and ceil and float32"),
     _mutant(POOLING_LP, "whole < 0 ? 1 / result : result", "result", "test_lp_pool2d and ceil and float32"),
     # Slices of large tensors: their first image, their size; windows over more than 31 bits
-    _large_mutant(POOLING_WINDOW, "at.outer = first + height", "at.outer = height", "pooling_in_slices"),
+    _large_mutant(POOLING_WINDOW, "return data + first * g.height.size", "return data + 0 * g.height.size", "pooling_in_slices"),
+    _large_mutant(POOLING_WINDOW, "return data + first * g.height.out_size", "return data + 0 * g.height.out_size", "pooling_in_slices"),
+    _large_mutant(POOLING, "places = from_output(static_cast<int64_t*>(indices), geometry, first)", "places = indices", "pooling_in_slices"),
     _large_mutant(FAST_DIVIDE, "outer - first < most ? outer - first : most", "outer - first", "pooling_in_slices"),
     _large_mutant(FAST_DIVIDE, "most_numbers() / inner", "most_numbers() / inner + 1", "pooling_in_slices"),
     _large_mutant(POSITIONS, "places.first + row", "row", "rotary_in_slices"),
