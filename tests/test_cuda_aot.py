@@ -62,6 +62,8 @@ REQUIRED = {
         **{rf"conv2d_product_kernel<TensorCores<{t}, .*, 1> >": [mma, "LDSM.16", "LDG.E.U16"] for t, mma in MMA.items()},
         r"conv2d_product_kernel<TensorCores<.*, [01], 1, 8> >": ["LDSM.16.MT88.4"],
         r"conv2d_product_kernel<TensorCores<float, .* >": ["HMMA.1688.F32.TF32", "LDS", "LDGSTS.E", "LDGDEPBAR"],
+        r"conv2d_product_kernel<TensorCores<float, .*, 4> >": ["LDGSTS.E.BYPASS.128"],
+        r"conv2d_product_kernel<TensorCores<float, .*, 0, [01], 4> >": ["LDSM.16.M88.4"],
         r"conv2d_product_kernel<Exact<.* >": ["FFMA", "LDS.128", "LDGSTS.E", "LDGDEPBAR"],
     },
     "conv_sm90": {

@@ -18,7 +18,7 @@ def cuda_tests(variant: str, selection: str, **environment: str) -> None:
         [sys.executable, "setup.py", "-q", "build_native", "--variant", f"cuda_on_host_{variant}"], cwd=ROOT, check=True,
         stdout=subprocess.DEVNULL,
     )
-    families = ("", "_attention", "_conv", "_embedding", "_layer_norm", "_loss", "_optim", "_rnn")
+    families = ("", "_attention", "_conv", "_embedding", "_large", "_layer_norm", "_loss", "_optim", "_rnn")
     files = [f"tests/test_cuda{family}.py" for family in families]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-s", "-k", selection]
     result = subprocess.run(
@@ -36,6 +36,6 @@ def test_on_the_checked_build():
 @pytest.mark.slow
 def test_under_address_and_undefined_behaviour_sanitizers():
     cuda_tests(
-        "asan", "thread_order or views or out_of_range or wrong_arguments or nothing_to_do",
+        "asan", "thread_order or views or out_of_range or wrong_arguments or nothing_to_do or 31_bits",
         OMP_NUM_THREADS="1", **sanitizers.environment(),
     )

@@ -149,8 +149,8 @@ def test_tf32(label, layout):
     pair = lambda key, default: [n, n] if isinstance(n := options.get(key, default), int) else list(n)  # noqa: E731
     settings = pair("stride", 1), pair("padding", 0), pair("dilation", 1), options.get("groups", 1)
     x, w = (torch.randn(shape).contiguous(memory_format=layout) for shape in (x, w))
-    dy = torch.randn(tF.conv2d(x, w, None, *settings).shape)
-    last = layout == LAYOUTS[1]
+    dy = torch.randn(tF.conv2d(x, w, None, *settings).shape).contiguous(memory_format=layout)
+    last = layout == LAYOUTS[1]  # else elements are loaded one by one
 
     def run():
         found = [raw["conv2d_forward"]["cuda"](x, w, None, *settings)]
@@ -200,13 +200,40 @@ def test_linear_in_tf32(rows, inputs, outputs):
     assert_tf32(("y", "dx", "dw"), ours, theirs, exact, exact_products)
 
 
-def test_tf32_large_tiles():
-    x, w = torch.randn(1030, 9), torch.randn(1040, 9)
-    call = lambda: raw["linear_forward"]["cuda"](x, w, None, 0)  # noqa: E731
+@pytest.mark.parametrize("which,rows,inputs,outputs", [
+    (0, 1030, 9, 1040), (0, 1030, 12, 1040), (1, 1030, 1040, 12), (2, 12, 1032, 1040),
+], ids=["one by one", "forward", "input", "weight"])
+def test_tf32_large_tiles(which, rows, inputs, outputs):
+    x, w, dy = (torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    expression = [lambda x, w, dy: x @ w.T, lambda x, w, dy: dy @ w, lambda x, w, dy: dy.T @ x][which]
+    call = [lambda: raw["linear_forward"]["cuda"](x, w, None, 0), lambda: raw["linear_backward_input"]["cuda"](dy, w),
+            lambda: raw["linear_backward_weight"]["cuda"](dy, x, False)[0]][which]
     before = call()
     with tf32(convolutions=False, matrices=True):
         ours = call()
-    assert_tf32(["y"], [ours], [in_tf32(x) @ in_tf32(w).T], [x.double() @ w.double().T], [before])
+    theirs, exact = expression(*map(in_tf32, (x, w, dy))), expression(x.double(), w.double(), dy.double())
+    assert_tf32(["y"], [ours], [theirs], [exact], [before])
+
+
+def test_tf32_views():
+    """Data that begins between 16-byte boundaries, and layouts that differ: the same products."""
+    x, w, dy = torch.randn(2, 8, 6, 5), torch.randn(12, 8, 3, 3), torch.randn(2, 12, 4, 3)
+    settings = [1, 1], [0, 0], [1, 1], 1
+    layouts = [
+        lambda t: t.contiguous(memory_format=LAYOUTS[1]), lambda t: t.contiguous(),
+        lambda t: torch.cat([t.new_zeros(1), t.permute(0, 2, 3, 1).flatten()])[1:].view(
+            t.shape[0], t.shape[2], t.shape[3], t.shape[1]).permute(0, 3, 1, 2),
+        lambda t: torch.cat([t, t], 3).contiguous(memory_format=LAYOUTS[1])[..., : t.shape[3]],
+    ]
+    found = []
+    with tf32(convolutions=True, matrices=False):
+        for a in layouts:
+            for b in layouts:
+                found.append([
+                    raw["conv2d_forward"]["cuda"](a(x), b(w), None, *settings),
+                    raw["conv2d_backward_input"]["cuda"](a(dy), b(w), x.shape, *settings, True),
+                    raw["conv2d_backward_weight"]["cuda"](a(dy), b(x), w.shape, *settings, False, True)[0]])
+    assert all(torch.equal(a, b) for tensors in found for a, b in zip(found[0], tensors))
 
 
 DEPTHWISE = {

@@ -72,19 +72,25 @@ DLKERN_DEVICE void store_channel(const ChannelResults& results, int64_t channel,
 // ---- Where a thread works ----
 
 // A block takes one chunk of the items of `lanes` neighbouring packs of channels (channels_last, an item is a row) or
-// of one channel (contiguous, an item is a pack of pixels).
+// of one channel (contiguous, an item is a pack of pixels). It numbers them from the first of its first image on, so
+// that 31 bits are enough however many there are.
 struct Plan {
-  int64_t channels, inner;
+  int64_t channels, inner, items;
   FastDivide packs_an_image;
-  uint32_t items, items_a_chunk, elements_an_item, channel_blocks, chunks;
+  uint32_t items_a_chunk, elements_an_item, channel_blocks, chunks;
   int lanes;  // a power of two
+
+  __host__ __device__ int64_t items_of_chunk(int64_t chunk) const {
+    const int64_t left = items - chunk * items_a_chunk;
+    return left < items_a_chunk ? left : items_a_chunk;
+  }
 };
 
 template <bool LAST, int VEC>
 struct Place {
   static constexpr int kChannels = LAST ? VEC : 1;  // of one pack
   const Plan& plan;
-  int64_t channel;
+  int64_t channel, base;  // base: the offset of item 0
   uint32_t first, end, step;
   int row;
 
@@ -93,15 +99,18 @@ struct Place {
     row = thread / p.lanes;
     channel = (static_cast<int64_t>(blockIdx.x) * p.lanes + thread % p.lanes) * kChannels;
     step = static_cast<uint32_t>(kThreads / p.lanes);
-    first = blockIdx.y * p.items_a_chunk + static_cast<uint32_t>(row);
-    const uint32_t chunk_end = (blockIdx.y + 1) * p.items_a_chunk;
-    end = channel >= p.channels ? 0 : chunk_end < p.items ? chunk_end : p.items;
+    const int64_t before = static_cast<int64_t>(blockIdx.y) * p.items_a_chunk;
+    const int64_t image = LAST ? before : before / p.packs_an_image.divisor;  // the chunk's first
+    const uint32_t start = LAST ? 0 : static_cast<uint32_t>(before - image * p.packs_an_image.divisor);
+    base = LAST ? image * p.channels + channel : (image * p.channels + channel) * p.inner;
+    first = start + static_cast<uint32_t>(row);
+    end = channel >= p.channels ? 0 : start + static_cast<uint32_t>(p.items_of_chunk(blockIdx.y));
   }
   DLKERN_DEVICE int64_t offset(uint32_t item) const {
-    if (LAST) return item * plan.channels + channel;
+    if (LAST) return base + item * plan.channels;
     uint32_t pack;
     const uint32_t image = plan.packs_an_image.divide(item, pack);
-    return (image * plan.channels + channel) * plan.inner + static_cast<int64_t>(pack) * VEC;
+    return base + image * plan.channels * plan.inner + static_cast<int64_t>(pack) * VEC;
   }
   // Calls f(channel within the pack, element within the pack) for the elements of a pack.
   template <class F>
@@ -232,9 +241,7 @@ __global__ void __launch_bounds__(kFinalChannels* kFinalRows)
   double count = 0.0, mean = 0.0, m2 = 0.0;
   if (channel < plan.channels) {
     for (uint32_t chunk = static_cast<uint32_t>(row); chunk < plan.chunks; chunk += kFinalRows) {
-      const uint32_t left = plan.items - chunk * plan.items_a_chunk;
-      const double new_count =
-          static_cast<double>(left < plan.items_a_chunk ? left : plan.items_a_chunk) * plan.elements_an_item;
+      const double new_count = static_cast<double>(plan.items_of_chunk(chunk)) * plan.elements_an_item;
       const int64_t from = chunk * plan.channels + channel;
       merge(count, mean, m2, new_count, partial[from], partial[plan.chunks * plan.channels + from]);
       count += new_count;
@@ -449,18 +456,22 @@ Plan plan_of(NormType type, const NormShape& shape) {
   plan.channels = shape.channels, plan.inner = shape.inner, plan.lanes = 1;
   if (shape.channels_last) {
     while (plan.lanes < 32 && plan.lanes * vec < shape.channels) plan.lanes *= 2;
-    plan.items = static_cast<uint32_t>(shape.images * shape.inner), plan.elements_an_item = 1;
+    plan.items = shape.images * shape.inner, plan.elements_an_item = 1;
   } else {
     const int64_t packs = shape.inner / vec;
     plan.packs_an_image = FastDivide(packs == 0 ? 1 : packs);
-    plan.items = static_cast<uint32_t>(shape.images * packs), plan.elements_an_item = static_cast<uint32_t>(vec);
+    plan.items = shape.images * packs, plan.elements_an_item = static_cast<uint32_t>(vec);
   }
   const int64_t channels_a_block = shape.channels_last ? static_cast<int64_t>(plan.lanes) * vec : 1;
   plan.channel_blocks = static_cast<uint32_t>(shape.channels == 0 ? 1 : ceil_div(shape.channels, channels_a_block));
   const int64_t turn = kThreads / plan.lanes * kUnroll;  // items of one turn of a block
   const int64_t turns = ceil_div(plan.items, turn), most = ceil_div(1024, plan.channel_blocks);
-  const int64_t turns_a_chunk = turns == 0 ? 1 : ceil_div(turns, turns < most ? turns : most);
-  plan.items_a_chunk = static_cast<uint32_t>(turns_a_chunk * turn);
+  const int64_t wanted = turns == 0 ? 1 : ceil_div(turns, turns < most ? turns : most);
+  // Numbers go up to a chunk's last item, and before it is a part of an image.
+  const int64_t largest = (most_numbers() + 1 - plan.packs_an_image.divisor) / turn;
+  if (largest < 1 || ceil_div(turns, largest) > 65535)
+    throw std::runtime_error("batch_norm: more than 2^31 - 1 elements of one image's channel (cuda column)");
+  plan.items_a_chunk = static_cast<uint32_t>((wanted < largest ? wanted : largest) * turn);
   plan.chunks = static_cast<uint32_t>(ceil_div(plan.items, plan.items_a_chunk));
   return plan;
 }
@@ -485,9 +496,7 @@ void with_kernel(NormType type, const NormShape& shape, F&& f) {
     wide ? with_layout<fp16, 8>(shape, f) : with_layout<fp16, 1>(shape, f);
 }
 
-dim3 final_grid(const NormShape& shape) {
-  return dim3(static_cast<unsigned>(ceil_div(shape.channels, kFinalChannels)));
-}
+dim3 final_grid(const NormShape& shape) { return grid_of(ceil_div(shape.channels, kFinalChannels)); }
 
 }  // namespace
 
@@ -510,7 +519,7 @@ void batch_norm_statistics(NormType type, const NormShape& shape, const void* in
 
 void batch_norm_running(const ChannelValues& running_mean, const ChannelValues& running_var, double eps,
                         int64_t channels, double* mean, double* invstd, void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(channels, kThreads)));
+  const dim3 grid = grid_of(ceil_div(channels, kThreads));
   DLKERN_LAUNCH(batch_norm_running_kernel, grid, dim3(kThreads), 0, stream, running_mean, running_var, eps, channels,
                 mean, invstd);
 }

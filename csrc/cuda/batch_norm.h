@@ -17,7 +17,7 @@ struct ChannelResults {
 };
 
 // How threads are laid over the input. channels_last: [images * inner, channels]; contiguous: [images, channels,
-// inner]. `images * inner` is less than 2**31.
+// inner]. `channels` and `inner` are less than 2**31.
 struct NormShape {
   int64_t images, channels, inner;
   bool channels_last;

@@ -170,10 +170,8 @@ void launch_product(Product& product, int64_t most_rows, int64_t layers, void* s
   static_assert(Shape::kBlocks * (ENGINE::kSharedBytes + 1024 + 16 * (Shape::kBlockM + Shape::kBlockN)) <= 164 * 1024);
   product.column_tiles = static_cast<uint32_t>(ceil_div(product.n, Shape::kBlockN));
   const int64_t blocks = ceil_div(most_rows, Shape::kBlockM) * product.column_tiles * product.groups;
-  if (blocks >= int64_t{1} << 31) throw std::runtime_error("conv2d: more than 2^31 - 1 tiles (cuda column)");
-  const dim3 grid(static_cast<unsigned>(blocks), 1, static_cast<unsigned>(layers));
-  launch("conv2d_product_kernel", conv2d_product_kernel<ENGINE>, grid, dim3(Shape::kThreads), ENGINE::kSharedBytes,
-         stream, false, product);
+  launch("conv2d_product_kernel", conv2d_product_kernel<ENGINE>, grid_of(blocks, 1, layers), dim3(Shape::kThreads),
+         ENGINE::kSharedBytes, stream, false, product);
 }
 
 // Tiles of a result, and whether large ones fill half the multiprocessors of an A100 or H200. Looks at sizes alone.
@@ -186,12 +184,17 @@ bool enough_for_large(int64_t rows, int64_t columns, int64_t groups, int64_t lay
 
 template <class T, Stored A_STORED, Stored B_STORED>
 void launch_tensor_cores(bool vectors, bool large, Product& product, int64_t most_rows, int64_t layers, void* stream) {
+  constexpr int kWidth = 16 / sizeof(T);
   if (vectors && large)
-    launch_product<TensorCores<T, LargeMma, A_STORED, B_STORED, 8>>(product, most_rows, layers, stream);
-  else if (vectors)
-    launch_product<TensorCores<T, SmallMma, A_STORED, B_STORED, 8>>(product, most_rows, layers, stream);
-  else
-    launch_product<TensorCores<T, SmallMma, Stored::k_last, Stored::k_last, 1>>(product, most_rows, layers, stream);
+    return launch_product<TensorCores<T, LargeMma, A_STORED, B_STORED, kWidth>>(product, most_rows, layers, stream);
+  if (vectors)
+    return launch_product<TensorCores<T, SmallMma, A_STORED, B_STORED, kWidth>>(product, most_rows, layers, stream);
+  // One by one: 4 bytes asynchronously, 2 through registers, of which large tiles have none to spare.
+  constexpr auto kStored = sizeof(T) == 4 ? Stored::k_first : Stored::k_last;
+  if constexpr (sizeof(T) == 4) {
+    if (large) return launch_product<TensorCores<T, LargeMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
+  }
+  launch_product<TensorCores<T, SmallMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
 }
 
 template <Stored A_STORED, Stored B_STORED>
@@ -202,22 +205,21 @@ void launch_on(Element element, bool vectors, Product& product, int64_t most_row
       launch_product<Exact<LargeFfma>>(product, most_rows, layers, stream);
     else
       launch_product<Exact<SmallFfma>>(product, most_rows, layers, stream);
-  } else if (element == Element::tf32) {
-    constexpr auto kStored = Stored::k_first;
-    if (large)
-      launch_product<TensorCores<float, LargeMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
-    else
-      launch_product<TensorCores<float, SmallMma, kStored, kStored, 1>>(product, most_rows, layers, stream);
   } else {
-    with_16_bit_type(element, [&](auto* type) {
+    with_type(element, [&](auto* type) {
       launch_tensor_cores<std::remove_pointer_t<decltype(type)>, A_STORED, B_STORED>(vectors, large, product, most_rows,
                                                                                      layers, stream);
     });
   }
 }
 
-bool has_vectors(const ConvTensor& x) {
-  return x.c == 1 && x.n % 8 == 0 && x.h % 8 == 0 && x.w % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+// Elements in 16 bytes.
+int width_of(Element element) { return is_16_bit(element) ? 8 : 4; }
+
+bool has_vectors(Element element, const ConvTensor& x) {
+  const int width = width_of(element);
+  return x.c == 1 && x.n % width == 0 && x.h % width == 0 && x.w % width == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 // ---- Plans ----
@@ -242,7 +244,8 @@ Steps last_step(int64_t step) { return {0, 0, step}; }
 }  // namespace
 
 bool conv2d_takes_vectors(Element element, const ConvGeometry& g) {
-  return is_16_bit(element) && g.c / g.groups % 8 == 0 && g.k / g.groups % 8 == 0;
+  const int width = width_of(element);
+  return element != Element::float32 && g.c / g.groups % width == 0 && g.k / g.groups % width == 0;
 }
 
 void conv2d_forward(Element element, const ConvGeometry& g, const ConvTensor& x, const ConvTensor& w, const void* bias,
@@ -265,7 +268,7 @@ void conv2d_forward(Element element, const ConvGeometry& g, const ConvTensor& x,
   c.row_middle = static_cast<uint32_t>(g.p), c.row_last = static_cast<uint32_t>(g.q);
   c.k_middle = FastDivide(g.s);
   c.a_origin = first_pixel(g, x);
-  const bool vectors = conv2d_takes_vectors(element, g) && has_vectors(x) && has_vectors(w);
+  const bool vectors = conv2d_takes_vectors(element, g) && has_vectors(element, x) && has_vectors(element, w);
   launch_on<Stored::k_last, Stored::k_last>(element, vectors, product, c.m, 1, stream);
 }
 
@@ -310,7 +313,7 @@ void conv2d_backward_input(Element element, const ConvGeometry& g, const ConvTen
   product.row = {dx.n, g.stride_h * dx.h, g.stride_w * dx.w}, product.column = last_step(dx.c);
   product.result_group = channels * dx.c, product.bias_group = channels;
   product.result = dx.data, product.bias = bias;
-  const bool vectors = conv2d_takes_vectors(element, g) && has_vectors(dy) && has_vectors(w);
+  const bool vectors = conv2d_takes_vectors(element, g) && has_vectors(element, dy) && has_vectors(element, w);
   int count = 0;
   int64_t most_rows = 0;
   const auto launch_classes = [&] {
@@ -389,7 +392,7 @@ void conv2d_backward_weight(Element element, const ConvGeometry& g, const ConvTe
   c.row_middle = 1, c.row_last = static_cast<uint32_t>(filters);
   c.k_middle = FastDivide(g.p);
   c.b_origin = first_pixel(g, x);
-  const bool vectors = conv2d_takes_vectors(element, g) && has_vectors(dy) && has_vectors(x);
+  const bool vectors = conv2d_takes_vectors(element, g) && has_vectors(element, dy) && has_vectors(element, x);
   launch_on<Stored::k_first, Stored::k_first>(element, vectors, product, c.m, count, stream);
 }
 

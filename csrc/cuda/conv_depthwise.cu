@@ -263,8 +263,7 @@ Items items_of(int64_t packs, int64_t rows, int64_t runs, bool packs_first) {
 
 void launch_images(const char* name, void (*kernel)(Depthwise), const Depthwise& args, void* stream) {
   const int64_t images = args.g.n < 65535 ? args.g.n : 65535;
-  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div(args.items.count, kThreads)), static_cast<unsigned>(images)),
-         dim3(kThreads), 0, stream, false, args);
+  launch(name, kernel, grid_of(ceil_div(args.items.count, kThreads), images), dim3(kThreads), 0, stream, false, args);
 }
 
 constexpr int64_t kWantedBlocks = 512, kLeastOfAPart = 512, kMostOfAPart = int64_t{1} << 29;
@@ -294,8 +293,7 @@ void launch_sums(Element element, const ConvGeometry& g, const ConvTensor& dy, c
     const int64_t packs = g.k / VEC;
     if (dy.c == 1)
       while (args.lanes < 32 && args.lanes < packs) args.lanes *= 2;
-    const dim3 grid(static_cast<unsigned>(ceil_div(packs, args.lanes)),
-                    static_cast<unsigned>(WITH_INPUT ? g.r * g.s : 1), static_cast<unsigned>(count));
+    const dim3 grid = grid_of(ceil_div(packs, args.lanes), WITH_INPUT ? g.r * g.s : 1, count);
     launch("pixel_sums_kernel", pixel_sums_kernel<T, VEC, WITH_INPUT>, grid, dim3(kThreads), 0, stream, false, args);
   });
 }
@@ -345,7 +343,7 @@ void conv2d_backward_bias(Element element, const ConvGeometry& g, const ConvTens
 
 void conv2d_sum_parts(Element element, const float* parts, int count_of_parts, int64_t count, void* result,
                       void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)));
+  const dim3 grid = grid_of(ceil_div(count, kThreads));
   with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH(sum_parts_kernel<T>, grid, dim3(kThreads), 0, stream, parts, count_of_parts, count,

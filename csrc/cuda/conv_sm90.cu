@@ -195,9 +195,8 @@ bool run(Element element, Args& args, int taps, int parts, void* stream) {
   args.grid = {static_cast<int>(rows), static_cast<int>(columns)};
   with_16_bit_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch("conv2d_sm90_kernel", conv2d_sm90_kernel<T, SHAPE, PASS>,
-           dim3(static_cast<unsigned>(rows * columns), static_cast<unsigned>(parts)), dim3(SHAPE::kThreads),
-           SHAPE::kSharedBytes, stream, false, args);
+    launch("conv2d_sm90_kernel", conv2d_sm90_kernel<T, SHAPE, PASS>, grid_of(rows * columns, parts),
+           dim3(SHAPE::kThreads), SHAPE::kSharedBytes, stream, false, args);
   });
   return true;
 }

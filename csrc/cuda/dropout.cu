@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) feature_dropout_kernel(const T* inpu
   output[i] = dropped(input[i], word, rule);
 }
 
-dim3 blocks(int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kThreads))); }
+dim3 blocks(int64_t threads) { return grid_of(ceil_div(threads, kThreads)); }
 
 }  // namespace
 

@@ -177,8 +177,6 @@ __global__ void __launch_bounds__(kThreads) embedding_parts_kernel(EmbeddingBack
   store_sum<T, VEC>(args, row, column, nullptr, sum);
 }
 
-dim3 grid_of(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
-
 template <class F>
 void with_index(bool wide, F&& f) {
   wide ? f(static_cast<const int64_t*>(nullptr)) : f(static_cast<const int32_t*>(nullptr));

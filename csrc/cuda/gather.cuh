@@ -105,7 +105,7 @@ struct Gathered : STAGED {
       for (int i = 0; i < kPieces; i++) load_piece(tile, (thread + i * THREADS) / kPerRow, k_at, of_k);
     } else if (WIDTH > 1) {
       constexpr int kPerRow = OUTER / WIDTH;
-#pragma unroll
+#pragma unroll(sizeof(T) == 4 ? 1 : kPieces)  // floats' kernels have no registers for several pieces' digits
       for (int i = 0; i < kPieces; i++) {
         const int k_at = (thread + i * THREADS) / kPerRow;
         load_piece(tile, (thread + i * THREADS) % kPerRow * WIDTH, k_at, spot_of(start + k_at));

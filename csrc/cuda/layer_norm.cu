@@ -282,7 +282,7 @@ void layer_norm_forward(const LayerNormRows& shape, const void* input, const voi
   dispatch(shape, aligned, [&](auto* type, auto rows, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     using My = Share<rows.value, vec.value>;
-    const dim3 grid(static_cast<unsigned>(ceil_div(shape.rows, My::kRowsAtOnce)));
+    const dim3 grid = grid_of(ceil_div(shape.rows, My::kRowsAtOnce));
     DLKERN_LAUNCH((layer_norm_forward_kernel<T, rows.value, vec.value>), grid, dim3(kThreads), 0, stream, shape.rows,
                   shape.columns, static_cast<const T*>(input), Parameter{weight, shape.wide_parameters},
                   Parameter{bias, shape.wide_parameters}, static_cast<float>(eps), static_cast<T*>(output), mean, rstd);
@@ -309,11 +309,11 @@ void layer_norm_backward(const LayerNormRows& shape, const void* grad_output, co
                                rstd,
                                static_cast<T*>(grad_input),
                                sums ? parts : nullptr};
-    DLKERN_LAUNCH((layer_norm_backward_kernel<T, rows.value, vec.value>), dim3(static_cast<unsigned>(count)),
-                  dim3(kThreads), 0, stream, args);
+    DLKERN_LAUNCH((layer_norm_backward_kernel<T, rows.value, vec.value>), grid_of(count), dim3(kThreads), 0, stream,
+                  args);
   });
   if (!sums) return;
-  const dim3 grid(static_cast<unsigned>(ceil_div(shape.columns, kFinalColumns)), 2);
+  const dim3 grid = grid_of(ceil_div(shape.columns, kFinalColumns), 2);
   with_type(shape.wide_parameters ? Element::float32 : shape.element, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH(layer_norm_sums_kernel<W>, grid, dim3(kFinalColumns * kFinalRows), 0, stream,

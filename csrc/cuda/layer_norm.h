@@ -11,7 +11,7 @@ namespace dlkern::cuda {
 struct LayerNormRows {
   Element element;
   bool wide_parameters;
-  int64_t rows, columns;  // rows below 2^31
+  int64_t rows, columns;
 };
 
 void layer_norm_forward(const LayerNormRows& shape, const void* input, const void* weight, const void* bias, double eps,

@@ -146,7 +146,7 @@ void launch_tiles(const char* name, void (*kernel)(LinearArgs<T>), int64_t rows,
   using Operands = OPERANDS<T, SHAPE, ALIGNED>;
   // One column of blocks at least: a weight without columns still has a bias gradient.
   const int64_t tiles = columns == 0 ? 1 : ceil_div(columns, SHAPE::kBlockN);
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, SHAPE::kBlockM)), static_cast<unsigned>(tiles));
+  const dim3 grid = grid_of(ceil_div(rows, SHAPE::kBlockM), tiles);
   constexpr int kSharedBytes = mma_shared_bytes<SHAPE, typename Operands::A, typename Operands::B>();
   static_assert(SHAPE::kBlocks * (kSharedBytes + 1024) <=
                 164 * 1024);  // an A100's multiprocessor, 1 KB a block its own
@@ -236,7 +236,7 @@ void activation_backward(Element element, const void* grad_output, const void* o
                          int activation, void* stream) {
   with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const dim3 grid(static_cast<unsigned>(ceil_div(count, kElementwiseThreads * 16 / static_cast<int>(sizeof(T)))));
+    const dim3 grid = grid_of(ceil_div(count, kElementwiseThreads * 16 / static_cast<int>(sizeof(T))));
     DLKERN_LAUNCH(activation_backward_kernel<T>, grid, dim3(kElementwiseThreads), 0, stream,
                   static_cast<const T*>(grad_output), static_cast<const T*>(output), static_cast<T*>(grad_input), count,
                   activation);

@@ -103,9 +103,8 @@ bool run(Element element, Args& args, const void* a, const void* b, int64_t k, v
   args.steps = static_cast<int>(ceil_div(k, SHAPE::kBlockK));
   with_16_bit_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch("linear_sm90_kernel", linear_sm90_kernel<T, SHAPE, PASS>,
-           dim3(static_cast<unsigned>(row_tiles * column_tiles)), dim3(SHAPE::kThreads), SHAPE::kSharedBytes, stream,
-           false, args);
+    launch("linear_sm90_kernel", linear_sm90_kernel<T, SHAPE, PASS>, grid_of(row_tiles * column_tiles),
+           dim3(SHAPE::kThreads), SHAPE::kSharedBytes, stream, false, args);
   });
   return true;
 }

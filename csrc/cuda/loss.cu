@@ -442,7 +442,7 @@ void reduce(const Logits& shape, const LossArgs& args, const double* parts, void
   });
 }
 
-dim3 grid_of(const Logits& shape) { return dim3(static_cast<unsigned>(blocks_of(shape))); }
+dim3 grid_of(const Logits& shape) { return cuda::grid_of(blocks_of(shape)); }
 
 }  // namespace
 

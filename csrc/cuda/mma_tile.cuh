@@ -1,7 +1,8 @@
 // A block's tile of C[m][n] = sum over k of A(m, k) B(n, k), bfloat16 or float16 operands (T), float sums: cp.async fills
 // a ring of STAGES tiles ahead of the tensor cores (ldmatrix, mma.sync m16n8k16), one barrier a step of 32.
-// Either operand may be stored with k last ([outer, k]) or k first ([k, outer]); ldmatrix transposes the latter. Floats,
-// k first, are rounded to TF32 on the way from shared memory (mma.sync m16n8k8, steps of 16).
+// Either operand may be stored with k last ([outer, k]) or k first ([k, outer]); ldmatrix transposes the latter. Floats
+// are rounded to TF32 on the way from shared memory (mma.sync m16n8k8, steps of 16); k first they are read word by word,
+// since ldmatrix would transpose halves of them.
 #pragma once
 #include "ptx.cuh"
 #include "tile_load.cuh"
@@ -29,22 +30,27 @@ template <class T, int OUTER, Stored STORED>
 struct Staged {
   using Element = T;
   static constexpr bool kLast = STORED == Stored::k_last;
-  static constexpr int kStepK = 16;
-  using TileType = Tile<kLast ? OUTER : kBlockK<T>, kLast ? kBlockK<T> : OUTER>;
+  static constexpr int kPiece = 16 / sizeof(T);  // elements in a row of one of ldmatrix's matrices
+  static constexpr int kStepK = 2 * kPiece;
+  using TileType = Tile<kLast ? OUTER : kBlockK<T>, kLast ? kBlockK<T> : OUTER, kPiece>;
 
-  // The address that a lane passes to ldmatrix for the 16 x 16 fragment at (outer_start, k_start); matrices 0..3 of
-  // the fragment are ordered by `second`: the second 8 of "outer" first (A), or the second 8 of k first (B).
+  // Loads the fragment at (outer_start, k_start), 16 x 16 elements or 16 x 8 floats; its matrices 0..3 are ordered by
+  // `second`: the second half of "outer" first (A), or that of k first (B).
   enum class Second { outer, k };
   template <Second SECOND>
   static DLKERN_DEVICE void fragment(uint32_t (&out)[4], const T* tile, int outer_start, int k_start) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;  // of matrices 1 and 3; of matrices 2 and 3
-    const int o = outer_start + (SECOND == Second::outer ? low : high);
-    const int k_at = k_start + (SECOND == Second::outer ? high : low);
+    const int low = lane / 8 % 2, high = lane / 16;  // matrices 1 and 3; matrices 2 and 3
+    const int o = outer_start + (SECOND == Second::outer ? low : high) * 8;
+    const int k_at = k_start + (SECOND == Second::outer ? high : low) * kPiece;
     if (kLast)
       ldmatrix_x4(out, tile + (o + lane % 8) * TileType::kStride + k_at);
     else
       ldmatrix_x4_transposed(out, tile + (k_at + lane % 8) * TileType::kStride + o);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) out[i] = to_tf32(__uint_as_float(out[i]));
+    }
   }
   static DLKERN_DEVICE void a_fragment(uint32_t (&out)[4], const T* tile, int outer_start, int k_start) {
     fragment<Second::outer>(out, tile, outer_start, k_start);

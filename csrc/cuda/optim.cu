@@ -327,8 +327,7 @@ void over_tables(const Row* rows, int64_t count, F&& f) {
       row.aligned = bits % 16 == 0;
       blocks += optim_blocks(row.count);
     }
-    if (blocks >= int64_t{1} << 31) throw std::runtime_error("dlkern: too many elements for one launch");
-    f(table, begin, before, static_cast<unsigned>(blocks));
+    f(table, begin, before, blocks);
     before += blocks;
   }
 }
@@ -349,10 +348,10 @@ void with_kind(NormKind kind, F&& f) {
 }  // namespace
 
 void sgd(Element element, const SgdTensor* tensors, int64_t count, void* stream) {
-  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, unsigned blocks) {
+  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, int64_t blocks) {
     with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      DLKERN_LAUNCH(sgd_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, table);
+      DLKERN_LAUNCH(sgd_kernel<T>, grid_of(blocks), dim3(kThreads), 0, stream, table);
     });
   });
 }
@@ -369,10 +368,10 @@ void adam_count(const AdamStep* steps, int64_t count, float* corrections, void* 
 }
 
 void adam(Element element, const AdamTensor* tensors, int64_t count, const float* corrections, void* stream) {
-  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, unsigned blocks) {
+  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, int64_t blocks) {
     with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      DLKERN_LAUNCH(adam_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, table, corrections);
+      DLKERN_LAUNCH(adam_kernel<T>, grid_of(blocks), dim3(kThreads), 0, stream, table, corrections);
     });
   });
 }
@@ -380,16 +379,16 @@ void adam(Element element, const AdamTensor* tensors, int64_t count, const float
 void lars(Element element, const LarsTensor* tensors, int64_t count, double* parts, float* rates, void* stream) {
   int64_t stride = 0;
   for (int64_t i = 0; i < count; i++) stride += optim_blocks(tensors[i].count);
-  over_tables(tensors, count, [&](const auto& table, int64_t first, int64_t before, unsigned blocks) {
+  over_tables(tensors, count, [&](const auto& table, int64_t first, int64_t before, int64_t blocks) {
     with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       if (rates) {
-        DLKERN_LAUNCH((optim_sums_kernel<T, NormKind::squares, LarsTensor>), dim3(blocks, 2), dim3(kThreads), 0, stream,
-                      table, 0.0, parts + before, stride);
-        DLKERN_LAUNCH(lars_rate_kernel, dim3(static_cast<unsigned>(table.count)), dim3(kThreads), 0, stream, table,
+        DLKERN_LAUNCH((optim_sums_kernel<T, NormKind::squares, LarsTensor>), grid_of(blocks, 2), dim3(kThreads), 0,
+                      stream, table, 0.0, parts + before, stride);
+        DLKERN_LAUNCH(lars_rate_kernel, grid_of(table.count), dim3(kThreads), 0, stream, table,
                       static_cast<const double*>(parts + before), stride, rates + first);
       }
-      DLKERN_LAUNCH(lars_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, table,
+      DLKERN_LAUNCH(lars_kernel<T>, grid_of(blocks), dim3(kThreads), 0, stream, table,
                     static_cast<const float*>(rates ? rates + first : nullptr));
     });
   });
@@ -397,21 +396,21 @@ void lars(Element element, const LarsTensor* tensors, int64_t count, double* par
 
 void grad_sums(Element element, const GradTensor* tensors, int64_t count, NormKind kind, double power, double* parts,
                void* stream) {
-  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t before, unsigned blocks) {
+  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t before, int64_t blocks) {
     with_type(element, [&](auto* type) {
       with_kind(kind, [&](auto of_kind) {
         using T = std::remove_pointer_t<decltype(type)>;
-        DLKERN_LAUNCH((optim_sums_kernel<T, of_kind.value, GradTensor>), dim3(blocks), dim3(kThreads), 0, stream, table,
-                      power, parts + before, int64_t{0});
+        DLKERN_LAUNCH((optim_sums_kernel<T, of_kind.value, GradTensor>), grid_of(blocks), dim3(kThreads), 0, stream,
+                      table, power, parts + before, int64_t{0});
       });
     });
   });
 }
 
 void grad_nonzeros(const GradTensor* tensors, int64_t count, const double* parts, double* found, void* stream) {
-  over_tables(tensors, count, [&](const auto& table, int64_t first, int64_t before, unsigned) {
-    DLKERN_LAUNCH(grad_nonzero_kernel, dim3(static_cast<unsigned>(table.count)), dim3(kThreads), 0, stream, table,
-                  parts + before, found + first);
+  over_tables(tensors, count, [&](const auto& table, int64_t first, int64_t before, int64_t) {
+    DLKERN_LAUNCH(grad_nonzero_kernel, grid_of(table.count), dim3(kThreads), 0, stream, table, parts + before,
+                  found + first);
   });
 }
 
@@ -424,19 +423,19 @@ void grad_norm(Element element, const double* parts, int64_t count, NormKind kin
 }
 
 void grad_scale(Element element, const GradTensor* tensors, int64_t count, const double* factor, void* stream) {
-  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, unsigned blocks) {
+  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, int64_t blocks) {
     with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      DLKERN_LAUNCH(grad_scale_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, table, factor);
+      DLKERN_LAUNCH(grad_scale_kernel<T>, grid_of(blocks), dim3(kThreads), 0, stream, table, factor);
     });
   });
 }
 
 void grad_clamp(Element element, const GradTensor* tensors, int64_t count, float limit, void* stream) {
-  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, unsigned blocks) {
+  over_tables(tensors, count, [&](const auto& table, int64_t, int64_t, int64_t blocks) {
     with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      DLKERN_LAUNCH(grad_clamp_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, table, limit);
+      DLKERN_LAUNCH(grad_clamp_kernel<T>, grid_of(blocks), dim3(kThreads), 0, stream, table, limit);
     });
   });
 }

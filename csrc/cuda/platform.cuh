@@ -17,6 +17,8 @@
 #define DLKERN_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // The dynamic shared memory of a launch, 1024-byte aligned.
 #define DLKERN_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+// What a kernel relies on, looked at on the host.
+#define DLKERN_EXPECT(condition)
 
 #else
 #include "../cuda_on_host/cuda_on_host.h"
@@ -28,6 +30,7 @@
   name##_type& name = *static_cast<name##_type*>(::cuda_on_host::static_shared(&name##_tag, sizeof(name##_type)))
 #define DLKERN_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::cuda_on_host::dynamic_shared())
+#define DLKERN_EXPECT(condition) ((condition) ? void() : ::cuda_on_host::report("not so: %s", #condition))
 #endif
 
 namespace dlkern::cuda {
@@ -69,6 +72,23 @@ void with_16_bit_type(Element element, F&& f) {
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many items kernels that number them by FastDivide may number, launch by launch; tests make it small.
+inline int64_t most_numbers() {
+#ifdef __CUDACC__
+  return INT32_MAX;
+#else
+  return ::cuda_on_host::most_numbers();
+#endif
+}
+
+// So many blocks; throws where CUDA has no such grid.
+inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+  if (x > INT32_MAX || y > 65535 || z > 65535)
+    throw std::runtime_error("dlkern: a launch of " + std::to_string(x) + " x " + std::to_string(y) + " x " +
+                             std::to_string(z) + " blocks; at most 2^31 - 1, 65535 and 65535 (cuda column)");
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
 
 #ifdef __CUDACC__
 inline void throw_on_error(cudaError_t status, const char* kernel) {

@@ -25,10 +25,17 @@ __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const 
   const int r0 = h0 < 0 ? (-h0 + g.height.dilation - 1) / g.height.dilation : 0;
   const int s0 = w0 < 0 ? (-w0 + g.width.dilation - 1) / g.width.dilation : 0;
 
+  // The offset in the window, or in the plane from the window's first pixel inside: numbers of as many pixels as are
+  // looked at, however far a window reaches.
+  const auto place = [&](int r, int s) {
+    return INDICES == PoolIndices::flat
+               ? static_cast<uint32_t>((r - r0) * g.height.dilation) * g.width.size + (s - s0) * g.width.dilation
+               : static_cast<uint32_t>(r) * g.width.kernel + s;
+  };
   float best[VEC];
-  int where[VEC];  // offset in the window; the first one inside stands where all are -inf
+  uint32_t where[VEC];  // the first one inside stands where all are -inf
 #pragma unroll
-  for (int v = 0; v < VEC; v++) best[v] = -INFINITY, where[v] = r0 * g.width.kernel + s0;
+  for (int v = 0; v < VEC; v++) best[v] = -INFINITY, where[v] = place(r0, s0);
   for (int r = r0; r < g.height.kernel; r++) {
     const int h = h0 + r * g.height.dilation;
     if (h >= g.height.size) break;
@@ -40,7 +47,7 @@ __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const 
 #pragma unroll
       for (int v = 0; v < VEC; v++) {
         const float value = to_float(pack.at[v]);
-        if (value > best[v] || value != value) best[v] = value, where[v] = r * g.width.kernel + s;  // NaN wins
+        if (value > best[v] || value != value) best[v] = value, where[v] = place(r, s);  // NaN wins
       }
     }
   }
@@ -59,12 +66,9 @@ __global__ void max_pool2d_forward_kernel(Pixels outputs, PoolGeometry g, const 
     store_pack(static_cast<uint8_t*>(indices) + to, offsets);
   }
   if (INDICES == PoolIndices::flat) {
+    const int64_t first = static_cast<int64_t>(h0 + r0 * g.height.dilation) * g.width.size + w0 + s0 * g.width.dilation;
 #pragma unroll
-    for (int v = 0; v < VEC; v++) {
-      const int r = where[v] / g.width.kernel, s = where[v] % g.width.kernel;
-      static_cast<int64_t*>(indices)[to + v] =
-          static_cast<int64_t>(h0 + r * g.height.dilation) * g.width.size + w0 + s * g.width.dilation;
-    }
+    for (int v = 0; v < VEC; v++) static_cast<int64_t*>(indices)[to + v] = first + where[v];
   }
 }
 
@@ -171,10 +175,15 @@ void max_pool2d_forward(Element element, const PoolGeometry& geometry, const voi
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = output_pixels(geometry, VEC);
     const auto run = [&](auto kernel) {
-      launch("max_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-             geometry, static_cast<const T*>(input), static_cast<T*>(output), indices);
+      for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+        void* places = indices;
+        if (kind == PoolIndices::window_offset) places = from_output(static_cast<uint8_t*>(indices), geometry, first);
+        if (kind == PoolIndices::flat) places = from_output(static_cast<int64_t*>(indices), geometry, first);
+        launch("max_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
+               geometry, from_input(static_cast<const T*>(input), geometry, first),
+               from_output(static_cast<T*>(output), geometry, first), places);
+      });
     };
     if (kind == PoolIndices::none) run(max_pool2d_forward_kernel<T, VEC, PoolIndices::none>);
     if (kind == PoolIndices::window_offset) run(max_pool2d_forward_kernel<T, VEC, PoolIndices::window_offset>);
@@ -187,12 +196,14 @@ void max_pool2d_backward(Element element, const PoolGeometry& geometry, const vo
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = input_pixels(geometry, VEC);
     const auto run = [&](auto kernel, auto* index_type) {
       using INDEX = std::remove_pointer_t<decltype(index_type)>;
-      launch("max_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-             geometry, static_cast<const T*>(grad_output), static_cast<const INDEX*>(indices),
-             static_cast<T*>(grad_input));
+      for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+        launch("max_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
+               geometry, from_output(static_cast<const T*>(grad_output), geometry, first),
+               from_output(static_cast<const INDEX*>(indices), geometry, first),
+               from_input(static_cast<T*>(grad_input), geometry, first));
+      });
     };
     if (kind == PoolIndices::window_offset)
       run(max_pool2d_backward_kernel<T, VEC, uint8_t>, static_cast<uint8_t*>(nullptr));
@@ -206,10 +217,12 @@ void avg_pool2d_forward(Element element, const PoolGeometry& geometry, const Ave
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = output_pixels(geometry, VEC);
     const auto run = [&](auto kernel) {
-      launch("avg_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-             geometry, rule, static_cast<const T*>(input), static_cast<T*>(output));
+      for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+        launch("avg_pool2d_forward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
+               geometry, rule, from_input(static_cast<const T*>(input), geometry, first),
+               from_output(static_cast<T*>(output), geometry, first));
+      });
     };
     if (rule.adaptive)
       run(avg_pool2d_forward_kernel<T, VEC, true>);
@@ -223,10 +236,12 @@ void avg_pool2d_backward(Element element, const PoolGeometry& geometry, const Av
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = input_pixels(geometry, VEC);
     const auto run = [&](auto kernel) {
-      launch("avg_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
-             geometry, rule, static_cast<const T*>(grad_output), static_cast<T*>(grad_input));
+      for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+        launch("avg_pool2d_backward_kernel", kernel, blocks_for(pixels), dim3(kThreads), 0, stream, false, pixels,
+               geometry, rule, from_output(static_cast<const T*>(grad_output), geometry, first),
+               from_input(static_cast<T*>(grad_input), geometry, first));
+      });
     };
     if (rule.adaptive)
       run(avg_pool2d_backward_kernel<T, VEC, true>);

@@ -12,7 +12,7 @@ struct PoolAxis {
 };
 
 // Both layouts are [outer, height, width, inner]: contiguous has outer = N * C, inner = 1; channels_last outer = N,
-// inner = C. Fewer than 2**31 elements on the side that has a thread an element.
+// inner = C. Of one image or plane, a launch numbers fewer than 2**31 packs; those of more throw.
 struct PoolGeometry {
   int64_t outer, inner;
   PoolAxis height, width;

@@ -80,9 +80,11 @@ void adaptive_max_pool2d_forward(Element element, const PoolGeometry& geometry, 
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = output_pixels(geometry, VEC);
-    DLKERN_LAUNCH((adaptive_max_pool2d_forward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
-                  geometry, static_cast<const T*>(input), static_cast<T*>(output), indices);
+    for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+      DLKERN_LAUNCH((adaptive_max_pool2d_forward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
+                    geometry, from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<T*>(output), geometry, first), from_output(indices, geometry, first));
+    });
   });
 }
 
@@ -91,9 +93,11 @@ void adaptive_max_pool2d_backward(Element element, const PoolGeometry& geometry,
   with_pack(element, geometry.inner, [&](auto* type, auto vec) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = input_pixels(geometry, VEC);
-    DLKERN_LAUNCH((adaptive_max_pool2d_backward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
-                  geometry, static_cast<const T*>(grad_output), indices, static_cast<T*>(grad_input));
+    for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+      DLKERN_LAUNCH((adaptive_max_pool2d_backward_kernel<T, VEC>), blocks_for(pixels), kThreads, 0, stream, pixels,
+                    geometry, from_output(static_cast<const T*>(grad_output), geometry, first),
+                    from_output(indices, geometry, first), from_input(static_cast<T*>(grad_input), geometry, first));
+    });
   });
 }
 

@@ -155,9 +155,11 @@ void lp_pool2d_forward(Element element, const PoolGeometry& geometry, double nor
     using T = std::remove_pointer_t<decltype(type)>;
     using A = decltype(zero);
     constexpr int VEC = decltype(vec)::value;
-    const Pixels pixels = output_pixels(geometry, VEC);
-    DLKERN_LAUNCH((lp_pool2d_forward_kernel<T, VEC, A>), blocks_for(pixels), kThreads, 0, stream, pixels, geometry,
-                  Power<A>(norm), Power<A>(1.0 / norm), static_cast<const T*>(input), static_cast<T*>(output));
+    for_output_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+      DLKERN_LAUNCH((lp_pool2d_forward_kernel<T, VEC, A>), blocks_for(pixels), kThreads, 0, stream, pixels, geometry,
+                    Power<A>(norm), Power<A>(1.0 / norm), from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<T*>(output), geometry, first));
+    });
   });
 }
 
@@ -167,14 +169,21 @@ void lp_pool2d_backward(Element element, const PoolGeometry& geometry, double no
     using T = std::remove_pointer_t<decltype(type)>;
     using A = decltype(zero);
     constexpr int VEC = decltype(vec)::value;
-    const Pixels windows = output_pixels(geometry, VEC), pixels = input_pixels(geometry, VEC);
     const double inverse = 1.0 / norm;
-    DLKERN_LAUNCH((lp_pool2d_slope_kernel<T, VEC, A>), blocks_for(windows), kThreads, 0, stream, windows, geometry,
-                  static_cast<A>(inverse), Power<A>(norm), Power<A>(inverse - 1.0), static_cast<const T*>(grad_output),
-                  static_cast<const T*>(input), static_cast<A*>(slopes));
-    DLKERN_LAUNCH((lp_pool2d_backward_kernel<T, VEC, A>), blocks_for(pixels), kThreads, 0, stream, pixels, geometry,
-                  static_cast<A>(norm), Power<A>(norm - 1.0), static_cast<const T*>(input),
-                  static_cast<const A*>(slopes), static_cast<T*>(grad_input));
+    for_output_pixels(geometry, VEC, [&](const Pixels& windows, int64_t first) {
+      DLKERN_LAUNCH((lp_pool2d_slope_kernel<T, VEC, A>), blocks_for(windows), kThreads, 0, stream, windows, geometry,
+                    static_cast<A>(inverse), Power<A>(norm), Power<A>(inverse - 1.0),
+                    from_output(static_cast<const T*>(grad_output), geometry, first),
+                    from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<A*>(slopes), geometry, first));
+    });
+    for_input_pixels(geometry, VEC, [&](const Pixels& pixels, int64_t first) {
+      DLKERN_LAUNCH((lp_pool2d_backward_kernel<T, VEC, A>), blocks_for(pixels), kThreads, 0, stream, pixels, geometry,
+                    static_cast<A>(norm), Power<A>(norm - 1.0),
+                    from_input(static_cast<const T*>(input), geometry, first),
+                    from_output(static_cast<const A*>(slopes), geometry, first),
+                    from_input(static_cast<T*>(grad_input), geometry, first));
+    });
   });
 }
 

@@ -16,9 +16,6 @@ struct Pixels {
   uint32_t count;
   FastDivide packs, width, height;
 
-  Pixels(int64_t outer, int64_t h, int64_t w, int64_t packs_of_inner)
-      : count(static_cast<uint32_t>(outer * h * w * packs_of_inner)), packs(packs_of_inner), width(w), height(h) {}
-
   struct At {
     uint32_t outer, y, x, pack;
   };
@@ -89,13 +86,32 @@ void with_pack(Element element, int64_t inner, F&& f) {
   });
 }
 
-inline dim3 blocks_for(const Pixels& pixels) { return dim3(static_cast<unsigned>(ceil_div(pixels.count, kThreads))); }
+inline dim3 blocks_for(const Pixels& pixels) { return grid_of(ceil_div(pixels.count, kThreads)); }
 
-inline Pixels output_pixels(const PoolGeometry& g, int vec) {
-  return Pixels(g.outer, g.height.out_size, g.width.out_size, g.inner / vec);
+// A tensor of the input's or the output's sizes from its image (or plane) `first` on.
+template <class T>
+T* from_input(T* data, const PoolGeometry& g, int64_t first) {
+  return data + first * g.height.size * g.width.size * g.inner;
 }
-inline Pixels input_pixels(const PoolGeometry& g, int vec) {
-  return Pixels(g.outer, g.height.size, g.width.size, g.inner / vec);
+template <class T>
+T* from_output(T* data, const PoolGeometry& g, int64_t first) {
+  return data + first * g.height.out_size * g.width.out_size * g.inner;
+}
+
+// Calls f(pixels, first) for slices of [outer, h, w, packs], which begin at `first` of outer.
+template <class F>
+void for_pixels(int64_t outer, int64_t h, int64_t w, int64_t packs, F&& f) {
+  for_slices("pooling", outer, h * w * packs, [&](int64_t first, int64_t count) {
+    f(Pixels{static_cast<uint32_t>(count * h * w * packs), FastDivide(packs), FastDivide(w), FastDivide(h)}, first);
+  });
+}
+template <class F>
+void for_output_pixels(const PoolGeometry& g, int vec, F&& f) {
+  for_pixels(g.outer, g.height.out_size, g.width.out_size, g.inner / vec, f);
+}
+template <class F>
+void for_input_pixels(const PoolGeometry& g, int vec, F&& f) {
+  for_pixels(g.outer, g.height.size, g.width.size, g.inner / vec, f);
 }
 
 }  // namespace dlkern::cuda

@@ -15,7 +15,8 @@ constexpr int kThreads = 256;
 
 struct Places {
   FastDivide chunks, length, heads;  // chunks of VEC pairs or elements a row
-  uint32_t count;  // of chunks in all
+  int64_t first;  // of this launch's members of the first dimension
+  uint32_t count;  // of chunks of this launch
   bool swapped;  // rows lie as [a, length, b]
 };
 
@@ -24,14 +25,15 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(Rotary args, Places pl
   const uint32_t number = blockIdx.x * kThreads + threadIdx.x;
   if (number >= places.count) return;
   uint32_t chunk, j, l;
-  uint32_t i = places.chunks.divide(number, chunk);
+  uint32_t row = places.chunks.divide(number, chunk);
   if (places.swapped) {
-    i = places.heads.divide(i, j);
-    i = places.length.divide(i, l);
+    row = places.heads.divide(row, j);
+    row = places.length.divide(row, l);
   } else {
-    i = places.length.divide(i, l);
-    i = places.heads.divide(i, j);
+    row = places.length.divide(row, l);
+    row = places.heads.divide(row, j);
   }
+  const int64_t i = places.first + row;
   const auto at = [&](const int64_t* stride) { return i * stride[0] + j * stride[1] + l * stride[2]; };
   const T* x = static_cast<const T*>(args.x) + at(args.x_stride);
   T* y = static_cast<T*>(args.output) + at(args.output_stride);
@@ -70,12 +72,18 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(Rotary args, Places pl
 template <class T, class A, int VEC>
 void launch_rotary(const Rotary& args, void* stream) {
   const int64_t chunks = args.half / VEC + (args.depth - 2 * args.half) / VEC;
-  const int64_t count = args.a * args.b * args.length * chunks;
+  const int64_t each = args.b * args.length * chunks;
   const bool swapped = args.output_stride[1] < args.output_stride[2];
-  const Places places{FastDivide(chunks), FastDivide(args.length), FastDivide(args.b), static_cast<uint32_t>(count),
-                      swapped};
-  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)));
-  DLKERN_LAUNCH((rotary_kernel<T, A, VEC>), grid, dim3(kThreads), 0, stream, args, places);
+  for_slices("rotary", args.a, each, [&](int64_t first, int64_t count) {
+    const Places places{FastDivide(chunks),
+                        FastDivide(args.length),
+                        FastDivide(args.b),
+                        first,
+                        static_cast<uint32_t>(count * each),
+                        swapped};
+    DLKERN_LAUNCH((rotary_kernel<T, A, VEC>), grid_of(ceil_div(places.count, kThreads)), dim3(kThreads), 0, stream,
+                  args, places);
+  });
 }
 
 // Whether all rows, pairs and angles come in whole packs.

@@ -19,7 +19,6 @@ struct Rotary {
   void* output;
 };
 
-// Fewer than 2^31 elements.
 void rotary(const Rotary& args, void* stream);
 
 }  // namespace dlkern::cuda

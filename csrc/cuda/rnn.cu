@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kThreads) rnn_padding_kernel(RnnShape s, int64
 
 void rnn_input(Element element, const void* input, const void* weight_ih, float* given, int64_t rows, int64_t inputs,
                int64_t outputs, void* stream) {
-  const dim3 blocks(static_cast<unsigned>(ceil_div(rows, InputShape::kBlockM)),
-                    static_cast<unsigned>(ceil_div(outputs, InputShape::kBlockN)));
+  const dim3 blocks = grid_of(ceil_div(rows, InputShape::kBlockM), ceil_div(outputs, InputShape::kBlockN));
   const auto run = [&](auto* type, auto aligned) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Side = Operand<T, InputShape::kBlockM, Stored::k_last, aligned.value, InputShape::kThreads>;
@@ -207,8 +206,7 @@ void rnn_forward(const RnnShape& s, RnnRoute route, const RnnForward& x, void* s
 void rnn_clear_padding(const RnnShape& s, int64_t width, void* rows, void* stream) {
   with_type(s.element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    DLKERN_LAUNCH(rnn_padding_kernel<T>, dim3(static_cast<unsigned>(s.rows)), dim3(kThreads), 0, stream, s, width,
-                  static_cast<T*>(rows));
+    DLKERN_LAUNCH(rnn_padding_kernel<T>, grid_of(s.rows), dim3(kThreads), 0, stream, s, width, static_cast<T*>(rows));
   });
 }
 

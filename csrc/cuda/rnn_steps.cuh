@@ -272,8 +272,7 @@ __global__ void __launch_bounds__(THREADS) rnn_counters_kernel(unsigned* counter
 
 inline bool wide(const RnnShape& s) { return s.batch > 16; }
 inline dim3 grid(const RnnShape& s) {
-  return dim3(static_cast<unsigned>(ceil_div(s.hidden, kUnits)),
-              static_cast<unsigned>(ceil_div(s.batch, wide(s) ? 64 : 16)));
+  return grid_of(ceil_div(s.hidden, kUnits), ceil_div(s.batch, wide(s) ? 64 : 16));
 }
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

@@ -1,15 +1,15 @@
 // Tiles of a row-major matrix of 16-bit elements, from global to shared memory, zero outside the matrix.
 // Rows in shared memory are 16 bytes longer than the tile's, so that the eight rows ldmatrix reads at once lie in
-// different banks (row lengths of 32, 64 and 128 elements).
+// different banks (row lengths of 32, 64 and 128 elements, of 16 floats).
 #pragma once
 #include "ptx.cuh"
 
 namespace dlkern::cuda {
 
-template <int ROWS, int COLUMNS>
+template <int ROWS, int COLUMNS, int PAD = 8>
 struct Tile {
   static constexpr int kRows = ROWS, kColumns = COLUMNS;
-  static constexpr int kStride = COLUMNS + 8;
+  static constexpr int kStride = COLUMNS + PAD;
   static constexpr int kElements = ROWS * kStride;
 };
 

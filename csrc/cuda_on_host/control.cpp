@@ -59,6 +59,9 @@ EXPORT void cuda_on_host_set_multiprocessors(int count) { cuda_on_host::settings
 // Whether that device is a Hopper.
 EXPORT void cuda_on_host_set_hopper(int hopper) { cuda_on_host::settings.hopper = hopper != 0; }
 
+// How many items kernels may number in one launch.
+EXPORT void cuda_on_host_set_most_numbers(int64_t count) { cuda_on_host::settings.most_numbers = count; }
+
 // Whether ops raise where an index is out of range.
 EXPORT void cuda_on_host_set_looks_at_indices(int looks) { cuda_on_host::settings.looks_at_indices = looks != 0; }
 

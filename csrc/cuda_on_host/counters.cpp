@@ -57,5 +57,6 @@ int64_t blocks_at_once(int64_t shared_bytes) {
 
 int multiprocessors() { return settings.multiprocessors; }
 bool is_hopper() { return settings.hopper; }
+int64_t most_numbers() { return settings.most_numbers; }
 
 }  // namespace cuda_on_host

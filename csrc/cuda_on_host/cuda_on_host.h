@@ -98,6 +98,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool c
   run_grid(name, grid, block, shared_bytes, cooperative, [](void* held) { (*static_cast<Body*>(held))(); });
 }
 
+// control.cpp: notes a finding: "kernel: message [block 0,0,0 thread 5,0,0]".
+void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
 // shared_memory.cpp. A static array is named by the address of its tag.
 void* dynamic_shared();
 void* static_shared(const void* tag, size_t bytes);
@@ -123,6 +126,7 @@ void spin(const char* where);
 int64_t blocks_at_once(int64_t shared_bytes);  // of a kernel, on the device that this pretends to be
 int multiprocessors();
 bool is_hopper();
+int64_t most_numbers();
 
 // ---- Hopper: mbarrier.cpp, tensor_copy.cpp, wgmma.cpp ----
 
@@ -190,6 +194,11 @@ T shuffled(unsigned mask, T value, int source_lane, const char* where) {
                            CUDA_ON_HOST_HERE)
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 
 inline int min(int a, int b) { return a < b ? a : b; }

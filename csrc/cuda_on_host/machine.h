@@ -155,6 +155,7 @@ struct Settings {
   int multiprocessors = 132;
   bool hopper = false;  // whether launchers may choose kernels of sm_90a
   bool looks_at_indices = true;
+  int64_t most_numbers = INT32_MAX;  // that a launch's items may have
 };
 
 struct Machine {
@@ -193,8 +194,5 @@ void settle(Mbarrier& barrier);  // completes the phase where nothing is missing
 
 // tensor_copy.cpp
 void run_copy(Mbarrier& barrier, size_t which);
-
-// control.cpp: notes a finding: "kernel: message [block 0,0,0 thread 5,0,0]".
-void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace cuda_on_host

@@ -62,9 +62,8 @@ NormShape norm_shape(const char* op, const Tensor& input, bool channels_last) {
   NormShape shape{input.size(0), input.size(1), 1, channels_last};
   for (int64_t d = 2; d < input.dim(); ++d) shape.inner *= input.size(d);
   if (shape.inner == 1) shape.channels_last = true;  // [n, c] is rows of channels
-  check(shape.channels < kLargest && shape.images < kLargest && shape.inner < kLargest &&
-            shape.images * shape.inner < kLargest,
-        op, ": more than 2^31 - 1 elements a channel (cuda column)");
+  check(shape.channels < kLargest && shape.inner < kLargest, op,
+        ": more than 2^31 - 1 channels, or elements of one image's channel (cuda column)");
   return shape;
 }
 

@@ -39,12 +39,19 @@ ConvGeometry geometry_of(const char* op, const cpu::ConvShape& z) {
   return g;
 }
 
+// Whether the kernels are to take vectors of channels. In 16-bit types a copy is cheaper than elements one by one, as
+// which floats can be copied asynchronously: these must have images that lie so.
+bool wants_vectors(Element element, const ConvGeometry& g, std::initializer_list<const Tensor*> images) {
+  bool lie = true;
+  for (const Tensor* x : images) lie = lie && x->stride(1) == 1;
+  return conv2d_takes_vectors(element, g) && (is_16_bit(element) || lie);
+}
+
 // An operand in one of the two formats, and how a kernel sees it.
 struct Operand {
   Tensor x;
   bool channels_last;
 
-  // Where the kernels take vectors of channels, a copy is cheaper than elements one by one.
   Operand(const Tensor& given, bool vectors)
       : x(vectors ? aligned(torch::stable::contiguous(given, torch::headeronly::MemoryFormat::ChannelsLast))
                   : dense(given)),
@@ -83,7 +90,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     check_residual(op, *residual, z, channels_last);
   }
   const Element element = product_element(input, Products::convolutions);
-  const bool vectors = conv2d_takes_vectors(element, g);
+  const bool vectors = wants_vectors(element, g, {&input});
   const Operand x(input, vectors), w(weight, vectors);
   Tensor output = allocate({z.n, z.k, z.p, z.q}, input.scalar_type(), input, channels_last);
   if (output.numel() == 0) return output;
@@ -111,7 +118,7 @@ Tensor backward_input(const char* op, const cpu::ConvShape& z, const Tensor& gra
                       const std::optional<Tensor>& bias, bool channels_last) {
   const ConvGeometry g = geometry_of(op, z);
   const Element element = product_element(grad_output, Products::convolutions);
-  const bool vectors = conv2d_takes_vectors(element, g);
+  const bool vectors = wants_vectors(element, g, {&grad_output});
   const Operand y(grad_output, vectors), w(weight, vectors);
   Tensor grad_input = allocate({z.n, z.c, z.h, z.w}, grad_output.scalar_type(), grad_output, channels_last);
   if (grad_input.numel() == 0) return grad_input;
@@ -163,7 +170,7 @@ std::tuple<Tensor, Tensor> conv2d_backward_weight_cuda(const Tensor& grad_output
   if (z.n == 0)  // nothing to sum over
     return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
   const Element element = product_element(input, Products::convolutions);
-  const bool vectors = conv2d_takes_vectors(element, g);
+  const bool vectors = wants_vectors(element, g, {&grad_output, &input});
   const Operand y(grad_output, vectors), x(input, vectors);
   Call call(input);
   const ConvResult result = write(call, grad_weight, channels_last);

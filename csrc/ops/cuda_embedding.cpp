@@ -14,8 +14,7 @@ auto beside(const char* op, const Tensor& like) {
   return [op, &like](const char* name, const Tensor& x) { check_device(op, name, x, like); };
 }
 
-Tensor checked_indices(const char* op, const Tensor& indices, int64_t rows) {
-  check(indices.numel() < kMost, op, ": more than 2^31 - 1 indices (cuda column)");
+Tensor checked_indices(const Tensor& indices, int64_t rows) {
   Tensor result = as_contiguous(indices);
 #ifdef DLKERN_CUDA_ON_HOST
   if (cuda_on_host::looks_at_indices()) check_inside(result, rows);
@@ -29,7 +28,7 @@ Tensor embedding_forward_cuda(const Tensor& weight, const Tensor& indices) {
   const char* op = "embedding";
   check_embedding(op, weight, indices, beside(op, weight));
   check_element(op, weight);
-  const Tensor places = checked_indices(op, indices, weight.size(0)), table = dense_table(weight);
+  const Tensor places = checked_indices(indices, weight.size(0)), table = dense_table(weight);
   Tensor output = allocate_embedding(op, weight, indices);
   if (output.numel() == 0) return output;
   Call call(weight);
@@ -57,8 +56,8 @@ Tensor embedding_backward_cuda(const Tensor& grad_output, const Tensor& indices,
   const char* op = "embedding_backward";
   check_embedding_backward(op, grad_output, indices, num_embeddings, beside(op, grad_output));
   check_element(op, grad_output);
-  check(num_embeddings < kMost, op, ": more than 2^31 - 1 rows (cuda column)");
-  const Tensor places = checked_indices(op, indices, num_embeddings), grad = as_contiguous(grad_output);
+  check(num_embeddings < kMost && indices.numel() < kMost, op, ": more than 2^31 - 1 rows or indices (cuda column)");
+  const Tensor places = checked_indices(indices, num_embeddings), grad = as_contiguous(grad_output);
   cuda::EmbeddingBackward args{};
   args.element = element_of(grad);
   args.count = places.numel();

@@ -44,8 +44,14 @@ cuda::ConvGeometry pixels(int64_t rows, int64_t in_features, int64_t out_feature
   g.h = g.w = g.r = g.s = g.p = g.q = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   return g;
 }
-cuda::ConvTensor read(Call& call, const Tensor& x) { return {call.reads(x), x.size(x.dim() - 1), 1, 1, 1}; }
-cuda::ConvResult write(Call& call, const Tensor& x) { return {call.writes(x), x.size(x.dim() - 1), 1, 1, 1}; }
+cuda::ConvTensor read(Call& call, const Tensor& x) {
+  const int64_t row = x.size(x.dim() - 1);
+  return {call.reads(x), row, 1, row, row};
+}
+cuda::ConvResult write(Call& call, const Tensor& x) {
+  const int64_t row = x.size(x.dim() - 1);
+  return {call.writes(x), row, 1, row, row};
+}
 
 void backward_weight_float(const Tensor& grad_output, const Tensor& input, Tensor& grad_weight, Tensor& grad_bias,
                            int64_t rows) {

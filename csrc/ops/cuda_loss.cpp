@@ -13,11 +13,9 @@ void check_here(const char* op, const char* name, const Tensor& x, const Tensor&
   check_device(op, name, x, input);
 }
 
-cuda::Logits logits_of(const char* op, const CheckedLogits& c) {
+cuda::Logits logits_of(const CheckedLogits& c) {
   const cpu::CrossEntropyShape& s = c.shape;
-  const cuda::Logits result{element_of(c.input), s.outer, s.inner, s.classes, s.class_stride, s.place_stride};
-  check(s.outer * s.inner < int64_t{1} << 31, op, ": more than 2^31 - 1 places (cuda column)");
-  return result;
+  return {element_of(c.input), s.outer, s.inner, s.classes, s.class_stride, s.place_stride};
 }
 
 Tensor scratch_of(const cuda::Logits& shape, const Tensor& input) {
@@ -33,7 +31,7 @@ Three cross_entropy_forward_cuda(const Tensor& input, const Tensor& target, cons
   const char* op = "cross_entropy";
   const CheckedIndices c =
       checked_indices<check_here>(op, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing);
-  const cuda::Logits shape = logits_of(op, c);
+  const cuda::Logits shape = logits_of(c);
   std::vector<int64_t> halves = to_vector(target.sizes());
   halves.insert(halves.begin(), 2);
   Tensor loss = allocate(reduction == 0 ? target.sizes() : Ints(), input.scalar_type(), input);
@@ -58,7 +56,7 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_loss, const Tensor& input,
   const CheckedIndices c =
       checked_indices<check_here>(op, input, target, weight, sample_weight, reduction, ignore_index, label_smoothing);
   check_indices_backward<check_here>(op, grad_loss, c, lse, total_weight, ScalarType::Float, reduction);
-  const cuda::Logits shape = logits_of(op, c);
+  const cuda::Logits shape = logits_of(c);
   Tensor grad_input = allocate(input.sizes(), input.scalar_type(), input, c.channels_last);
   if (grad_input.numel() == 0) return grad_input;
   const Tensor grad = as_contiguous(grad_loss), halves = as_contiguous(lse), scratch = scratch_of(shape, input);
@@ -79,7 +77,7 @@ Two cross_entropy_probabilities_forward_cuda(const Tensor& input, const Tensor& 
   const char* op = "cross_entropy";
   const CheckedProbabilities c =
       checked_probabilities<check_here>(op, input, target, weight, reduction, label_smoothing);
-  const cuda::Logits shape = logits_of(op, c);
+  const cuda::Logits shape = logits_of(c);
   const Ints kept_size(c.kept.data(), c.kept.size()), places(c.kept.data() + 1, c.kept.size() - 1);
   Tensor loss = allocate(reduction == 0 ? places : Ints(), input.scalar_type(), input);
   Tensor kept = allocate(kept_size, ScalarType::Double, input);
@@ -102,7 +100,7 @@ Two cross_entropy_probabilities_backward_cuda(const Tensor& grad_loss, const Ten
   const CheckedProbabilities c =
       checked_probabilities<check_here>(op, input, target, weight, reduction, label_smoothing);
   check_probabilities_backward<check_here>(op, grad_loss, c, kept, reduction);
-  const cuda::Logits shape = logits_of(op, c);
+  const cuda::Logits shape = logits_of(c);
   const Tensor grad = as_contiguous(grad_loss), numbers = as_contiguous(kept);
   const auto gradient = [&](bool wanted) {
     return allocate(wanted ? input.sizes() : Ints({0}), input.scalar_type(), input, wanted && c.channels_last);

@@ -2,6 +2,8 @@
 // and their backwards. float32, bfloat16 and float16.
 #include "../cuda/pooling.h"
 
+#include <algorithm>
+
 #include "cuda_common.h"
 
 namespace dlkern::ops {
@@ -12,7 +14,7 @@ using cuda::PoolAxis;
 using cuda::PoolGeometry;
 using cuda::PoolIndices;
 
-constexpr int64_t kLargest = int64_t{1} << 31;  // exclusive: extents, and elements on the side that has a thread each
+constexpr int64_t kLargest = int64_t{1} << 31;  // of extents, exclusive
 
 // Windows along one axis: rounded up in ceil_mode, but none starts beyond the input and the left padding.
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
@@ -101,13 +103,6 @@ Tensor ordered(const Tensor& x, bool channels_last) {
   return aligned(torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
 }
 
-// An uninitialised result; a thread makes at least one of its elements.
-Tensor result(const char* op, const std::vector<int64_t>& size, const Tensor& like, bool channels_last) {
-  Tensor x = allocate(size, like.scalar_type(), like, channels_last);
-  check(x.numel() < kLargest, op, ": more than 2^31 - 1 elements (cuda column)");
-  return x;
-}
-
 // ---- max_pool2d ----
 
 std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints window, bool ceil_mode, int64_t indices) {
@@ -118,8 +113,12 @@ std::tuple<Tensor, Tensor> max_pool2d_forward_cuda(const Tensor& input, Ints win
   check<std::invalid_argument>(indices >= 0 && indices <= 2, op, ": indices must be 0, 1 or 2, got ", indices);
   check<std::invalid_argument>(indices != 1 || window[0] * window[1] <= 256, op,
                                ": a window of more than 256 elements needs int64 indices");
+  // The kernel counts them from the window's first one on.
+  const int64_t rows = std::min<int64_t>(pool.height.size, (window[0] - 1) * pool.height.dilation + 1);
+  check(indices != 2 || rows * pool.width.size < int64_t{1} << 32, op,
+        ": a window's rows of more than 2^32 - 1 pixels (cuda column)");
   const Tensor x = ordered(input, channels_last);
-  Tensor output = result(op, pool.output_size(), x, channels_last);
+  Tensor output = allocate(pool.output_size(), x.scalar_type(), x, channels_last);
   Tensor winners =
       indices == 0 ? allocate({0}, ScalarType::Byte, x)
                    : allocate(pool.output_size(), indices == 1 ? ScalarType::Byte : ScalarType::Long, x, channels_last);
@@ -148,7 +147,7 @@ Tensor max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices
   const bool offsets = indices.scalar_type() == ScalarType::Byte;
   check(offsets || indices.scalar_type() == ScalarType::Long, op, ": indices must be uint8 or int64");
   const Tensor g = ordered(grad_output, channels_last), winners = ordered(indices, channels_last);
-  Tensor grad_input = result(op, pool.input_size(), g, channels_last);
+  Tensor grad_input = allocate(pool.input_size(), g.scalar_type(), g, channels_last);
   if (grad_input.numel() == 0) return grad_input;
   Call call(g);
   cuda::max_pool2d_backward(element, pool.geometry(), call.reads(g),
@@ -161,7 +160,7 @@ Tensor max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& indices
 
 Tensor average_forward(const char* op, const Tensor& input, const Pooling& pool, const cuda::AverageRule& rule) {
   const Tensor x = ordered(input, pool.channels_last);
-  Tensor output = result(op, pool.output_size(), x, pool.channels_last);
+  Tensor output = allocate(pool.output_size(), x.scalar_type(), x, pool.channels_last);
   if (output.numel() == 0) return output;
   Call call(x);
   cuda::avg_pool2d_forward(element_of(op, input), pool.geometry(), rule, call.reads(x), call.writes(output),
@@ -172,7 +171,7 @@ Tensor average_forward(const char* op, const Tensor& input, const Pooling& pool,
 Tensor average_backward(const char* op, const Tensor& grad_output, const Pooling& pool, const cuda::AverageRule& rule) {
   check_size(op, "grad_output", grad_output, pool.output_size());
   const Tensor g = ordered(grad_output, pool.channels_last);
-  Tensor grad_input = result(op, pool.input_size(), g, pool.channels_last);
+  Tensor grad_input = allocate(pool.input_size(), g.scalar_type(), g, pool.channels_last);
   if (grad_input.numel() == 0) return grad_input;
   if (g.numel() == 0) return torch::stable::zero_(grad_input);
   Call call(g);
@@ -238,7 +237,7 @@ std::tuple<Tensor, Tensor> adaptive_max_pool2d_forward_cuda(const Tensor& input,
   const bool channels_last = suggests_channels_last(input);
   const Pooling pool = adaptive_max_pooling(op, input.sizes(), output_size, channels_last);
   const Tensor x = ordered(input, channels_last);
-  Tensor output = result(op, pool.output_size(), x, channels_last);
+  Tensor output = allocate(pool.output_size(), x.scalar_type(), x, channels_last);
   Tensor indices = allocate(pool.output_size(), ScalarType::Long, x, channels_last);
   if (output.numel() == 0) return {output, indices};
   Call call(x);
@@ -259,7 +258,7 @@ Tensor adaptive_max_pool2d_backward_cuda(const Tensor& grad_output, const Tensor
   check_device(op, "indices", indices, grad_output);
   check(indices.scalar_type() == ScalarType::Long, op, ": indices must be int64");
   const Tensor g = ordered(grad_output, channels_last), winners = ordered(indices, channels_last);
-  Tensor grad_input = result(op, pool.input_size(), g, channels_last);
+  Tensor grad_input = allocate(pool.input_size(), g.scalar_type(), g, channels_last);
   if (grad_input.numel() == 0) return grad_input;
   if (g.numel() == 0) return torch::stable::zero_(grad_input);
   Call call(g);
@@ -283,7 +282,7 @@ Tensor lp_pool2d_forward_cuda(const Tensor& input, double norm, Ints window, boo
   const bool channels_last = suggests_channels_last(input);
   const Pooling pool = pooling(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
   const Tensor x = ordered(input, channels_last);
-  Tensor output = result(op, pool.output_size(), x, channels_last);
+  Tensor output = allocate(pool.output_size(), x.scalar_type(), x, channels_last);
   if (output.numel() == 0) return output;
   Call call(x);
   cuda::lp_pool2d_forward(element, pool.geometry(), norm, call.reads(x), call.writes(output), call.stream());
@@ -301,8 +300,7 @@ Tensor lp_pool2d_backward_cuda(const Tensor& grad_output, const Tensor& input, d
   const Pooling pool = pooling(op, input.sizes(), {op, window, 2}, ceil_mode, channels_last);
   check_size(op, "grad_output", grad_output, pool.output_size());
   const Tensor x = ordered(input, channels_last), g = ordered(grad_output, channels_last);
-  check(g.numel() < kLargest, op, ": more than 2^31 - 1 elements (cuda column)");
-  Tensor grad_input = result(op, pool.input_size(), x, channels_last);
+  Tensor grad_input = allocate(pool.input_size(), x.scalar_type(), x, channels_last);
   if (grad_input.numel() == 0) return grad_input;
   const ScalarType sums = cuda::lp_pool2d_is_in_double(norm) ? ScalarType::Double : ScalarType::Float;
   Tensor slopes = allocate(pool.output_size(), sums, x);

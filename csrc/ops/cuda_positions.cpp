@@ -13,7 +13,6 @@ Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool i
   cuda::Rotary args{};
   args.element = element_of(op, x);
   check_rotary(op, x, cos, sin, [&](const char* name, const Tensor& t) { check_device(op, name, t, x); });
-  check(x.numel() < int64_t{1} << 31, op, ": more than 2^31 - 1 elements (cuda column)");
   args.wide_angles = cos.scalar_type() == ScalarType::Float;
   const Tensor from = with_dense_rows(x), c = as_contiguous(cos), s = as_contiguous(sin);
   Tensor output = prepare_rotary(x, from, cos, interleaved, inverse, args);

@@ -18,8 +18,8 @@ import torch
 from dlkern import _precision
 
 __all__ = [
-    "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "multiprocessors",
-    "precision_settings", "raise_if_errors", "thread_order", "unchecked_indices",
+    "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "most_numbers",
+    "multiprocessors", "precision_settings", "raise_if_errors", "thread_order", "unchecked_indices",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
@@ -43,6 +43,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.cuda_on_host_errors.restype = ctypes.c_int64
     library.cuda_on_host_messages.restype = ctypes.c_char_p
     library.cuda_on_host_last_kernel.restype = ctypes.c_char_p
+    library.cuda_on_host_set_most_numbers.argtypes = [ctypes.c_int64]
     library.cuda_on_host_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
     return library
 
@@ -105,6 +106,16 @@ def multiprocessors(count: int) -> Iterator[None]:
         yield
     finally:
         load().cuda_on_host_set_multiprocessors(132)
+
+
+@contextlib.contextmanager
+def most_numbers(count: int) -> Iterator[None]:
+    """Kernels inside number so many items a launch at most (2^31 - 1 on a GPU): small tensors are cut as large ones are."""
+    load().cuda_on_host_set_most_numbers(count)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_most_numbers(2**31 - 1)
 
 
 @contextlib.contextmanager

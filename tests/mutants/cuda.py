@@ -11,7 +11,8 @@ LAYER_NORM, RNN, RNN_BACKWARD, RNN_STEPS, RNN_GATES, RNN_ROWS, RNN_OPTIONS, RNN_
         "rnn_options_backward.cu",
     )
 )
-POSITIONS, OPTIM, EMBEDDING, LOSS = (f"csrc/cuda/{name}.cu" for name in ("positions", "optim", "embedding", "loss"))
+POSITIONS, OPTIM, EMBEDDING, LOSS, CONV = (f"csrc/cuda/{name}.cu" for name in ("positions", "optim", "embedding", "loss", "conv"))
+FAST_DIVIDE = "csrc/cuda/fast_divide.cuh"
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
@@ -29,6 +30,10 @@ LINEAR_HOPPER, CONV_HOPPER, WGMMA_TILE, TILE_STORE, PTX, HOPPER = (
 
 def _mutant(file: str, old: str, new: str, selection: str, family: str = "") -> dict:
     return dict(file=file, old=old, new=new, tests=[f"tests/test_cuda{family}.py", "-k", selection], build="cuda_on_host")
+
+
+def _large_mutant(file: str, old: str, new: str, selection: str) -> dict:
+    return _mutant(file, old, new, selection, "_large")
 
 
 def _norm_mutant(old: str, new: str, selection: str = "test_layer_norm and float32") -> dict:
@@ -91,6 +96,16 @@ MUTANTS = [
     _mutant(POOLING_LP, "sum[v] != sum[v] ? slope * 0 :", "", "test_lp_pool2d_special"),
     _mutant(POOLING_LP, "Power<A>(norm - 1.0)", "Power<A>(norm)", "test_lp_pool2d and ceil and float32"),
     _mutant(POOLING_LP, "whole < 0 ? 1 / result : result", "result", "test_lp_pool2d and ceil and float32"),
+    # Slices of large tensors: their first image, their size; windows over more than 31 bits
+    _large_mutant(POOLING_WINDOW, "return data + first * g.height.size", "return data + 0 * g.height.size", "pooling_in_slices"),
+    _large_mutant(POOLING_WINDOW, "return data + first * g.height.out_size", "return data + 0 * g.height.out_size", "pooling_in_slices"),
+    _large_mutant(POOLING, "places = from_output(static_cast<int64_t*>(indices), geometry, first)", "places = indices", "pooling_in_slices"),
+    _large_mutant(FAST_DIVIDE, "outer - first < most ? outer - first : most", "outer - first", "pooling_in_slices"),
+    _large_mutant(FAST_DIVIDE, "most_numbers() / inner", "most_numbers() / inner + 1", "pooling_in_slices"),
+    _large_mutant(POSITIONS, "places.first + row", "row", "rotary_in_slices"),
+    _large_mutant(POOLING, "static_cast<uint32_t>((r - r0) * g.height.dilation)", "static_cast<uint32_t>(r * g.height.dilation)",
+                  "31_bits"),
+    _large_mutant(POOLING, "(s - s0) * g.width.dilation", "s * g.width.dilation", "31_bits"),
     # linear_forward_kernel
     _mutant(LINEAR, "second += to_float(args.bias[column + 1])", "second += to_float(args.bias[column])", _LINEAR),
     _mutant(LINEAR, "activated(second, args.activation)", "second", _LINEAR_ACTIVATION),
@@ -105,6 +120,9 @@ MUTANTS = [
     _mutant(LOAD, "inside ? *source : from_float<T>(0.0f)", "*source", _LINEAR),
     _mutant(PTX, "mma_16x8x16(c, a, b0, b1, kHalf)", "mma_16x8x16(c, a, b0, b1, false)", _LINEAR),
     _mutant(TILE, "at[4 * k * TileType::kStride", "at[k * TileType::kStride", "test_tf32", "_conv"),
+    _mutant(TILE, "out[i] = to_tf32(__uint_as_float(out[i]));", "out[i] = out[i];", "test_tf32", "_conv"),
+    _mutant(TILE, "(SECOND == Second::outer ? high : low) * kPiece", "(SECOND == Second::outer ? high : low) * 8", "test_tf32", "_conv"),
+    _mutant(CONV, "return is_16_bit(element) ? 8 : 4;", "return is_16_bit(element) ? 8 : 1;", "test_tf32", "_conv"),
     # linear_backward_weight_kernel
     _mutant(LINEAR, "for (int k = 0; k < kBlockK<T>; k++)", "for (int k = 1; k < kBlockK<T>; k++)", _LINEAR),
     _mutant(LINEAR, "args.grad_bias && blockIdx.y == 0", "args.grad_bias && blockIdx.y == 1", _LINEAR),
@@ -161,9 +179,12 @@ MUTANTS = [
             "for (int rows = kThreads / plan.lanes / 2; rows > 1; rows /= 2) {\n    __syncthreads();\n"
             "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
             "    for (int c = 0; c < kChannels; c++) merge", _NORM),
+    _large_mutant(BATCH_NORM, "const uint32_t start = LAST ? 0 :", "const uint32_t start = true ? 0 :", "short_chunks and 130"),
+    _large_mutant(BATCH_NORM, "base = LAST ? image * p.channels + channel", "base = LAST ? channel", "short_chunks and 130"),
+    _large_mutant(BATCH_NORM, "wanted < largest ? wanted : largest", "wanted", "chunks_are_cut"),
     _mutant(BATCH_NORM, "      found = u + 1;", "      found = 1;", _NORM),
     _mutant(BATCH_NORM, "const float rest = left[c] / new_count;", "const float rest = 0.0f;", "test_batch_norm_long_chunks"),
-    _mutant(BATCH_NORM, "left < plan.items_a_chunk ? left : plan.items_a_chunk", "plan.items_a_chunk", _NORM),
+    _mutant(BATCH_NORM, "left < items_a_chunk ? left : items_a_chunk", "items_a_chunk", _NORM),
     _mutant(BATCH_NORM, "m2 / (count - 1.0)", "m2 / count", _NORM),
     _mutant(BATCH_NORM, "for (int r = 1; r < kFinalRows; r++) {", "for (int r = 2; r < kFinalRows; r++) {", _NORM),
     _mutant(BATCH_NORM, "1.0 / sqrt(load_channel(running_var, channel) + eps)", "1.0 / sqrt(load_channel(running_var, channel))",
@@ -171,7 +192,7 @@ MUTANTS = [
     # batch_norm_apply_kernel
     _mutant(BATCH_NORM, "if (residual) y += to_float(added.at[v]);", "", "with_activation_and_residual and float32"),
     _mutant(BATCH_NORM, "* scale[c] + bias[c];", "* scale[c];", _EVAL),
-    _mutant(BATCH_NORM, "(image * plan.channels + channel) * plan.inner", "(image * plan.channels) * plan.inner", _EVAL),
+    _mutant(BATCH_NORM, "(image * p.channels + channel) * p.inner", "(image * p.channels) * p.inner", _EVAL),
     # batch_norm_backward_partial_kernel, batch_norm_backward_sums_kernel
     _mutant(BATCH_NORM, "thread_dot[c].add_product(g, to_float(x.at[v]) - mean[c]);",
             "thread_dot[c].add_product(g, to_float(x.at[v]));", _NORM),
