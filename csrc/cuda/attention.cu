@@ -58,7 +58,7 @@ DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head,
     cp_async_commit();
     const Places<T, false> at{first, j0};
     Fragment<T, kKeys> s;
-    multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, static_cast<int>(ceil_div(x.depth, SIZE)) - 1);
+    multiply<PAIRWISE, SIZE, kTurned<A>>(s, x, queries, keys, x.depth, static_cast<int>(ceil_div(x.depth, SIZE)) - 1);
     finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kKeys));
 #pragma unroll
     for (int r = 0; r < Mine::kRows; r++) {
@@ -216,14 +216,15 @@ Args arguments_of(const Attention& a) {
 
 RotaryArgs rotary_arguments_of(const Attention& a) {
   const AttentionAngles& angles = a.angles;
-  RotaryArgs x{arguments_of(a),
-               angles.cos,
-               angles.sin,
-               angles.batch_stride,
-               static_cast<int>(angles.half),
-               angles.wide,
-               angles.neighbours,
-               angles.half % (a.element == Element::float32 ? 4 : 8) == 0};
+  RotaryArgs x{};
+  static_cast<Args&>(x) = arguments_of(a);
+  x.cos = angles.cos;
+  x.sin = angles.sin;
+  x.angles_stride = angles.batch_stride;
+  x.half = static_cast<int>(angles.half);
+  x.wide_angles = angles.wide;
+  x.neighbours = angles.neighbours;
+  x.packed = angles.half % (a.element == Element::float32 ? 4 : 8) == 0;
   for (const void* p : {angles.cos, angles.sin}) x.packed = x.packed && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   return x;
 }

@@ -217,7 +217,7 @@ DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t he
     Fragment<T, kAcross> s, change;
     float cap[s.kRows][s.kColumns];
     multiply<false, SIZE>(change, x, grads, values, x.value_depth, 0);
-    multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, own);
+    multiply<PAIRWISE, SIZE, kTurned<A>>(s, x, queries, keys, x.depth, own);
     finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kAcross));
     to_probabilities(s, [&](int r, int) { return Numbers{largest[r], inverse[r], 0.0f}; });
     if (x.dropout) {
@@ -274,7 +274,7 @@ DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t he
   if (!PAIRWISE) scale.undo(sum);
   sum.each([&](int, int, float& value) { value *= x.scale; });
   if constexpr (kTurned<A>) turn_back(sum, x, b, first, x.queries, memory.all_rows());
-  if (args.wide)
+  if (!kTurned<A> && args.wide)
     store_gradient<float>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
   else
     store_gradient<T>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
@@ -367,7 +367,7 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
       const float* numbers = memory.numbers_of(n);
       Fragment<T, kAcross> s;
       float cap[s.kRows][s.kColumns];
-      multiply<PAIRWISE, SIZE>(s, x, keys, queries, x.depth, own_key);
+      multiply<PAIRWISE, SIZE, kTurned<A>>(s, x, keys, queries, x.depth, own_key);
       finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kTileRows));
       to_probabilities(
           s, [&](int, int c) { return Numbers{numbers[Mine::column(c)], numbers[kAcross + Mine::column(c)], 0.0f}; });
@@ -416,7 +416,7 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
   if (!PAIRWISE) scale.undo(of_key);
   of_key.each([&](int, int, float& value) { value *= x.scale; });
   if constexpr (kTurned<A>) turn_back(of_key, x, b, first, x.keys, memory.all_rows());
-  if (own == own_key && args.wide)
+  if (!kTurned<A> && own == own_key && args.wide)
     store_gradient<float>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
   else if (own == own_key)
     store_gradient<T>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);

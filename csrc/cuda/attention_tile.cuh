@@ -156,8 +156,8 @@ struct TileOf {
 };
 
 // Starts loading rows first .. first + ROWS - 1 of one head, columns from `column` on, of which there are `depth` in all;
-// zeros outside, up to a multiple of kStep columns. The tile's columns before `begin` are left as they are.
-template <class T, int ROWS, int SIZE>
+// zeros outside, up to a multiple of kStep columns. With BEHIND the tile's columns before `begin` are left as they are.
+template <class T, int ROWS, int SIZE, bool BEHIND = false>
 DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first, int rows, int column, int depth,
                              int begin = 0) {
   using Tile = TileOf<T, SIZE>;
@@ -168,16 +168,16 @@ DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first
   for (int i = 0; i < kPieces; i++) {
     const int piece = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = piece / kAcross, c = piece % kAcross * Tile::kPiece;
-    if (c >= width || c + Tile::kPiece <= begin) continue;
+    if (c >= width || (BEHIND && c + Tile::kPiece <= begin)) continue;
     T* to = tile + r * Tile::kStride + c;
     const bool inside = first + r < rows && c < left;
     const T* at = from + (first + r) * x.stride[2] + (column + c) * x.stride[3];
-    if (x.aligned && c >= begin) {
+    if (x.aligned && (!BEHIND || c >= begin)) {
       cp_async16(to, inside ? at : from, inside ? 16 : 0);
     } else {
 #pragma unroll
       for (int e = 0; e < Tile::kPiece; e++) {
-        if (c + e >= begin) to[e] = inside && c + e < left ? at[e * x.stride[3]] : from_float<T>(0.0f);
+        if (!BEHIND || c + e >= begin) to[e] = inside && c + e < left ? at[e * x.stride[3]] : from_float<T>(0.0f);
       }
     }
   }
@@ -550,7 +550,7 @@ DLKERN_DEVICE void turn_side(const RotaryArgs& x, int64_t b, const Side<T>& side
 }
 template <int ROWS, int SIZE, class T>
 DLKERN_DEVICE void load_side(const RotaryArgs& x, int64_t b, const Side<T>& side) {
-  load_rows<T, ROWS, SIZE>(side.tile, side.head, side.operand, side.first, side.rows, 0, x.depth, 2 * x.half);
+  load_rows<T, ROWS, SIZE, true>(side.tile, side.head, side.operand, side.first, side.rows, 0, x.depth, 2 * x.half);
   if (x.packed && side.operand.aligned)
     turn_side<TileOf<T, SIZE>::kPiece, ROWS, SIZE>(x, b, side);
   else
@@ -584,11 +584,11 @@ DLKERN_DEVICE void turn_back(Fragment<T, SIZE>& sum, const RotaryArgs& x, int64_
 
 // s += the scores of `a` (64 rows, 16 a warp) and `b` (N rows) over the whole depth. Where it is more than SIZE, its
 // blocks pass through both tiles, and block `own` is left there; else the caller has loaded them. Always in the same
-// order: probabilities that are made again must be those that were summed up.
-template <bool PAIRWISE, int SIZE, class T, int N>
+// order: probabilities that are made again must be those that were summed up. WHOLE: the depth is known not to be more.
+template <bool PAIRWISE, int SIZE, bool WHOLE = false, class T, int N>
 DLKERN_DEVICE void multiply(Fragment<T, N>& s, const Args& x, const Side<T>& a, const Side<T>& b, int depth, int own) {
   const T* const rows = a.tile + warp() * 16 * TileOf<T, SIZE>::kStride;
-  if (depth <= SIZE) return add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, 0, depth);
+  if (WHOLE || depth <= SIZE) return add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, 0, depth);
   const int blocks = static_cast<int>(ceil_div(depth, SIZE));
 #pragma unroll 1
   for (int n = 0; n < blocks + (own + 1 < blocks); n++) {
