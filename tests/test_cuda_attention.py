@@ -204,15 +204,15 @@ def test_attention_same_bits_in_every_thread_order(name, order):
 def rotary(depths, half, neighbours, queries, keys, batch=1, heads=2, wide=True, **options):
     """Our call, torch's after the reference has turned queries and keys, and their inputs. `heads` of queries share one of keys."""
     depth, value_depth = depths
-    angles = torch.randn(2, batch, 1, max(queries, keys), half, dtype=torch.float64)
+    angles = torch.stack(F.rotary_angles(torch.randint(0, 100, (batch, 1, max(queries, keys))), 2 * half))
+    angles = angles if wide else angles.bfloat16()  # so that every dtype has the same
 
     def theirs(q, k, v):
-        cos, sin = (x.to(q.dtype if not wide else torch.promote_types(q.dtype, torch.float32)) for x in angles)
-        turned = (turn(x, cos[:, :, : x.shape[2]], sin[:, :, : x.shape[2]], neighbours) for x in (q, k))
+        turned = (turn(x, *angles[..., : x.shape[2], :], neighbours) for x in (q, k))
         return tF.scaled_dot_product_attention(next(turned), next(turned), v, enable_gqa=True, **options)
 
     def ours(q, k, v):
-        cos, sin = (x.to(torch.float32 if wide else q.dtype) for x in angles)
+        cos, sin = angles if wide else angles.to(q.dtype)
         return SDPA(q, k, v, enable_gqa=True, rotary=(cos, sin), rotary_interleaved=neighbours, **options)
 
     return ours, theirs, lambda: leaves((batch, heads, queries, depth), (batch, 1, keys, depth), (batch, 1, keys, value_depth))

@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(Rotary args, Places pl
     *reinterpret_cast<All*>(y + behind) = *reinterpret_cast<const All*>(x + behind);
     return;
   }
+  const A* cos = static_cast<const A*>(args.cos) + at(args.angle_stride) + d;
+  const A* sin = static_cast<const A*>(args.sin) + at(args.angle_stride) + d;
   const int64_t first = args.interleaved ? 2 * d : d, second = args.interleaved ? first + VEC : args.half + d;
-  const int64_t angle = at(args.angle_stride) + d;
-  turn_pairs<VEC>(x + first, x + second, static_cast<const A*>(args.cos) + angle,
-                  static_cast<const A*>(args.sin) + angle, args.interleaved, args.inverse, y + first, y + second);
+  turn_pairs<VEC>(x + first, x + second, cos, sin, args.interleaved, args.inverse, y + first, y + second);
 }
 
 template <class T, class A, int VEC>
