@@ -202,7 +202,7 @@ def test_attention_same_bits_in_every_thread_order(name, order):
 
 
 def rotary(depths, half, neighbours, queries, keys, batch=1, heads=2, wide=True, **options):
-    """Our call, torch's after the reference has turned queries and keys, and their inputs. `heads` of queries share one of keys."""
+    """Our call, torch's after the reference has turned queries and keys, and their inputs; heads of queries share one of keys."""
     depth, value_depth = depths
     angles = torch.stack(F.rotary_angles(torch.randint(0, 100, (batch, 1, max(queries, keys))), 2 * half))
     angles = angles if wide else angles.bfloat16()  # so that every dtype has the same
@@ -238,7 +238,7 @@ def test_attention_rotary_tile_borders(queries, keys, neighbours, dtype):
 
 
 def test_attention_rotary_is_one_call():
-    """No other op turns queries and keys, forward or backward; heads beyond 128 and masks with a gradient do not fit."""
+    """No other op or kernel turns queries and keys, forward or backward."""
     q, k, v = leaves((1, 2, 70, 128), (1, 2, 70, 128), (1, 2, 70, 8), dtype=torch.float32)
     angles = F.rotary_angles(torch.arange(70), 128)
     with on_cuda(), dlkern.trace() as calls:
