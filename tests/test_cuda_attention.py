@@ -202,7 +202,7 @@ def test_attention_same_bits_in_every_thread_order(name, order):
 
 
 def rotary(depths, half, neighbours, queries, keys, batch=1, heads=2, wide=True, **options):
-    """Our call, torch's after the reference has turned queries and keys, and their inputs; heads of queries share one of keys."""
+    """Our call, torch's after the reference has turned queries and keys, and their inputs. Heads share keys."""
     depth, value_depth = depths
     angles = torch.stack(F.rotary_angles(torch.randint(0, 100, (batch, 1, max(queries, keys))), 2 * half))
     angles = angles if wide else angles.bfloat16()  # so that every dtype has the same
