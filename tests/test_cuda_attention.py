@@ -291,21 +291,24 @@ def test_attention_rotary_same_bits_in_every_thread_order(neighbours, order):
     assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
 
 
-def test_attention_rotary_has_the_bits_of_turning_first():
-    """Of the same float32 operations: a forward of one way and a backward of the other fit together."""
+def check_bits_of_turning_first(neighbours):
+    """Of a causal call: output, statistics and the value's gradient."""
     q, k, v, g = (torch.randn(2, 2, n, 64).bfloat16() for n in (70, 140, 140, 70))
     angles, none = torch.randn(2, 2, 1, 140, 24), (None,) * 5
-    for neighbours in (False, True):
-        turned = [
-            ops.attention.raw["rotary"]["cuda"](x, *(t[:, :, : x.shape[2]] for t in angles), neighbours, False) for x in (q, k)
-        ]
-        ours = ROTARY_FORWARD(q, k, v, *none[:4], *angles, 0.0, 0.3, 0.0, -1, 0, neighbours)
-        theirs = FORWARD["cuda"](*turned, v, *none, *Settings(scale=0.3, right=0))
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        rest = *ours, 0.0, 0.3, 0.0, -1, 0
-        ours = ROTARY_BACKWARD(g, q, k, v, *none[:4], *angles, *rest, neighbours, False)
-        theirs = BACKWARD["cuda"](g, *turned, v, *none, *rest, 0, False)
-        assert torch.equal(ours[2], theirs[2])
+    turned = [ops.attention.raw["rotary"]["cuda"](x, *angles[..., : x.shape[2], :], neighbours, False) for x in (q, k)]
+    ours = ROTARY_FORWARD(q, k, v, *none[:4], *angles, 0.0, 0.3, 0.0, -1, 0, neighbours)
+    theirs = FORWARD["cuda"](*turned, v, *none, *Settings(scale=0.3, right=0))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    rest = *ours, 0.0, 0.3, 0.0, -1, 0
+    ours = ROTARY_BACKWARD(g, q, k, v, *none[:4], *angles, *rest, neighbours, False)
+    theirs = BACKWARD["cuda"](g, *turned, v, *none, *rest, 0, False)
+    assert torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_attention_rotary_has_the_bits_of_turning_first(neighbours):
+    """So a forward of one way and a backward of the other fit together."""
+    check_bits_of_turning_first(neighbours)
 
 
 def test_attention_rotary_with_nothing_to_do():
@@ -575,11 +578,12 @@ def test_attention_that_does_not_fit_hopper(settings, more, depths):
 
 @pytest.mark.parametrize("neighbours", [False, True])
 def test_attention_rotary_on_hopper(neighbours):
-    """Turned first, for Hopper's kernels; not where those decline."""
+    """Turned first, for Hopper's kernels, by the rule and with their bits; not where those decline."""
     with on_hopper():
-        certify(*rotary((64, 64), 24, neighbours, 70, 140, is_causal=True), torch.bfloat16, 2)
+        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.bfloat16, 2)
         assert cuda_on_host.last_kernel() == "rotary_kernel"
-        certify(*rotary((64, 64), 24, neighbours, 70, 140, is_causal=True), torch.float16, 2)
+        check_bits_of_turning_first(neighbours)
+        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.float16, 2)
         assert cuda_on_host.last_kernel().startswith("(attention_rotary_backward_key_kernel")
 
 
