@@ -33,7 +33,7 @@ def test_attention(name, dtype):
     batch = 1 if not more or set(more) <= {"slopes", "seed"} else 2
     depth = 5 if settings.score in (ADDITIVE, GAUSSIAN) else 12
     shapes = (batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36)
-    certify(*sides(settings, more, shapes), dtype, 2)
+    certify(*sides(settings, more, shapes), dtype, 8 if name in ROTARY else 2)
 
 
 # Loads of 16 bytes and of single elements; one block of 128, several of one or both depths.
