@@ -581,7 +581,7 @@ def test_attention_rotary_on_hopper(neighbours):
     """Turned first, for Hopper's kernels, by the rule and with their bits; not where those decline."""
     with on_hopper():
         certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.bfloat16, 2)
-        assert cuda_on_host.last_kernel() == "rotary_kernel"
+        assert cuda_on_host.last_kernel().startswith("(rotary_kernel")
         check_bits_of_turning_first(neighbours)
         certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.float16, 2)
         assert cuda_on_host.last_kernel().startswith("(attention_rotary_backward_key_kernel")
