@@ -636,21 +636,6 @@ def test_rotary(depth, half, interleaved, dtype):
         )  # fmt: skip
 
 
-def test_rotary_in_attention_is_turned_first():
-    cos, sin = F.rotary_angles(torch.arange(9), 6)
-    inputs = [torch.randn(2, 2, n, 8, requires_grad=True) for n in (5, 9, 9)]
-    with dlkern.testing.emulated(), dlkern.backend("cuda"), dlkern.trace() as calls:
-        y = F.scaled_dot_product_attention(*inputs, rotary=(cos, sin))
-        found = torch.autograd.grad(y.square().sum(), inputs)
-    reason = "cuda column turns queries and keys before attention"
-    assert [(c.op, c.backend) for c in calls] == [("rotary", "cuda")] * 2 + [("scaled_dot_product_attention", "cuda")]
-    assert calls[-1].reason == reason
-    expected = F.scaled_dot_product_attention(*inputs, rotary=(cos, sin))
-    torch.testing.assert_close(y, expected)
-    for a, b in zip(found, torch.autograd.grad(expected.square().sum(), inputs)):
-        torch.testing.assert_close(a, b)
-
-
 def test_rotary_odd_addresses_and_wrong_arguments():
     cos, sin = torch.randn(2, 1, 1, 4, 8)
     call = raw["rotary"]["cuda"]

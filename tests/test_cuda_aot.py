@@ -30,15 +30,15 @@ MMA = {"__nv_bfloat16": "HMMA.16816.F32.BF16", "__half": "HMMA.16816.F32$"}
 WGMMA = {"__nv_bfloat16": "F32.BF16", "__half": "F32$"}
 REQUIRED = {
     "attention": {
-        **{rf"attention_(varlen_)?forward_kernel<{t}, .*": [mma, "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]
+        **{rf"attention_(varlen_|rotary_)?forward_kernel<{t}, .*": [mma, "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]
            for t, mma in MMA.items()},
-        r"attention_(varlen_)?forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
+        r"attention_(varlen_|rotary_)?forward_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
     },
     "attention_backward": {
-        **{rf"attention_(varlen_)?backward_(query|key)_kernel<{t}, .*": [mma, "LDSM.16.M88.4", "LDGSTS.E"]
+        **{rf"attention_(varlen_|rotary_)?backward_(query|key)_kernel<{t}, .*": [mma, "LDSM.16.M88.4", "LDGSTS.E"]
            for t, mma in MMA.items()},
         **{rf"attention_backward_\w+_kernel<{t}, \d+, false>": [mma, "LDSM.16.M88.4"] for t, mma in MMA.items()},
-        r"attention_(varlen_)?backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
+        r"attention_(varlen_|rotary_)?backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
     },
     "attention_sm90": {
         r"attention_forward_sm90_kernel<64>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],

@@ -8,28 +8,43 @@ import pytest
 import test_varlen
 import torch
 import torch.nn.functional as tF
-from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, check_additive_range, kept_scores, leaves, randn, sides
+from attention_cases import (
+    ADDITIVE_RANGES,
+    KEYS,
+    OPTIONS,
+    QUERIES,
+    ROTARY,
+    check_additive_range,
+    kept_scores,
+    leaves,
+    randn,
+    sides,
+)
 from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # noqa: F401
 
+import dlkern
 import dlkern.nn.functional as F
 from dlkern import ops
 from dlkern.ops.attention import ADDITIVE, COSINE, DOT, GAUSSIAN, Settings
 from dlkern.reference import attention as reference
+from dlkern.reference.positions import rotary as turn
 from dlkern.testing import compare, cuda_on_host
 
 SDPA = F.scaled_dot_product_attention
 FORWARD, BACKWARD = (ops.attention.raw[f"attention_{way}"] for way in ("forward", "backward"))
+ROTARY_FORWARD, ROTARY_BACKWARD = (
+    ops.attention.raw[f"attention_rotary_{way}"]["cuda"] for way in ("forward", "backward"))
 
 
 @all_dtypes
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *ROTARY])
 def test_attention(name, dtype):
     """Two heads of queries share one of keys; two tiles of queries and of keys, the second ones nearly empty."""
-    settings, more = OPTIONS[name]
+    settings, more = (OPTIONS | ROTARY)[name]
     batch = 1 if not more or set(more) <= {"slopes", "seed"} else 2
     depth = 5 if settings.score in (ADDITIVE, GAUSSIAN) else 12
     shapes = (batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36)
-    certify(*sides(settings, more, shapes), dtype, 2)
+    certify(*sides(settings, more, shapes), dtype, 8 if name in ROTARY else 2)
 
 
 # Loads of 16 bytes and of single elements; one block of 128, several of one or both depths.
@@ -198,6 +213,145 @@ def test_attention_same_bits_in_every_thread_order(name, order):
     with cuda_on_host.thread_order(order, 1):
         other = sample()
     assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+# ---- Rotary positions ----
+
+
+def rotary(depths, half, neighbours, queries, keys, batch=1, heads=2, wide=True, **options):
+    """Our call, torch's after the reference has turned queries and keys, and their inputs. Heads share keys."""
+    depth, value_depth = depths
+    angles = torch.stack(F.rotary_angles(torch.randint(0, 100, (batch, 1, max(queries, keys))), 2 * half))
+    angles = angles if wide else angles.bfloat16()  # so that every dtype has the same
+
+    def theirs(q, k, v):
+        turned = (turn(x, *angles[..., : x.shape[2], :], neighbours) for x in (q, k))
+        return tF.scaled_dot_product_attention(next(turned), next(turned), v, enable_gqa=True, **options)
+
+    def ours(q, k, v):
+        cos, sin = angles if wide else angles.to(q.dtype)
+        return SDPA(q, k, v, enable_gqa=True, rotary=(cos, sin), rotary_interleaved=neighbours, **options)
+
+    return ours, theirs, lambda: leaves((batch, heads, queries, depth), (batch, 1, keys, depth), (batch, 1, keys, value_depth))
+
+
+# All of a head, parts of 16 bytes and of none, one pair; heads and values of one block and of two; angles like the operands.
+@all_dtypes
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("depths", "half", "wide"), [
+    ((64, 64), 32, True), ((64, 8), 16, False), ((24, 40), 10, True), ((7, 9), 3, True), ((16, 140), 1, False),
+    ((128, 128), 64, False), ((96, 128), 24, True), ((70, 30), 35, True),
+], ids=str)  # fmt: skip
+def test_attention_rotary_sizes(depths, half, wide, neighbours, dtype):
+    certify(*rotary(depths, half, neighbours, 19, 37, wide=wide), dtype, 2)
+
+
+@all_dtypes
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 130), (65, 64), (130, 33)])
+def test_attention_rotary_tile_borders(queries, keys, neighbours, dtype):
+    """Causal, fewer and more keys than queries; keys that are gone through once in backward."""
+    certify(*rotary((32, 16), 16, neighbours, queries, keys, batch=2, is_causal=True), dtype, 2)
+
+
+def test_attention_rotary_is_one_call():
+    """No other op or kernel turns queries and keys, forward or backward."""
+    q, k, v = leaves((1, 2, 70, 128), (1, 2, 70, 128), (1, 2, 70, 8), dtype=torch.float32)
+    angles = F.rotary_angles(torch.arange(70), 128)
+    with on_cuda(), dlkern.trace() as calls:
+        y = SDPA(q, k, v, rotary=angles)
+        assert cuda_on_host.last_kernel().startswith("(attention_rotary_forward_kernel")
+        torch.autograd.grad(y.sum(), (q, k, v))
+        assert cuda_on_host.last_kernel().startswith("(attention_rotary_backward_key_kernel")
+    assert [call.op for call in calls] == ["scaled_dot_product_attention"]
+
+
+@all_dtypes
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_attention_rotary_of_a_deep_head(neighbours, dtype):
+    certify(*rotary((150, 16), 70, neighbours, 9, 20), dtype, 4)
+
+
+@all_dtypes
+def test_attention_rotary_operands_are_read_where_they_lie(dtype):
+    """[B, S, H, D] seen as [B, H, S, D], with gaps, between 16-byte boundaries, angles so too: the bits of dense ones."""
+    lying = [torch.randn(2, 37, 3, 32).to(dtype).transpose(1, 2) for _ in range(4)]
+    gaps = [torch.randn(2, 3, 37, 64).to(dtype)[..., ::2] for _ in range(4)]
+    shifted = [torch.randn(2, 3, 37, 33).to(dtype)[..., 1:] for _ in range(4)]
+    angles = torch.randn(2, 1, 1, 37, 17)[..., 1:], torch.randn(2 * 37 * 16 + 1)[1:].view(2, 1, 1, 37, 16)
+    for operands in (lying, gaps, shifted):
+        for cos, sin in angles:
+            found = []
+            for dense in (False, True):
+                q, k, v, g = (x.contiguous() if dense else x for x in operands)
+                c, s = (x.clone(memory_format=torch.contiguous_format) if dense else x for x in (cos, sin))
+                rest = (None,) * 4, (0.0, 0.3, 0.0, -1, 0, False)
+                y, numbers = ROTARY_FORWARD(q, k, v, *rest[0], c, s, *rest[1])
+                found.append([y, numbers, *ROTARY_BACKWARD(g, q, k, v, *rest[0], c, s, y, numbers, *rest[1], False)])
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_attention_rotary_same_bits_in_every_thread_order(neighbours, order):
+    q, k, v, g = (torch.randn(1, heads, n, 40).bfloat16() for heads, n in ((2, 70), (1, 140), (1, 140), (2, 70)))
+    rest = None, None, None, None, *torch.randn(2, 1, 1, 140, 16)
+    settings = 0.0, 0.3, 0.0, 30, 20, neighbours
+
+    def sample():
+        y, numbers = ROTARY_FORWARD(q, k, v, *rest, *settings)
+        return [y, numbers, *ROTARY_BACKWARD(g, q, k, v, *rest, y, numbers, *settings, False)]
+
+    forward = sample()
+    with cuda_on_host.thread_order(order, 1):
+        other = sample()
+    assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+def check_bits_of_turning_first(neighbours):
+    """Of a causal call: output, statistics and the value's gradient."""
+    q, k, v, g = (torch.randn(2, 2, n, 64).bfloat16() for n in (70, 140, 140, 70))
+    angles, none = torch.randn(2, 2, 1, 140, 24), (None,) * 5
+    turned = [ops.attention.raw["rotary"]["cuda"](x, *angles[..., : x.shape[2], :], neighbours, False) for x in (q, k)]
+    ours = ROTARY_FORWARD(q, k, v, *none[:4], *angles, 0.0, 0.3, 0.0, -1, 0, neighbours)
+    theirs = FORWARD["cuda"](*turned, v, *none, *Settings(scale=0.3, right=0))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    rest = *ours, 0.0, 0.3, 0.0, -1, 0
+    ours = ROTARY_BACKWARD(g, q, k, v, *none[:4], *angles, *rest, neighbours, False)
+    theirs = BACKWARD["cuda"](g, *turned, v, *none, *rest, 0, False)
+    assert torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_attention_rotary_has_the_bits_of_turning_first(neighbours):
+    """So a forward of one way and a backward of the other fit together."""
+    check_bits_of_turning_first(neighbours)
+
+
+def test_attention_rotary_with_nothing_to_do():
+    q, k = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 3, 6, 8, requires_grad=True)
+    for a, b in ((q[:, :, :0], k), (q, k[:, :, :0]), (q[:0], k[:0])):
+        angles = torch.randn(2, max(a.shape[2], b.shape[2]), 4)
+        with on_cuda():
+            y = SDPA(a, b, b, rotary=tuple(angles))
+            found = torch.autograd.grad(y.sum(), (q, k))
+        assert y.shape == (*a.shape[:3], 8) and not y.any() and not any(x.any() for x in found)
+    with on_cuda():
+        y = SDPA(q, k, k, rotary=tuple(torch.randn(2, 6, 4)), dropout_p=1.0)
+        assert not y.any() and not any(x.any() for x in torch.autograd.grad(y.sum(), (q, k)))
+
+
+def test_attention_rotary_wrong_arguments():
+    x, cos = torch.randn(2, 4, 5, 8), torch.randn(1, 1, 5, 4)
+    none, settings = (None,) * 4, (0.0, 0.3, 0.0, -1, -1, False)
+    y, numbers = ROTARY_FORWARD(x, x, x, *none, cos, cos, *settings)
+    for c, s in ((cos[..., :4, :], cos[..., :4, :]), (cos, cos[..., :3]), (torch.randn(1, 1, 5, 5),) * 2, (cos[0], cos[0]),
+                 (torch.randn(3, 1, 5, 4),) * 2, (torch.randn(1, 4, 5, 4),) * 2, (cos.half(), cos.half()),
+                 (cos, cos.double())):  # fmt: skip
+        with pytest.raises(RuntimeError, match="attention_rotary"):
+            ROTARY_FORWARD(x, x, x, *none, c, s, *settings)
+        with pytest.raises(RuntimeError, match="attention_rotary_backward"):
+            ROTARY_BACKWARD(x, x, x, x, *none, c, s, y, numbers, *settings, False)
 
 
 # ---- Sequences one after another ----
@@ -437,6 +591,17 @@ def test_attention_that_does_not_fit_hopper(settings, more, depths):
         assert cuda_on_host.last_kernel().startswith("(attention_forward_kernel")
         BACKWARD["cuda"](v, q, k, v, *rest, output, statistics, *settings, False)
         assert cuda_on_host.last_kernel() != KEY_HOPPER
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_attention_rotary_on_hopper(neighbours):
+    """Turned first, for Hopper's kernels, by the rule and with their bits; not where those decline."""
+    with on_hopper():
+        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.bfloat16, 2)
+        assert cuda_on_host.last_kernel().startswith("(rotary_kernel")
+        check_bits_of_turning_first(neighbours)
+        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.float16, 2)
+        assert cuda_on_host.last_kernel().startswith("(attention_rotary_backward_key_kernel")
 
 
 def test_attention_that_hopper_leaves_to_others():

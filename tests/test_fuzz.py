@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import dlkern
 import dlkern.nn.functional as F
+from dlkern.reference.positions import rotary as turn
 from dlkern.testing import compare
 
 EXAMPLES = int(os.environ.get("DLKERN_FUZZ_EXAMPLES", "100"))
@@ -470,17 +471,26 @@ def attention_calls(draw):
             mask = torch.rand(size) < draw(st.sampled_from([0.2, 0.9]))
         elif kind == "added":
             mask = torch.randn(size, dtype=torch.float64).to(dtype)
-    return inputs, mask, options, dtype
+    rotary = None
+    if depth > 1 and not odd and draw(st.integers(0, 3)) == 0:
+        rotary = *torch.randn(2, max(queries, keys), draw(st.integers(1, depth // 2))), draw(st.booleans())
+    return inputs, mask, rotary, options, dtype
 
 
 @fuzz
 @given(attention_calls())
 def test_scaled_dot_product_attention(call):
-    inputs, mask, options, dtype = call
+    """Rotary positions, which torch has not, the reference gives to its queries and keys."""
+    inputs, mask, rotary, options, dtype = call
 
     def on(namespace):
         def f(q, k, v, *mask):
-            return namespace.scaled_dot_product_attention(q, k, v, *mask, **options)
+            more = {}
+            if rotary is not None and namespace is F:
+                more = dict(rotary=rotary[:2], rotary_interleaved=rotary[2])
+            elif rotary is not None:
+                q, k = (turn(x, *(angles[: x.shape[-2]] for angles in rotary[:2]), rotary[2]) for x in (q, k))
+            return namespace.scaled_dot_product_attention(q, k, v, *mask, **options, **more)
 
         return f
 

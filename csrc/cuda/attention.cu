@@ -36,7 +36,7 @@ DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head,
   Side<T> keys{head_of<T>(x.key, b, h / x.group), x.key, key_tile, 0, x.keys};
   Side<T> values{head_of<T>(x.value, b, h / x.group), x.value, value_tile, 0, x.keys};
   const Range range = range_of<kTileRows>(x, b, i0);
-  const bool deep = x.depth > SIZE;
+  const bool deep = !kTurned<A> && x.depth > SIZE;
 
   Fragment<T, SIZE> sum;
   float largest[Mine::kRows], total[Mine::kRows];
@@ -44,9 +44,9 @@ DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head,
   for (int r = 0; r < Mine::kRows; r++) largest[r] = minus_infinity(), total[r] = 0.0f;
   int j0 = range.first / kKeys * kKeys;
   if (!deep && j0 < range.last) {
-    queries.template load<kTileRows, SIZE>(0, x.depth);
+    load_side<kTileRows, SIZE>(x, b, queries);
     keys.first = j0;
-    keys.template load<kKeys, SIZE>(0, x.depth);
+    load_side<kKeys, SIZE>(x, b, keys);
   }
   cp_async_commit();
 #pragma unroll 1
@@ -58,7 +58,7 @@ DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head,
     cp_async_commit();
     const Places<T, false> at{first, j0};
     Fragment<T, kKeys> s;
-    multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, static_cast<int>(ceil_div(x.depth, SIZE)) - 1);
+    multiply<PAIRWISE, SIZE, kTurned<A>>(s, x, queries, keys, x.depth, static_cast<int>(ceil_div(x.depth, SIZE)) - 1);
     finish_scores(s, nullptr, x, b, h, at, range.covers(j0, j0 + kKeys));
 #pragma unroll
     for (int r = 0; r < Mine::kRows; r++) {
@@ -85,7 +85,7 @@ DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head,
     __syncthreads();  // the values are there, and everybody is done with the keys
     if (!deep && j0 + kKeys < range.last) {
       keys.first = j0 + kKeys;
-      keys.template load<kKeys, SIZE>(0, x.depth);
+      load_side<kKeys, SIZE>(x, b, keys);
     }
     cp_async_commit();
     add_product<SIZE>(sum, s, value_tile, x.value_depth - own, false, scratch);
@@ -107,13 +107,22 @@ DLKERN_DEVICE void forward_tile(const A& x, const Operand& output, int64_t head,
 }
 
 // blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal.
-template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_forward_kernel(const __grid_constant__ Args x, const __grid_constant__ Operand output) {
+template <class T, int SIZE, bool PAIRWISE, class A>
+DLKERN_DEVICE void forward(const A& x, const Operand& output) {
   const int tiles = static_cast<int>(ceil_div(x.queries, kTileRows));
   const int64_t head = blockIdx.x / tiles, b = head / x.heads;
   const int h = static_cast<int>(head % x.heads), i0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;
   forward_tile<T, SIZE, PAIRWISE>(x, output, head, b, h, i0);
+}
+template <class T, int SIZE, bool PAIRWISE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_forward_kernel(const __grid_constant__ Args x, const __grid_constant__ Operand output) {
+  forward<T, SIZE, PAIRWISE>(x, output);
+}
+template <class T, int SIZE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_rotary_forward_kernel(const __grid_constant__ RotaryArgs x, const __grid_constant__ Operand output) {
+  forward<T, SIZE, false>(x, output);
 }
 
 // blockIdx.x: head, and tile of a sequence.
@@ -205,6 +214,21 @@ Args arguments_of(const Attention& a) {
   return x;
 }
 
+RotaryArgs rotary_arguments_of(const Attention& a) {
+  const AttentionAngles& angles = a.angles;
+  RotaryArgs x{};
+  static_cast<Args&>(x) = arguments_of(a);
+  x.cos = angles.cos;
+  x.sin = angles.sin;
+  x.angles_stride = angles.batch_stride;
+  x.half = static_cast<int>(angles.half);
+  x.wide_angles = angles.wide;
+  x.neighbours = angles.neighbours;
+  x.packed = angles.half % (a.element == Element::float32 ? 4 : 8) == 0;
+  for (const void* p : {angles.cos, angles.sin}) x.packed = x.packed && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return x;
+}
+
 void make_units(const Attention& a, const Args& x, void* stream) {
   if (a.score != kCosineScore) return;
   with_type(a.element, [&](auto* type) {
@@ -216,16 +240,29 @@ void make_units(const Attention& a, const Args& x, void* stream) {
 
 }  // namespace attention
 
+bool attention_turns(const Attention& a) { return a.depth <= attention::kMostColumns && !attention_fits_sm90(a); }
+
 void attention_forward(const Attention& a, const AttentionOperand& output, void* stream) {
+  const Operand to = operand_of(output, a.value_depth, a.element);
+  const auto grid = [&](int size) {
+    return dim3(static_cast<unsigned>(a.batch * a.heads * ceil_div(a.queries, kTileRows)),
+                blocks_of(a.value_depth, size));
+  };
+  if (a.angles.cos) {
+    const RotaryArgs x = rotary_arguments_of(a);
+    return dispatch_dot(a, [&](auto* type, auto size) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      DLKERN_LAUNCH((attention_rotary_forward_kernel<T, size.value>), grid(size.value), dim3(kThreads),
+                    (forward_shared_bytes<T, size.value>()), stream, x, to);
+    });
+  }
   if (attention_forward_sm90(a, output, stream)) return;
   const Args x = arguments_of(a);
   make_units(a, x, stream);
   dispatch(a, [&](auto* type, auto size, auto pairwise) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const dim3 grid(static_cast<unsigned>(x.all_heads * ceil_div(a.queries, kTileRows)),
-                    blocks_of(a.value_depth, size.value));
-    DLKERN_LAUNCH((attention_forward_kernel<T, size.value, pairwise.value>), grid, dim3(kThreads),
-                  (forward_shared_bytes<T, size.value>()), stream, x, operand_of(output, a.value_depth, a.element));
+    DLKERN_LAUNCH((attention_forward_kernel<T, size.value, pairwise.value>), grid(size.value), dim3(kThreads),
+                  (forward_shared_bytes<T, size.value>()), stream, x, to);
   });
 }
 
@@ -233,7 +270,7 @@ void attention_varlen_forward(const Attention& a, const AttentionTiles& tiles, c
                               void* stream) {
   if (a.heads * tiles.count == 0) return;
   const Args x = arguments_of(a);
-  dispatch_varlen(a, [&](auto* type, auto size) {
+  dispatch_dot(a, [&](auto* type, auto size) {
     using T = std::remove_pointer_t<decltype(type)>;
     DLKERN_LAUNCH((attention_varlen_forward_kernel<T, size.value>),
                   dim3(static_cast<unsigned>(a.heads * tiles.count), blocks_of(a.value_depth, size.value)),

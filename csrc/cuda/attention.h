@@ -17,6 +17,13 @@ struct AttentionOperand {
   int64_t stride[4];
 };
 
+// Angles of rotary positions, dense [1 or batch, positions, half]; floats where `wide`, else of the operands' type.
+struct AttentionAngles {
+  const void *cos, *sin;  // null: none
+  int64_t batch_stride, half;
+  bool wide, neighbours;  // pairs are (2d, 2d + 1), else (d, d + half)
+};
+
 // slopes and weight are floats where their `wide` is set, else of the operands' type.
 struct Attention {
   Element element;
@@ -30,6 +37,7 @@ struct Attention {
   const void *slopes, *weight;
   bool wide_slopes, wide_weight;
   const int64_t* seed;
+  AttentionAngles angles;  // of the dot score, where attention_turns() says so
   float *query_unit, *key_unit;  // cosine: working memory, reciprocals of lengths, [batch, heads, length]
   float *largest, *inverse;  // [batch, heads, queries]: the largest score and 1 / sum(exp(score - largest))
 };
@@ -43,6 +51,11 @@ struct AttentionTiles {
   const AttentionTile* at;  // on the device
   int64_t count;
 };
+
+// Whether the launchers below take a call with rotary positions, without the gradient of a mask. They do not where heads
+// are beyond one block of columns, since pairs would cross blocks; and where the same call without positions has Hopper's
+// kernels, whose operands are copied by hardware: to turn first costs less than to do without those.
+bool attention_turns(const Attention& attention);
 
 // output: in any order of batch, heads and queries, values last.
 void attention_forward(const Attention& attention, const AttentionOperand& output, void* stream);
@@ -75,5 +88,6 @@ void attention_varlen_backward(const Attention& attention, const AttentionTiles&
 // and the call fits them; false where nothing was done.
 bool attention_forward_sm90(const Attention& attention, const AttentionOperand& output, void* stream);
 bool attention_backward_sm90(const Attention& attention, const AttentionBackward& tensors, void* stream);
+bool attention_fits_sm90(const Attention& attention);  // at least the forward does
 
 }  // namespace dlkern::cuda

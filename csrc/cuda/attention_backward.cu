@@ -62,6 +62,11 @@ struct Plan {
     sums = scratch + kScratch;
     numbers = sums + kSums;
   }
+  // Both tiles of rows, once nobody reads them, for sums of results.
+  DLKERN_DEVICE float* all_rows() const {
+    static_assert(2 * kRowTile * sizeof(T) >= kTileRows * kSumStride * sizeof(float));
+    return reinterpret_cast<float*>(first_rows);
+  }
   DLKERN_DEVICE T* tile(int n, int which) const { return ring + (n % kStages * 2 + which) * kRingTile; }
   DLKERN_DEVICE float* numbers_of(int n) const { return numbers + n % kStages * 3 * ACROSS; }
   // Of pairwise scores: a warp's sums of results, and of the weight's gradient.
@@ -154,7 +159,7 @@ DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t he
   Side<T> keys{head_of<T>(x.key, b, h / x.group), x.key, nullptr, 0, x.keys};
   Side<T> values{head_of<T>(x.value, b, h / x.group), x.value, nullptr, 0, x.keys};
   const Range range = range_of<kTileRows>(x, b, i0);
-  const bool deep = x.depth > SIZE, deep_value = x.value_depth > SIZE;
+  const bool deep = !kTurned<A> && x.depth > SIZE, deep_value = x.value_depth > SIZE;
   if (PAIRWISE) memory.clear_sums();
 
   float largest[Mine::kRows], inverse[Mine::kRows], delta[Mine::kRows];
@@ -186,10 +191,10 @@ DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t he
   const auto load = [&](int n) {
     keys.first = values.first = start + n % key_tiles * kAcross;
     keys.tile = memory.tile(n, 0), values.tile = memory.tile(n, 1);
-    if (!deep) keys.template load<kAcross, SIZE>(0, x.depth);
+    if (!deep) load_side<kAcross, SIZE>(x, b, keys);
     if (!deep_value) values.template load<kAcross, SIZE>(0, x.value_depth);
   };
-  if (!deep && steps > 0) queries.template load<kTileRows, SIZE>(0, x.depth);
+  if (!deep && steps > 0) load_side<kTileRows, SIZE>(x, b, queries);
   if (!deep_value && steps > 0) grads.template load<kTileRows, SIZE>(0, x.value_depth);
   if (Memory::kStages > 1 && steps > 0) load(0);
   cp_async_commit();
@@ -212,7 +217,7 @@ DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t he
     Fragment<T, kAcross> s, change;
     float cap[s.kRows][s.kColumns];
     multiply<false, SIZE>(change, x, grads, values, x.value_depth, 0);
-    multiply<PAIRWISE, SIZE>(s, x, queries, keys, x.depth, own);
+    multiply<PAIRWISE, SIZE, kTurned<A>>(s, x, queries, keys, x.depth, own);
     finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kAcross));
     to_probabilities(s, [&](int r, int) { return Numbers{largest[r], inverse[r], 0.0f}; });
     if (x.dropout) {
@@ -268,21 +273,31 @@ DLKERN_DEVICE void backward_query_tile(const BackwardArgsOf<A>& args, int64_t he
   }
   if (!PAIRWISE) scale.undo(sum);
   sum.each([&](int, int, float& value) { value *= x.scale; });
-  if (args.wide)
+  if constexpr (kTurned<A>) turn_back(sum, x, b, first, x.queries, memory.all_rows());
+  if (!kTurned<A> && args.wide)
     store_gradient<float>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
   else
     store_gradient<T>(args.grad_query, head, sum, first, x.queries, own * SIZE, x.depth);
 }
 
 // blockIdx.x: head, and tile of queries, the last first.
-template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
+template <class T, int SIZE, bool PAIRWISE, class A>
+DLKERN_DEVICE void backward_query(const BackwardArgsOf<A>& args) {
   const int tiles = static_cast<int>(ceil_div(args.x.queries, kTileRows));
   const int64_t head = blockIdx.x / tiles, b = head / args.x.heads;
   const int h = static_cast<int>(head % args.x.heads);
   const int i0 = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;
   backward_query_tile<T, SIZE, PAIRWISE>(args, head, b, h, i0);
+}
+template <class T, int SIZE, bool PAIRWISE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_query_kernel(const __grid_constant__ BackwardArgs args) {
+  backward_query<T, SIZE, PAIRWISE>(args);
+}
+template <class T, int SIZE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_rotary_backward_query_kernel(const __grid_constant__ BackwardArgsOf<RotaryArgs> args) {
+  backward_query<T, SIZE, false>(args);
 }
 
 // Keys j0 .. j0 + kTileRows - 1 of a head of keys. blockIdx.y: block of both gradients' columns.
@@ -297,7 +312,7 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
   const int own = static_cast<int>(blockIdx.y), first = j0 + warp() * 16;
   const Side<T> keys{head_of<T>(x.key, b, kh), x.key, memory.first_rows, j0, x.keys};
   const Side<T> values{head_of<T>(x.value, b, kh), x.value, memory.second_rows, j0, x.keys};
-  const bool deep = x.depth > SIZE, deep_value = x.value_depth > SIZE;
+  const bool deep = !kTurned<A> && x.depth > SIZE, deep_value = x.value_depth > SIZE;
   const int own_key = deep ? own : 0, own_value = deep_value ? own : 0;
   if (PAIRWISE) memory.clear_sums();
 
@@ -317,7 +332,7 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
                    x.queries};
   };
   const auto load = [&](int n) {
-    if (!deep) queries_at(n).template load<kAcross, SIZE>(0, x.depth);
+    if (!deep) load_side<kAcross, SIZE>(x, b, queries_at(n));
     if (!deep_value) grads_at(n).template load<kAcross, SIZE>(0, x.value_depth);
     if (warp() < 3 && lane() < kAcross) {
       const float* from = warp() == 0 ? x.largest : warp() == 1 ? x.inverse : args.delta;
@@ -327,7 +342,7 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
                 i < x.queries ? 4 : 0);
     }
   };
-  if (!deep && steps > 0) keys.template load<kTileRows, SIZE>(0, x.depth);
+  if (!deep && steps > 0) load_side<kTileRows, SIZE>(x, b, keys);
   if (!deep_value && steps > 0) values.template load<kTileRows, SIZE>(0, x.value_depth);
   if (Memory::kStages > 1 && steps > 0) load(0);
   cp_async_commit();
@@ -352,7 +367,7 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
       const float* numbers = memory.numbers_of(n);
       Fragment<T, kAcross> s;
       float cap[s.kRows][s.kColumns];
-      multiply<PAIRWISE, SIZE>(s, x, keys, queries, x.depth, own_key);
+      multiply<PAIRWISE, SIZE, kTurned<A>>(s, x, keys, queries, x.depth, own_key);
       finish_scores(s, cap, x, b, h, at, range.covers(j0, j0 + kTileRows));
       to_probabilities(
           s, [&](int, int c) { return Numbers{numbers[Mine::column(c)], numbers[kAcross + Mine::column(c)], 0.0f}; });
@@ -400,7 +415,8 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
   }
   if (!PAIRWISE) scale.undo(of_key);
   of_key.each([&](int, int, float& value) { value *= x.scale; });
-  if (own == own_key && args.wide)
+  if constexpr (kTurned<A>) turn_back(of_key, x, b, first, x.keys, memory.all_rows());
+  if (!kTurned<A> && own == own_key && args.wide)
     store_gradient<float>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
   else if (own == own_key)
     store_gradient<T>(args.grad_key, key_head, of_key, first, x.keys, own * SIZE, x.depth);
@@ -409,13 +425,22 @@ DLKERN_DEVICE void backward_key_tile(const BackwardArgsOf<A>& args, int64_t key_
 }
 
 // blockIdx.x: head of keys, and tile of keys.
-template <class T, int SIZE, bool PAIRWISE>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_key_kernel(const __grid_constant__ BackwardArgs args) {
+template <class T, int SIZE, bool PAIRWISE, class A>
+DLKERN_DEVICE void backward_key(const BackwardArgsOf<A>& args) {
   const int tiles = static_cast<int>(ceil_div(args.x.keys, kTileRows));
   const int64_t key_head = blockIdx.x / tiles, b = key_head / args.x.key_heads;
   const int kh = static_cast<int>(key_head % args.x.key_heads), j0 = static_cast<int>(blockIdx.x % tiles) * kTileRows;
   backward_key_tile<T, SIZE, PAIRWISE>(args, key_head, b, kh, j0);
+}
+template <class T, int SIZE, bool PAIRWISE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_key_kernel(const __grid_constant__ BackwardArgs args) {
+  backward_key<T, SIZE, PAIRWISE>(args);
+}
+template <class T, int SIZE>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_rotary_backward_key_kernel(const __grid_constant__ BackwardArgsOf<RotaryArgs> args) {
+  backward_key<T, SIZE, false>(args);
 }
 
 // The arguments of a call, as those of one sequence alone, whose own number of keys says how delta is made.
@@ -592,16 +617,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   grad_weight[d] = from_float<W>(static_cast<float>(total));
 }
 
-}  // namespace
+// ---- Launching ----
 
-int64_t attention_weight_parts(const Attention& a) {
-  return a.weight ? a.batch * a.heads * ceil_div(a.queries, attention::kTileRows) : 0;
-}
-
-void attention_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
-  if (attention_backward_sm90(a, tensors, stream)) return;
-  BackwardArgs args{};
-  const Args& x = args.x = arguments_of(a);
+template <class A>
+void set_arguments(BackwardArgsOf<A>& args, const Attention& a, const AttentionBackward& tensors) {
   args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.element);
   args.output = operand_of(tensors.output, a.value_depth, a.element);
   // With the matrix of scores in memory, delta cancels exactly where one key has all the weight; torch has it there for
@@ -616,22 +635,56 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
   args.grad_mask = tensors.grad_mask;
   args.weight_parts = tensors.weight_parts;
   for (int d = 0; d < 4; d++) args.mask_size[d] = tensors.mask_size[d];
-  make_units(a, x, stream);
+}
+
+dim3 query_grid(const Attention& a, int size) {
+  return dim3(static_cast<unsigned>(a.batch * a.heads * ceil_div(a.queries, kTileRows)), blocks_of(a.depth, size));
+}
+dim3 key_grid(const Attention& a, int size) {
+  const int64_t deepest = a.depth > a.value_depth ? a.depth : a.value_depth;
+  return dim3(static_cast<unsigned>(a.batch * a.key_heads * ceil_div(a.keys, kTileRows)), blocks_of(deepest, size));
+}
+template <class T, int SIZE, bool PAIRWISE>
+using OfQuery = Plan<T, SIZE, PAIRWISE, kKeysAcross<T, SIZE>>;
+template <class T, int SIZE, bool PAIRWISE>
+using OfKey = Plan<T, SIZE, PAIRWISE, kQueriesAcross<T, SIZE>>;
+
+void rotary_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
+  BackwardArgsOf<RotaryArgs> args{};
+  args.x = rotary_arguments_of(a);
+  set_arguments(args, a, tensors);
+  dispatch_dot(a, [&](auto* type, auto size) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (a.queries != 0)
+      DLKERN_LAUNCH((attention_rotary_backward_query_kernel<T, size.value>), query_grid(a, size.value), dim3(kThreads),
+                    (OfQuery<T, size.value, false>::kBytes), stream, args);
+    DLKERN_LAUNCH((attention_rotary_backward_key_kernel<T, size.value>), key_grid(a, size.value), dim3(kThreads),
+                  (OfKey<T, size.value, false>::kBytes), stream, args);
+  });
+}
+
+}  // namespace
+
+int64_t attention_weight_parts(const Attention& a) {
+  return a.weight ? a.batch * a.heads * ceil_div(a.queries, attention::kTileRows) : 0;
+}
+
+void attention_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
+  if (a.angles.cos) return rotary_backward(a, tensors, stream);
+  if (attention_backward_sm90(a, tensors, stream)) return;
+  BackwardArgs args{};
+  args.x = arguments_of(a);
+  set_arguments(args, a, tensors);
+  make_units(a, args.x, stream);
   dispatch(a, [&](auto* type, auto size, auto pairwise) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using OfQuery = Plan<T, size.value, pairwise.value, kKeysAcross<T, size.value>>;
-    using OfKey = Plan<T, size.value, pairwise.value, kQueriesAcross<T, size.value>>;
     using OfMask = Plan<T, 64, pairwise.value, kKeysAcross<T, 64>>;
-    const int64_t query_blocks = x.all_heads * ceil_div(a.queries, kTileRows);
-    if (query_blocks != 0)
-      DLKERN_LAUNCH((attention_backward_query_kernel<T, size.value, pairwise.value>),
-                    dim3(static_cast<unsigned>(query_blocks), blocks_of(a.depth, size.value)), dim3(kThreads),
-                    OfQuery::kBytes, stream, args);
-    const int64_t deepest = a.depth > a.value_depth ? a.depth : a.value_depth;
-    DLKERN_LAUNCH((attention_backward_key_kernel<T, size.value, pairwise.value>),
-                  dim3(static_cast<unsigned>(a.batch * a.key_heads * ceil_div(a.keys, kTileRows)),
-                       blocks_of(deepest, size.value)),
-                  dim3(kThreads), OfKey::kBytes, stream, args);
+    const Args& x = args.x;
+    if (a.queries != 0)
+      DLKERN_LAUNCH((attention_backward_query_kernel<T, size.value, pairwise.value>), query_grid(a, size.value),
+                    dim3(kThreads), (OfQuery<T, size.value, pairwise.value>::kBytes), stream, args);
+    DLKERN_LAUNCH((attention_backward_key_kernel<T, size.value, pairwise.value>), key_grid(a, size.value),
+                  dim3(kThreads), (OfKey<T, size.value, pairwise.value>::kBytes), stream, args);
     if (tensors.of_mask) {
       const int64_t* n = tensors.mask_size;
       const int64_t blocks = n[0] * n[1] * ceil_div(n[2], kTileRows) * ceil_div(n[3], kKeysAcross<T, 64>);
@@ -678,18 +731,17 @@ void attention_varlen_backward(const Attention& a, const AttentionTiles& of_quer
   args.grad_value = {tensors.grad_value, a.value_depth, a.key_heads * a.value_depth};
   const int64_t query_blocks = a.heads * of_queries.count, key_blocks = a.key_heads * of_keys.count;
   const int64_t deepest = a.depth > a.value_depth ? a.depth : a.value_depth;
-  dispatch_varlen(a, [&](auto* type, auto size) {
+  dispatch_dot(a, [&](auto* type, auto size) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using OfQuery = Plan<T, size.value, false, kKeysAcross<T, size.value>>;
-    using OfKey = Plan<T, size.value, false, kQueriesAcross<T, size.value>>;
     if (query_blocks != 0)
       DLKERN_LAUNCH((attention_varlen_backward_query_kernel<T, size.value>),
                     dim3(static_cast<unsigned>(query_blocks), blocks_of(a.depth, size.value)), dim3(kThreads),
-                    OfQuery::kBytes, stream, args, of_queries.at, static_cast<int>(of_queries.count));
+                    (OfQuery<T, size.value, false>::kBytes), stream, args, of_queries.at,
+                    static_cast<int>(of_queries.count));
     if (key_blocks != 0)
       DLKERN_LAUNCH((attention_varlen_backward_key_kernel<T, size.value>),
                     dim3(static_cast<unsigned>(key_blocks), blocks_of(deepest, size.value)), dim3(kThreads),
-                    OfKey::kBytes, stream, args, of_keys.at, static_cast<int>(of_keys.count));
+                    (OfKey<T, size.value, false>::kBytes), stream, args, of_keys.at, static_cast<int>(of_keys.count));
   });
 }
 

@@ -159,7 +159,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 template <int DEPTH>
 bool run(const Attention& a, const Args& x, const AttentionOperand& output, int64_t blocks, void* stream) {
-  if (!runs_on_hopper(attention_forward_sm90_kernel<DEPTH>)) return false;
   ForwardArgs args{};
   args.x = x;
   args.output = operand_of(output, DEPTH, a.element);
@@ -175,10 +174,18 @@ bool run(const Attention& a, const Args& x, const AttentionOperand& output, int6
 
 }  // namespace
 
+bool attention_fits_sm90(const Attention& a) {
+  const int64_t blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows);
+  if (!fits(a, arguments_of(a)) || blocks < multiprocessors() / 2)
+    return false;  // small tiles then use more of the GPU
+  return a.depth == 64 ? runs_on_hopper(attention_forward_sm90_kernel<64>)
+                       : runs_on_hopper(attention_forward_sm90_kernel<128>);
+}
+
 bool attention_forward_sm90(const Attention& a, const AttentionOperand& output, void* stream) {
+  if (!attention_fits_sm90(a)) return false;
   const Args x = arguments_of(a);
-  const int64_t blocks = x.all_heads * ceil_div(a.queries, kBlockRows);
-  if (!fits(a, x) || blocks < multiprocessors() / 2) return false;  // small tiles then use more of the GPU
+  const int64_t blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows);
   return a.depth == 64 ? run<64>(a, x, output, blocks, stream) : run<128>(a, x, output, blocks, stream);
 }
 

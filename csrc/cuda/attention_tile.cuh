@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "block_reduce.cuh"
 #include "pack.cuh"
+#include "positions_turn.cuh"
 #include "ptx.cuh"
 
 namespace dlkern::cuda {
@@ -19,6 +20,7 @@ namespace attention {
 constexpr int kThreads = 128, kWarps = 4, kTileRows = kAttentionTileRows;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kFewKeys = 128;  // backward goes through so many twice
+constexpr int kMostColumns = 128;  // of a block
 
 DLKERN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
 DLKERN_DEVICE int warp() { return static_cast<int>(threadIdx.x) / 32; }
@@ -53,6 +55,34 @@ struct Args {
 struct SequenceArgs : Args {
   int sequence, shift;
 };
+
+// The same where queries and keys have rotary positions: they are turned as they are loaded, and their gradients turned
+// back before they are stored. Of heads that need no more than one block of columns, and dot scores alone.
+struct RotaryArgs : Args {
+  const void *cos, *sin;  // [1 or batch, positions, half], floats where wide_angles, else of the operands' type
+  int64_t angles_stride;  // of a batch
+  int half;
+  bool wide_angles, neighbours;  // pairs are (2d, 2d + 1), else (d, d + half)
+  bool packed;  // pairs may be turned, and angles read, 16 bytes at a time
+
+  // turn_pairs of a position's pairs from d on.
+  template <int VEC, class T, class E>
+  DLKERN_DEVICE void turn(int64_t b, int position, int d, bool inverse, const E* first, const E* second, E* to_first,
+                          E* to_second) const {
+    const int64_t at = b * angles_stride + static_cast<int64_t>(position) * half + d;
+    const auto with = [&](const auto* c, const auto* s) {
+      turn_pairs<VEC>(first, second, c + at, s + at, neighbours, inverse, to_first, to_second);
+    };
+    if (wide_angles)
+      with(static_cast<const float*>(cos), static_cast<const float*>(sin));
+    else
+      with(static_cast<const T*>(cos), static_cast<const T*>(sin));
+  }
+};
+
+template <class A>
+constexpr bool kTurned = std::is_same_v<A, RotaryArgs>;
+
 DLKERN_DEVICE int shift_of(const Args&) { return 0; }
 DLKERN_DEVICE int shift_of(const SequenceArgs& x) { return x.shift; }
 DLKERN_DEVICE uint64_t seed_of(const Args& x) { return static_cast<uint64_t>(*x.seed); }
@@ -126,9 +156,10 @@ struct TileOf {
 };
 
 // Starts loading rows first .. first + ROWS - 1 of one head, columns from `column` on, of which there are `depth` in all;
-// zeros outside, up to a multiple of kStep columns.
-template <class T, int ROWS, int SIZE>
-DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first, int rows, int column, int depth) {
+// zeros outside, up to a multiple of kStep columns. With BEHIND the tile's columns before `begin` are left as they are.
+template <class T, int ROWS, int SIZE, bool BEHIND = false>
+DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first, int rows, int column, int depth,
+                             int begin = 0) {
   using Tile = TileOf<T, SIZE>;
   constexpr int kAcross = SIZE / Tile::kPiece, kPieces = ROWS * kAcross / kThreads;
   static_assert(ROWS * kAcross % kThreads == 0);
@@ -137,15 +168,17 @@ DLKERN_DEVICE void load_rows(T* tile, const T* from, const Operand& x, int first
   for (int i = 0; i < kPieces; i++) {
     const int piece = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = piece / kAcross, c = piece % kAcross * Tile::kPiece;
-    if (c >= width) continue;
+    if (c >= width || (BEHIND && c + Tile::kPiece <= begin)) continue;
     T* to = tile + r * Tile::kStride + c;
     const bool inside = first + r < rows && c < left;
     const T* at = from + (first + r) * x.stride[2] + (column + c) * x.stride[3];
-    if (x.aligned) {
+    if (x.aligned && (!BEHIND || c >= begin)) {
       cp_async16(to, inside ? at : from, inside ? 16 : 0);
     } else {
 #pragma unroll
-      for (int e = 0; e < Tile::kPiece; e++) to[e] = inside && c + e < left ? at[e * x.stride[3]] : from_float<T>(0.0f);
+      for (int e = 0; e < Tile::kPiece; e++) {
+        if (!BEHIND || c + e >= begin) to[e] = inside && c + e < left ? at[e * x.stride[3]] : from_float<T>(0.0f);
+      }
     }
   }
 }
@@ -486,13 +519,76 @@ struct Side {
   }
 };
 
+// Starts loading the first block of a side that is queries or keys, which have rotary positions or not.
+template <int ROWS, int SIZE, class T>
+DLKERN_DEVICE void load_side(const Args& x, int64_t, const Side<T>& side) {
+  side.template load<ROWS, SIZE>(0, x.depth);
+}
+
+// The pairs pass through registers, VEC of them at a time; what is behind them is copied as ever.
+template <int VEC, int ROWS, int SIZE, class T>
+DLKERN_DEVICE void turn_side(const RotaryArgs& x, int64_t b, const Side<T>& side) {
+  constexpr int kStride = TileOf<T, SIZE>::kStride, kAcross = SIZE / 2 / VEC;
+  static_assert(ROWS * kAcross % kThreads == 0);
+#pragma unroll 2
+  for (int i = 0; i < ROWS * kAcross / kThreads; i++) {
+    const int chunk = static_cast<int>(threadIdx.x) + i * kThreads;
+    const int r = chunk / kAcross, d = chunk % kAcross * VEC, row = side.first + r;
+    if (d >= x.half) continue;
+    const int first = x.neighbours ? 2 * d : d, second = x.neighbours ? first + VEC : x.half + d;
+    T* const to = side.tile + r * kStride;
+    if (row < side.rows) {
+      const T* at = side.head + row * side.operand.stride[2];
+      const int64_t step = side.operand.stride[3];
+      x.turn<VEC, T>(b, row, d, false, at + first * step, at + second * step, to + first, to + second);
+    } else {
+      const float zeros[VEC] = {};
+      store_floats<VEC>(to + first, zeros);
+      store_floats<VEC>(to + second, zeros);
+    }
+  }
+}
+template <int ROWS, int SIZE, class T>
+DLKERN_DEVICE void load_side(const RotaryArgs& x, int64_t b, const Side<T>& side) {
+  load_rows<T, ROWS, SIZE, true>(side.tile, side.head, side.operand, side.first, side.rows, 0, x.depth, 2 * x.half);
+  if (x.packed && side.operand.aligned)
+    turn_side<TileOf<T, SIZE>::kPiece, ROWS, SIZE>(x, b, side);
+  else
+    turn_side<1, ROWS, SIZE>(x, b, side);
+}
+
+// The gradient of a warp's rows, queries or keys from position `first` on, becomes that of what was loaded. It passes
+// through `memory`, kTileRows rows of SIZE + 4 floats, which nobody else uses by now.
+template <int SIZE, class T>
+DLKERN_DEVICE void turn_back(Fragment<T, SIZE>& sum, const RotaryArgs& x, int64_t b, int first, int rows,
+                             float* memory) {
+  using Mine = Layout<T>;
+  constexpr int kStride = SIZE + 4;
+  float* const mine = memory + warp() * 16 * kStride;
+  const auto place = [&](int r, int c) { return mine + Mine::row(r) * kStride + Mine::result_column(c); };
+  sum.each([&](int r, int c, float value) { *place(r, c) = value; });
+  __syncwarp();
+#pragma unroll 1
+  for (int d = lane(); d < x.half; d += 32) {
+    float* const p = mine + (x.neighbours ? 2 * d : d);
+    float* const q = mine + (x.neighbours ? 2 * d + 1 : x.half + d);
+#pragma unroll 4
+    for (int r = 0; r < 16; r++) {
+      const int at = r * kStride;
+      if (first + r < rows) x.turn<1, T>(b, first + r, d, true, p + at, q + at, p + at, q + at);
+    }
+  }
+  __syncwarp();
+  sum.each([&](int r, int c, float& value) { value = *place(r, c); });
+}
+
 // s += the scores of `a` (64 rows, 16 a warp) and `b` (N rows) over the whole depth. Where it is more than SIZE, its
 // blocks pass through both tiles, and block `own` is left there; else the caller has loaded them. Always in the same
-// order: probabilities that are made again must be those that were summed up.
-template <bool PAIRWISE, int SIZE, class T, int N>
+// order: probabilities that are made again must be those that were summed up. WHOLE: the depth is known not to be more.
+template <bool PAIRWISE, int SIZE, bool WHOLE = false, class T, int N>
 DLKERN_DEVICE void multiply(Fragment<T, N>& s, const Args& x, const Side<T>& a, const Side<T>& b, int depth, int own) {
   const T* const rows = a.tile + warp() * 16 * TileOf<T, SIZE>::kStride;
-  if (depth <= SIZE) return add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, 0, depth);
+  if (WHOLE || depth <= SIZE) return add_scores<PAIRWISE, SIZE>(s, x, rows, b.tile, 0, depth);
   const int blocks = static_cast<int>(ceil_div(depth, SIZE));
 #pragma unroll 1
   for (int n = 0; n < blocks + (own + 1 < blocks); n++) {
@@ -645,22 +741,23 @@ DLKERN_DEVICE SequenceArgs of_sequence(const Args& all, const AttentionTile& til
 // ---- Launching ----
 
 Args arguments_of(const Attention& attention);
+RotaryArgs rotary_arguments_of(const Attention& attention);
 Operand operand_of(const AttentionOperand& x, int64_t depth, Element element);
 void make_units(const Attention& attention, const Args& x, void* stream);  // of the cosine score alone
 
 // Calls f(type, size) with T and SIZE as values that carry them in their types; dispatch also has PAIRWISE.
 template <class F>
-void dispatch_varlen(const Attention& a, F&& f) {
+void dispatch_dot(const Attention& a, F&& f) {
   with_type(a.element, [&](auto* type) {
     if (a.depth <= 64 && a.value_depth <= 64)
       f(type, std::integral_constant<int, 64>{});
     else
-      f(type, std::integral_constant<int, 128>{});
+      f(type, std::integral_constant<int, kMostColumns>{});
   });
 }
 template <class F>
 void dispatch(const Attention& a, F&& f) {
-  dispatch_varlen(a, [&](auto* type, auto size) {
+  dispatch_dot(a, [&](auto* type, auto size) {
     if (a.score == kGaussianScore || a.score == kAdditiveScore)
       f(type, size, std::true_type{});
     else

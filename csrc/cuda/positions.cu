@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "fast_divide.cuh"
-#include "pack.cuh"
+#include "positions_turn.cuh"
 
 namespace dlkern::cuda {
 namespace {
@@ -44,29 +44,10 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(Rotary args, Places pl
     *reinterpret_cast<All*>(y + behind) = *reinterpret_cast<const All*>(x + behind);
     return;
   }
-  float cos[VEC], sin[VEC], in[2][VEC], out[2][VEC];
-  load_floats<VEC>(cos, static_cast<const A*>(args.cos) + at(args.angle_stride) + d);
-  load_floats<VEC>(sin, static_cast<const A*>(args.sin) + at(args.angle_stride) + d);
+  const A* cos = static_cast<const A*>(args.cos) + at(args.angle_stride) + d;
+  const A* sin = static_cast<const A*>(args.sin) + at(args.angle_stride) + d;
   const int64_t first = args.interleaved ? 2 * d : d, second = args.interleaved ? first + VEC : args.half + d;
-  load_floats<VEC>(in[0], x + first);
-  load_floats<VEC>(in[1], x + second);
-#pragma unroll
-  for (int v = 0; v < VEC; v++) {
-    // Neighbours: pair v is elements 2v and 2v + 1 of the 2 VEC loaded.
-    const float p = args.interleaved ? in[2 * v / VEC][2 * v % VEC] : in[0][v];
-    const float q = args.interleaved ? in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] : in[1][v];
-    const float s = args.inverse ? -sin[v] : sin[v];
-    const float turned_p = p * cos[v] - q * s, turned_q = q * cos[v] + p * s;
-    if (args.interleaved) {
-      out[2 * v / VEC][2 * v % VEC] = turned_p;
-      out[(2 * v + 1) / VEC][(2 * v + 1) % VEC] = turned_q;
-    } else {
-      out[0][v] = turned_p;
-      out[1][v] = turned_q;
-    }
-  }
-  store_floats<VEC>(y + first, out[0]);
-  store_floats<VEC>(y + second, out[1]);
+  turn_pairs<VEC>(x + first, x + second, cos, sin, args.interleaved, args.inverse, y + first, y + second);
 }
 
 template <class T, class A, int VEC>

@@ -42,30 +42,18 @@ template <class T> struct Call {
   }
 };
 
-// Angles of rotary positions, [1 or batch, 1, positions, half].
-struct Rotary {
-  const Tensor &cos, &sin;
-  bool interleaved;
-};
-
-template <class T> void set_rotary(const char* op, const Tensor& query, const Rotary& rotary, Call<T>& call) {
-  const cpu::AttentionShape& s = call.args.shape;
-  const Tensor &cos = rotary.cos, &sin = rotary.sin;
-  check_place(op, "cos", cos), check_place(op, "sin", sin);
-  check(cos.dim() == 4 && same_sizes(cos.sizes(), sin.sizes()), op, ": cos and sin must be 4-D and alike in shape");
-  check((cos.size(0) == 1 || cos.size(0) == s.batch) && cos.size(1) == 1 &&
-            cos.size(2) >= std::max(s.queries, s.keys) && 2 * cos.size(3) <= s.depth,
-        op, ": cos must be [1 or batch, 1, positions, half], for all queries and keys and at most half of the depth");
-  check(cos.scalar_type() == sin.scalar_type() &&
-            (cos.scalar_type() == query.scalar_type() || cos.scalar_type() == sum_type(query)),
-        op, ": cos and sin must be in the dtype of query or of its sums");
-  check(s.score == cpu::kDotScore, op, ": rotary positions are of dot products");
+template <class T>
+void set_rotary(const char* op, const Tensor& query, const AttentionRotary& rotary, Call<T>& call) {
+  const Tensor& cos = rotary.cos;
+  check_attention_rotary(op, query, call.args.shape, rotary, check_place);
   const int64_t stride = cos.size(0) == 1 ? 0 : cos.size(2) * cos.size(3);
-  call.args.rotary = {call.parameter(cos, query), call.parameter(sin, query), stride, cos.size(3), rotary.interleaved};
+  call.args.rotary = {call.parameter(cos, query), call.parameter(rotary.sin, query), stride, cos.size(3),
+                      rotary.interleaved};
 }
 
 using Two = std::tuple<Tensor, Tensor>;
-Two forward(const char* op, const AttentionOperands& x, const AttentionOptions& options, const Rotary* rotary) {
+Two forward(const char* op, const AttentionOperands& x, const AttentionOptions& options,
+            const AttentionRotary* rotary) {
   const Tensor& query = x.query;
   Tensor output, statistics;
   dispatch_floating(query.scalar_type(), op, [&](auto* type) {
@@ -88,7 +76,7 @@ Two forward(const char* op, const AttentionOperands& x, const AttentionOptions& 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Five backward(const char* op, const Tensor& grad_output, const AttentionOperands& x, const Tensor& output,
               const Tensor& statistics, const AttentionOptions& options, bool of_mask, bool from_scores,
-              const Rotary* rotary) {
+              const AttentionRotary* rotary) {
   const Tensor &query = x.query, &key = x.key, &value = x.value;
   const std::optional<Tensor>&mask = x.mask, &weight = x.weight;
   Tensor grad_query, grad_key, grad_value, grad_mask, grad_weight;
@@ -151,7 +139,7 @@ Two attention_rotary_forward_cpu(const Tensor& query, const Tensor& key, const T
                                  const std::optional<Tensor>& slopes, const std::optional<Tensor>& seed,
                                  const Tensor& cos, const Tensor& sin, double p, double scale, double softcap,
                                  int64_t left, int64_t right, bool interleaved) {
-  const Rotary rotary{cos, sin, interleaved};
+  const AttentionRotary rotary{cos, sin, interleaved};
   return forward("attention_rotary", {query, key, value, mask, lengths, slopes, std::nullopt, seed},
                  {p, scale, softcap, left, right, cpu::kDotScore}, &rotary);
 }
@@ -163,7 +151,7 @@ Four attention_rotary_backward_cpu(const Tensor& grad_output, const Tensor& quer
                                    const std::optional<Tensor>& seed, const Tensor& cos, const Tensor& sin,
                                    const Tensor& output, const Tensor& statistics, double p, double scale,
                                    double softcap, int64_t left, int64_t right, bool interleaved, bool of_mask) {
-  const Rotary rotary{cos, sin, interleaved};
+  const AttentionRotary rotary{cos, sin, interleaved};
   auto [of_query, of_key, of_value, of_added, none] =
       backward("attention_rotary_backward", grad_output, {query, key, value, mask, lengths, slopes, std::nullopt, seed},
                output, statistics, {p, scale, softcap, left, right, cpu::kDotScore}, of_mask, false, &rotary);

@@ -95,6 +95,26 @@ cpu::AttentionShape check_attention(const char* op, const AttentionOperands& x, 
   return s;
 }
 
+// What a call with rotary positions has besides: angles [1 or batch, 1, positions, half].
+struct AttentionRotary {
+  const Tensor &cos, &sin;
+  bool interleaved;
+};
+template <class Place>
+void check_attention_rotary(const char* op, const Tensor& query, const cpu::AttentionShape& s,
+                            const AttentionRotary& rotary, Place&& check_place) {
+  const Tensor &cos = rotary.cos, &sin = rotary.sin;
+  check_place(op, "cos", cos), check_place(op, "sin", sin);
+  check(cos.dim() == 4 && same_sizes(cos.sizes(), sin.sizes()), op, ": cos and sin must be 4-D and alike in shape");
+  check((cos.size(0) == 1 || cos.size(0) == s.batch) && cos.size(1) == 1 &&
+            cos.size(2) >= std::max(s.queries, s.keys) && 2 * cos.size(3) <= s.depth,
+        op, ": cos must be [1 or batch, 1, positions, half], for all queries and keys and at most half of the depth");
+  check(cos.scalar_type() == sin.scalar_type() &&
+            (cos.scalar_type() == query.scalar_type() || cos.scalar_type() == sum_type(query)),
+        op, ": cos and sin must be in the dtype of query or of its sums");
+  check(s.score == cpu::kDotScore, op, ": rotary positions are of dot products");
+}
+
 // What a backward has besides.
 template <class Place>
 void check_attention_backward(const char* op, const AttentionOperands& x, const cpu::AttentionShape& s,

@@ -1,9 +1,9 @@
-// attention, op layer of the CUDA column: attention_forward, attention_backward of every score, float32,
-// bfloat16 or float16. Operands and masks are read where they lie.
+// attention, op layer of the CUDA column: attention_forward, attention_backward of every score, and the same with rotary
+// positions; float32, bfloat16 or float16. Operands and masks are read where they lie.
 #include "../cuda/attention.h"
 
 #include "attention_checks.h"
-#include "cuda_common.h"
+#include "cuda_positions.h"
 
 namespace dlkern::ops {
 namespace {
@@ -19,14 +19,24 @@ cuda::AttentionOperand operand(const void* data, const Tensor& x) {
 struct Problem {
   AttentionOperands x;
   cpu::AttentionShape shape;
-  std::optional<Tensor> slopes, weight;  // dense
+  std::optional<Tensor> slopes, weight, cos, sin;  // dense
+  bool interleaved = false;
   Tensor query_unit, key_unit;
 
-  Problem(const char* op, const AttentionOperands& operands, const AttentionOptions& options) : x(operands) {
-    shape = check_attention(op, x, options, [&](const char* name_of_op, const char* name, const Tensor& t) {
+  Problem(const char* op, const AttentionOperands& operands, const AttentionOptions& options,
+          const AttentionRotary* rotary)
+      : x(operands) {
+    const auto place = [&](const char* name_of_op, const char* name, const Tensor& t) {
       check_device(name_of_op, name, t, x.query);
-    });
+    };
+    shape = check_attention(op, x, options, place);
     const cpu::AttentionShape& s = shape;
+    if (rotary) {
+      check_attention_rotary(op, x.query, s, *rotary, place);
+      cos = as_contiguous(rotary->cos);
+      sin = as_contiguous(rotary->sin);
+      interleaved = rotary->interleaved;
+    }
     check_element(op, x.query);
     const int64_t most = int64_t{1} << 30;  // positions are ints
     check(s.queries < most && s.keys < most && s.depth < most && s.value_depth < most &&
@@ -71,21 +81,33 @@ struct Problem {
     a.weight = call.reads(weight);
     a.wide_slopes = slopes && slopes->scalar_type() == ScalarType::Float;
     a.wide_weight = weight && weight->scalar_type() == ScalarType::Float;
+    if (cos) {
+      const int64_t stride = cos->size(0) == 1 ? 0 : cos->size(2) * cos->size(3);
+      a.angles = {call.reads(cos), call.reads(sin), stride, cos->size(3), cos->scalar_type() == ScalarType::Float,
+                  interleaved};
+    }
     if (s.p > 0) a.seed = static_cast<const int64_t*>(call.reads(*x.seed));
     a.query_unit = floats(call.writes(query_unit));
     a.key_unit = floats(call.writes(key_unit));
     return a;
   }
+
+  // Whether rotary positions are turned by a kernel before attention's.
+  bool turns_first(bool of_mask) const {
+    if (!cos) return false;
+    Call call(x.query);
+    return of_mask || !cuda::attention_turns(reads(call));
+  }
+  Tensor turned(const char* op, const Tensor& rows, bool inverse = false) const {
+    return turned_cuda(op, rows, *cos, *sin, interleaved, inverse);
+  }
 };
 
 using Two = std::tuple<Tensor, Tensor>;
-Two attention_forward_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
-                           const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
-                           const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& seed, double p, double scale, double softcap, int64_t left,
-                           int64_t right, int64_t score) {
-  const Problem problem("attention", {query, key, value, mask, lengths, slopes, weight, seed},
-                        {p, scale, softcap, left, right, score});
+Two forward(const char* op, const AttentionOperands& x, const AttentionOptions& options,
+            const AttentionRotary* rotary) {
+  const Tensor& query = x.query;
+  const Problem problem(op, x, options, rotary);
   const cpu::AttentionShape& s = problem.shape;
   Tensor output = allocate_attention_output(query, s.value_depth);
   Tensor statistics = allocate({2, s.batch, s.heads, s.queries}, ScalarType::Float, query);
@@ -95,29 +117,41 @@ Two attention_forward_cuda(const Tensor& query, const Tensor& key, const Tensor&
     for (Tensor* t : {&output, &statistics}) torch::stable::zero_(*t);
     return {output, statistics};
   }
-  Call call(query);
-  cuda::Attention a = problem.reads(call);
-  a.largest = floats(call.writes(statistics));
-  a.inverse = a.largest + rows;
-  cuda::attention_forward(a, operand(call.writes(output), output), call.stream());
+  const auto run = [&](const Problem& of) {
+    Call call(query);
+    cuda::Attention a = of.reads(call);
+    a.largest = floats(call.writes(statistics));
+    a.inverse = a.largest + rows;
+    cuda::attention_forward(a, operand(call.writes(output), output), call.stream());
+  };
+  if (problem.turns_first(false)) {
+    const Tensor q = problem.turned(op, query), k = problem.turned(op, x.key);
+    run(Problem(op, {q, k, x.value, x.mask, x.lengths, x.slopes, x.weight, x.seed}, options, nullptr));
+  } else {
+    run(problem);
+  }
   return {output, statistics};
 }
 
 // grad_mask is of size [0] where none is wanted, grad_weight where there is no weight.
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-Five attention_backward_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-                             const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
-                             const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
-                             const std::optional<Tensor>& seed, const Tensor& output, const Tensor& statistics,
-                             double p, double scale, double softcap, int64_t left, int64_t right, int64_t score,
-                             bool of_mask, bool from_scores) {
-  const char* op = "attention_backward";
-  const Problem problem(op, {query, key, value, mask, lengths, slopes, weight, seed},
-                        {p, scale, softcap, left, right, score});
+Five backward(const char* op, const Tensor& grad_output, const AttentionOperands& x, const Tensor& output,
+              const Tensor& statistics, const AttentionOptions& options, bool of_mask, bool from_scores,
+              const AttentionRotary* rotary) {
+  const Tensor &query = x.query, &key = x.key, &value = x.value;
+  const std::optional<Tensor>&mask = x.mask, &weight = x.weight;
+  const Problem problem(op, x, options, rotary);
   const cpu::AttentionShape& s = problem.shape;
   check_attention_backward(
-      op, problem.x, s, grad_output, output, statistics, of_mask,
+      op, x, s, grad_output, output, statistics, of_mask,
       [&](const char* name_of_op, const char* name, const Tensor& t) { check_device(name_of_op, name, t, query); });
+  if (problem.turns_first(of_mask)) {
+    const Tensor q = problem.turned(op, query), k = problem.turned(op, key);
+    auto [of_query, of_key, of_value, of_added, none] =
+        backward(op, grad_output, {q, k, value, mask, x.lengths, x.slopes, weight, x.seed}, output, statistics, options,
+                 of_mask, from_scores, nullptr);
+    return {problem.turned(op, of_query, true), problem.turned(op, of_key, true), of_value, of_added, none};
+  }
   const ScalarType dtype = query.scalar_type();
   Tensor grad_query = allocate(query.sizes(), dtype, query), grad_key = allocate(key.sizes(), dtype, query),
          grad_value = allocate(value.sizes(), dtype, query);
@@ -158,11 +192,56 @@ Five attention_backward_cuda(const Tensor& grad_output, const Tensor& query, con
   return {grad_query, grad_key, grad_value, grad_mask, grad_weight};
 }
 
+Two attention_forward_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
+                           const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& seed, double p, double scale, double softcap, int64_t left,
+                           int64_t right, int64_t score) {
+  return forward("attention", {query, key, value, mask, lengths, slopes, weight, seed},
+                 {p, scale, softcap, left, right, score}, nullptr);
+}
+
+Five attention_backward_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+                             const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
+                             const std::optional<Tensor>& slopes, const std::optional<Tensor>& weight,
+                             const std::optional<Tensor>& seed, const Tensor& output, const Tensor& statistics,
+                             double p, double scale, double softcap, int64_t left, int64_t right, int64_t score,
+                             bool of_mask, bool from_scores) {
+  return backward("attention_backward", grad_output, {query, key, value, mask, lengths, slopes, weight, seed}, output,
+                  statistics, {p, scale, softcap, left, right, score}, of_mask, from_scores, nullptr);
+}
+
+Two attention_rotary_forward_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  const std::optional<Tensor>& mask, const std::optional<Tensor>& lengths,
+                                  const std::optional<Tensor>& slopes, const std::optional<Tensor>& seed,
+                                  const Tensor& cos, const Tensor& sin, double p, double scale, double softcap,
+                                  int64_t left, int64_t right, bool interleaved) {
+  const AttentionRotary rotary{cos, sin, interleaved};
+  return forward("attention_rotary", {query, key, value, mask, lengths, slopes, std::nullopt, seed},
+                 {p, scale, softcap, left, right, cpu::kDotScore}, &rotary);
+}
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+Four attention_rotary_backward_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                    const Tensor& value, const std::optional<Tensor>& mask,
+                                    const std::optional<Tensor>& lengths, const std::optional<Tensor>& slopes,
+                                    const std::optional<Tensor>& seed, const Tensor& cos, const Tensor& sin,
+                                    const Tensor& output, const Tensor& statistics, double p, double scale,
+                                    double softcap, int64_t left, int64_t right, bool interleaved, bool of_mask) {
+  const AttentionRotary rotary{cos, sin, interleaved};
+  auto [of_query, of_key, of_value, of_added, none] =
+      backward("attention_rotary_backward", grad_output, {query, key, value, mask, lengths, slopes, std::nullopt, seed},
+               output, statistics, {p, scale, softcap, left, right, cpu::kDotScore}, of_mask, false, &rotary);
+  return {of_query, of_key, of_value, of_added};
+}
+
 }  // namespace
 
 DLKERN_REGISTER(DLKERN_CUDA_KEY, m) {
   m.impl("attention_forward_cuda", TORCH_BOX(&attention_forward_cuda));
   m.impl("attention_backward_cuda", TORCH_BOX(&attention_backward_cuda));
+  m.impl("attention_rotary_forward_cuda", TORCH_BOX(&attention_rotary_forward_cuda));
+  m.impl("attention_rotary_backward_cuda", TORCH_BOX(&attention_rotary_backward_cuda));
 }
 
 }  // namespace dlkern::ops

@@ -2,17 +2,15 @@
 // float32.
 #include "../cuda/positions.h"
 
-#include "cuda_common.h"
+#include "cuda_positions.h"
 #include "positions_checks.h"
 
 namespace dlkern::ops {
-namespace {
 
-Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
-  const char* op = "rotary";
+Tensor turned_cuda(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
+                    bool inverse) {
   cuda::Rotary args{};
   args.element = element_of(op, x);
-  check_rotary(op, x, cos, sin, [&](const char* name, const Tensor& t) { check_device(op, name, t, x); });
   args.wide_angles = cos.scalar_type() == ScalarType::Float;
   const Tensor from = with_dense_rows(x), c = as_contiguous(cos), s = as_contiguous(sin);
   Tensor output = prepare_rotary(x, from, cos, interleaved, inverse, args);
@@ -24,6 +22,15 @@ Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool i
   args.output = call.writes(output);
   cuda::rotary(args, call.stream());
   return output;
+}
+
+namespace {
+
+Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
+  const char* op = "rotary";
+  element_of(op, x);
+  check_rotary(op, x, cos, sin, [&](const char* name, const Tensor& t) { check_device(op, name, t, x); });
+  return turned_cuda(op, x, cos, sin, interleaved, inverse);
 }
 
 }  // namespace

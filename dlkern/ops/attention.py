@@ -90,10 +90,7 @@ PUBLIC = (
 for _op in PUBLIC:
     columns.declare(_op, "cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     columns.declare(_op, "triton", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    columns.declare(
-        _op, "cuda", (torch.float32, torch.bfloat16, torch.float16),
-        lambda facts: "cuda column turns queries and keys before attention" if facts else None,
-    )
+    columns.declare(_op, "cuda", (torch.float32, torch.bfloat16, torch.float16))
 
 _forward, _backward = raw["attention_forward"], raw["attention_backward"]
 

@@ -1,7 +1,7 @@
 """Scaled dot-product attention of operands with rotary positions: schemas, autograd, dispatch.
 
 The kernels of attention, which turn queries and keys as they load them and turn the gradients back as they store them. The
-gradients' own derivatives are the reference's. A column without such kernels turns the operands first.
+gradients' own derivatives are the reference's. Where the angles want a gradient, the operands are turned first.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ FAST_DIVIDE = "csrc/cuda/fast_divide.cuh"
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_TILE = (
     f"csrc/cuda/{name}" for name in ("attention.cu", "attention_backward.cu", "attention_tile.cuh")
 )
-ATTENTION_VARLEN = "csrc/ops/cuda_attention_varlen.cpp"
+ATTENTION_OPS, ATTENTION_VARLEN = (f"csrc/ops/cuda_attention{name}.cpp" for name in ("", "_varlen"))
+POSITIONS_TURN = "csrc/cuda/positions_turn.cuh"
 
 
 ATTENTION_HOPPER, ATTENTION_HOPPER_BACKWARD, ATTENTION_HOPPER_TILE = (
@@ -305,9 +306,30 @@ MUTANTS = [
     _attention_mutant(ATTENTION_BACKWARD, "j0 + kTileRows + x.left", "j0 + x.left", "test_attention and window"),
     _attention_mutant(ATTENTION_BACKWARD, "for (int r = 0; r < kTileRows; r++) sum += totals",
                       "for (int r = 1; r < kTileRows; r++) sum += totals", "test_attention and shared"),
+    # attention_rotary_forward_kernel: what is behind the pairs, the other half's place, rows outside, another row's angles,
+    # another batch's, 16 bytes at a time where they do not lie so
+    _attention_mutant(ATTENTION_TILE, "0, x.depth, 2 * x.half);", "0, x.depth, x.depth);", "test_attention and rotary and part"),
+    _attention_mutant(ATTENTION_TILE, "2 * d : d, second = x.neighbours ? first + VEC : x.half + d;",
+                      "2 * d : d, second = first + VEC;", "test_attention and rotary and not neighbours"),
+    _attention_mutant(ATTENTION_TILE, "if (row < side.rows) {", "if (row <= side.rows) {", "test_attention and rotary"),
+    _attention_mutant(ATTENTION_TILE, "x.turn<VEC, T>(b, row, d, false", "x.turn<VEC, T>(b, r, d, false", "test_attention and rotary"),
+    _attention_mutant(ATTENTION_TILE, "b * angles_stride + ", "", "test_attention and rotary and neighbours"),
+    _attention_mutant(ATTENTION_TILE, "if (x.packed && side.operand.aligned)", "if (side.operand.aligned)", "rotary_sizes"),
+    _attention_mutant(ATTENTION_TILE, "x.packed && side.operand.aligned", "x.packed", "rotary_operands"),
+    # attention_rotary_backward_query_kernel, attention_rotary_backward_key_kernel
+    _attention_mutant(ATTENTION_TILE, "x.turn<1, T>(b, first + r, d, true", "x.turn<1, T>(b, first + r, d, false",
+                      "test_attention and rotary"),
+    _attention_mutant(ATTENTION_BACKWARD, "turn_back(of_key, x, b, first, x.keys", "turn_back(of_key, x, b, first, x.queries",
+                      "test_attention and rotary"),
+    _attention_mutant(ATTENTION_BACKWARD, "turn_back(sum, x, b, first, x.queries, memory.all_rows());", ";",
+                      "test_attention and rotary"),
+    # heads and masks that are turned first
+    _attention_mutant(ATTENTION, "a.depth <= attention::kMostColumns && ", "", "rotary_of_a_deep_head"),
+    _attention_mutant(ATTENTION_OPS, "problem.turned(op, of_key, true)", "problem.turned(op, of_key)", "rotary_of_a_deep_head"),
+    _attention_mutant(ATTENTION_OPS, "return of_mask || ", "return ", "test_attention and rotary and neighbours"),
     # rotary_kernel
-    _mutant(POSITIONS, "args.inverse ? -sin[v] : sin[v]", "sin[v]", "test_rotary"),
-    _mutant(POSITIONS, "in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] :", "in[1][v] :", "test_rotary"),
+    _mutant(POSITIONS_TURN, "inverse ? -sin[v] : sin[v]", "sin[v]", "test_rotary"),
+    _mutant(POSITIONS_TURN, "in[(2 * v + 1) / VEC][(2 * v + 1) % VEC] :", "in[1][v] :", "test_rotary"),
     _mutant(POSITIONS, "const int64_t behind = args.half + d;", "const int64_t behind = d;", "test_rotary"),
     _mutant(POSITIONS, "for (int64_t stride : args.x_stride) wide = wide && stride % vec == 0;", "", "test_rotary_odd"),
     # cross_entropy_forward_kernel, class_weights_kernel, loss_reduce_kernel
