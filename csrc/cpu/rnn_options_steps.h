@@ -1,29 +1,10 @@
-// What the forward and the backward of recurrent layers with options share: products of all rows of a step, and layer
-// normalisation of a row.
+// What the forward and the backward of recurrent layers with options share: layer normalisation of a row, and what a unit
+// becomes.
 #pragma once
 #include "rnn_options.h"
 #include "rnn_steps.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
-
-// Calls put(i, j, sums, count) for `count` columns from j on of rows[i] times the panels [panel0, panel1), for all i in
-// [begin, end); `units` columns there are.
-template <class A, class Row, class Put>
-void multiply_rows(const Packed<A>& w, int64_t units, int64_t block, int64_t begin, int64_t end, int64_t panel0,
-                   int64_t panel1, const Row& row, const Put& put) {
-  const int64_t width = w.vectors * kLanes<A>;
-  A* sums = scratch<A>(Slot::family_2, kBlockRows * width);
-  const A* rows[kBlockRows];
-  for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
-    const int64_t count = smaller(kBlockRows, end - i0);
-    for (int64_t i = 0; i < count; ++i) rows[i] = row(i0 + i);
-    for (int64_t panel = panel0; panel < panel1; ++panel) {
-      multiply_panel(w, panel, rows, count, block, sums);
-      for (int64_t i = 0; i < count; ++i)
-        put(i0 + i, panel * width, sums + i * width, smaller(width, units - panel * width));
-    }
-  }
-}
 
 // The rows that a visit of Layer::run has in a phase that works on whole rows.
 struct Rows {
