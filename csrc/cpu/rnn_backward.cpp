@@ -60,7 +60,7 @@ void weight_gradients(const RnnBackwardArgs<T>& args, const Layer<acc_t<T>>& lay
   const int64_t hidden = s.hidden, state = s.state, row_size = s.slots() * hidden;
   input_gradients(args, grads + row_size - s.gates() * hidden, row_size);
   if (!args.grad_weight_hh) return;
-  gather_previous(args, layer, h0, static_cast<const acc_t<T>*>(nullptr), previous);
+  gather_previous<T, acc_t<T>>(args, layer, h0, nullptr, previous);
   const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
     gemm(Gemm<G, T>{some * hidden, state, s.rows, grads + slot * hidden, 1, row_size, previous, state, 1,
                     args.grad_weight_hh + gate * hidden * state, state});
