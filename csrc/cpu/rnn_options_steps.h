@@ -15,20 +15,30 @@ struct Rows {
   }
 };
 
-// to = (from - mean) / deviation of one row; returns the reciprocal of the deviation. Sums are doubles. In place, too.
+// The mean of value(j, lanes used) over vectors of `count` values, in double; four sums, which do not wait for each other.
+template <class A, class F> double mean_of(int64_t count, const F& value) {
+  constexpr int64_t lanes = kLanes<A>;
+  Wide<A> sums[4]{};
+  const auto add = [&](int which, int64_t j, int64_t some) {
+    sums[which] += __builtin_convertvector(value(j, some), Wide<A>);
+  };
+  int64_t j = 0;
+  for (; j + 4 * lanes <= count; j += 4 * lanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) add(i, j + i * lanes, lanes);
+  for (; j < count; j += lanes) add(0, j, smaller(lanes, count - j));
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<double>(count);
+}
+
+// to = (from - mean) / deviation of one row; returns the reciprocal of the deviation. In place, too.
 template <class A> A normalize(const A* from, int64_t count, A* to) {
   constexpr int64_t lanes = kLanes<A>;
-  Wide<A> sum{}, squares{};
-  for (int64_t j = 0; j < count; j += lanes)
-    sum += __builtin_convertvector(load_some(from + j, smaller(lanes, count - j)), Wide<A>);
-  const double mean = reduce_add(sum) / static_cast<double>(count);
-  for (int64_t j = 0; j < count; j += lanes) {
-    const int64_t some = smaller(lanes, count - j);
+  const double mean = mean_of<A>(count, [&](int64_t j, int64_t some) { return load_some(from + j, some); });
+  const auto square = [&](int64_t j, int64_t some) {
     const Vec<A> distance = first_lanes<A>(load_some(from + j, some) - static_cast<A>(mean), some);
-    squares += __builtin_convertvector(distance * distance, Wide<A>);
-  }
-  const double variance = reduce_add(squares) / static_cast<double>(count);
-  const A scale = static_cast<A>(1.0 / __builtin_sqrt(variance + kRnnNormEps));
+    return distance * distance;
+  };
+  const A scale = static_cast<A>(1.0 / __builtin_sqrt(mean_of<A>(count, square) + kRnnNormEps));
   for (int64_t j = 0; j < count; j += lanes) {
     const int64_t some = smaller(lanes, count - j);
     store_some(to + j, (load_some(from + j, some) - static_cast<A>(mean)) * scale, some);
@@ -40,18 +50,14 @@ template <class A> A normalize(const A* from, int64_t count, A* to) {
 template <class A, class T>
 void normalize_backward(const A* grad, const T* weight, const A* normed, A scale, int64_t count, A* to) {
   constexpr int64_t lanes = kLanes<A>;
-  Wide<A> sum{}, along{};
+  const auto weighted = [&](int64_t j, int64_t some) {
+    return load_some(grad + j, some) * load_some(weight + j, some);
+  };
+  const auto along = [&](int64_t j, int64_t some) { return weighted(j, some) * load_some(normed + j, some); };
+  const A mean = static_cast<A>(mean_of<A>(count, weighted)), slope = static_cast<A>(mean_of<A>(count, along));
   for (int64_t j = 0; j < count; j += lanes) {
     const int64_t some = smaller(lanes, count - j);
-    const Vec<A> g = load_some(grad + j, some) * load_some(weight + j, some);
-    sum += __builtin_convertvector(g, Wide<A>);
-    along += __builtin_convertvector(g * load_some(normed + j, some), Wide<A>);
-  }
-  const A mean = static_cast<A>(reduce_add(sum) / static_cast<double>(count)),
-          slope = static_cast<A>(reduce_add(along) / static_cast<double>(count));
-  for (int64_t j = 0; j < count; j += lanes) {
-    const int64_t some = smaller(lanes, count - j);
-    const Vec<A> g = load_some(grad + j, some) * load_some(weight + j, some);
+    const Vec<A> g = weighted(j, some);
     store_some(to + j, scale * (g - mean - load_some(normed + j, some) * slope), some);
   }
 }
