@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from test_rnn import (
-    KINDS, OPTIONS, Seeded, assert_by_the_rule, assert_threads_change_no_bit, each_kind, each_option, looped, make, moved,
-    ours, results,
+    KINDS,
+    OPTIONS,
+    Seeded,
+    assert_by_the_rule,
+    assert_threads_change_no_bit,
+    each_kind,
+    each_option,
+    looped,
+    make,
+    moved,
+    ours,
+    results,
 )
 from threads import on_threads
 from torch.nn.utils.rnn import pack_padded_sequence
