@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rnn import KINDS, assert_by_the_rule, assert_threads_change_no_bit, each_kind, make, moved, results
+from test_rnn import (
+    KINDS,
+    OPTIONS,
+    Seeded,
+    assert_by_the_rule,
+    assert_threads_change_no_bit,
+    each_kind,
+    each_option,
+    looped,
+    make,
+    moved,
+    ours,
+    results,
+)
 from threads import on_threads
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -40,6 +53,25 @@ def test_rule_both_ways_packed(kind, dtype):
 @each_dtype
 def test_rule_of_projections(dtype):
     assert_by_the_rule(lambda: (make("lstm", 20, 100, proj_size=40), torch.randn(4, 35, 20), None), dtype, draws=2)
+
+
+@each_dtype
+@each_option
+def test_rule_of_options(kind, options, dtype):
+    assert_by_the_rule(lambda: (ours(kind, 20, 75, **options), torch.randn(4, 69, 20), None), dtype, 2, looped)
+
+
+@each_dtype
+def test_rule_of_options_with_projections(dtype):
+    options = {**OPTIONS["all"], "proj_size": 40, "bidirectional": True}
+    assert_by_the_rule(lambda: (ours("lstm", 20, 100, **options), torch.randn(4, 35, 20), None), dtype, 2, looped)
+
+
+@each_dtype
+@each_kind
+def test_one_thread_gives_the_same_bits_with_options(kind, dtype):
+    options = {"layer_norm": True, "zoneout": 0.2, "recurrent_dropout": 0.3}
+    assert_threads_change_no_bit(Seeded(ours(kind, 40, 80, **options)), dtype)
 
 
 @each_dtype

@@ -7,14 +7,12 @@
 // each step. Floor: 2 rows gates hidden (inputs + state) flops, or reading the recurrent weights once a step.
 #include "rnn.h"
 
-#include "gemm.h"
 #include "rnn_gates.h"
+#include "rnn_inputs.h"
 #include "rnn_product.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
-
-constexpr int64_t kChunkRows = 576, kChunkValues = 262144;  // of gates that are not kept: rows at least, values about
 
 // What one row of a step reads and writes.
 template <class T> struct Place {
@@ -58,35 +56,8 @@ void apply_gates(const Place<T>& at, int64_t hidden, int64_t j, const acc_t<T>* 
     }
     activate_gates<T, 0>(h);
     for (int u = 0; u < U; ++u) h[u] *= o[u];
-  } else if constexpr (mode == kRnnGru) {
-    V n[U], z[U];
-    for (int u = 0; u < U; ++u) {
-      V recurrent = sum(2, u);
-      if (hidden_bias) recurrent += in(hidden_bias, u);
-      V x[2] = {in(gate + hidden, u) + sum(0, u), in(gate + 2 * hidden, u) + sum(1, u)};
-      activate_gates<T, 2>(x);
-      n[u] = in(gate + 3 * hidden, u) + x[0] * recurrent;
-      z[u] = x[1];
-      if (keep) {
-        out(gate, u, recurrent);
-        out(gate + hidden, u, x[0]);
-        out(gate + 2 * hidden, u, x[1]);
-      }
-    }
-    activate_gates<T, 0>(n);
-    for (int u = 0; u < U; ++u) {
-      if (keep) out(gate + 3 * hidden, u, n[u]);
-      h[u] = n[u] + z[u] * (in(at.previous, u) - n[u]);
-    }
   } else {
-    V x[U];
-    for (int u = 0; u < U; ++u) h[u] = x[u] = in(gate, u) + sum(0, u);
-    if constexpr (mode == kRnnTanh) activate_gates<T, 0>(h);
-    for (int u = 0; u < U; ++u) {
-      const V nan = x[u] != x[u] ? x[u] : V{};
-      if (mode == kRnnRelu) h[u] = x[u] > A(0) ? x[u] : nan;
-      if (keep) out(gate, u, mode == kRnnTanh ? A(1) - h[u] * h[u] : (x[u] > A(0) ? broadcast<A>(1) : nan));
-    }
+    new_state<T, mode>(gate, at.previous, hidden, j, sums, gate_step, unit_step, hidden_bias, keep, h);
   }
   for (int u = 0; u < U; ++u) {
     out(at.next, u, h[u]);
@@ -120,17 +91,7 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
   recurrent.pack_weight_rows(args.weight_hh, s.batch, weights + hr_size);
 
   const bool keep = args.gates;
-  const int64_t most_rows = larger(kChunkRows, kChunkValues / row_size);
-  A* chunk = keep ? args.gates : scratch<A>(Slot::family_3, smaller(s.rows, most_rows + s.batch) * row_size);
-  for (int64_t n0 = 0, n1; n0 < s.steps; n0 = n1) {
-    int64_t rows = 0;
-    for (n1 = n0; n1 < s.steps && (keep || n1 == n0 || rows < most_rows); ++n1)
-      rows += s.order ? s.batch : s.batch_sizes[layer.step(n1)];
-    const int64_t first_row = s.offsets[smaller(layer.step(n0), layer.step(n1 - 1))];
-    gemm(Gemm<T, A>{rows, width, s.inputs, args.input + first_row * s.inputs, s.inputs, 1, args.weight_ih, 1, s.inputs,
-                    chunk + row_size - width, row_size},
-         AddBias<A>{biased ? bias : nullptr});
-
+  in_chunks(args, layer, biased ? bias : nullptr, 0, [&](int64_t n0, int64_t n1, int64_t first_row, int64_t, A* chunk) {
     layer.run(n0, n1, s.projects ? 2 : 1, false,
               [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
                 const StepWeight<T>& w = phase ? projection : recurrent;
@@ -189,7 +150,7 @@ template <class T, int mode> void forward(const RnnForwardArgs<T>& args) {
                   }
                 }
               });
-  }
+  });
   clear_padding(s, args.output, state);
   for (int64_t b = 0; b < s.batch; ++b)
     copy(args.output + layer.last_row(b) * state, args.h_n + s.place(b) * state, state);

@@ -60,7 +60,7 @@ void weight_gradients(const RnnBackwardArgs<T>& args, const Layer<acc_t<T>>& lay
   const int64_t hidden = s.hidden, state = s.state, row_size = s.slots() * hidden;
   input_gradients(args, grads + row_size - s.gates() * hidden, row_size);
   if (!args.grad_weight_hh) return;
-  gather_previous(args, layer, h0, previous);
+  gather_previous<T, acc_t<T>>(args, layer, h0, nullptr, previous);
   const auto of_recurrent = [&](int64_t slot, int64_t gate, int64_t some) {
     gemm(Gemm<G, T>{some * hidden, state, s.rows, grads + slot * hidden, 1, row_size, previous, state, 1,
                     args.grad_weight_hh + gate * hidden * state, state});
@@ -159,20 +159,9 @@ template <class T, int mode> void backward(const RnnBackwardArgs<T>& args) {
   if (mode == kRnnLstm) copy(cells, args.grad_c0, s.batch * hidden);
 
   const int64_t to_input = row_size - width;  // GRU's recurrent side has n in the first block
-  if constexpr (kParts<T> == 1) {
-    // The tiles' products of bfloat16 take gradients as such, and nothing is widened.
-    if (tiled) {
-      T* grads = scratch<T>(Slot::family_4, s.rows * row_size);
-      parallel_for(s.rows, 1 + 16384 / row_size, [&](int64_t begin, int64_t end) {
-        copy(args.grad_gates + begin * row_size, grads + begin * row_size, (end - begin) * row_size);
-      });
-      weight_gradients<T, mode>(args, layer, h0, grads, reinterpret_cast<T*>(args.previous));
-    } else {
-      weight_gradients<T, mode>(args, layer, h0, args.grad_gates, args.previous);
-    }
-  } else {
-    weight_gradients<T, mode>(args, layer, h0, args.grad_gates, args.previous);
-  }
+  as_operands<T>(tiled, args.grad_gates, s.rows, row_size, [&]<class G>(const G* grads) {
+    weight_gradients<T, mode>(args, layer, h0, grads, reinterpret_cast<G*>(args.previous));
+  });
   if (!args.grad_weight_ih) return;
   if (s.projects) projection_gradient(args);
   if (!args.grad_bias_ih) return;

@@ -1,5 +1,6 @@
-// The activations of gates.
+// The activations of gates, and what layers with and without options make of GRU's and RNN's.
 #pragma once
+#include "rnn.h"
 #include "simd.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
@@ -55,6 +56,51 @@ template <class T, int SIGMOIDS, int N> [[gnu::always_inline]] inline void activ
 #endif
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) x[n] = n < SIGMOIDS ? sigmoid(x[n]) : tanh(x[n]);
+}
+
+// h: the new state of U vectors of hidden units of one row of GRU or RNN, from j on, from what `gate` holds of the input,
+// the state before (GRU's) and the recurrent sums, of the first vector at `sums`, a vector a gate; `steps` are between gates
+// and between vectors of units.
+template <class T, int mode, int U>
+[[gnu::always_inline]] inline void new_state(acc_t<T>* gate, const acc_t<T>* previous, int64_t hidden, int64_t j,
+                                             const acc_t<T>* sums, int64_t gate_step, int64_t unit_step,
+                                             const acc_t<T>* hidden_bias, bool keep, Vec<acc_t<T>> (&h)[U]) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const auto in = [&](const A* p, int u) { return load_some(p + j + u * lanes, hidden - j - u * lanes); };
+  const auto out = [&](A* p, int u, V v) { store_some(p + j + u * lanes, v, hidden - j - u * lanes); };
+  const auto sum = [&](int g, int u) { return load(sums + g * gate_step + u * unit_step); };
+  if constexpr (mode == kRnnGru) {
+    V n[U], z[U];
+    for (int u = 0; u < U; ++u) {
+      V recurrent = sum(2, u);
+      if (hidden_bias) recurrent += in(hidden_bias, u);
+      V x[2] = {in(gate + hidden, u) + sum(0, u), in(gate + 2 * hidden, u) + sum(1, u)};
+      activate_gates<T, 2>(x);
+      n[u] = in(gate + 3 * hidden, u) + x[0] * recurrent;
+      z[u] = x[1];
+      if (keep) {
+        out(gate, u, recurrent);
+        out(gate + hidden, u, x[0]);
+        out(gate + 2 * hidden, u, x[1]);
+      }
+    }
+    activate_gates<T, 0>(n);
+    for (int u = 0; u < U; ++u) {
+      if (keep) out(gate + 3 * hidden, u, n[u]);
+      h[u] = n[u] + z[u] * (in(previous, u) - n[u]);
+    }
+  } else {
+    V x[U];
+    for (int u = 0; u < U; ++u) h[u] = x[u] = in(gate, u) + sum(0, u);
+    if constexpr (mode == kRnnTanh) activate_gates<T, 0>(h);
+    for (int u = 0; u < U; ++u) {
+      const V nan = x[u] != x[u] ? x[u] : V{};
+      if (mode == kRnnRelu) h[u] = x[u] > A(0) ? x[u] : nan;
+      if (keep) out(gate, u, mode == kRnnTanh ? A(1) - h[u] * h[u] : (x[u] > A(0) ? broadcast<A>(1) : nan));
+    }
+  }
 }
 
 }  // namespace dlkern::cpu::DLKERN_ISA

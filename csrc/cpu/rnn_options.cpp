@@ -1,17 +1,19 @@
 // RNN, LSTM and GRU with options (layer normalisation, a mask on the recurrent product, zoneout, peepholes), one layer in
 // one direction, forward.
 //
-// As rnn.cpp, but a step has two phases, since normalisation needs all units of a row: the recurrent product of all
-// rows into memory, by panels of the weight; then gates, cell and state, by whole rows. A projection is a third.
-#include "rnn_options.h"
-
-#include "gemm.h"
+// As rnn.cpp: gates are applied to a tile right after its product. But normalisation needs all units of a row, so with it a
+// step has two phases: the recurrent product of all rows into memory, then gates, cell and state by whole rows. A projection
+// is one more.
+#include "rnn_gates.h"
+#include "rnn_inputs.h"
 #include "rnn_options_steps.h"
+#include "rnn_product.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-template <class T, int mode> struct Step {
+// Some steps of the layer.
+template <class T, int mode> struct Steps {
   using A = acc_t<T>;
   using V = Vec<A>;
   static constexpr int64_t lanes = kLanes<A>;
@@ -19,99 +21,154 @@ template <class T, int mode> struct Step {
   const RnnShape& s;
   const RnnOptions<T>& o;
   const A* hidden_bias;  // of GRU's n, [hidden]
-  A *state, *masked, *cell;  // [batch, state] twice, the same memory where there is no mask; [batch, hidden]
-  A *sums, *made;  // the recurrent product [batch, gates * hidden]; the cell, then the output [batch, hidden]
+  A *states, *masked;  // of two steps [2, batch, state], the same memory where there is no mask
+  A *cell, *made;  // [batch, hidden]: the cell; the new one before its normalisation, then the output to be projected
+  A* sums;  // the recurrent product, where it is normalised, [batch, gates * hidden]
+  int64_t first_row, norm_size;
+  A *gates, *norms;  // of rows from the first one on
+
+  // A sequence b, whose row is `row`, in the n-th step.
+  struct Place {
+    int64_t row, b;
+    A *gate, *norm;
+    const A* old;
+    A *next, *masked;
+  };
+  const A* met(int64_t n, int64_t b) const { return masked + (n % 2 * s.batch + b) * s.state; }
+  Place place(int64_t n, int64_t row, int64_t b) const {
+    const int64_t next = ((n + 1) % 2 * s.batch + b) * s.state;
+    return {row,
+            b,
+            gates + (row - first_row) * s.slots() * s.hidden,
+            norms + (row - first_row) * norm_size,
+            states + (n % 2 * s.batch + b) * s.state,
+            states + next,
+            masked + next};
+  }
 
   // The state of some units of a row, from the new one.
-  void finish(int64_t row, int64_t b, int64_t j, int64_t count, V h) const {
-    const int64_t at = b * s.state + j, out = row * s.state + j;
-    h = zone_out<A>(h, load_some(state + at, count), o.fresh_h ? o.fresh_h + out : nullptr, o.zoneout_h, count);
-    store_some(state + at, h, count);
-    if (o.mask) store_some(masked + at, h * load_some(o.mask + at, count), count);
+  void finish(const Place& at, int64_t j, V h) const {
+    const int64_t count = smaller(lanes, s.state - j), out = at.row * s.state + j;
+    h = zone_out<A>(h, load_some(at.old + j, count), o.fresh_h ? o.fresh_h + out : nullptr, o.zoneout_h, count);
+    store_some(at.next + j, h, count);
+    if (o.mask) store_some(at.masked + j, h * load_some(o.mask + at.b * s.state + j, count), count);
     store_some(args.layer.output + out, h, count);
   }
 
-  void operator()(int64_t row, int64_t b) const {
-    const int64_t hidden = s.hidden, width = s.gates() * hidden;
-    A *gate = args.layer.gates + row * s.slots() * hidden, *sum = sums + b * width;
-    A* norm = o.norm_hh ? args.norms + row * rnn_norm_size(s) : nullptr;
-    A* scales = norm ? norm + rnn_norm_size(s) - 3 : nullptr;
-    if (norm) {
-      scales[1] = normalize(sum, width, norm + width);
-      for (int64_t j = 0; j < width; j += lanes) {
-        const int64_t count = smaller(lanes, width - j);
-        store_some(sum + j, load_some(norm + width + j, count) * load_some(o.norm_hh + j, count), count);
-      }
-    }
+  // U vectors of units of a row from j on, from their recurrent sums, as new_state() has them.
+  template <int U> void units(const Place& at, int64_t j, const A* sum, int64_t gate_step, int64_t unit_step) const {
     if constexpr (mode == kRnnLstm) {
-      lstm(row, b, gate, sum, norm, scales);
-      return;
-    }
-    for (int64_t j = 0; j < hidden; j += lanes) {
-      const int64_t count = smaller(lanes, hidden - j);
-      const auto in = [count, j](const A* p) { return load_some(p + j, count); };
-      const auto out = [count, j](A* p, V v) { store_some(p + j, v, count); };
-      if constexpr (mode == kRnnGru) {
-        V recurrent = in(sum + 2 * hidden);
-        if (hidden_bias) recurrent += in(hidden_bias);
-        const V r = sigmoid(in(gate + hidden) + in(sum)), z = sigmoid(in(gate + 2 * hidden) + in(sum + hidden)),
-                n = tanh(in(gate + 3 * hidden) + r * recurrent);
-        out(gate, recurrent);
-        out(gate + hidden, r);
-        out(gate + 2 * hidden, z);
-        out(gate + 3 * hidden, n);
-        finish(row, b, j, count, n + z * (in(state + b * s.state) - n));
-      } else {
-        const V x = in(gate) + in(sum), nan = x != x ? x : V{};
-        const V h = mode == kRnnTanh ? tanh(x) : (x > A(0) ? x : nan);
-        out(gate, mode == kRnnTanh ? A(1) - h * h : (x > A(0) ? broadcast<A>(1) : nan));
-        finish(row, b, j, count, h);
-      }
+      lstm<U>(at, j, sum, gate_step, unit_step);
+    } else {
+      V h[U];
+      new_state<T, mode>(at.gate, at.old, s.hidden, j, sum, gate_step, unit_step, hidden_bias, args.layer.gates, h);
+      for (int u = 0; u < U; ++u) finish(at, j + u * lanes, h[u]);
     }
   }
 
-  void lstm(int64_t row, int64_t b, A* gate, const A* sum, A* norm, A* scales) const {
+  template <int U> void lstm(const Place& at, int64_t j, const A* sum, int64_t gate_step, int64_t unit_step) const {
     const int64_t hidden = s.hidden;
-    A *c_of_b = cell + b * hidden, *c_made = made + b * hidden;
-    for (int64_t j = 0; j < hidden; j += lanes) {
-      const int64_t count = smaller(lanes, hidden - j);
-      const auto in = [count, j](const auto* p) { return load_some(p + j, count); };
-      const auto out = [count, j](A* p, V v) { store_some(p + j, v, count); };
-      const V before = in(c_of_b);
-      V i = in(gate) + in(sum), f = in(gate + hidden) + in(sum + hidden),
-        x = in(gate + 3 * hidden) + in(sum + 3 * hidden);
-      if (o.peephole) {
-        i += in(o.peephole) * before;
-        f += in(o.peephole + hidden) * before;
-      }
-      i = sigmoid(i);
-      f = sigmoid(f);
-      const V g = tanh(in(gate + 2 * hidden) + in(sum + 2 * hidden)), c = f * before + i * g;
-      if (o.peephole) x += in(o.peephole + 2 * hidden) * c;
-      out(gate, i);
-      out(gate + hidden, f);
-      out(gate + 2 * hidden, g);
-      out(gate + 3 * hidden, sigmoid(x));
-      out(c_made, c);
-      const V kept = zone_out<A>(c, before, o.fresh_c ? o.fresh_c + row * hidden + j : nullptr, o.zoneout_c, count);
-      out(c_of_b, kept);
-      if (args.layer.cells) out(args.layer.cells + row * hidden, kept);
+    const auto in = [&](const auto* p, int u) { return load_some(p + j + u * lanes, hidden - j - u * lanes); };
+    const auto out = [&](A* p, int u, V v) { store_some(p + j + u * lanes, v, hidden - j - u * lanes); };
+    const auto input = [&](int gate, int u) {
+      return in(at.gate + gate * hidden, u) + load(sum + gate * gate_step + u * unit_step);
+    };
+    A* const c_of_b = cell + at.b * hidden;
+    V x[3 * U], y[2 * U];  // i, f, g; o, the cell
+    for (int u = 0; u < U; ++u) {
+      for (int gate = 0; gate < 3; ++gate) x[gate * U + u] = input(gate, u);
+      for (int gate = 0; o.peephole && gate < 2; ++gate)
+        x[gate * U + u] += in(o.peephole + gate * hidden, u) * in(c_of_b, u);
     }
-    A* normed = norm ? norm + 2 * s.gates() * hidden : c_made;
-    if (norm) scales[2] = normalize(c_made, hidden, normed);
-    for (int64_t j = 0; j < hidden; j += lanes) {
-      const int64_t count = smaller(lanes, hidden - j);
-      V c = load_some(normed + j, count);
-      if (norm) c *= load_some(o.norm_c + j, count);
-      if (o.norm_c_bias) c += load_some(o.norm_c_bias + j, count);
-      const V h = load_some(gate + 3 * hidden + j, count) * tanh(c);
+    activate_gates<T, 2 * U>(x);
+    for (int u = 0; u < U; ++u) {
+      const V before = in(c_of_b, u), c = x[U + u] * before + x[u] * x[2 * U + u];
+      y[u] = input(3, u);
+      y[U + u] = c;
+      if (o.peephole) y[u] += in(o.peephole + 2 * hidden, u) * c;
+      const int64_t from = at.row * hidden + j + u * lanes;
+      const V kept =
+          zone_out<A>(c, before, o.fresh_c ? o.fresh_c + from : nullptr, o.zoneout_c, hidden - j - u * lanes);
+      out(c_of_b, u, kept);
+      if (!args.layer.gates) continue;
+      for (int gate = 0; gate < 3; ++gate) out(at.gate + gate * hidden, u, x[gate * U + u]);
+      out(args.layer.cells + at.row * hidden, u, kept);
+    }
+    if (!o.norm_c) return lstm_output<U>(at, j, y);
+    for (int u = 0; u < U; ++u) {
+      out(at.gate + 3 * hidden, u, y[u]);
+      out(made + at.b * hidden, u, y[U + u]);
+    }
+  }
+
+  // y: o before its activation, and the cell, normalised where that is.
+  template <int U> void lstm_output(const Place& at, int64_t j, V (&y)[2 * U]) const {
+    activate_gates<T, U>(y);
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = j + u * lanes, count = s.hidden - unit;
+      if (args.layer.gates) store_some(at.gate + 3 * s.hidden + unit, y[u], count);
+      const V h = y[u] * y[U + u];
       if (s.projects)
-        store_some(c_made + j, h, count);
+        store_some(made + at.b * s.hidden + unit, h, count);
       else
-        finish(row, b, j, count, h);
+        finish(at, unit, h);
+    }
+  }
+
+  // Calls visit.operator()<U>(j) for all units of a row.
+  template <class Visit> void each(const Visit& visit) const {
+    int64_t j = 0;
+    for (; j + lanes < s.hidden; j += 2 * lanes) visit.template operator()<2>(j);
+    if (j < s.hidden) visit.template operator()<1>(j);
+  }
+
+  // A whole row, normalised.
+  void normed(const Place& at) const {
+    const int64_t hidden = s.hidden, width = s.gates() * hidden;
+    A *sum = sums + at.b * width, *scales = at.norm + norm_size - 3;
+    scales[1] = normalize(sum, width, at.norm + width);
+    for (int64_t j = 0; j < width; j += lanes) {
+      const int64_t count = smaller(lanes, width - j);
+      store_some(sum + j, load_some(at.norm + width + j, count) * load_some(o.norm_hh + j, count), count);
+    }
+    each([&]<int U>(int64_t j) { units<U>(at, j, sum + j, hidden, lanes); });
+    if constexpr (mode == kRnnLstm) {
+      A* c = at.norm + 2 * width;
+      scales[2] = normalize(made + at.b * hidden, hidden, c);
+      each([&]<int U>(int64_t j) {
+        const auto in = [&](const auto* p, int u) { return load_some(p + j + u * lanes, hidden - j - u * lanes); };
+        V y[2 * U];
+        for (int u = 0; u < U; ++u) {
+          y[u] = in(at.gate + 3 * hidden, u);
+          y[U + u] = in(c, u) * in(o.norm_c, u);
+          if (o.norm_c_bias) y[U + u] += in(o.norm_c_bias, u);
+        }
+        lstm_output<U>(at, j, y);
+      });
     }
   }
 };
+
+// The inputs' part of some rows, normalised; it begins at the end of each of `gates`.
+template <class T>
+void normalize_inputs(const RnnShape& s, const RnnOptions<T>& o, const acc_t<T>* bias, int64_t rows, acc_t<T>* gates,
+                      acc_t<T>* norms) {
+  using A = acc_t<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t width = s.gates() * s.hidden, row_size = s.slots() * s.hidden, norm_size = rnn_norm_size(s);
+  parallel_for(rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      A *x = gates + (row + 1) * row_size - width, *norm = norms + row * norm_size;
+      norm[norm_size - 3] = normalize(x, width, norm);
+      for (int64_t j = 0; j < width; j += lanes) {
+        const int64_t count = smaller(lanes, width - j);
+        Vec<A> value = load_some(norm + j, count) * load_some(o.norm_ih + j, count);
+        if (bias) value += load_some(bias + j, count);
+        store_some(x + j, value, count);
+      }
+    }
+  });
+}
 
 template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
   using A = acc_t<T>;
@@ -119,71 +176,86 @@ template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
   const RnnForwardArgs<T>& args = all.layer;
   const RnnOptions<T>& o = all.options;
   const RnnShape& s = args.shape;
-  const int64_t hidden = s.hidden, state = s.state, width = s.gates() * hidden, row_size = s.slots() * hidden;
+  const int64_t hidden = s.hidden, state = s.state, width = s.gates() * hidden;
+  const bool normed = o.norm_hh;
+  const int64_t norm_size = normed ? rnn_norm_size(s) : 0;
   const Layer<A> layer(s);
-  A* memory = scratch<A>(Slot::family_0, width + hidden + s.batch * ((o.mask ? 2 : 1) * state + 2 * hidden + width));
+  const int64_t sums_size = normed ? s.batch * width + lanes : 0;  // a row's last vectors may reach beyond it
+  A* memory =
+      scratch<A>(Slot::family_0, width + hidden + s.batch * ((o.mask ? 4 : 2) * state + 2 * hidden) + sums_size);
   A *bias = memory, *hidden_bias = bias + width, *cell = hidden_bias + hidden, *made = cell + s.batch * hidden,
-    *sums = made + s.batch * hidden, *states = sums + s.batch * width,
-    *masked = o.mask ? states + s.batch * state : states;
+    *states = made + s.batch * hidden, *masked = o.mask ? states + 2 * s.batch * state : states,
+    *sums = masked + 2 * s.batch * state;
+  // In both halves: a sequence begins in either.
   copy(args.h0, states, s.batch * state);
-  for (int64_t i = 0; o.mask && i < s.batch * state; ++i) masked[i] = states[i] * o.mask[i];
+  copy(args.h0, states + s.batch * state, s.batch * state);
+  for (int64_t i = 0; o.mask && i < s.batch * state; ++i)
+    masked[i] = masked[s.batch * state + i] = states[i] * o.mask[i];
   if (mode == kRnnLstm) copy(args.c0, cell, s.batch * hidden);
   const bool biased = combine_biases<mode>(args, bias, hidden_bias);
 
-  A* inputs = args.gates + row_size - width;
-  gemm(Gemm<T, A>{s.rows, width, s.inputs, args.input, s.inputs, 1, args.weight_ih, 1, s.inputs, inputs, row_size},
-       AddBias<A>{biased && !o.norm_ih ? bias : nullptr});
-  if (o.norm_ih)
-    parallel_for(s.rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        A *x = inputs + row * row_size, *norm = all.norms + row * rnn_norm_size(s);
-        norm[rnn_norm_size(s) - 3] = normalize(x, width, norm);
-        for (int64_t j = 0; j < width; j += lanes) {
-          const int64_t count = smaller(lanes, width - j);
-          Vec<A> value = load_some(norm + j, count) * load_some(o.norm_ih + j, count);
-          if (biased) value += load_some(bias + j, count);
-          store_some(x + j, value, count);
-        }
-      }
-    });
+  const int64_t parts = layer.by_panels ? layer.threads : 1;
+  const bool tiled = by_tiles<T>(s);
+  StepWeight<T> recurrent(tiled, s.gates(), hidden, state, s.gates() == 1 ? panel_vectors<A>(hidden, parts) : 1),
+      projection(tiled, 1, state, hidden, panel_vectors<A>(state, parts));
+  const int64_t hr_size = s.projects ? projection.size() : 0;
+  A* weights = scratch<A>(Slot::family_1, hr_size + recurrent.size());
+  if (s.projects) projection.pack_weight_rows(args.weight_hr, s.batch, weights);
+  recurrent.pack_weight_rows(args.weight_hh, s.batch, weights + hr_size);
 
-  const int64_t parts = layer.by_panels ? layer.threads : 1, vectors = panel_vectors<A>(width, parts),
-                hr_vectors = panel_vectors<A>(state, parts);
-  const int64_t hr_size = s.projects ? ceil_div(state, hr_vectors * lanes) * hr_vectors * lanes * hidden : 0;
-  A* weights = scratch<A>(Slot::family_1, hr_size + ceil_div(width, vectors * lanes) * vectors * lanes * state);
-  Packed<A> projection{};
-  if (s.projects) projection = pack_rows(args.weight_hr, 1, state, hidden, hr_vectors, weights);
-  const Packed<A> recurrent = pack_rows(args.weight_hh, 1, width, state, vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, width),
-                hr_block = s.projects ? block_of(projection, s.batch, state) : 0;
-
-  const Step<T, mode> step{all, s, o, biased ? hidden_bias : nullptr, states, masked, cell, sums, made};
-  layer.run(0, s.steps, s.projects ? 3 : 2, false,
-            [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
-              const int64_t t = layer.step(n);
-              const auto share = [&](const Packed<A>& w, int64_t p) { return p * w.panels / layer.threads; };
-              if (phase == 0) {
-                multiply_rows(
-                    recurrent, width, block, begin, end, share(recurrent, part), share(recurrent, last_part),
-                    [&](int64_t b) { return masked + s.place(b) * state; },
-                    [&](int64_t b, int64_t j, const A* sum, int64_t count) {
-                      copy(sum, sums + s.place(b) * width + j, count);
-                    });
-              } else if (phase == 1) {
-                const Rows rows(layer, begin, end, part, last_part);
-                for (int64_t b = rows.begin; b < rows.end; ++b) step(s.row(t, b), s.place(b));
-              } else {
-                multiply_rows(
-                    projection, state, hr_block, begin, end, share(projection, part), share(projection, last_part),
-                    [&](int64_t b) { return made + s.place(b) * hidden; },
-                    [&](int64_t b, int64_t j, const A* sum, int64_t count) {
-                      for (int64_t v = 0; v < count; v += lanes)
-                        step.finish(s.row(t, b), s.place(b), j + v, smaller(lanes, count - v), load(sum + v));
-                    });
-              }
-            });
+  const auto visit = [&](int64_t n0, int64_t n1, int64_t first_row, int64_t rows, A* gates) {
+    A* norms = args.gates ? all.norms : gates + rows * s.slots() * hidden;
+    if (normed) normalize_inputs(s, o, biased ? bias : nullptr, rows, gates, norms);
+    const Steps<T, mode> steps{
+        all,       s,     o,    biased ? hidden_bias : nullptr, states, masked, cell, made, sums, first_row,
+        norm_size, gates, norms};
+    layer.run(n0, n1, 1 + normed + s.projects, false,
+              [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
+                const int64_t t = layer.step(n);
+                const auto place = [&](int64_t b) { return steps.place(n, s.row(t, b), s.place(b)); };
+                const auto multiply = [&](const StepWeight<T>& w, const auto& row, const auto& put) {
+                  multiply_rows(w, begin, end, part * w.panels / layer.threads, last_part * w.panels / layer.threads,
+                                row, put);
+                };
+                if (phase == 0) {
+                  multiply(
+                      recurrent, [&](int64_t b) { return steps.met(n, s.place(b)); },
+                      [&](int64_t b, int64_t panel, const A* sum) {
+                        if (normed) {
+                          each_vector(recurrent, panel, sum, [&](int64_t j, const A* from) {
+                            A* to = sums + s.place(b) * width + j;
+                            for (int64_t gate = 0; gate < s.gates(); ++gate)
+                              store_some(to + gate * hidden, load(from + gate * recurrent.gate_step), hidden - j);
+                          });
+                          return;
+                        }
+                        const auto at = place(b);
+                        const int64_t gate_step = recurrent.gate_step, unit_step = recurrent.unit_step,
+                                      first = panel * recurrent.unit_vectors,
+                                      some = smaller(recurrent.unit_vectors, ceil_div(hidden, lanes) - first);
+                        int64_t u = 0;
+                        for (; u + 1 < some; u += 2)
+                          steps.template units<2>(at, (first + u) * lanes, sum + u * unit_step, gate_step, unit_step);
+                        if (u < some)
+                          steps.template units<1>(at, (first + u) * lanes, sum + u * unit_step, gate_step, unit_step);
+                      });
+                } else if (normed && phase == 1) {
+                  const Rows rows_of_thread(layer, begin, end, part, last_part);
+                  for (int64_t b = rows_of_thread.begin; b < rows_of_thread.end; ++b) steps.normed(place(b));
+                } else {
+                  multiply(
+                      projection, [&](int64_t b) { return made + s.place(b) * hidden; },
+                      [&](int64_t b, int64_t panel, const A* sum) {
+                        each_vector(projection, panel, sum,
+                                    [&](int64_t j, const A* from) { steps.finish(place(b), j, load(from)); });
+                      });
+                }
+              });
+  };
+  in_chunks(args, layer, biased && !normed ? bias : nullptr, norm_size, visit);
   clear_padding(s, args.output, state);
-  copy(states, args.h_n, s.batch * state);
+  for (int64_t b = 0; b < s.batch; ++b)
+    copy(args.output + layer.last_row(b) * state, args.h_n + s.place(b) * state, state);
   if (mode == kRnnLstm) copy(cell, args.c_n, s.batch * hidden);
 }
 

@@ -20,7 +20,7 @@ inline int64_t rnn_norm_size(const RnnShape& s) {
   return 2 * s.gates() * s.hidden + (s.mode == kRnnLstm ? s.hidden : 0) + 3;
 }
 
-// The layer's `gates`, and with normalisation `norms` [rows, rnn_norm_size], are never null.
+// norms: [rows, rnn_norm_size], for the backward of layers with normalisation, or null.
 template <class T> struct RnnOptionsForwardArgs {
   RnnForwardArgs<T> layer;
   RnnOptions<T> options;

@@ -1,5 +1,5 @@
-// RNN, LSTM and GRU with options, one layer in one direction, backward: as rnn_backward.cpp, in phases of whole rows and
-// of products, as rnn_options.cpp.
+// RNN, LSTM and GRU with options, one layer in one direction, backward: as rnn_backward.cpp; with normalisation, a step has
+// one more phase, which works on whole rows.
 #include "column_sums.h"
 #include "rnn_gradients.h"
 #include "rnn_options_steps.h"
@@ -16,111 +16,140 @@ template <class T, int mode> struct BackwardStep {
   const RnnOptions<T>& o;
   const A *h0, *c0;
   A *carry, *carry_cell;  // gradients that pass the gates, [batch, state] and [batch, hidden]
-  const A* product;  // the gradient of the state before the mask, as the step after this gives it [batch, state]
-  A *grads, *of_cell;  // of the output before the projection, and of the cell [batch, hidden]
+  A *grads, *of_cell;  // with normalisation: of the output before the projection, and of the cell [batch, hidden]
 
+  // A sequence b and its row in a step.
+  struct Place {
+    int64_t row, b;
+    const A *gate, *c_before;
+    A *to, *to_hidden;  // gradients of the gates and of their recurrent product after its normalisation
+    const T* before;  // the output of the step before, or null
+  };
+  Place place(int64_t row, int64_t before, int64_t b) const {
+    const int64_t width = s.gates() * s.hidden;
+    return {row,
+            b,
+            args.layer.gates + row * s.slots() * s.hidden,
+            cell_before(before, b),
+            args.layer.grad_gates + row * width,
+            args.grad_hidden + row * width,
+            before < 0 ? nullptr : args.layer.output + before * s.state};
+  }
   const A* cell_before(int64_t before, int64_t b) const {
+    if (mode != kRnnLstm) return nullptr;
     return before < 0 ? c0 + b * s.hidden : args.layer.cells + before * s.hidden;
   }
 
-  // The gradient of the state to that of the new state, at `to`, and what passes it.
-  void state(int64_t row, int64_t b, A* to) const {
-    for (int64_t j = 0; j < s.state; j += lanes) {
-      const int64_t count = smaller(lanes, s.state - j), at = b * s.state + j;
-      V dh = load_some(product + at, count);
-      if (o.mask) dh *= load_some(o.mask + at, count);
-      dh += load_some(args.layer.grad_output + row * s.state + j, count) + load_some(carry + at, count);
-      const A* chosen = o.fresh_h ? o.fresh_h + row * s.state + j : nullptr;
-      store_some(carry + at, zone_out<A>(V{}, dh, chosen, o.zoneout_h, count), count);
-      store_some(to + j, zone_out<A>(dh, V{}, chosen, o.zoneout_h, count), count);
+  // The gradient of some units' new state from `product`, what the step after gives that of the state before the mask.
+  V state(const Place& at, int64_t j, V product) const {
+    const int64_t count = smaller(lanes, s.state - j), of_b = at.b * s.state + j, of_row = at.row * s.state + j;
+    V dh = product;
+    if (o.mask) dh *= load_some(o.mask + of_b, count);
+    dh += load_some(args.layer.grad_output + of_row, count) + load_some(carry + of_b, count);
+    const A* chosen = o.fresh_h ? o.fresh_h + of_row : nullptr;
+    store_some(carry + of_b, zone_out<A>(V{}, dh, chosen, o.zoneout_h, count), count);
+    return zone_out<A>(dh, V{}, chosen, o.zoneout_h, count);
+  }
+
+  // From that of some units' output before the projection to those of the gates and of their recurrent product.
+  void units(const Place& at, int64_t j, V dh) const {
+    const int64_t hidden = s.hidden, count = smaller(lanes, hidden - j);
+    const auto in = [count, j](const auto* p) { return load_some(p + j, count); };
+    const auto out = [count, j](A* p, V v) { store_some(p + j, v, count); };
+    if constexpr (mode == kRnnLstm) {
+      cell(at, j, output(at, j, in(at.gate + hidden) * in(at.c_before) + in(at.gate) * in(at.gate + 2 * hidden), dh));
+    } else if constexpr (mode == kRnnGru) {
+      const V recurrent = in(at.gate), r = in(at.gate + hidden), z = in(at.gate + 2 * hidden),
+              n = in(at.gate + 3 * hidden);
+      const V previous = at.before ? in(at.before) : in(h0 + at.b * hidden);
+      const V dn = dh * (A(1) - z) * (A(1) - n * n), dr = dn * recurrent * r * (A(1) - r),
+              dz = dh * (previous - n) * z * (A(1) - z);
+      out(at.to, dr);
+      out(at.to + hidden, dz);
+      out(at.to + 2 * hidden, dn);
+      out(at.to_hidden, dr);
+      out(at.to_hidden + hidden, dz);
+      out(at.to_hidden + 2 * hidden, dn * r);
+      out(carry + at.b * hidden, in(carry + at.b * hidden) + dh * z);
+    } else {
+      out(at.to, dh * in(at.gate));
     }
   }
 
-  // From grads to the gradients of the gates and of their recurrent product.
-  void operator()(int64_t row, int64_t before, int64_t b) const {
+  // LSTM's o, from the cell (normalised, where that is); returns the gradient of that cell.
+  V output(const Place& at, int64_t j, V c, V dh) const {
+    const int64_t count = smaller(lanes, s.hidden - j);
+    const V x = load_some(at.gate + 3 * s.hidden + j, count);
+    c = tanh(c);
+    store_some(at.to + 3 * s.hidden + j, dh * c * x * (A(1) - x), count);
+    if (s.projects) store_some(args.layer.unprojected + at.row * s.hidden + j, x * c, count);
+    return dh * x * (A(1) - c * c);
+  }
+
+  // LSTM's other gates and what passes them, from the gradient of the cell.
+  void cell(const Place& at, int64_t j, V dc) const {
+    const int64_t hidden = s.hidden, count = smaller(lanes, hidden - j);
+    const auto in = [count, j](const auto* p) { return load_some(p + j, count); };
+    const auto out = [count, j](A* p, V v) { store_some(p + j, v, count); };
+    A* passed = carry_cell + at.b * hidden;
+    const V i = in(at.gate), f = in(at.gate + hidden), g = in(at.gate + 2 * hidden), after = in(passed);
+    const A* chosen = o.fresh_c ? o.fresh_c + at.row * hidden + j : nullptr;
+    V pass = zone_out<A>(V{}, after, chosen, o.zoneout_c, count);
+    dc += zone_out<A>(after, V{}, chosen, o.zoneout_c, count);
+    if (o.peephole) dc += in(o.peephole + 2 * hidden) * in(at.to + 3 * hidden);
+    const V di = dc * g * i * (A(1) - i), df = dc * in(at.c_before) * f * (A(1) - f);
+    pass += dc * f;
+    if (o.peephole) pass += in(o.peephole) * di + in(o.peephole + hidden) * df;
+    out(at.to, di);
+    out(at.to + hidden, df);
+    out(at.to + 2 * hidden, dc * i * (A(1) - g * g));
+    out(passed, pass);
+  }
+
+  // A whole row, normalised, from `grads`.
+  void normed(const Place& at) const {
     const int64_t hidden = s.hidden, width = s.gates() * hidden;
-    const A *gate = args.layer.gates + row * s.slots() * hidden, *dh_of_b = grads + b * hidden,
-            *norm = o.norm_hh ? args.norms + row * rnn_norm_size(s) : nullptr,
-            *scales = norm ? norm + rnn_norm_size(s) - 3 : nullptr;
-    A *to = args.layer.grad_gates + row * width, *to_hidden = args.grad_hidden + row * width;
+    const A *dh = grads + at.b * hidden, *norm = args.norms + at.row * rnn_norm_size(s),
+            *scales = norm + rnn_norm_size(s) - 3;
     if constexpr (mode == kRnnLstm) {
-      lstm(row, before, b, gate, dh_of_b, norm, scales, to);
-    } else {
+      const A* normed_cell = norm + 2 * width;
+      A *dc_normed = args.grad_normed_cell + at.row * hidden, *dc = of_cell + at.b * hidden;
       for (int64_t j = 0; j < hidden; j += lanes) {
         const int64_t count = smaller(lanes, hidden - j);
-        const auto in = [count, j](const auto* p) { return load_some(p + j, count); };
-        const auto out = [count, j](A* p, V v) { store_some(p + j, v, count); };
-        const V dh = in(dh_of_b);
-        if constexpr (mode == kRnnGru) {
-          const V recurrent = in(gate), r = in(gate + hidden), z = in(gate + 2 * hidden), n = in(gate + 3 * hidden);
-          const V previous = before < 0 ? in(h0 + b * hidden) : in(args.layer.output + before * hidden);
-          const V dn = dh * (A(1) - z) * (A(1) - n * n), dr = dn * recurrent * r * (A(1) - r),
-                  dz = dh * (previous - n) * z * (A(1) - z);
-          out(to, dr);
-          out(to + hidden, dz);
-          out(to + 2 * hidden, dn);
-          out(to_hidden, dr);
-          out(to_hidden + hidden, dz);
-          out(to_hidden + 2 * hidden, dn * r);
-          out(carry + b * hidden, in(carry + b * hidden) + dh * z);
-        } else {
-          out(to, dh * in(gate));
-        }
+        V c = load_some(normed_cell + j, count) * load_some(o.norm_c + j, count);
+        if (o.norm_c_bias) c += load_some(o.norm_c_bias + j, count);
+        store_some(dc_normed + j, output(at, j, c, load_some(dh + j, count)), count);
       }
+      normalize_backward(dc_normed, o.norm_c, normed_cell, scales[2], hidden, dc);
+      for (int64_t j = 0; j < hidden; j += lanes) cell(at, j, load_some(dc + j, smaller(lanes, hidden - j)));
+    } else {
+      for (int64_t j = 0; j < hidden; j += lanes) units(at, j, load_some(dh + j, smaller(lanes, hidden - j)));
     }
-    if (norm) normalize_backward(to_hidden, o.norm_hh, norm + width, scales[1], width, args.grad_product + row * width);
-  }
-
-  void lstm(int64_t row, int64_t before, int64_t b, const A* gate, const A* dh_of_b, const A* norm, const A* scales,
-            A* to) const {
-    const int64_t hidden = s.hidden;
-    const A *c_of_b = cell_before(before, b), *normed = norm ? norm + 2 * s.gates() * hidden : nullptr;
-    A *dc_of_b = of_cell + b * hidden, *dc_normed = norm ? args.grad_normed_cell + row * hidden : dc_of_b,
-      *passed = carry_cell + b * hidden;
-    for (int64_t j = 0; j < hidden; j += lanes) {
-      const int64_t count = smaller(lanes, hidden - j);
-      const auto in = [count, j](const auto* p) { return load_some(p + j, count); };
-      const V x = in(gate + 3 * hidden), dh = in(dh_of_b);
-      V c = norm ? in(normed) * in(o.norm_c) : in(gate + hidden) * in(c_of_b) + in(gate) * in(gate + 2 * hidden);
-      if (o.norm_c_bias) c += in(o.norm_c_bias);
-      c = tanh(c);
-      store_some(to + 3 * hidden + j, dh * c * x * (A(1) - x), count);
-      store_some(dc_normed + j, dh * x * (A(1) - c * c), count);
-      if (s.projects) store_some(args.layer.unprojected + row * hidden + j, x * c, count);
-    }
-    if (norm) normalize_backward(dc_normed, o.norm_c, normed, scales[2], hidden, dc_of_b);
-    for (int64_t j = 0; j < hidden; j += lanes) {
-      const int64_t count = smaller(lanes, hidden - j);
-      const auto in = [count, j](const auto* p) { return load_some(p + j, count); };
-      const auto out = [count, j](A* p, V v) { store_some(p + j, v, count); };
-      const V i = in(gate), f = in(gate + hidden), g = in(gate + 2 * hidden), after = in(passed);
-      const A* chosen = o.fresh_c ? o.fresh_c + row * hidden + j : nullptr;
-      V dc = in(dc_of_b) + zone_out<A>(after, V{}, chosen, o.zoneout_c, count),
-        pass = zone_out<A>(V{}, after, chosen, o.zoneout_c, count);
-      if (o.peephole) dc += in(o.peephole + 2 * hidden) * in(to + 3 * hidden);
-      const V di = dc * g * i * (A(1) - i), df = dc * in(c_of_b) * f * (A(1) - f);
-      pass += dc * f;
-      if (o.peephole) pass += in(o.peephole) * di + in(o.peephole + hidden) * df;
-      out(to, di);
-      out(to + hidden, df);
-      out(to + 2 * hidden, dc * i * (A(1) - g * g));
-      out(passed, pass);
-    }
+    normalize_backward(at.to_hidden, o.norm_hh, norm + width, scales[1], width, args.grad_product + at.row * width);
   }
 };
 
-// to[j] = the sum over all rows of value(row, before, b, j, lanes used), in double.
+// to[j] = the sum over all rows of value(row, before, b, j, lanes used), in double. Some neighbouring vectors at a time: a
+// row's cache lines are read once.
 template <class A, class D, class F> void sum_rows(const Layer<A>& layer, int64_t count, D* to, const F& value) {
-  constexpr int64_t lanes = kLanes<A>;
+  constexpr int64_t lanes = kLanes<A>, block = 4;
   const RnnShape& s = layer.s;
-  parallel_for(ceil_div(count, lanes), 1 + 16384 / (s.rows + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t v = begin; v < end; ++v) {
-      const int64_t j = v * lanes, some = smaller(lanes, count - j);
-      Wide<A> sum{};
+  parallel_for(ceil_div(count, block * lanes), 1 + 4096 / (s.rows + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * block * lanes; first < smaller(count, end * block * lanes); first += block * lanes) {
+      Wide<A> sums[block]{};
+      const auto each = [&](const auto& visit) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < block; ++v)
+          if (const int64_t j = first + v * lanes; j < count) visit(sums[v], j, smaller(lanes, count - j));
+      };
       for (int64_t t = 0; t < s.steps; ++t)
         for (int64_t b = 0; b < s.batch_sizes[t]; ++b)
-          sum += __builtin_convertvector(value(s.row(t, b), layer.before(t, b), s.place(b), j, some), Wide<A>);
-      store_some(to + j, __builtin_convertvector(sum, Vec<A>), some);
+          each([&](Wide<A>& sum, int64_t j, int64_t some) {
+            sum += __builtin_convertvector(value(s.row(t, b), layer.before(t, b), s.place(b), j, some), Wide<A>);
+          });
+      each([&](const Wide<A>& sum, int64_t j, int64_t some) {
+        store_some(to + j, __builtin_convertvector(sum, Vec<A>), some);
+      });
     }
   });
 }
@@ -176,81 +205,97 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
   const RnnShape& s = args.shape;
   const int64_t hidden = s.hidden, state = s.state, width = s.gates() * hidden;
   const Layer<A> layer(s);
-  A* memory = scratch<A>(Slot::family_0, s.batch * (3 * state + 4 * hidden));
-  A *carry = memory, *product = carry + s.batch * state, *h0_room = product + s.batch * state,
-    *carry_cell = h0_room + s.batch * state, *grads = carry_cell + s.batch * hidden,
-    *of_cell = grads + s.batch * hidden;
+  const bool normed = o.norm_hh;
+  A* memory = scratch<A>(Slot::family_0, s.batch * (2 * state + 4 * hidden));
+  A *carry = memory, *h0_room = carry + s.batch * state, *carry_cell = h0_room + s.batch * state,
+    *grads = carry_cell + s.batch * hidden, *of_cell = grads + s.batch * hidden;
   const A* c0 = mode == kRnnLstm ? widened(args.c0, s.batch * hidden, of_cell + s.batch * hidden) : nullptr;
   const A* h0 = widened(args.h0, s.batch * state, h0_room);
   copy(args.grad_h_n, carry, s.batch * state);
   if (mode == kRnnLstm) copy(args.grad_c_n, carry_cell, s.batch * hidden);
-  for (int64_t i = 0; i < s.batch * state; ++i) product[i] = A(0);
 
-  const int64_t parts = layer.by_panels ? layer.threads : 1, vectors = panel_vectors<A>(state, parts),
-                hr_vectors = panel_vectors<A>(hidden, parts);
-  const int64_t hr_size = s.projects ? ceil_div(hidden, hr_vectors * lanes) * hr_vectors * lanes * state : 0;
-  A* weights = scratch<A>(Slot::family_1, hr_size + ceil_div(state, vectors * lanes) * vectors * lanes * width);
-  Packed<A> projection{};
-  if (s.projects) projection = pack_columns(args.weight_hr, state, hidden, 0, hr_vectors, weights);
-  const Packed<A> recurrent = pack_columns(args.weight_hh, width, state, 0, vectors, weights + hr_size);
-  const int64_t block = block_of(recurrent, s.batch, state),
-                hr_block = s.projects ? block_of(projection, s.batch, hidden) : 0;
-  const auto put_product = [&](int64_t b, int64_t j, const A* sum, int64_t count) {
-    copy(sum, product + s.place(b) * state + j, count);
-  };
+  const int64_t parts = layer.by_panels ? layer.threads : 1;
+  const bool tiled = by_tiles<T>(s);
+  StepWeight<T> recurrent(tiled, 1, state, width, panel_vectors<A>(state, parts)),
+      projection(tiled, 1, hidden, state, panel_vectors<A>(hidden, parts));
+  const int64_t hr_size = s.projects ? projection.size() : 0;
+  A* weights = scratch<A>(Slot::family_1, hr_size + recurrent.size());
+  if (s.projects) projection.pack_weight_columns(args.weight_hr, 0, s.batch, weights);
+  recurrent.pack_weight_columns(args.weight_hh, 0, s.batch, weights + hr_size);
 
   clear_padding(s, args.grad_gates, width);
   clear_padding(s, all.grad_hidden, width);
   clear_padding(s, all.grad_product, width);
-  const BackwardStep<T, mode> step{all, s, o, h0, c0, carry, carry_cell, product, grads, of_cell};
-  layer.run(0, s.steps, s.projects ? 4 : 2, true,
+  const BackwardStep<T, mode> step{all, s, o, h0, c0, carry, carry_cell, grads, of_cell};
+  layer.run(0, s.steps, 1 + s.projects + normed, true,
             [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
               const int64_t t = layer.step(n);
-              const auto share = [&](const Packed<A>& w, int64_t p) { return p * w.panels / layer.threads; };
-              const Rows rows(layer, begin, end, part, last_part);
+              const auto place = [&](int64_t b) { return step.place(s.row(t, b), layer.before(t, b), s.place(b)); };
+              const auto multiply = [&](const StepWeight<T>& w, int64_t first, int64_t last, const auto& row,
+                                        const auto& put) {
+                multiply_rows(w, first, last, part * w.panels / layer.threads, last_part * w.panels / layer.threads,
+                              row, put);
+              };
+              // Gradients of some units' output before the projection.
+              const auto go_on = [&](const auto& at, int64_t j, Vec<A> dh) {
+                normed ? store_some(grads + at.b * hidden + j, dh, hidden - j) : step.units(at, j, dh);
+              };
+              const auto of_state = [&](const auto& at, int64_t j, Vec<A> product) {
+                const Vec<A> dh = step.state(at, j, product);
+                s.projects ? store_some(args.grad_states + at.row * state + j, dh, state - j) : go_on(at, j, dh);
+              };
               if (phase == 0) {
                 int64_t going_on = begin;  // rows whose sequence goes on: the first ones
                 while (going_on < end && layer.after(t, going_on) >= 0) ++going_on;
-                multiply_rows(
-                    recurrent, state, block, begin, going_on, share(recurrent, part), share(recurrent, last_part),
-                    [&](int64_t b) { return all.grad_product + layer.after(t, b) * width; }, put_product);
-              } else if (phase == 2) {
-                multiply_rows(
-                    projection, hidden, hr_block, begin, end, share(projection, part), share(projection, last_part),
-                    [&](int64_t b) { return args.grad_states + s.row(t, b) * state; },
-                    [&](int64_t b, int64_t j, const A* sum, int64_t count) {
-                      copy(sum, grads + s.place(b) * hidden + j, count);
+                multiply(
+                    recurrent, begin, going_on, [&](int64_t b) { return all.grad_product + layer.after(t, b) * width; },
+                    [&](int64_t b, int64_t panel, const A* sums) {
+                      const auto at = place(b);
+                      each_vector(recurrent, panel, sums, [&](int64_t j, const A* sum) { of_state(at, j, load(sum)); });
                     });
+                const int64_t units = recurrent.unit_vectors * lanes,
+                              last = smaller(state, last_part * recurrent.panels / layer.threads * units);
+                for (int64_t b = going_on; b < end; ++b)
+                  for (int64_t j = part * recurrent.panels / layer.threads * units; j < last; j += lanes)
+                    of_state(place(b), j, Vec<A>{});
+              } else if (s.projects && phase == 1) {
+                multiply(
+                    projection, begin, end, [&](int64_t b) { return args.grad_states + s.row(t, b) * state; },
+                    [&](int64_t b, int64_t panel, const A* sums) {
+                      const auto at = place(b);
+                      each_vector(projection, panel, sums, [&](int64_t j, const A* sum) { go_on(at, j, load(sum)); });
+                    });
+              } else {
+                const Rows rows(layer, begin, end, part, last_part);
+                for (int64_t b = rows.begin; b < rows.end; ++b) step.normed(place(b));
               }
-              for (int64_t b = rows.begin; phase == 1 && b < rows.end; ++b)
-                step.state(s.row(t, b), s.place(b),
-                           s.projects ? args.grad_states + s.row(t, b) * state : grads + s.place(b) * hidden);
-              for (int64_t b = rows.begin; phase == (s.projects ? 3 : 1) && b < rows.end; ++b)
-                step(s.row(t, b), layer.before(t, b), s.place(b));
             });
 
   // The initial states', from the first step of each sequence.
-  parallel_for(recurrent.panels, 1 + 32768 / (s.batch * recurrent.panel_size()), [&](int64_t first, int64_t last) {
+  parallel_for(recurrent.panels, 1 + 32768 / (s.batch * recurrent.width() * width), [&](int64_t first, int64_t last) {
     multiply_rows(
-        recurrent, state, block, 0, s.batch, first, last,
-        [&](int64_t b) { return all.grad_product + layer.first_row(b) * width; }, put_product);
+        recurrent, 0, s.batch, first, last, [&](int64_t b) { return all.grad_product + layer.first_row(b) * width; },
+        [&](int64_t b, int64_t panel, const A* sums) {
+          each_vector(recurrent, panel, sums, [&](int64_t j, const A* sum) {
+            const int64_t at = s.place(b) * state + j, count = state - j;
+            const Vec<A> product = load(sum), factor = o.mask ? load_some(o.mask + at, count) : broadcast<A>(1);
+            store_some(args.grad_h0 + at, product * factor + load_some(carry + at, count), count);
+          });
+        });
   });
-  for (int64_t i = 0; i < s.batch * state; ++i) product[i] = product[i] * (o.mask ? o.mask[i] : A(1)) + carry[i];
-  copy(product, args.grad_h0, s.batch * state);
   if (mode == kRnnLstm) copy(carry_cell, args.grad_c0, s.batch * hidden);
 
   if (args.grad_weight_ih) {
     sum_weights(step, layer);
-    gather_previous(args, layer, h0, args.previous);
-    for (int64_t t = 0; o.mask && t < s.steps; ++t)
-      for (int64_t b = 0; b < s.batch_sizes[t]; ++b)
-        for (int64_t j = 0; j < state; ++j) args.previous[s.row(t, b) * state + j] *= o.mask[s.place(b) * state + j];
-    gemm(Gemm<A, T>{width, state, s.rows, all.grad_product, 1, width, args.previous, state, 1, args.grad_weight_hh,
-                    state});
+    as_operands<T>(tiled, all.grad_product, s.rows, width, [&]<class G>(const G* product) {
+      G* previous = reinterpret_cast<G*>(args.previous);
+      gather_previous(args, layer, h0, o.mask, previous);
+      gemm(Gemm<G, T>{width, state, s.rows, product, 1, width, previous, state, 1, args.grad_weight_hh, state});
+    });
     if (s.projects) projection_gradient(args);
   }
   // The input part's before its normalisation takes the place of that after it.
-  if (o.norm_ih)
+  if (normed)
     for (int64_t t = 0; t < s.steps; ++t)
       parallel_for(s.batch_sizes[t], 1 + 16384 / width, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
@@ -259,7 +304,8 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
           normalize_backward(grad, o.norm_ih, norm, norm[rnn_norm_size(s) - 3], width, grad);
         }
       });
-  input_gradients(args, args.grad_gates, width);
+  as_operands<T>(tiled, args.grad_gates, s.rows, width,
+                 [&](const auto* gates) { input_gradients(args, gates, width); });
 }
 
 template <class T> void dispatch(const RnnOptionsBackwardArgs<T>& args) {

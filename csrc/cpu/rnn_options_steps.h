@@ -1,29 +1,10 @@
-// What the forward and the backward of recurrent layers with options share: products of all rows of a step, and layer
-// normalisation of a row.
+// What the forward and the backward of recurrent layers with options share: layer normalisation of a row, and what a unit
+// becomes.
 #pragma once
 #include "rnn_options.h"
 #include "rnn_steps.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
-
-// Calls put(i, j, sums, count) for `count` columns from j on of rows[i] times the panels [panel0, panel1), for all i in
-// [begin, end); `units` columns there are.
-template <class A, class Row, class Put>
-void multiply_rows(const Packed<A>& w, int64_t units, int64_t block, int64_t begin, int64_t end, int64_t panel0,
-                   int64_t panel1, const Row& row, const Put& put) {
-  const int64_t width = w.vectors * kLanes<A>;
-  A* sums = scratch<A>(Slot::family_2, kBlockRows * width);
-  const A* rows[kBlockRows];
-  for (int64_t i0 = begin; i0 < end; i0 += kBlockRows) {
-    const int64_t count = smaller(kBlockRows, end - i0);
-    for (int64_t i = 0; i < count; ++i) rows[i] = row(i0 + i);
-    for (int64_t panel = panel0; panel < panel1; ++panel) {
-      multiply_panel(w, panel, rows, count, block, sums);
-      for (int64_t i = 0; i < count; ++i)
-        put(i0 + i, panel * width, sums + i * width, smaller(width, units - panel * width));
-    }
-  }
-}
 
 // The rows that a visit of Layer::run has in a phase that works on whole rows.
 struct Rows {
@@ -34,20 +15,30 @@ struct Rows {
   }
 };
 
-// to = (from - mean) / deviation of one row; returns the reciprocal of the deviation. Sums are doubles. In place, too.
+// The mean of value(j, lanes used) over vectors of `count` values, in double; four sums, which do not wait for each other.
+template <class A, class F> double mean_of(int64_t count, const F& value) {
+  constexpr int64_t lanes = kLanes<A>;
+  Wide<A> sums[4]{};
+  const auto add = [&](int which, int64_t j, int64_t some) {
+    sums[which] += __builtin_convertvector(value(j, some), Wide<A>);
+  };
+  int64_t j = 0;
+  for (; j + 4 * lanes <= count; j += 4 * lanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) add(i, j + i * lanes, lanes);
+  for (; j < count; j += lanes) add(0, j, smaller(lanes, count - j));
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<double>(count);
+}
+
+// to = (from - mean) / deviation of one row; returns the reciprocal of the deviation. In place, too.
 template <class A> A normalize(const A* from, int64_t count, A* to) {
   constexpr int64_t lanes = kLanes<A>;
-  Wide<A> sum{}, squares{};
-  for (int64_t j = 0; j < count; j += lanes)
-    sum += __builtin_convertvector(load_some(from + j, smaller(lanes, count - j)), Wide<A>);
-  const double mean = reduce_add(sum) / static_cast<double>(count);
-  for (int64_t j = 0; j < count; j += lanes) {
-    const int64_t some = smaller(lanes, count - j);
+  const double mean = mean_of<A>(count, [&](int64_t j, int64_t some) { return load_some(from + j, some); });
+  const auto square = [&](int64_t j, int64_t some) {
     const Vec<A> distance = first_lanes<A>(load_some(from + j, some) - static_cast<A>(mean), some);
-    squares += __builtin_convertvector(distance * distance, Wide<A>);
-  }
-  const double variance = reduce_add(squares) / static_cast<double>(count);
-  const A scale = static_cast<A>(1.0 / __builtin_sqrt(variance + kRnnNormEps));
+    return distance * distance;
+  };
+  const A scale = static_cast<A>(1.0 / __builtin_sqrt(mean_of<A>(count, square) + kRnnNormEps));
   for (int64_t j = 0; j < count; j += lanes) {
     const int64_t some = smaller(lanes, count - j);
     store_some(to + j, (load_some(from + j, some) - static_cast<A>(mean)) * scale, some);
@@ -59,18 +50,14 @@ template <class A> A normalize(const A* from, int64_t count, A* to) {
 template <class A, class T>
 void normalize_backward(const A* grad, const T* weight, const A* normed, A scale, int64_t count, A* to) {
   constexpr int64_t lanes = kLanes<A>;
-  Wide<A> sum{}, along{};
+  const auto weighted = [&](int64_t j, int64_t some) {
+    return load_some(grad + j, some) * load_some(weight + j, some);
+  };
+  const auto along = [&](int64_t j, int64_t some) { return weighted(j, some) * load_some(normed + j, some); };
+  const A mean = static_cast<A>(mean_of<A>(count, weighted)), slope = static_cast<A>(mean_of<A>(count, along));
   for (int64_t j = 0; j < count; j += lanes) {
     const int64_t some = smaller(lanes, count - j);
-    const Vec<A> g = load_some(grad + j, some) * load_some(weight + j, some);
-    sum += __builtin_convertvector(g, Wide<A>);
-    along += __builtin_convertvector(g * load_some(normed + j, some), Wide<A>);
-  }
-  const A mean = static_cast<A>(reduce_add(sum) / static_cast<double>(count)),
-          slope = static_cast<A>(reduce_add(along) / static_cast<double>(count));
-  for (int64_t j = 0; j < count; j += lanes) {
-    const int64_t some = smaller(lanes, count - j);
-    const Vec<A> g = load_some(grad + j, some) * load_some(weight + j, some);
+    const Vec<A> g = weighted(j, some);
     store_some(to + j, scale * (g - mean - load_some(normed + j, some) * slope), some);
   }
 }

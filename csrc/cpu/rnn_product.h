@@ -203,4 +203,31 @@ template <class T> class StepRows {
   }
 };
 
+// Calls put(b, panel, sums) for all rows row(b), b in [begin, end), times all panels of [panel0, panel1).
+template <class T, class Row, class Put>
+void multiply_rows(const StepWeight<T>& w, int64_t begin, int64_t end, int64_t panel0, int64_t panel1, const Row& row,
+                   const Put& put) {
+  using A = acc_t<T>;
+  A* sums = scratch<A>(Slot::family_2, kMostRows * w.width());
+  const A* rows[kMostRows];
+  for (int64_t b0 = begin; b0 < end; b0 += w.block_rows) {
+    const int64_t count = smaller(w.block_rows, end - b0);
+    for (int64_t i = 0; i < count; ++i) rows[i] = row(b0 + i);
+    const StepRows<T> laid(w, rows, count);
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      laid.multiply(panel, sums);
+      for (int64_t i = 0; i < count; ++i) put(b0 + i, panel, sums + i * w.width());
+    }
+  }
+}
+
+// Calls visit(j, sums) for each vector of units of a panel's results, its first unit j.
+template <class T, class Visit>
+void each_vector(const StepWeight<T>& w, int64_t panel, const acc_t<T>* sums, const Visit& visit) {
+  for (int64_t v = 0; v < w.unit_vectors; ++v) {
+    const int64_t j = (panel * w.unit_vectors + v) * kLanes<acc_t<T>>;
+    if (j < w.units) visit(j, sums + v * w.unit_step);
+  }
+}
+
 }  // namespace dlkern::cpu::DLKERN_ISA

@@ -37,11 +37,11 @@ Six forward(const char* op, const Tensor& input, const Tensor& weight_ih, const 
                               : allocate({input.size(0), s.batch, s.state}, dtype, input);
   Tensor h_n = allocate({s.batch, s.state}, dtype, input);
   Tensor c_n = allocate({lstm ? s.batch : 0, s.hidden}, dtype, input);
-  const bool whole = keep || options, normed = o.norm_ih.has_value();
-  Tensor gates = allocate({whole ? s.rows : 0, s.slots() * s.hidden}, sums, input);
+  const bool normed = o.norm_ih.has_value();
+  Tensor gates = allocate({keep ? s.rows : 0, s.slots() * s.hidden}, sums, input);
   Tensor cells = allocate({keep && lstm ? s.rows : 0, s.hidden}, sums, input);
   Tensor norms;  // of no use without options
-  if (options) norms = allocate({normed ? s.rows : 0, normed ? cpu::rnn_norm_size(s) : 0}, sums, input);
+  if (options) norms = allocate({keep && normed ? s.rows : 0, normed ? cpu::rnn_norm_size(s) : 0}, sums, input);
   dispatch_floating(dtype, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = acc_t<T>;
@@ -57,19 +57,16 @@ Six forward(const char* op, const Tensor& input, const Tensor& weight_ih, const 
                                       mutable_data<T>(output),
                                       mutable_data<T>(h_n),
                                       lstm ? mutable_data<T>(c_n) : nullptr,
-                                      whole ? mutable_data<A>(gates) : nullptr,
+                                      keep ? mutable_data<A>(gates) : nullptr,
                                       keep && lstm ? mutable_data<A>(cells) : nullptr};
     if (!options) {
       DLKERN_CALL(rnn_forward, args);
       return;
     }
-    const cpu::RnnOptionsForwardArgs<T> with_options{args, pointers<T>(o), normed ? mutable_data<A>(norms) : nullptr};
+    const cpu::RnnOptionsForwardArgs<T> with_options{args, pointers<T>(o),
+                                                     keep && normed ? mutable_data<A>(norms) : nullptr};
     DLKERN_CALL(rnn_options_forward, with_options);
   });
-  if (whole && !keep) {  // working memory
-    gates = allocate({0, s.slots() * s.hidden}, sums, input);
-    norms = allocate({0, normed ? cpu::rnn_norm_size(s) : 0}, sums, input);
-  }
   return {output, h_n, c_n, gates, cells, norms};
 }
 

@@ -103,12 +103,17 @@ MUTANTS += [
          "options_keep and norm", _RNN_STEPS),
     _rnn("(g - mean - load_some(normed + j, some) * slope)", "(g - mean)", "options_keep and norm", _RNN_STEPS),
     # The mask forgotten, in the next step and in the gradient; the peephole of f in what goes back, the wrong cell in o's.
-    _rnn("h * load_some(o.mask + at, count), count);", "h, count);", "options_keep and recurrent", _RNN_OPTIONS),
-    _rnn("if (o.mask) dh *= load_some(o.mask + at, count);", "", "options_keep and recurrent"),
+    _rnn("h * load_some(o.mask + at.b * s.state + j, count), count);", "h, count);", "options_keep and recurrent", _RNN_OPTIONS),
+    _rnn("if (o.mask) dh *= load_some(o.mask + of_b, count);", "", "options_keep and recurrent"),
     _rnn("in(o.peephole) * di + in(o.peephole + hidden) * df;", "in(o.peephole) * di;", "options_keep and peephole"),
     _rnn("if (gate == 2)  // o's sees", "if (gate == 3)  // o's sees", "options_keep and peephole"),
     # A sequence that ends in the middle of a batch.
     _rnn("while (going_on < end && layer.after(t, going_on) >= 0)", "while (going_on < end)", "options_with_lengths"),
+    # A sequence that begins in an odd step; a normalised row's gates one block on; the state's factors in the weight's gradient.
+    _rnn("copy(args.h0, states + s.batch * state, s.batch * state);", "", "options_with_lengths", _RNN_OPTIONS),
+    _rnn("store_some(to + gate * hidden, load(from", "store_some(to, load(from", "options_keep and norm", _RNN_OPTIONS),
+    _rnn("gather_previous(args, layer, h0, o.mask, previous);", "gather_previous<T, A>(args, layer, h0, nullptr, previous);",
+         "options_keep and recurrent"),
 ]
 
 
