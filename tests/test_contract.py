@@ -253,6 +253,25 @@ def test_forward_mode_says_which_op(case):
             case.ours(dual, *inputs[1:])
 
 
+class Tagged(torch.Tensor):
+    """A subclass as fastai's TensorImage is one: it makes the results of all functions its own."""
+
+
+@each_op
+@pytest.mark.parametrize("kind", ["subclass", "vmap"])
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+def test_what_comes_back_may_be_written_to(case, kind):
+    """As ReLU(inplace=True) does with what it gets."""
+    first, *rest = draw(case)
+    if kind == "subclass":
+        tagged = first.detach().as_subclass(Tagged).requires_grad_(first.requires_grad)
+        y = case.ours(tagged, *rest)
+        assert type(y) is Tagged and y.requires_grad
+    else:
+        y = torch.func.vmap(lambda x: case.ours(x, *rest).add_(1))(torch.stack([first, first]))
+    y.add_(1)
+
+
 @each_op
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_dtypes(case, dtype):

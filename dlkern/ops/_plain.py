@@ -1,10 +1,10 @@
 """The short way of a call, for the host time of small tensors.
 
-Nearly every call is plain: eager, without torch.func transforms, forward-mode AD, autocast, an open trace or a forced
-column. The functions of dlkern.nn.functional ask `column` first, and hand a plain call with arguments in their usual
-form straight to a column. Nothing is left unchecked by that: the raw op checks all of its arguments before a kernel
-starts. What it refuses goes the long way, which hands on to torch what is torch's to answer, so that the exception is
-torch's own.
+Nearly every call is plain: eager, without torch.func transforms, forward-mode AD, autocast, tensor subclasses, an open
+trace or a forced column. The functions of dlkern.nn.functional ask `column` first, and hand a plain call with arguments
+in their usual form straight to a column. Nothing is left unchecked by that: the raw op checks all of its arguments
+before a kernel starts. What it refuses goes the long way, which hands on to torch what is torch's to answer, so that
+the exception is torch's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_unary
 
 from dlkern import columns
 from dlkern import trace as tracing
@@ -38,6 +39,7 @@ def column(op: str, input: Any, facts: tuple[Hashable, ...] = ()) -> str | None:
         or _autocasts()
         or tracing.active
         or _state.forced != "auto"
+        or (type(input) is not torch.Tensor and has_torch_function_unary(input))
     ):
         return None
     return _usual[op, input.device, input.dtype, facts]
