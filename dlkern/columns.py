@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from dlkern import _native, tuning
 
@@ -150,6 +151,9 @@ def _load_cuda_on_host() -> None:
     cuda_on_host.load()
 
 
+_FORWARD_MODE = Choice("reference", "forward-mode differentiation")
+
+
 def choose(
     op: str, device: str, dtype: torch.dtype, forced: str, emulated: bool, facts: tuple[Hashable, ...] = ()
 ) -> Choice:
@@ -167,6 +171,8 @@ def choose(
     """
     if torch.compiler.is_compiling():
         return Choice(*_constant_choice(op, device, dtype, forced, facts))
+    if forward_ad._current_level >= 0:
+        return _FORWARD_MODE
     key = (op, device, dtype, forced, emulated, facts)
     choice = _cache.get(key)
     if choice is None:

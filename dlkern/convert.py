@@ -136,13 +136,16 @@ def convert(
         skip: a function of (name, module) that returns True where a module is to stay torch's.
         fuse: run convolution, batch norm, addition and ReLU that follow each other as one op, where torch.fx can trace
             the model and the modules have no hooks. The result is then a torch.fx.GraphModule that shares all
-            parameters and buffers, under their names; its `fusions` lists what was fused. Python control flow is what
-            it was in the mode (train or eval) that the model was in.
+            parameters and buffers, under their names; its `fusions` lists what was fused. Functions called with
+            `self.training` and modules that read it follow train() and eval(); where a forward otherwise differs between
+            the two, a warning says so, and the result takes the way of the mode the model was in.
         memory_format: torch.channels_last, say: what to bring the parameters to; give inputs in it, too.
         verbose: print what was swapped and what was not, and why, and what was fused.
 
     Returns:
         The same object; with fuse=True, a torch.fx.GraphModule of it.
+
+    torch.jit.script and torch.ao.quantization know torch's own classes alone: give them dlkern.revert(model).
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -242,3 +245,18 @@ def _make_our_modules_fx_leaves() -> None:
 
 
 _make_our_modules_fx_leaves()
+
+
+def _make_our_modules_refuse_script() -> None:
+    # torch.jit.script asks a module for what to compile in its place; a copy would take the module's place for good.
+    def refuse(self: torch.nn.Module) -> torch.nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile dlkern's {type(self).__name__}: script dlkern.revert(copy.deepcopy(model)), "
+            "which runs on torch, or use torch.jit.trace or torch.export, which keep dlkern's kernels"
+        )
+
+    for ours in TO_TORCH:
+        ours.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]
+
+
+_make_our_modules_refuse_script()

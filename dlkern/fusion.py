@@ -19,6 +19,7 @@ from torch import fx
 
 import dlkern.nn
 from dlkern import ops
+from dlkern._graph import trace
 from dlkern.freeze import Frozen, check_no_gradient, is_plain
 from dlkern.nn import functional as F
 from dlkern.nn.functional.conv import result_size
@@ -265,7 +266,7 @@ def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
         ValueError: torch.fx cannot trace the model; the error says where.
     """
     try:
-        graph_module = fx.symbolic_trace(model)
+        graph_module = trace(model)
     except Exception as error:
         raise ValueError(f"convert(fuse=True): torch.fx cannot trace {type(model).__name__}: {error}") from error
     finder, found = _Finder(graph_module), list[Fusion]()
@@ -287,6 +288,7 @@ def fuse(model: torch.nn.Module) -> tuple[fx.GraphModule, list[Fusion]]:
         if not _has(graph_module, name):
             continue
         copy = graph_module.get_submodule(name)
+        copy.training = module.training
         for own_name, parameter in module._parameters.items():
             if own_name not in copy._parameters:
                 copy.register_parameter(own_name, parameter)

@@ -127,9 +127,12 @@ def _edges(tensors, gradients):
 class _Enabled(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        ours = _TABLE.get(func)
+        backward = func in (torch.Tensor.backward, torch.autograd.backward) and kwargs.get("inputs") is None
         # Tensor subclasses and fx proxies among the arguments know themselves what to do.
-        plain = all(t in _PLAIN for t in types)
-        if plain and func in (torch.Tensor.backward, torch.autograd.backward) and kwargs.get("inputs") is None:
+        if (ours is None and not backward) or not all(t in _PLAIN for t in types):
+            return func(*args, **kwargs)
+        if backward:
             # torch leaves the mode while it runs an intercepted backward, and checkpointed forwards that run again
             # in it would be torch's. On gradient edges instead of tensors there is nothing to intercept.
             edges = _edges(args[0], kwargs.get("gradient", kwargs.get("grad_tensors")))
@@ -137,8 +140,8 @@ class _Enabled(TorchFunctionMode):
                 retain, create = kwargs.get("retain_graph"), kwargs.get("create_graph", False)
                 with self:
                     return torch.autograd.backward(edges[0], edges[1], retain, create)
-        ours = _TABLE.get(func) if plain else None
-        return (func if ours is None else ours)(*args, **kwargs)
+            return func(*args, **kwargs)
+        return ours(*args, **kwargs)
 
 
 def enabled() -> TorchFunctionMode:

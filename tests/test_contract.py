@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import dlkern
@@ -241,16 +242,53 @@ def test_vmap_and_vmap_of_grad(case):
         assert_by_the_rule(case, ours, theirs)
 
 
-@each_op
-def test_forward_mode_says_which_op(case):
-    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in draw(case, torch.float64)]
-    tangent = torch.ones_like(inputs[0])
-    with pytest.raises(NotImplementedError, match=r"dlkern: \w+ has no forward-mode"):
-        torch.func.jvp(lambda x: case.ours(x, *inputs[1:]), (inputs[0],), (tangent,))
+@each_case
+def test_forward_mode(case):
+    """Jacobian-vector products are the reference's, and trace() says so."""
+    drawn = draw(case, torch.float64)
+    tangents = {i: torch.randn_like(x) for i, x in enumerate(drawn) if isinstance(x, torch.Tensor) and x.requires_grad}
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in drawn]
+
+    def product(f):
+        def of(*tensors):
+            full = list(inputs)
+            for i, x in zip(tangents, tensors):
+                full[i] = x
+            return f(*full)
+
+        return torch.func.jvp(of, tuple(inputs[i] for i in tangents), tuple(tangents.values()))
+
+    with dlkern.trace() as calls:
+        ours = product(case.ours)
+    assert {(c.backend, c.reason) for c in calls} == {("reference", "forward-mode differentiation")}
+    # torch has no forward mode of its fused attention and recurrent layers.
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = product(case.plain if case.family == "rnn" else case.theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(inputs[0], tangent)
-        with pytest.raises(NotImplementedError, match=r"dlkern: \w+ has no forward-mode"):
-            case.ours(dual, *inputs[1:])
+        duals = [torch.autograd.forward_ad.make_dual(x, tangents[i]) if i in tangents else x for i, x in enumerate(inputs)]
+        result = torch.autograd.forward_ad.unpack_dual(case.ours(*duals))
+    torch.testing.assert_close(result.tangent, theirs[1])
+
+
+class Tagged(torch.Tensor):
+    """A subclass as fastai's TensorImage is one: it makes the results of all functions its own."""
+
+
+@each_op
+@pytest.mark.parametrize("kind", ["subclass", "vmap"])
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+def test_what_comes_back_may_be_written_to(case, kind):
+    """As ReLU(inplace=True) does with what it gets."""
+    first, *rest = draw(case)
+    if kind == "subclass":
+        tagged = first.detach().as_subclass(Tagged).requires_grad_(first.requires_grad)
+        y = case.ours(tagged, *rest)
+        assert type(y) is Tagged and y.requires_grad
+    else:
+        y = torch.func.vmap(lambda x: case.ours(x, *rest).add_(1))(torch.stack([first, first]))
+    y.add_(1)
 
 
 @each_op

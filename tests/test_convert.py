@@ -172,6 +172,16 @@ def test_fx_keeps_our_modules_whole():
     assert torch.equal(traced(images()), model(images()))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_script_says_what_to_do():
+    model = dlkern.convert(net().eval())
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile dlkern's Conv2d: script dlkern\.revert"):
+        torch.jit.script(model)
+    assert type(model[0]) is dlkern.nn.Conv2d
+    scripted = torch.jit.script(dlkern.revert(copy.deepcopy(model)))
+    torch.testing.assert_close(scripted(images()), model(images()))
+
+
 def test_export():
     model = dlkern.convert(net().eval())
     exported = torch.export.export(model, (images(),))

@@ -1,6 +1,7 @@
 """convert(fuse=True): which rows are found, that nothing changes but speed, and what must be left alone."""
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -354,3 +355,66 @@ def test_frozen_rows_see_a_changed_eps():
         frozen(x)
         model[1].eps = getattr(frozen, "1").eps = 0.5
         torch.testing.assert_close(frozen(x), model(x))
+
+
+class Drops(torch.nn.Module):
+    """Its mode as a keyword, by place, in a module within, and in one that holds no others."""
+
+    class Path(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.zeros(()).bernoulli_(0.5) if self.training else x
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return TF.dropout(TF.relu(self.norm(self.conv(x))), 0.5, self.training)
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.path = self.Block(), self.Path()
+
+    def forward(self, x):
+        return TF.dropout(self.path(self.block(x)) + 1, p=0.5, training=self.training)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_functions_follow_the_mode(mode):
+    """The model's code is traced once, in one mode; its functional dropout must hear of train() and eval()."""
+    torch.manual_seed(0)
+    theirs = Drops().train(mode)
+    ours = dlkern.convert(copy.deepcopy(theirs), fuse=True)
+    assert [fusion.what for fusion in ours.fusions] == ["conv + batch_norm + relu"]
+    x = torch.randn(8, 3, 8, 8)
+    assert ours.block.training == mode
+    for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        torch.testing.assert_close(model.eval()(x), theirs.eval()(x))
+        # Twice 1 where the block's ReLU or dropout gave zero, or the path was dropped; zeros by the last dropout.
+        model.block.train()
+        model.in_mode_1.eval()
+        seen = torch.stack([model(x) for _ in range(40)])
+        assert {(y == 1).all().item() for y in seen} == {False}
+        model.path.train()
+        seen = torch.stack([model(x) for _ in range(40)])
+        assert {(y == 1).all().item() for y in seen} == {False, True}  # the whole path dropped or not
+        assert (seen[(seen != 1).flatten(1).any(1)] == 1).float().mean() > 0.6  # ReLU alone: a half
+        model.in_mode_1.train()
+        assert 0.4 < (model(x) == 0).float().mean() < 0.6
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_two_ways_in_two_modes_are_told():
+    model = torchvision().models.googlenet(num_classes=5, init_weights=False).eval()
+    with pytest.warns(UserWarning, match="takes that of eval"):
+        ours = dlkern.convert(model, fuse=True)
+    assert isinstance(ours.train()(torch.randn(2, 3, 64, 64)), torch.Tensor)  # as in eval: no auxiliary classifiers
+
+
+def test_stochastic_depth_ends_with_training():
+    """EfficientNet drops blocks by chance in training."""
+    model = torchvision().models.efficientnet_b0(num_classes=5)
+    x = torch.randn(2, 3, 64, 64)
+    theirs = copy.deepcopy(model).eval()(x)
+    torch.testing.assert_close(dlkern.convert(model, fuse=True).eval()(x), theirs)

@@ -1,5 +1,6 @@
 """enabled(): torch's own functions on dlkern's kernels."""
 
+import copy
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import avg_pool2d as alias
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import dlkern
@@ -262,3 +264,35 @@ def test_compile(where):
 
 
 WIDE = torch.randn(5, 36, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(("module", "shape", "name"), [
+    (nn.Linear(4, 3), (2, 4), "linear"), (nn.Conv2d(2, 3, 1), (1, 2, 4, 4), "conv2d"),
+    (nn.Conv1d(2, 3, 1), (1, 2, 4), "conv1d"), (nn.LayerNorm(4), (2, 4), "layer_norm"),
+    (nn.MaxPool2d(2), (1, 2, 4, 4), "max_pool2d"), (nn.AvgPool2d(2), (1, 2, 4, 4), "avg_pool2d"),
+    (nn.AdaptiveAvgPool2d(1), (1, 2, 4, 4), "adaptive_avg_pool2d"), (nn.Dropout(), (2, 4), "dropout"),
+])  # fmt: skip
+def test_modes_are_asked_once_a_call(module, shape, name):
+    """Under enabled() each attribute of a tensor that a converted module's function looked at would cost a microsecond."""
+    seen = []
+
+    class Notes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    converted, x = dlkern.convert(copy.deepcopy(module)), torch.randn(shape)
+    with Notes(), dlkern.enabled():
+        converted(x)
+    assert seen == [name]
+
+
+def test_functions_are_leaves_of_a_trace():
+    class Model(nn.Module):
+        def forward(self, x, weight):
+            return dlkern.nn.functional.linear(dlkern.nn.functional.conv1d(x, weight), weight[0])
+
+    graph = torch.fx.symbolic_trace(Model()).graph
+    assert [n.target for n in graph.nodes if n.op == "call_function"][::2] == [
+        dlkern.nn.functional.conv1d, dlkern.nn.functional.linear
+    ]  # fmt: skip

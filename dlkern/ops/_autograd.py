@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["Function", "apply", "functorch_active", "needs_grad", "recording", "use_reference", "vjp"]
 
@@ -59,10 +61,19 @@ def apply(function: type[Function], *args: Any) -> Any:
     """function.apply by the cheapest route that is right where we are."""
     if torch.compiler.is_compiling():
         return function.apply(*args)
+    if has_torch_function(args):
+        # A tensor subclass makes its results its own by a view, and a view made inside a Function can't be written to.
+        return handle_torch_function(_apply, args, function, *args)
+    return _apply(function, *args)
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
     if not functorch_active() and forward_ad._current_level < 0:
         return function.fast_apply(*args)
     try:
-        return function.apply(*args)
+        results = function.apply(*args)
+        # A generated vmap rule returns views made inside a Function, which can't be written to either.
+        return tree_map_only(torch.Tensor, torch.clone, results)
     except NotImplementedError as error:
         # torch's message names no op. (A jvp that raises would be clearer, but Dynamo refuses classes with one.)
         if "jvp" not in str(error):

@@ -1,10 +1,10 @@
 """The short way of a call, for the host time of small tensors.
 
-Nearly every call is plain: eager, without torch.func transforms, forward-mode AD, autocast, an open trace or a forced
-column. The functions of dlkern.nn.functional ask `column` first, and hand a plain call with arguments in their usual
-form straight to a column. Nothing is left unchecked by that: the raw op checks all of its arguments before a kernel
-starts. What it refuses goes the long way, which hands on to torch what is torch's to answer, so that the exception is
-torch's own.
+Nearly every call is plain: eager, without torch.func transforms, forward-mode AD, autocast, tensor subclasses, function
+modes, an open trace or a forced column. The functions of dlkern.nn.functional ask `column` first, and hand a plain call
+with arguments in their usual form straight to a column. Nothing is left unchecked by that: the raw op checks all of its
+arguments before a kernel starts. What it refuses goes the long way, which hands on to torch what is torch's to answer,
+so that the exception is torch's own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from dlkern import columns
 from dlkern import trace as tracing
 from dlkern.ops._autograd import functorch_active
 
-__all__ = ["REFUSALS", "column", "number", "pair"]
+__all__ = ["REFUSALS", "column", "number", "overridden", "pair"]
 
 # What a raw op raises for wrong arguments, and what tensors' attributes raise on other things.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 _autocasts = torch._C._is_any_autocast_enabled
+_mode_active = torch._C._is_torch_function_mode_enabled
 _state = columns.state
 _usual = columns.usual
 
@@ -38,9 +40,19 @@ def column(op: str, input: Any, facts: tuple[Hashable, ...] = ()) -> str | None:
         or _autocasts()
         or tracing.active
         or _state.forced != "auto"
+        or _mode_active()
+        or (type(input) is not torch.Tensor and has_torch_function_unary(input))
     ):
         return None
     return _usual[op, input.device, input.dtype, facts]
+
+
+def overridden(*tensors: Any) -> bool:
+    """Whether a TorchFunctionMode, a tensor subclass or an fx proxy is to be asked before a function runs.
+
+    A mode is asked once then, and not at each attribute of a tensor that the function looks at.
+    """
+    return not torch.compiler.is_compiling() and has_torch_function(tensors)
 
 
 def pair(value: Any) -> tuple[int, int] | None:

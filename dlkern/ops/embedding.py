@@ -108,5 +108,5 @@ def embedding(
 def run(column, weight, indices, padding_idx, scale_grad_by_freq):
     """embedding on a given column, for a plain call (see _plain.py)."""
     if weight.requires_grad and _autograd.recording():
-        return Embedding.fast_apply(weight, indices, padding_idx, scale_grad_by_freq, column)
+        return _autograd.apply(Embedding, weight, indices, padding_idx, scale_grad_by_freq, column)
     return _forward[column](weight, indices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -201,6 +202,13 @@ def scaled_dot_product_attention(
                 return ops.attention.run(column, query, key, value, attn_mask, settings)
         except (*_plain.REFUSALS, ZeroDivisionError):
             pass  # the long way says what is wrong
+    operands = (query, key, value, attn_mask)
+    if _plain.overridden(*operands):
+        return handle_torch_function(
+            scaled_dot_product_attention, operands, *operands, dropout_p, is_causal, scale, enable_gqa, window=window,
+            alibi_slopes=alibi_slopes, softcap=softcap, lengths=lengths, rotary=rotary,
+            rotary_interleaved=rotary_interleaved,
+        )  # fmt: skip
     try:
         if query.is_nested and attn_mask is None and alibi_slopes is None and lengths is None and rotary is None:
             _check_dropout(dropout_p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -88,6 +89,11 @@ def batch_norm_act(
         pass  # the long way says what is wrong
     if results is not None:
         return _updated(results, training, running_mean, running_var)
+    if _plain.overridden(input, residual, weight, bias):
+        return handle_torch_function(
+            batch_norm_act, (input, residual, weight, bias), input, running_mean, running_var, weight, bias, training,
+            momentum, eps, activation=activation, residual=residual,
+        )  # fmt: skip
     reason = _reason_for_torch(input, running_mean, running_var, weight, bias)
     if training or eps <= 0.0 or running_mean is None or running_var is None or reason is not None:
         reason = _check(input, running_mean, running_var, training, eps, reason)

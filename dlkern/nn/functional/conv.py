@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -160,6 +161,9 @@ def conv1d(
                 return ops.conv.run(column, _row(input), weight.unsqueeze(2), bias, *settings).squeeze(2)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
+    if _plain.overridden(input, weight, bias):
+        settings = (stride, padding, dilation, groups)
+        return handle_torch_function(conv1d, (input, weight, bias), input, weight, bias, *settings)
     return _convolution(1, torch.nn.functional.conv1d, input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -199,6 +203,9 @@ def conv2d(
                 return ops.conv.run(column, input, weight, bias, step, pad, spread, groups)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
+    if _plain.overridden(input, weight, bias):
+        settings = (stride, padding, dilation, groups)
+        return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, *settings)
     return _convolution(2, torch.nn.functional.conv2d, input, weight, bias, stride, padding, dilation, groups)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -43,6 +44,8 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
     _check_probability(p)
     if not training or p == 0.0:
         return input
+    if _plain.overridden(input):
+        return handle_torch_function(dropout, (input,), input, p, training, inplace)
     if not isinstance(input, torch.Tensor) or not input.is_floating_point():
         if tracing.active and isinstance(input, torch.Tensor):
             tracing.record("dropout", "torch", "not a floating-point tensor", input)

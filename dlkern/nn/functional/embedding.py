@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -65,6 +66,10 @@ def embedding(
             return ops.embedding.run(column, weight, input, padding, scale_grad_by_freq)
     except (*_plain.REFUSALS, ZeroDivisionError):
         pass  # the long way says what is wrong
+    if _plain.overridden(input, weight):
+        return handle_torch_function(
+            embedding, (input, weight), input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
     try:
         reason = _unusual(input, weight, padding_idx, max_norm, sparse)
     except AttributeError:  # not tensors: torch says which

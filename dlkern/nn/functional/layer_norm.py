@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -66,6 +67,8 @@ def layer_norm(
             return ops.layer_norm.run(column, input, len(normalized_shape), weight, bias, eps)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
+    if _plain.overridden(input, weight, bias):
+        return handle_torch_function(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps)
     try:
         if input.is_cuda and autocasts(input):  # float32 there, as given on a CPU
             input, weight, bias = (x if x is None else x.float() for x in (input, weight, bias))  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -61,6 +62,8 @@ def linear(
             return ops.linear.run(column, input, weight, bias, code)
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
+    if _plain.overridden(input, weight, bias):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias, activation=activation)
     try:
         input, weight, bias = lowered(input, weight, bias)  # type: ignore[assignment]
         reason = _unusual(input, weight, bias)

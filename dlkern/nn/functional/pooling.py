@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function
 
 from dlkern import ops
 from dlkern import trace as tracing
@@ -160,6 +161,9 @@ def max_pool2d(
                 return results if return_indices else results[0]
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
+    if _plain.overridden(input):
+        settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return handle_torch_function(max_pool2d, (input,), input, *settings)
     function = torch.nn.functional.max_pool2d
     return _max_pool(2, function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
@@ -200,6 +204,9 @@ def avg_pool2d(
                 return ops.pooling.run_avg(column, input, settings)
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
+    if _plain.overridden(input):
+        settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return handle_torch_function(avg_pool2d, (input,), input, *settings)
     divisible = divisor_override is None or (isinstance(divisor_override, int) and divisor_override)
     window = _window(kernel_size, stride, padding, 1) if divisible else None
     if window is None or not _fits(input, window, ceil_mode):
@@ -247,6 +254,8 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
                 return ops.pooling.run_adaptive_avg(column, input, extents)
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
+    if _plain.overridden(input):
+        return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
     size = _adaptive_size(input, output_size, 2)
     if size is None:
         return _hand_on(
