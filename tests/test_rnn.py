@@ -383,7 +383,12 @@ def test_autocast_dtypes_are_torchs():
     for kind in KINDS:
         module, x = make(kind, 5, 9), torch.randn(4, 3, 5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            theirs, ours = module(x), dlkern.convert(module)(x)
+            try:
+                theirs = module(x)
+            except RuntimeError as error:  # oneDNN has no LSTM in bfloat16 for CPUs without AVX-512
+                assert "could not create a primitive descriptor" in str(error)
+                continue
+            ours = dlkern.convert(module)(x)
         assert [t.dtype for t in leaves(ours)] == [t.dtype for t in leaves(theirs)]
 
 

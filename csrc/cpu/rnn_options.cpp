@@ -1,8 +1,8 @@
 // RNN, LSTM and GRU with options (layer normalisation, a mask on the recurrent product, zoneout, peepholes), one layer in
 // one direction, forward.
 //
-// As rnn.cpp: gates are applied to a tile right after its product. But normalisation needs all units of a row, so with it a
-// step has two phases: the recurrent product of all rows into memory, then gates, cell and state by whole rows. A projection
+// As rnn.cpp: gates are applied to a tile right after its product. But normalisation needs all units of a row, so with it
+// (and where kByRows) a step has two phases: the recurrent product of all rows into memory, then gates, cell and state by whole rows. A projection
 // is one more.
 #include "rnn_gates.h"
 #include "rnn_inputs.h"
@@ -122,10 +122,12 @@ template <class T, int mode> struct Steps {
     if (j < s.hidden) visit.template operator()<1>(j);
   }
 
-  // A whole row, normalised.
-  void normed(const Place& at) const {
+  // A whole row, whose sums are in memory.
+  void whole_row(const Place& at) const {
     const int64_t hidden = s.hidden, width = s.gates() * hidden;
-    A *sum = sums + at.b * width, *scales = at.norm + norm_size - 3;
+    A* const sum = sums + at.b * width;
+    if (norm_size == 0) return each([&]<int U>(int64_t j) { units<U>(at, j, sum + j, hidden, lanes); });
+    A* const scales = at.norm + norm_size - 3;
     scales[1] = normalize(sum, width, at.norm + width);
     for (int64_t j = 0; j < width; j += lanes) {
       const int64_t count = smaller(lanes, width - j);
@@ -177,10 +179,10 @@ template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
   const RnnOptions<T>& o = all.options;
   const RnnShape& s = args.shape;
   const int64_t hidden = s.hidden, state = s.state, width = s.gates() * hidden;
-  const bool normed = o.norm_hh;
+  const bool normed = o.norm_hh, by_rows = normed || kByRows<mode>;
   const int64_t norm_size = normed ? rnn_norm_size(s) : 0;
   const Layer<A> layer(s);
-  const int64_t sums_size = normed ? s.batch * width + lanes : 0;  // a row's last vectors may reach beyond it
+  const int64_t sums_size = by_rows ? s.batch * width + lanes : 0;  // a row's last vectors may reach beyond it
   A* memory =
       scratch<A>(Slot::family_0, width + hidden + s.batch * ((o.mask ? 4 : 2) * state + 2 * hidden) + sums_size);
   A *bias = memory, *hidden_bias = bias + width, *cell = hidden_bias + hidden, *made = cell + s.batch * hidden,
@@ -209,7 +211,7 @@ template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
     const Steps<T, mode> steps{
         all,       s,     o,    biased ? hidden_bias : nullptr, states, masked, cell, made, sums, first_row,
         norm_size, gates, norms};
-    layer.run(n0, n1, 1 + normed + s.projects, false,
+    layer.run(n0, n1, 1 + by_rows + s.projects, false,
               [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
                 const int64_t t = layer.step(n);
                 const auto place = [&](int64_t b) { return steps.place(n, s.row(t, b), s.place(b)); };
@@ -221,7 +223,7 @@ template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
                   multiply(
                       recurrent, [&](int64_t b) { return steps.met(n, s.place(b)); },
                       [&](int64_t b, int64_t panel, const A* sum) {
-                        if (normed) {
+                        if (by_rows) {
                           each_vector(recurrent, panel, sum, [&](int64_t j, const A* from) {
                             A* to = sums + s.place(b) * width + j;
                             for (int64_t gate = 0; gate < s.gates(); ++gate)
@@ -239,9 +241,9 @@ template <class T, int mode> void forward(const RnnOptionsForwardArgs<T>& all) {
                         if (u < some)
                           steps.template units<1>(at, (first + u) * lanes, sum + u * unit_step, gate_step, unit_step);
                       });
-                } else if (normed && phase == 1) {
+                } else if (by_rows && phase == 1) {
                   const Rows rows_of_thread(layer, begin, end, part, last_part);
-                  for (int64_t b = rows_of_thread.begin; b < rows_of_thread.end; ++b) steps.normed(place(b));
+                  for (int64_t b = rows_of_thread.begin; b < rows_of_thread.end; ++b) steps.whole_row(place(b));
                 } else {
                   multiply(
                       projection, [&](int64_t b) { return made + s.place(b) * hidden; },

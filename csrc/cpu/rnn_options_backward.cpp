@@ -106,7 +106,12 @@ template <class T, int mode> struct BackwardStep {
     out(passed, pass);
   }
 
-  // A whole row, normalised, from `grads`.
+  // A whole row, from `grads`.
+  void whole_row(const Place& at) const {
+    if (o.norm_hh) return normed(at);
+    for (int64_t j = 0; j < s.hidden; j += lanes)
+      units(at, j, load_some(grads + at.b * s.hidden + j, smaller(lanes, s.hidden - j)));
+  }
   void normed(const Place& at) const {
     const int64_t hidden = s.hidden, width = s.gates() * hidden;
     const A *dh = grads + at.b * hidden, *norm = args.norms + at.row * rnn_norm_size(s),
@@ -205,7 +210,7 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
   const RnnShape& s = args.shape;
   const int64_t hidden = s.hidden, state = s.state, width = s.gates() * hidden;
   const Layer<A> layer(s);
-  const bool normed = o.norm_hh;
+  const bool normed = o.norm_hh, by_rows = normed || kByRows<mode>;
   A* memory = scratch<A>(Slot::family_0, s.batch * (2 * state + 4 * hidden));
   A *carry = memory, *h0_room = carry + s.batch * state, *carry_cell = h0_room + s.batch * state,
     *grads = carry_cell + s.batch * hidden, *of_cell = grads + s.batch * hidden;
@@ -227,7 +232,7 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
   clear_padding(s, all.grad_hidden, width);
   clear_padding(s, all.grad_product, width);
   const BackwardStep<T, mode> step{all, s, o, h0, c0, carry, carry_cell, grads, of_cell};
-  layer.run(0, s.steps, 1 + s.projects + normed, true,
+  layer.run(0, s.steps, 1 + s.projects + by_rows, true,
             [&](int phase, int64_t n, int64_t begin, int64_t end, int64_t part, int64_t last_part) {
               const int64_t t = layer.step(n);
               const auto place = [&](int64_t b) { return step.place(s.row(t, b), layer.before(t, b), s.place(b)); };
@@ -238,7 +243,7 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
               };
               // Gradients of some units' output before the projection.
               const auto go_on = [&](const auto& at, int64_t j, Vec<A> dh) {
-                normed ? store_some(grads + at.b * hidden + j, dh, hidden - j) : step.units(at, j, dh);
+                by_rows ? store_some(grads + at.b * hidden + j, dh, hidden - j) : step.units(at, j, dh);
               };
               const auto of_state = [&](const auto& at, int64_t j, Vec<A> product) {
                 const Vec<A> dh = step.state(at, j, product);
@@ -267,7 +272,7 @@ template <class T, int mode> void backward(const RnnOptionsBackwardArgs<T>& all)
                     });
               } else {
                 const Rows rows(layer, begin, end, part, last_part);
-                for (int64_t b = rows.begin; b < rows.end; ++b) step.normed(place(b));
+                for (int64_t b = rows.begin; b < rows.end; ++b) step.whole_row(place(b));
               }
             });
 

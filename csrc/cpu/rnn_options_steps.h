@@ -6,6 +6,10 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
+// Whether a step's gates wait for the products of all units and then go through whole rows, though no norm asks for it. LSTM's
+// reads and writes eight places a unit, and vectors of half a cache line find each line twice where units come panel by panel.
+template <int mode> constexpr bool kByRows = mode == kRnnLstm && kVectorBytes < 64;
+
 // The rows that a visit of Layer::run has in a phase that works on whole rows.
 struct Rows {
   int64_t begin, end;
