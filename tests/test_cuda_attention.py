@@ -83,7 +83,7 @@ def test_attention_delta_from_the_output(dtype):
 @all_dtypes
 @pytest.mark.parametrize("equal", [False, True])
 def test_attention_gradients_where_torch_keeps_the_scores(dtype, equal):
-    certify(*kept_scores((2, 33, 12), (2, 150, 12), 2.0, equal), dtype, 4)
+    certify(*kept_scores((2, 33, 12), (2, 150, 12), 0.5, equal), dtype, 4)
 
 
 def test_attention_operands_are_read_where_they_lie():
