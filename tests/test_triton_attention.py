@@ -5,7 +5,18 @@ import pytest
 import test_varlen
 import torch
 import torch.nn.functional as tF
-from attention_cases import ADDITIVE_RANGES, KEYS, OPTIONS, QUERIES, ROTARY, check_additive_range, kept_scores, leaves, sides
+from attention_cases import (
+    ADDITIVE_RANGES,
+    KEYS,
+    OPTIONS,
+    QUERIES,
+    ROTARY,
+    assert_by_the_rule,
+    check_additive_range,
+    kept_scores,
+    leaves,
+    sides,
+)
 from triton_column import emulated  # noqa: F401
 
 import dlkern.nn.functional as F
@@ -33,11 +44,7 @@ def test_parity(name, dtype):
     depth = 5 if settings.score in (ADDITIVE, GAUSSIAN) else 12
     ours, theirs, inputs = sides(settings, more, ((batch, 2, QUERIES, depth), (batch, 1, KEYS, depth), (batch, 1, KEYS, 36)))
     draws = 2 if batch == 1 and dtype == torch.float32 else 1
-    for count in (draws, 4 * draws):  # over few, chance decides the largest of few errors: more draws tell
-        certificate = check(ours, theirs, inputs, dtype=dtype, draws=count, name=name)
-        if certificate.ok:
-            break
-    certificate.raise_if_failed()
+    assert_by_the_rule(ours, theirs, inputs, dtype, draws, name)
 
 
 @pytest.mark.parametrize("score", [0, COSINE, ADDITIVE])
@@ -97,7 +104,7 @@ def test_delta_from_the_output():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("equal", [False, True])
 def test_gradients_where_torch_keeps_the_scores(dtype, equal):
-    check(*kept_scores((1, 33, 12), (1, 150, 12), 0.5, equal), dtype=dtype, draws=4).raise_if_failed()
+    assert_by_the_rule(*kept_scores((1, 33, 12), (1, 150, 12), 0.5, equal), dtype, 4)
 
 
 def test_operands_are_read_where_they_lie():
