@@ -55,10 +55,10 @@ def trace(model: torch.nn.Module) -> fx.GraphModule:
             module.training = mode
     if calls is None:
         graph = Tracer().trace(model)
-        mode = "train()" if model.training else "eval()"
+        now = "train()" if model.training else "eval()"
         warnings.warn(
             f"convert(fuse=True): {type(model).__name__} takes another way in train() than in eval(); the result always "
-            f"takes that of {mode}, the mode it is in now",
+            f"takes that of {now}, the mode it is in now",
             stacklevel=4,
         )
     result = fx.GraphModule(model, graph, type(model).__name__)

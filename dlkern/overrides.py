@@ -140,8 +140,7 @@ class _Enabled(TorchFunctionMode):
                 retain, create = kwargs.get("retain_graph"), kwargs.get("create_graph", False)
                 with self:
                     return torch.autograd.backward(edges[0], edges[1], retain, create)
-            return func(*args, **kwargs)
-        return ours(*args, **kwargs)
+        return (ours or func)(*args, **kwargs)
 
 
 def enabled() -> TorchFunctionMode:

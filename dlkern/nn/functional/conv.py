@@ -162,8 +162,8 @@ def conv1d(
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
     if _plain.overridden(input, weight, bias):
-        settings = (stride, padding, dilation, groups)
-        return handle_torch_function(conv1d, (input, weight, bias), input, weight, bias, *settings)
+        given = (stride, padding, dilation, groups)
+        return handle_torch_function(conv1d, (input, weight, bias), input, weight, bias, *given)
     return _convolution(1, torch.nn.functional.conv1d, input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -204,8 +204,8 @@ def conv2d(
     except _plain.REFUSALS:
         pass  # the long way says what is wrong
     if _plain.overridden(input, weight, bias):
-        settings = (stride, padding, dilation, groups)
-        return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, *settings)
+        given = (stride, padding, dilation, groups)
+        return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, *given)
     return _convolution(2, torch.nn.functional.conv2d, input, weight, bias, stride, padding, dilation, groups)
 
 

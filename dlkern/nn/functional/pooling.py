@@ -205,8 +205,8 @@ def avg_pool2d(
     except _plain.REFUSALS:
         pass  # the long way hands on to torch
     if _plain.overridden(input):
-        settings = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-        return handle_torch_function(avg_pool2d, (input,), input, *settings)
+        given = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return handle_torch_function(avg_pool2d, (input,), input, *given)
     divisible = divisor_override is None or (isinstance(divisor_override, int) and divisor_override)
     window = _window(kernel_size, stride, padding, 1) if divisible else None
     if window is None or not _fits(input, window, ceil_mode):
