@@ -8,7 +8,7 @@
 namespace dlkern::ops {
 
 Tensor turned_cuda(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
-                    bool inverse) {
+                   bool inverse) {
   cuda::Rotary args{};
   args.element = element_of(op, x);
   args.wide_angles = cos.scalar_type() == ScalarType::Float;
