@@ -48,10 +48,11 @@ install: native
 demo: native
 	$(PY) -m dlkern demo --report report
 
-# A file's tests stay in one process. Threads that wait must not keep the other process off its core.
+# A file's tests stay in one process, and files keep their order: sorted by how many tests they have, those that compile
+# would come last, one process alone with them. Threads that wait must not keep the other process off its core.
 WORKERS ?= 2
 test: install cuda-on-host lint
-	OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 CPP_SOURCES := git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu'
 CLANG_FORMAT = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format"

@@ -42,7 +42,7 @@ VARIANT_FLAGS = {
     "asan": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "debug": "-O0 -g",
     # The AVX-512 code with its 64-byte vectors lowered to AVX2, for machines without AVX-512.
-    "wide": "-O2 -g0",
+    "wide": "-O0 -g0",
 }
 WIDE_FLAGS = "-mavx2 -mfma -mf16c -DDLKERN_VECTOR_BYTES=64"
 # The CUDA column on the host: libraries for tests, in build/<variant>. `kernels` are the flags of csrc/cuda alone.

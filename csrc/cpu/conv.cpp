@@ -802,4 +802,7 @@ DLKERN_DEFINE_CONV(bfloat16)
 DLKERN_DEFINE_CONV(float16)
 #undef DLKERN_DEFINE_CONV
 
+template CorrelateTile<float> correlate_tile_for(int64_t, int64_t);
+template CorrelateTile<double> correlate_tile_for(int64_t, int64_t);
+
 }  // namespace dlkern::cpu::DLKERN_ISA

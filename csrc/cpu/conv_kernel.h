@@ -127,7 +127,7 @@ void outer_tile(int64_t pixels, const A* left, const A* right, int64_t step, con
 }
 
 // The instance for a tile of rows x vectors.
-template <class A> inline CorrelateTile<A> correlate_tile_for(int64_t rows, int64_t vectors) {
+template <class A> CorrelateTile<A> correlate_tile_for(int64_t rows, int64_t vectors) {
 #define DLKERN_ROW(r)                                                                                 \
   {                                                                                                   \
     correlate_tile<r, 1, A>, correlate_tile<r, 2, A>, correlate_tile < r, kTileVectors<3 ? 2 : 3, A>, \
@@ -138,6 +138,9 @@ template <class A> inline CorrelateTile<A> correlate_tile_for(int64_t rows, int6
 #undef DLKERN_ROW
   return table[rows - 1][vectors == kTileVectors ? 3 : vectors - 1];
 }
+// Compiled in conv.cpp; recurrent layers multiply with them too.
+extern template CorrelateTile<float> correlate_tile_for(int64_t, int64_t);
+extern template CorrelateTile<double> correlate_tile_for(int64_t, int64_t);
 
 template <bool TURNED, class A, int ROWS = kOuterRows> inline OuterTile<A> outer_tile_for(int64_t rows,
                                                                                           int64_t vectors) {

@@ -164,7 +164,7 @@ void kernel(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, 
 }
 
 // The kernel for a tile of rows x vectors.
-template <class T> inline Kernel<T> kernel_for(int rows, int vectors) {
+template <class T> Kernel<T> kernel_for(int rows, int vectors) {
 #define DLKERN_ROW(r) \
   { kernel<r, 1, T>, kernel<r, 2, T>, kernel < r, kNV<3 ? 2 : 3, T>, kernel<r, kNV, T> }
   static constexpr Kernel<T> table[kMR][4] = {DLKERN_ROW(1), DLKERN_ROW(2), DLKERN_ROW(3),
@@ -175,7 +175,7 @@ template <class T> inline Kernel<T> kernel_for(int rows, int vectors) {
 
 // B[k, n] into panels of NR columns: panel j holds rows p at panel + p * NR, zero beyond column n.
 template <class T, class P>
-inline void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column, P* packed) {
+void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column, P* packed) {
   constexpr int64_t width = kNR<P>, lanes = kLanes<P>;
   for (int64_t j = 0; j < n; j += width, packed += k * width) {
     const int64_t columns = smaller(width, n - j);
@@ -347,7 +347,7 @@ template <int ROWS, int COLUMNS, class T, class P>
 void dot_kernel(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_column, P* out, int64_t out_row) {
   dot_tile<ROWS, COLUMNS, T, P>(k, a, a_row, b, b_column, out, out_row);
 }
-template <class T, class P> inline DotKernel<T, P> dot_kernel_for(int rows, int columns) {
+template <class T, class P> DotKernel<T, P> dot_kernel_for(int rows, int columns) {
 #define DLKERN_ROW(r) \
   { dot_kernel<r, 1, T, P>, dot_kernel<r, 2, T, P>, dot_kernel<r, 3, T, P>, dot_kernel<r, 4, T, P> }
   constexpr int most = kDotRows;
@@ -668,6 +668,36 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   run_vectors(g, epilogue, i_begin, i_end, j_begin, j_end);
 }
 
+// What several families multiply with is compiled once, in gemm.cpp.
+#define DLKERN_GEMM_TYPES(KIND, T, P)                           \
+  KIND template DotKernel<T, P> dot_kernel_for<T, P>(int, int); \
+  KIND template void pack_b(int64_t, int64_t, const T*, int64_t, int64_t, P*);
+#define DLKERN_GEMM_RUN(KIND, WAY, T, C) \
+  KIND template void WAY(const Gemm<T, C>&, const NoEpilogue&, int64_t, int64_t, int64_t, int64_t);
+#if DLKERN_TILE_CODE
+#define DLKERN_GEMM_TILES(KIND)                     \
+  DLKERN_GEMM_RUN(KIND, run_tiles, float, float)    \
+  DLKERN_GEMM_RUN(KIND, run_tiles, float, float16)  \
+  DLKERN_GEMM_RUN(KIND, run_tiles, float, bfloat16) \
+  DLKERN_GEMM_RUN(KIND, run_tiles, bfloat16, bfloat16)
+#else
+#define DLKERN_GEMM_TILES(KIND)
+#endif
+#define DLKERN_GEMM(KIND)                                \
+  KIND template Kernel<float> kernel_for(int, int);      \
+  KIND template Kernel<double> kernel_for(int, int);     \
+  DLKERN_GEMM_TYPES(KIND, float, float)                  \
+  DLKERN_GEMM_TYPES(KIND, double, double)                \
+  DLKERN_GEMM_TYPES(KIND, float16, float)                \
+  DLKERN_GEMM_TYPES(KIND, bfloat16, float)               \
+  DLKERN_GEMM_RUN(KIND, run_vectors, float, float)       \
+  DLKERN_GEMM_RUN(KIND, run_vectors, double, double)     \
+  DLKERN_GEMM_RUN(KIND, run_vectors, float, float16)     \
+  DLKERN_GEMM_RUN(KIND, run_vectors, float, bfloat16)    \
+  DLKERN_GEMM_RUN(KIND, run_vectors, bfloat16, bfloat16) \
+  DLKERN_GEMM_TILES(KIND)
+DLKERN_GEMM(extern)
+
 }  // namespace gemm_detail
 
 // On the calling thread only.
@@ -678,7 +708,7 @@ inline void gemm_block(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
 
 // On all threads.
 template <class T, class C, class Epilogue = NoEpilogue>
-inline void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
+void gemm(const Gemm<T, C>& g, const Epilogue& epilogue = {}) {
   using namespace gemm_detail;
   if (g.m <= 0 || g.n <= 0) return;
   const int64_t threads = num_threads();

@@ -6,6 +6,14 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
+// Compiled once, in rnn_product.cpp.
+#define DLKERN_INPUT_PRODUCTS(KIND)                                             \
+  KIND template void gemm(const Gemm<float, float>&, const AddBias<float>&);    \
+  KIND template void gemm(const Gemm<double, double>&, const AddBias<double>&); \
+  KIND template void gemm(const Gemm<float16, float>&, const AddBias<float>&);  \
+  KIND template void gemm(const Gemm<bfloat16, float>&, const AddBias<float>&);
+DLKERN_INPUT_PRODUCTS(extern)
+
 constexpr int64_t kChunkRows = 576, kChunkValues = 262144;  // of gates that are not kept: rows at least, values about
 
 // Calls visit(n0, n1, first row, rows, gates) for steps [n0, n1) at a time, all of them where gates are kept. `gates` has

@@ -175,6 +175,16 @@ void multiply_laid(const StepWeight<T>& w, int64_t panel, const float* const* ro
     }
   }
 }
+
+// Compiled once, in rnn_product.cpp.
+#define DLKERN_LAID_PRODUCT(KIND, T)                                                      \
+  KIND template void lay_rows(const StepWeight<T>&, const float* const*, int64_t, char*); \
+  KIND template void multiply_laid(const StepWeight<T>&, int64_t, const float* const*, int64_t, const char*, float*);
+#define DLKERN_LAID_PRODUCTS(KIND)   \
+  DLKERN_LAID_PRODUCT(KIND, float)   \
+  DLKERN_LAID_PRODUCT(KIND, float16) \
+  DLKERN_LAID_PRODUCT(KIND, bfloat16)
+DLKERN_LAID_PRODUCTS(extern)
 #endif
 
 // Some rows of the batch, as their products with a weight read them.

@@ -101,22 +101,29 @@ template <int N> inline void tile_store(void* to, int64_t pitch) {
   for (int64_t i = 0; i < kTile; ++i)
     std::memcpy(static_cast<char*>(to) + pitch * i, tile_registers.bytes[N] + 64 * i, 64);
 }
-template <int N, int L, int R> inline void tile_multiply() {
+// Words hold two values, whose products are summed apart. Optimised though the build's kernels are not: it is their time.
+[[gnu::noinline, gnu::optimize("O2")]] inline void multiply_in_memory(char* result, const char* left,
+                                                                      const char* right) {
   float sums[kTile][kTile];
-  bfloat16 left[kTile][kTileStep], right[kTile][kTileStep];  // right: [pair][column][of the pair]
-  std::memcpy(sums, tile_registers.bytes[N], kTileBytes);
-  std::memcpy(static_cast<void*>(left), tile_registers.bytes[L], kTileBytes);
-  std::memcpy(static_cast<void*>(right), tile_registers.bytes[R], kTileBytes);
-  for (int64_t i = 0; i < kTile; ++i)
-    for (int64_t j = 0; j < kTile; ++j) {
-      float first = 0, second = 0;
-      for (int64_t p = 0; p < kTile; ++p) {
-        first += static_cast<float>(left[i][2 * p]) * static_cast<float>(right[p][2 * j]);
-        second += static_cast<float>(left[i][2 * p + 1]) * static_cast<float>(right[p][2 * j + 1]);
+  uint32_t a[kTile][kTile], b[kTile][kTile];
+  std::memcpy(sums, result, kTileBytes);
+  std::memcpy(a, left, kTileBytes);
+  std::memcpy(b, right, kTileBytes);
+  for (int64_t i = 0; i < kTile; ++i) {
+    float first[kTile] = {}, second[kTile] = {};
+    for (int64_t p = 0; p < kTile; ++p)
+      for (int64_t j = 0; j < kTile; ++j) {
+        first[j] += __builtin_bit_cast(float, a[i][p] << 16) * __builtin_bit_cast(float, b[p][j] << 16);
+        second[j] +=
+            __builtin_bit_cast(float, a[i][p] & 0xffff0000u) * __builtin_bit_cast(float, b[p][j] & 0xffff0000u);
       }
-      sums[i][j] += first + second;
-    }
-  std::memcpy(tile_registers.bytes[N], sums, kTileBytes);
+    for (int64_t j = 0; j < kTile; ++j) sums[i][j] += first[j] + second[j];
+  }
+  std::memcpy(result, sums, kTileBytes);
+}
+template <int N, int L, int R> inline void tile_multiply() {
+  auto& tiles = tile_registers.bytes;
+  multiply_in_memory(tiles[N], tiles[L], tiles[R]);
 }
 #endif
 
@@ -152,7 +159,7 @@ template <class T>
 
 // `count` lines (32 at most), values [0, k), into a strip of a T's parts; what is beyond either is zero. As the parts of a
 // narrower type U, values are rounded.
-template <bool LEFT, class T, class U = T> inline void pack_strip(Lines<T> from, int64_t count, int64_t k, char* to) {
+template <bool LEFT, class T, class U = T> void pack_strip(Lines<T> from, int64_t count, int64_t k, char* to) {
   using namespace tiles_detail;
   constexpr int parts = kParts<U>;
   constexpr bool whole = parts >= kParts<T>;
@@ -221,7 +228,7 @@ template <bool LEFT, class T, class U = T> inline void pack_strip(Lines<T> from,
 }
 
 // The same as pack_strip of bfloat16 alone, with words that hold k and k + 1: rows that lie along k are copied as they are.
-template <bool LEFT> inline void pack_pairs(Lines<bfloat16> from, int64_t count, int64_t k, char* to) {
+template <bool LEFT> void pack_pairs(Lines<bfloat16> from, int64_t count, int64_t k, char* to) {
   using words = vuint32;
   const bool along = from.k == 1;  // else across: neighbours are lines
   for (int64_t p = 0; p < k; p += kTileStep, to += kStepBytes<bfloat16>)
@@ -388,6 +395,20 @@ inline bool is_exact(const float* sums, int64_t pitch, int64_t rows, int64_t col
     }
   return is_exact(most);
 }
+
+// Packing is compiled once, in tiles.cpp.
+#define DLKERN_PACK_STRIP(KIND, T, U)                                           \
+  KIND template void pack_strip<true, T, U>(Lines<T>, int64_t, int64_t, char*); \
+  KIND template void pack_strip<false, T, U>(Lines<T>, int64_t, int64_t, char*);
+#define DLKERN_PACKING(KIND)                                                     \
+  DLKERN_PACK_STRIP(KIND, float, float)                                          \
+  DLKERN_PACK_STRIP(KIND, float16, float16)                                      \
+  DLKERN_PACK_STRIP(KIND, bfloat16, bfloat16)                                    \
+  DLKERN_PACK_STRIP(KIND, float, float16)                                        \
+  DLKERN_PACK_STRIP(KIND, float, bfloat16)                                       \
+  KIND template void pack_pairs<true>(Lines<bfloat16>, int64_t, int64_t, char*); \
+  KIND template void pack_pairs<false>(Lines<bfloat16>, int64_t, int64_t, char*);
+DLKERN_PACKING(extern)
 
 #else
 struct Tiles {

@@ -110,7 +110,7 @@ template <class S, class D>
 
 // dst[j * dst_row + i] = src[i * src_row + j] for i < rows, j < columns.
 template <class S, class D>
-inline void transpose(const S* src, int64_t src_row, int64_t rows, int64_t columns, D* dst, int64_t dst_row) {
+void transpose(const S* src, int64_t src_row, int64_t rows, int64_t columns, D* dst, int64_t dst_row) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) <= 4 && sizeof(D) <= 4)
     if (rows > 8 && columns > 8) {
@@ -149,6 +149,17 @@ inline void transpose(const S* src, int64_t src_row, int64_t rows, int64_t colum
       for (int64_t i = i0; i < rows && i < i0 + 8; ++i)
         dst[j * dst_row + i] = static_cast<D>(static_cast<acc_t<S>>(src[i * src_row + j]));
 }
+
+// Compiled once, in transpose.cpp.
+#define DLKERN_TRANSPOSE(KIND, S, D) KIND template void transpose(const S*, int64_t, int64_t, int64_t, D*, int64_t);
+#define DLKERN_TRANSPOSES(KIND)           \
+  DLKERN_TRANSPOSE(KIND, float, float)    \
+  DLKERN_TRANSPOSE(KIND, double, double)  \
+  DLKERN_TRANSPOSE(KIND, float16, float)  \
+  DLKERN_TRANSPOSE(KIND, bfloat16, float) \
+  DLKERN_TRANSPOSE(KIND, float, float16)  \
+  DLKERN_TRANSPOSE(KIND, float, bfloat16)
+DLKERN_TRANSPOSES(extern)
 
 // dst[i] = src[i], converted.
 template <class S, class D> inline void copy(const S* src, D* dst, int64_t count) {

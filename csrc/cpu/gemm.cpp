@@ -1,0 +1,8 @@
+// The product's instances that several families call.
+#include "gemm.h"
+
+namespace dlkern::cpu::DLKERN_ISA::gemm_detail {
+
+DLKERN_GEMM()
+
+}  // namespace dlkern::cpu::DLKERN_ISA::gemm_detail
