@@ -2,8 +2,9 @@
 
 Triton's own interpreter (NumPy, one program after another) does the work. Three things are different here:
 TRITON_INTERPRET stays unset, because it would turn every kernel of the process into an uncompilable one; what the
-interpreter does wrongly is put right (bfloat16 in tl.dot and in rounding, libdevice, float scalars, which a GPU gets
-in float32 unless the kernel says float64); and every load and store is checked:
+interpreter does wrongly is put right (bfloat16 in tl.dot and in rounding, libdevice, the last bits of tl.dot, exp and
+log, which depend on the CPU, float scalars, which a GPU gets in float32 unless the kernel says float64); and every load
+and store is checked:
 
 * an address outside all tensor arguments (a lost mask) raises MemoryError;
 * an element written by two programs of a launch, or written by one and read by another, raises RaceError, whatever
@@ -115,17 +116,33 @@ def _round_to_bfloat16(data: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(data), np.uint16(0x7FC0), rounded).reshape(data.shape)
 
 
+def _nearest(function: Callable[..., Any], data: np.ndarray) -> np.ndarray:
+    """Correctly rounded: NumPy's float32 exp, log and tanh are 0.5 to 3.4 units off in the last place, by the CPU."""
+    return np.asarray(function(data.astype(np.float64))).astype(data.dtype)
+
+
 def _builder_methods(memory: Memory) -> dict[str, Callable[..., Any]]:
     builder = backend.InterpreterBuilder
     this = backend.interpreter_builder
 
     def create_dot(a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return builder.create_dot(this, _widen(a), _widen(b), d, *rest)
+        a, b = _widen(a), _widen(b)
+        if d.data.dtype.kind != "f":
+            return builder.create_dot(this, a, b, d, *rest)
+        # By torch: the BLAS that NumPy finds rounds products before it adds them, on some CPUs, and a GPU does not.
+        left, right = (torch.from_numpy(np.ascontiguousarray(x.data, dtype=d.data.dtype)) for x in (a, b))
+        return backend.TensorHandle((left @ right).numpy() + d.data, d.dtype.scalar)
 
     def cast_impl(src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar in (tl.float32, tl.float64) and dst_type.scalar == tl.bfloat16:
             return backend.TensorHandle(_round_to_bfloat16(src.data), tl.bfloat16)
         return builder.cast_impl(this, src, dst_type)
+
+    def create_exp(x: Any) -> Any:
+        return backend.TensorHandle(_nearest(np.exp, x.data), x.dtype.scalar)
+
+    def create_log(x: Any) -> Any:
+        return backend.TensorHandle(_nearest(np.log, x.data), x.dtype.scalar)
 
     def chosen(mask: Any, ptrs: Any) -> np.ndarray:
         return np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)
@@ -138,7 +155,8 @@ def _builder_methods(memory: Memory) -> dict[str, Callable[..., Any]]:
         memory.write(ptrs.data[chosen(mask, ptrs)])
         return builder.create_masked_store(this, ptrs, value, mask, *rest, **named)
 
-    return {f.__name__: f for f in (create_dot, cast_impl, create_masked_load, create_masked_store)}
+    methods = (create_dot, cast_impl, create_exp, create_log, create_masked_load, create_masked_store)
+    return {f.__name__: f for f in methods}
 
 
 def _tree_sum(self: Any, input: Any) -> Any:
@@ -159,7 +177,7 @@ class _Libdevice:
 
     @staticmethod
     def tanh(x: Any) -> Any:
-        return tl.tensor(backend.TensorHandle(np.tanh(x.handle.data), x.handle.dtype), x.type)
+        return tl.tensor(backend.TensorHandle(_nearest(np.tanh, x.handle.data), x.handle.dtype), x.type)
 
 
 # --- Triton's functions as Python functions ---------------------------------------------------------------------------
