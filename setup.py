@@ -39,9 +39,9 @@ ISA_FLAGS = {
 }
 VARIANT_FLAGS = {
     "release": "-O3 -g0",
+    # Neither this nor "wide" is optimised: their tests spend more time compiling than in kernels.
     "asan": "-O0 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "debug": "-O0 -g",
-    # Not optimised: compiling, not running, is what takes the time of these two.
     # The AVX-512 code with its 64-byte vectors lowered to AVX2, for machines without AVX-512.
     "wide": "-O0 -g0",
 }
