@@ -79,4 +79,8 @@ sanitize: install
 mutate: install
 	$(PY) tests/mutate.py
 
-.PHONY: help setup native cuda-on-host install demo test lint format wheel fuzz mutate sanitize
+# Every CUDA C++ and Triton kernel compiled for every GPU; `make test` compiles those whose sources changed.
+aot: install
+	DLKERN_AOT=all $(PY) -m pytest tests/test_cuda_aot.py tests/test_triton_aot.py
+
+.PHONY: help setup native cuda-on-host install demo test lint format wheel fuzz mutate sanitize aot

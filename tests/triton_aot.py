@@ -5,16 +5,17 @@ grid, block sizes, constants and specialisation (alignment, ones) are the ones t
 tests/test_triton_aot.py holds the results to tests/budgets/triton-<version>/<family>.json; after a change that is
 meant, write those again with
 
-    python tests/triton_aot.py [family ...]
+    python tests/triton_aot.py [family ...]        (without families: those whose sources changed)
 
 and read the difference: more registers, a lost tensor-core instruction or a spill is a regression. Budgets are keyed
-by Triton's version, because compilers differ.
+by Triton's version, because compilers differ, and name the sources they were measured on (sources.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from unittest import mock
 
 import torch
 import triton
+from sources import digest, module_file
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -306,6 +308,17 @@ CALLS = {
 }
 
 
+@functools.cache
+def sources(family: str) -> str:
+    """Digest of what decides a family's machine code: the calls, and the modules of kernels that they name."""
+    calls = [CALLS[family], *([_options_of_rnn] if family == "rnn" else [])]
+    texts = [inspect.getsource(call) for call in calls]
+    values = [globals().get(name) for call in calls for name in call.__code__.co_names]
+    modules = {value.__name__ for value in values if inspect.ismodule(value)}
+    files = [path for name in sorted(modules) if name.startswith("dlkern.kernels.") for path in module_file(name)]
+    return digest(files, triton.__version__, *texts)
+
+
 # --- what the machine code uses ---------------------------------------------------------------------------------------
 
 
@@ -357,8 +370,11 @@ def measure(family: str, target: str) -> dict[str, dict]:
 def write(families: list[str]) -> None:
     BUDGETS.mkdir(parents=True, exist_ok=True)
     for family in families or CALLS:
+        path = BUDGETS / f"{family}.json"
+        if not families and path.exists() and json.loads(path.read_text()).get("sources") == sources(family):
+            continue
         rows = {target: measure(family, target) for target in TARGETS}
-        (BUDGETS / f"{family}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        path.write_text(json.dumps({"sources": sources(family), **rows}, indent=1) + "\n")
         for target, kernels in rows.items():
             for name, row in kernels.items():
                 print(f"{target:7s} {name:42s} {row}", flush=True)

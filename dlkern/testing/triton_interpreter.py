@@ -129,9 +129,10 @@ def _builder_methods(memory: Memory) -> dict[str, Callable[..., Any]]:
         a, b = _widen(a), _widen(b)
         if d.data.dtype.kind != "f":
             return builder.create_dot(this, a, b, d, *rest)
-        # By torch: the BLAS that NumPy finds rounds products before it adds them, on some CPUs, and a GPU does not.
-        left, right = (torch.from_numpy(np.ascontiguousarray(x.data, dtype=d.data.dtype)) for x in (a, b))
-        return backend.TensorHandle((left @ right).numpy() + d.data, d.dtype.scalar)
+        # Rounded once: how the BLAS that NumPy or torch finds rounds a float32 product depends on the CPU. By torch, whose
+        # float64 products of small matrices are the faster ones.
+        left, right = (torch.from_numpy(np.ascontiguousarray(x.data, dtype=np.float64)) for x in (a, b))
+        return backend.TensorHandle(((left @ right).numpy() + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     def cast_impl(src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar in (tl.float32, tl.float64) and dst_type.scalar == tl.bfloat16:
