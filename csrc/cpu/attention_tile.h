@@ -31,8 +31,9 @@ inline void product(int64_t m, int64_t n, int64_t k, const A* a, int64_t a_row, 
   for (int64_t j = 0; j < n; j += kNR<A>) {
     const int vectors = static_cast<int>(ceil_div(smaller(kNR<A>, n - j), kLanes<A>));
     for (int64_t i = 0; i < m; i += kMR)
-      kernel_for<A>(static_cast<int>(smaller(kMR, m - i)), vectors)(
-          k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add ? Out::add : Out::set, none);
+      kernel_for<A>(static_cast<int>(smaller(kMR, m - i)), vectors)(k, a + i * a_row, a_row, a_column, b + j, b_row,
+                                                                    c + i * c_row + j, c_row, nullptr,
+                                                                    add ? Out::add : Out::set, none);
   }
 }
 

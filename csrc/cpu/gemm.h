@@ -18,7 +18,8 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-// A[i, p] = a[i * a_row + p * a_column], B[p, j] = b[p * b_row + j * b_column], C[i, j] = c[i * c_row + j].
+// A[i, p] = a[i * a_row + p * a_column], B[p, j] = b[p * b_row + j * b_column], C[i, j] = c[i * c_row + j]; bias[j], if
+// there is one, is added to column j after the last k.
 template <class T, class C = T> struct Gemm {
   int64_t m, n, k;
   const T* a;
@@ -28,9 +29,10 @@ template <class T, class C = T> struct Gemm {
   C* c;
   int64_t c_row;
   bool accumulate = false;
+  const C* bias = nullptr;
 };
 
-// An epilogue maps a vector of C, row i, columns j .. j + lanes - 1 (`count` of them valid), after the last k.
+// An epilogue maps a vector of C, row i, columns j .. j + lanes - 1 (`count` of them valid), after the last k and the bias.
 struct NoEpilogue {
   template <class V> V operator()(V value, int64_t, int64_t, int) const { return value; }
 };
@@ -98,10 +100,11 @@ struct Ahead {
 // How a tile's sums reach C: added, stored, or stored past the caches.
 enum class Out { add, set, past };
 
-// tile[ROWS, NV vectors] (+)= A[ROWS, k] B[k, NV vectors]; rows of B are b_row apart, rows of the tile tile_row.
+// tile[ROWS, NV vectors] (+)= A[ROWS, k] B[k, NV vectors] (+ bias); rows of B are b_row apart, rows of the tile tile_row.
 template <int ROWS, int NV, class T>
 [[gnu::always_inline]] inline void micro_kernel(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                                int64_t b_row, T* tile, int64_t tile_row, Out out, const Ahead& ahead) {
+                                                int64_t b_row, T* tile, int64_t tile_row, const T* bias, Out out,
+                                                const Ahead& ahead) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
   V sum[ROWS][NV] = {};
@@ -147,20 +150,23 @@ template <int ROWS, int NV, class T>
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       T* to = tile + i * tile_row + j * lanes;
+      V value = out == Out::add ? load(to) + sum[i][j] : sum[i][j];
+      if (bias) value += load(bias + j * lanes);
       if (out == Out::past)
-        stream(to, sum[i][j]);
+        stream(to, value);
       else
-        store(to, out == Out::add ? load(to) + sum[i][j] : sum[i][j]);
+        store(to, value);
     }
 }
 
 template <class T>
-using Kernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, Out, const Ahead&);
+using Kernel = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, const T*, Out,
+                        const Ahead&);
 
 template <int ROWS, int NV, class T>
 void kernel(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row, T* tile,
-            int64_t tile_row, Out out, const Ahead& ahead) {
-  micro_kernel<ROWS, NV, T>(k, a, a_row, a_column, b, b_row, tile, tile_row, out, ahead);
+            int64_t tile_row, const T* bias, Out out, const Ahead& ahead) {
+  micro_kernel<ROWS, NV, T>(k, a, a_row, a_column, b, b_row, tile, tile_row, bias, out, ahead);
 }
 
 // The kernel for a tile of rows x vectors.
@@ -215,36 +221,48 @@ void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column, P
   }
 }
 
-// rows x columns values, side by side along columns, into a dense block.
+// rows x columns values, side by side along columns, into a dense block. Runs too short for the processor to foresee.
 template <class T, class P>
 inline void copy_rows(int64_t rows, int64_t columns, const T* from, int64_t row_stride, P* to) {
   constexpr int64_t lanes = kLanes<P>;
   for (int64_t i = 0; i < rows; ++i, from += row_stride, to += columns) {
     int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) store(to + j, load(from + j));
+    const T* next = from + (i + 2 < rows ? 2 * row_stride : 0);
+    for (; j + lanes <= columns; j += lanes) {
+      __builtin_prefetch(next + j);
+      store(to + j, load(from + j));
+    }
     for (; j < columns; ++j) to[j] = static_cast<P>(from[j]);
   }
 }
 
-// A block of A made dense in the type sums are carried in: rows stay rows, columns columns. Rows a power of two
-// apart, as weights' and activations' often are, fight for the same few sets of a cache; a dense block does not.
+// A block of A made dense in the type sums are carried in. Rows a power of two apart, as weights' and activations' often
+// are, fight for the same few sets of a cache; a dense block does not. Where rows lie along k they stay rows; where columns
+// do not, the steps of kMR rows lie side by side. `tile` is from a row to the next one's tile.
 template <class P> struct Block {
   const P* a;
-  int64_t row, column;
+  int64_t row, column, tile;
 };
+template <class P> constexpr int64_t kPanelSlack = kLanes<P>;
 template <class T, class P>
 inline Block<P> pack_a(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, P* packed) {
   if (a_column == 1) {
     copy_rows(m, k, a, a_row, packed);
-    return {packed, k, 1};
+    return {packed, k, 1, k};
   }
-  if (a_row == 1) {
-    copy_rows(k, m, a, a_column, packed);
-    return {packed, 1, m};
+  constexpr int64_t lanes = kLanes<P>;
+  for (int64_t i = 0; i < m; i += kMR, a += kMR * a_row) {
+    P* to = packed + i * k;
+    if (a_row == 1 && i + ceil_div(kMR, lanes) * lanes <= m) {  // whole vectors; the next step covers what is too much
+      for (int64_t p = 0; p < k; ++p)
+        for (int64_t v = 0; v < kMR; v += lanes) store(to + p * kMR + v, load(a + p * a_column + v));
+    } else {
+      const int64_t rows = smaller(kMR, m - i);
+      for (int64_t p = 0; p < k; ++p)
+        for (int64_t r = 0; r < rows; ++r) to[p * kMR + r] = static_cast<P>(a[p * a_column + r * a_row]);
+    }
   }
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t p = 0; p < k; ++p) packed[i * k + p] = static_cast<P>(a[i * a_row + p * a_column]);
-  return {packed, k, 1};
+  return {packed, 1, kMR, k};
 }
 
 // A finished tile into C: C (+)= tile, then the epilogue where this is the last block of k.
@@ -266,6 +284,16 @@ inline void finish(const P* tile, int64_t tile_row, int rows, int64_t columns, C
     }
 }
 
+// The bias, then the epilogue.
+template <class C, class Epilogue> struct Finished {
+  const C* bias;
+  const Epilogue& epilogue;
+  template <class V> V operator()(V value, int64_t i, int64_t j, int count) const {
+    if (bias) value += count == kLanes<C> ? load(bias + j) : load_partial<C>(bias + j, count);
+    return epilogue(value, i, j, count);
+  }
+};
+
 template <class A, class B> struct same {
   static constexpr bool value = false;
 };
@@ -277,8 +305,8 @@ template <class A> struct same<A, A> {
 // packed: vectors run along k, a tile holds one sum a pair of row and column, and its lanes are added at the end.
 constexpr int kDotRows = kNV == 4 ? 6 : 3;
 constexpr int kDotColumns = 4;
-constexpr int64_t kDotMaxM = kVectorBytes == 64 ? 24 : 96,
-                  kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
+constexpr int64_t kDotMaxM = 24, kDotMaxNarrowM = kVectorBytes == 64 ? 24 : 96,  // where C has kNarrowN columns at most
+    kDotMinK = 4 * kVectorBytes / 4;  // adding lanes up must not weigh
 
 // The lanes of four vectors added up: result lane l holds sum l of 4.
 template <class V> [[gnu::always_inline]] inline V add_lanes(V v0, V v1, V v2, V v3) {
@@ -369,6 +397,7 @@ void run_dot(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int
   // A block of A stays in the second-level cache, 16 columns of B in the first.
   int64_t kc_max = 32768 / g.m / 64 * 64;
   if (kc_max < 256) kc_max = 256;
+  const Finished<C, Epilogue> finished{g.bias, epilogue};
   const int64_t m = i_end - i_begin, n = j_end - j_begin;
   P* sums = same<C, P>::value || g.k <= kc_max ? nullptr : scratch<P>(Slot::gemm_c, m * n);
   P tile[kDotRows * group];
@@ -386,12 +415,12 @@ void run_dot(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int
         }
         C* c_tile = g.c + i * g.c_row + j;
         if (!sums) {
-          finish(tile, group, rows, columns, c_tile, g.c_row, g.accumulate || !first, last, epilogue, i, j);
+          finish(tile, group, rows, columns, c_tile, g.c_row, g.accumulate || !first, last, finished, i, j);
           continue;
         }
         P* sum = sums + (i - i_begin) * n + (j - j_begin);
         finish(tile, group, rows, columns, sum, n, !first, false, NoEpilogue{}, i, j);
-        if (last) finish(sum, n, rows, columns, c_tile, g.c_row, g.accumulate, true, epilogue, i, j);
+        if (last) finish(sum, n, rows, columns, c_tile, g.c_row, g.accumulate, true, finished, i, j);
       }
     }
   }
@@ -415,6 +444,7 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
                 int64_t j_end) {
   using P = acc_t<T>;
   constexpr int64_t width = kNR<P>, lanes = kLanes<P>;
+  const Finished<C, Epilogue> finished{g.bias, epilogue};
   const int64_t m = i_end - i_begin, panels = ceil_div(m, width), pitch = panels * width;
   const int64_t kc_step = steps_of_k(g, kKC), nc_step = kTurnedSums<P> / pitch;
   P* packed_a = scratch<P>(Slot::gemm_b, kc_step * pitch);
@@ -430,7 +460,7 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
         const T* b = g.b + (jc + j) * g.b_column + pc;
         Block<P> block;
         if constexpr (same<T, P>::value)
-          block = {b, g.b_column, 1};
+          block = {b, g.b_column, 1, 0};
         else
           block = pack_a(rows, kc, b, g.b_column, 1, packed_b);
         Ahead ahead;
@@ -442,7 +472,7 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
           const int vectors = static_cast<int>(ceil_div(smaller(width, m - i), lanes));
           ahead.share(i / width, panels);
           kernel_for<P>(rows, vectors)(kc, block.a, block.row, block.column, packed_a + i * kc, width,
-                                       sums + j * pitch + i, pitch, pc == 0 ? Out::set : Out::add, ahead);
+                                       sums + j * pitch + i, pitch, nullptr, pc == 0 ? Out::set : Out::add, ahead);
         }
       }
     }
@@ -456,7 +486,7 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
           C* out = g.c + row * g.c_row + jc + j;
           if (g.accumulate) square[r] += load_some(out, count);
           const int some = static_cast<int>(smaller(lanes, count));
-          store_some(out, epilogue(square[r], row, jc + j, some), count);
+          store_some(out, finished(square[r], row, jc + j, some), count);
         }
       }
   }
@@ -466,7 +496,8 @@ void run_turned(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, 
 template <class T, class C, class Epilogue>
 void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
                  int64_t j_end) {
-  if (g.a_column == 1 && g.b_row == 1 && g.m <= kDotMaxM && (g.k >= kDotMinK || g.m == 1)) {
+  const int64_t dot_m = g.n <= kNarrowN ? kDotMaxNarrowM : kDotMaxM;
+  if (g.a_column == 1 && g.b_row == 1 && g.m <= dot_m && (g.k >= kDotMinK || g.m == 1)) {
     run_dot(g, epilogue, i_begin, i_end, j_begin, j_end);
     return;
   }
@@ -479,6 +510,7 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
   constexpr bool c_is_sum = same<C, P>::value;  // C can hold sums between blocks of k
   constexpr bool same_type = same<T, P>::value;
   constexpr bool plain = same<Epilogue, NoEpilogue>::value;
+  const Finished<C, Epilogue> finished{g.bias, epilogue};
   const int64_t m = i_end - i_begin;
   const bool once = m <= kMC<P>;  // each panel of B meets one block of rows
   const int64_t nc_step = once ? kOnceNC<P> : kNC<P>,
@@ -490,7 +522,9 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
   alignas(64) P tile[kMR * width];
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
   P* packed_b = scratch<P>(Slot::gemm_b, kc_step * (once || b_in_place ? width : nc_max));
-  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_step * smaller(kMC<P>, m));
+  P* packed_a = a_in_place
+                    ? nullptr
+                    : scratch<P>(Slot::gemm_a, kc_step * smaller(kMC<P>, ceil_div(m, kMR) * kMR) + kPanelSlack<P>);
   // Sums between blocks of k, where C's own type would round them.
   P* sums = c_is_sum || g.k <= kc_step ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
   // Results that leave the caches anyway, in whole vectors, need not enter them.
@@ -511,7 +545,7 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
         const int64_t mc = smaller(kMC<P>, i_end - ic), tiles = ceil_div(mc, kMR);
         const T* a = g.a + ic * g.a_row + pc * g.a_column;
         Block<P> block;
-        if constexpr (same_type) block = {a, g.a_row, g.a_column};
+        if constexpr (same_type) block = {a, g.a_row, g.a_column, g.a_row};
         if (!a_in_place) block = pack_a(mc, kc, a, g.a_row, g.a_column, packed_a);
         for (int64_t j = 0; j < nc; j += width) {
           const int64_t columns = smaller(width, nc - j);
@@ -535,29 +569,31 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
           for (int64_t i = 0; i < mc; i += kMR) {
             const int rows = static_cast<int>(smaller(kMR, mc - i));
             const Kernel<P> multiply = kernel_for<P>(rows, vectors);
-            const P* a_tile = block.a + i * block.row;
+            const P* a_tile = block.a + i * block.tile;
             C* c_tile = g.c + (ic + i) * g.c_row + jc + j;
             ahead.share(i / kMR, tiles);
             if constexpr (c_is_sum) {
               const bool add = g.accumulate || !first;
               if ((plain || !last) && columns % kLanes<P> == 0) {
                 multiply(kc, a_tile, block.row, block.column, b_panel, b_row, c_tile, g.c_row,
+                         last && g.bias ? g.bias + jc + j : nullptr,
                          past  ? Out::past
                          : add ? Out::add
                                : Out::set,
                          ahead);
-              } else {
-                multiply(kc, a_tile, block.row, block.column, b_panel, b_row, tile, width, Out::set, ahead);
-                finish(tile, width, rows, columns, c_tile, g.c_row, add, last, epilogue, ic + i, jc + j);
+                continue;
               }
-            } else {
-              P* sum = sums ? sums + (ic - i_begin + i) * nc_max + j : tile;
-              const int64_t sum_row = sums ? nc_max : width;
-              multiply(kc, a_tile, block.row, block.column, b_panel, b_row, sum, sum_row, first ? Out::set : Out::add,
-                       ahead);
-              if (last)
-                finish(sum, sum_row, rows, columns, c_tile, g.c_row, g.accumulate, true, epilogue, ic + i, jc + j);
             }
+            P* sum = sums ? sums + (ic - i_begin + i) * nc_max + j : tile;
+            const int64_t sum_row = sums ? nc_max : width;
+            const bool add_sums = sums && !first;
+            if (last)  // while the tile is multiplied
+              for (int r = 0; r < rows; ++r) __builtin_prefetch(c_tile + r * g.c_row, 1);
+            multiply(kc, a_tile, block.row, block.column, b_panel, b_row, sum, sum_row, nullptr,
+                     add_sums ? Out::add : Out::set, ahead);
+            if (last || c_is_sum)
+              finish(sum, sum_row, rows, columns, c_tile, g.c_row, c_is_sum ? g.accumulate || !first : g.accumulate,
+                     last, finished, ic + i, jc + j);
           }
         }
       }
@@ -584,6 +620,7 @@ template <class T, class C> bool is_tiled(const Gemm<T, C>& g) {
 template <class T, class C, class Epilogue>
 void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t i_end, int64_t j_begin,
                int64_t j_end) {
+  const Finished<C, Epilogue> finished{g.bias, epilogue};
   const Lines<T> rows{g.a, g.a_row, g.a_column}, columns{g.b, g.b_column, g.b_row};
   const bool turned =
       (g.a_column == 1 ? 0 : g.m) + (g.b_column == 1 ? 0 : g.n) > (g.b_row == 1 ? 0 : g.n) + (g.a_row == 1 ? 0 : g.m);
@@ -651,7 +688,7 @@ void run_tiles(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, i
                 sum = other;
               }
               finish(sum, kStrip, static_cast<int>(height), width, g.c + i * g.c_row + j, g.c_row, g.accumulate, true,
-                     epilogue, i, j);
+                     finished, i, j);
             }
           }
       }
@@ -679,6 +716,8 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   DLKERN_GEMM_RUN(KIND, run_tiles, float, float)    \
   DLKERN_GEMM_RUN(KIND, run_tiles, float, float16)  \
   DLKERN_GEMM_RUN(KIND, run_tiles, float, bfloat16) \
+  DLKERN_GEMM_RUN(KIND, run_tiles, float16, float)  \
+  DLKERN_GEMM_RUN(KIND, run_tiles, bfloat16, float) \
   DLKERN_GEMM_RUN(KIND, run_tiles, bfloat16, bfloat16)
 #else
 #define DLKERN_GEMM_TILES(KIND)
@@ -695,6 +734,8 @@ void run(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin, int64_t
   DLKERN_GEMM_RUN(KIND, run_vectors, float, float16)     \
   DLKERN_GEMM_RUN(KIND, run_vectors, float, bfloat16)    \
   DLKERN_GEMM_RUN(KIND, run_vectors, bfloat16, bfloat16) \
+  DLKERN_GEMM_RUN(KIND, run_vectors, float16, float)     \
+  DLKERN_GEMM_RUN(KIND, run_vectors, bfloat16, float)    \
   DLKERN_GEMM_TILES(KIND)
 DLKERN_GEMM(extern)
 

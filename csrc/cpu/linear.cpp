@@ -10,21 +10,16 @@
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
-// value + bias[j], then the activation.
-template <class T> struct BiasActivation {
-  const T* bias;
+struct Activation {
   int activation;
-  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
-    if (bias) value += count == kLanes<T> ? load(bias + j) : load_partial<T>(bias + j, count);
-    return activate(value, activation);
-  }
+  template <class V> V operator()(V value, int64_t, int64_t, int) const { return activate(value, activation); }
 };
 
 template <class T> void forward(const LinearArgs<T>& x) {
   const Gemm<T> g{x.m,          x.n,      x.k, x.input, x.input_row, x.input_column, x.weight, x.weight_column,
-                  x.weight_row, x.output, x.n};
-  if (x.bias || x.activation)
-    gemm(g, BiasActivation<T>{x.bias, x.activation});
+                  x.weight_row, x.output, x.n, false,   x.bias};
+  if (x.activation)
+    gemm(g, Activation{x.activation});
   else
     gemm(g);
 }

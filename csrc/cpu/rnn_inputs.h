@@ -6,14 +6,6 @@
 
 namespace dlkern::cpu::DLKERN_ISA {
 
-// Compiled once, in rnn_product.cpp.
-#define DLKERN_INPUT_PRODUCTS(KIND)                                             \
-  KIND template void gemm(const Gemm<float, float>&, const AddBias<float>&);    \
-  KIND template void gemm(const Gemm<double, double>&, const AddBias<double>&); \
-  KIND template void gemm(const Gemm<float16, float>&, const AddBias<float>&);  \
-  KIND template void gemm(const Gemm<bfloat16, float>&, const AddBias<float>&);
-DLKERN_INPUT_PRODUCTS(extern)
-
 constexpr int64_t kChunkRows = 576, kChunkValues = 262144;  // of gates that are not kept: rows at least, values about
 
 // Calls visit(n0, n1, first row, rows, gates) for steps [n0, n1) at a time, all of them where gates are kept. `gates` has
@@ -33,8 +25,7 @@ void in_chunks(const RnnForwardArgs<T>& args, const Layer<acc_t<T>>& layer, cons
       rows += s.order ? s.batch : s.batch_sizes[layer.step(n1)];
     const int64_t first_row = s.offsets[smaller(layer.step(n0), layer.step(n1 - 1))];
     gemm(Gemm<T, A>{rows, width, s.inputs, args.input + first_row * s.inputs, s.inputs, 1, args.weight_ih, 1, s.inputs,
-                    gates + row_size - width, row_size},
-         AddBias<A>{bias});
+                    gates + row_size - width, row_size, false, bias});
     visit(n0, n1, first_row, rows, gates);
   }
 }

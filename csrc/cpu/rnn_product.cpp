@@ -1,11 +1,8 @@
 // The products that recurrent layers with options and without share.
 #include "rnn_product.h"
 
-#include "rnn_inputs.h"
-
 namespace dlkern::cpu::DLKERN_ISA {
 
-DLKERN_INPUT_PRODUCTS()
 #if DLKERN_TILE_CODE
 DLKERN_LAID_PRODUCTS()
 #endif

@@ -131,13 +131,6 @@ template <class T> void clear_padding(const RnnShape& s, T* rows, int64_t width)
                   sizeof(T) * static_cast<size_t>(width));
 }
 
-template <class A> struct AddBias {
-  const A* bias;  // or null
-  template <class V> V operator()(V value, int64_t, int64_t j, int count) const {
-    return bias ? value + load_some(bias + j, count) : value;
-  }
-};
-
 // What is added to the input part, [gates * hidden], and what GRU adds to n's hidden part, [hidden]; false where there
 // are no biases.
 template <int mode, class T> bool combine_biases(const RnnForwardArgs<T>& args, acc_t<T>* bias, acc_t<T>* hidden_bias) {

@@ -63,7 +63,7 @@ template <class T> static void one_product(Random& random) {
   auto a = operand<T>(m, k, random);
   auto b = operand<T>(k, n, random);
   const int64_t c_row = n + random.one_of({int64_t{0}, int64_t{0}, int64_t{3}}), c_count = (m - 1) * c_row + n;
-  const bool accumulate = random.below(2), shift = random.below(2);
+  const bool accumulate = random.below(2), shift = random.below(2), biased = random.below(2);
   Guarded<T> c(c_count), alone(c_count);
   std::vector<double> before(static_cast<size_t>(c_count));
   for (int64_t i = 0; i < c_count; ++i) {
@@ -73,11 +73,14 @@ template <class T> static void one_product(Random& random) {
   std::vector<acc_t<T>> bias(static_cast<size_t>(n));
   for (auto& value : bias) value = static_cast<acc_t<T>>(random.value());
 
+  Guarded<T> added(n);
+  for (int64_t j = 0; j < n; ++j) added[j] = static_cast<T>(static_cast<acc_t<T>>(random.value()));
+
   Gemm<T> g{};
   g.m = m, g.n = n, g.k = k;
   g.a = a.memory.data(), g.a_row = a.row, g.a_column = a.column;
   g.b = b.memory.data(), g.b_row = b.row, g.b_column = b.column;
-  g.c_row = c_row, g.accumulate = accumulate;
+  g.c_row = c_row, g.accumulate = accumulate, g.bias = biased ? added.data() : nullptr;
   for (T* result : {c.data(), alone.data()}) {  // on all threads, and on this one: the same bits
     g.c = result;
     const bool threads = result == c.data();
@@ -102,12 +105,17 @@ template <class T> static void one_product(Random& random) {
         exact += a.at(i, p) * b.at(p, j);
         size += std::fabs(a.at(i, p) * b.at(p, j));
       }
+      if (biased) {
+        const double moved = static_cast<acc_t<T>>(added[j]);
+        exact += moved;
+        size += std::fabs(moved);
+      }
       if (shift) {
         const double moved = static_cast<double>(bias[static_cast<size_t>(j)]) - static_cast<double>(i);
         exact += moved;
         size += std::fabs(static_cast<double>(bias[static_cast<size_t>(j)])) + static_cast<double>(i);
       }
-      const double roundings = static_cast<double>(k + 4) * kUnit<T>;
+      const double roundings = static_cast<double>(k + 5) * kUnit<T>;
       double bound = roundings / (1 - roundings) * size;
       if (sizeof(T) == 8) bound *= 2;  // the loop it is compared with rounds as much
       if (sizeof(T) == 2) bound += kStorageUnit<T> * (std::fabs(exact) + bound) + kSubnormal;
