@@ -53,7 +53,7 @@ template <class T> struct AttentionBackwardArgs {
   Strided<T> grad_query, grad_key, grad_value;  // dense in depth
   void* grad_mask;                        // contiguous, in the mask's shape and type; or null
   acc_t<T>* grad_weight;                  // [depth]; or null
-  bool from_scores;                       // torch has the matrix of scores of this call in memory
+  bool from_scores = false;               // torch has the matrix of scores of this call in memory
 };
 
 #define DLKERN_ATTENTION(T)                                        \

@@ -243,25 +243,28 @@ template <class P> struct Block {
   const P* a;
   int64_t row, column, tile;
 };
-template <class P> constexpr int64_t kPanelSlack = kLanes<P>;
 template <class T, class P>
 inline Block<P> pack_a(int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column, P* packed) {
   if (a_column == 1) {
     copy_rows(m, k, a, a_row, packed);
     return {packed, k, 1, k};
   }
-  constexpr int64_t lanes = kLanes<P>;
-  for (int64_t i = 0; i < m; i += kMR, a += kMR * a_row) {
-    P* to = packed + i * k;
-    if (a_row == 1 && i + ceil_div(kMR, lanes) * lanes <= m) {  // whole vectors; the next step covers what is too much
-      for (int64_t p = 0; p < k; ++p)
-        for (int64_t v = 0; v < kMR; v += lanes) store(to + p * kMR + v, load(a + p * a_column + v));
-    } else {
-      const int64_t rows = smaller(kMR, m - i);
-      for (int64_t p = 0; p < k; ++p)
-        for (int64_t r = 0; r < rows; ++r) to[p * kMR + r] = static_cast<P>(a[p * a_column + r * a_row]);
+  // Whole vectors, of which the next step's cover what is too much, but for the last ones'. A few steps at a time: their
+  // lines, of which a tile takes a part, may all belong to one set of the cache.
+  constexpr int64_t lanes = kLanes<P>, whole = ceil_div(kMR, lanes) * lanes, steps = 8;
+  const int64_t covered = k + 1 - ceil_div(whole, kMR);
+  for (int64_t p0 = 0; p0 < k; p0 += steps)
+    for (int64_t i = 0; i < m; i += kMR) {
+      const T* from = a + i * a_row;
+      P* to = packed + i * k;
+      const int64_t rows = smaller(kMR, m - i), end = smaller(p0 + steps, k);
+      int64_t p = p0;
+      if (a_row == 1 && i + whole <= m)
+        for (; p < smaller(end, covered); ++p)
+          for (int64_t v = 0; v < kMR; v += lanes) store(to + p * kMR + v, load(from + p * a_column + v));
+      for (; p < end; ++p)
+        for (int64_t r = 0; r < rows; ++r) to[p * kMR + r] = static_cast<P>(from[p * a_column + r * a_row]);
     }
-  }
   return {packed, 1, kMR, k};
 }
 
@@ -522,9 +525,7 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
   alignas(64) P tile[kMR * width];
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
   P* packed_b = scratch<P>(Slot::gemm_b, kc_step * (once || b_in_place ? width : nc_max));
-  P* packed_a = a_in_place
-                    ? nullptr
-                    : scratch<P>(Slot::gemm_a, kc_step * smaller(kMC<P>, ceil_div(m, kMR) * kMR) + kPanelSlack<P>);
+  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_step * smaller(kMC<P>, ceil_div(m, kMR) * kMR));
   // Sums between blocks of k, where C's own type would round them.
   P* sums = c_is_sum || g.k <= kc_step ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
   // Results that leave the caches anyway, in whole vectors, need not enter them.

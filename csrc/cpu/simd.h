@@ -62,7 +62,7 @@ template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T> inline Vec<T> broadcast(acc_t<T> value) {
   return value - Vec<T>{};
