@@ -72,9 +72,18 @@ def _set_class(module: torch.nn.Module, cls: type) -> None:
     module.__class__ = cls
 
 
+def _learn(cls: type) -> None:
+    """Adds dlkern's counterpart of a class outside torch to the tables, when a model with such a module comes."""
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        from dlkern import huggingface
+
+        assert issubclass(huggingface.Conv1D, cls)  # made on first use
+
+
 def _target(module: torch.nn.Module) -> tuple[type | None, str]:
     """The class convert() gives a module, or None and why it does not."""
     cls = _plain_class(module)
+    _learn(cls)
     if cls in TO_DLKERN:
         if "forward" in vars(module):
             return None, "its forward was replaced on the instance"

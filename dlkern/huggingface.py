@@ -1,4 +1,4 @@
-"""Hugging Face transformers on dlkern's attention: attn_implementation="dlkern"."""
+"""Hugging Face transformers on dlkern: attn_implementation="dlkern", and the layers they have of their own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,33 @@ from typing import Any
 
 import torch
 
-from dlkern.nn.functional import scaled_dot_product_attention
+from dlkern.nn.functional import linear, scaled_dot_product_attention
 from dlkern.overrides import enabled
 
 __all__ = ["NAME", "register_transformers"]
 
 NAME = "dlkern"
+
+
+def __getattr__(name: str) -> type[torch.nn.Module]:
+    """Conv1D, which convert() gives the modules of transformers' class of that name; made once transformers is there."""
+    if name != "Conv1D":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dlkern.convert import TO_DLKERN, TO_TORCH
+
+    theirs: Any = import_module("transformers.pytorch_utils").Conv1D
+
+    class Conv1D(theirs):  # type: ignore[misc]
+        """transformers.pytorch_utils.Conv1D, GPT-2's linear layer, on dlkern's kernels: x [..., nx] to x @ weight + bias."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return linear(x, self.weight.t(), self.bias)
+
+    Conv1D.__qualname__ = Conv1D.__name__  # pickle finds it here
+    globals()[name] = TO_DLKERN[theirs] = Conv1D
+    TO_TORCH[Conv1D] = theirs
+    return Conv1D
+
 
 # Models that, in transformers 4, choose a class of attention from a table instead of asking the interface.
 _TABLES = {"bert": "BERT_SELF_ATTENTION_CLASSES", "roberta": "ROBERTA_SELF_ATTENTION_CLASSES"}

@@ -70,6 +70,16 @@ def _cross_entropy_loss(self, target, weight=None, reduction=1, ignore_index=-10
     )  # fmt: skip
 
 
+def _addmm(*args, **kwargs):
+    """Where it is a linear layer, as transformers' Conv1D writes one: a bias and two matrices."""
+    if len(args) == 3 and not kwargs and all(isinstance(x, torch.Tensor) and x.layout == torch.strided for x in args):
+        bias, input, weight = args
+        fits = input.dim() == weight.dim() == 2 and input.shape[1] == weight.shape[0] and bias.shape == weight.shape[1:]
+        if fits and input.is_floating_point():
+            return F.linear(input, weight.t(), bias)
+    return torch.addmm(*args, **kwargs)
+
+
 _Function = Callable[..., Any]
 
 
@@ -92,6 +102,8 @@ def _table() -> dict[_Function, _Function]:
         torch.batch_norm: _batch_norm,
         torch.dropout: _dropout,
         torch.embedding: _embedding,
+        torch.addmm: _addmm,
+        torch.Tensor.addmm: _addmm,
         torch.lstm: F.lstm,
         torch.gru: F.gru,
         torch.rnn_tanh: F.rnn_tanh,
@@ -147,7 +159,8 @@ def enabled() -> TorchFunctionMode:
     """A context manager: inside, torch.nn.functional's functions run on dlkern, wherever they are called from.
 
     Covers every function of dlkern.nn.functional, under all names torch has for it (torch.conv2d,
-    torch.nn.functional.conv2d, an alias imported earlier …), also inside torch.nn modules and under torch.compile.
+    torch.nn.functional.conv2d, an alias imported earlier …), also inside torch.nn modules and under torch.compile; and
+    torch.addmm where it is a linear layer.
     Holds for the calling thread, and costs about 1 µs on every torch call inside.
 
     A backward pass may be called inside or outside. Only where it runs forwards again, under checkpointing, must

@@ -9,11 +9,12 @@ import dlkern.nn.functional as F
 from dlkern import Activation
 
 ACTIVATIONS = {None: lambda x: x, Activation.RELU: torch.relu, Activation.TANH: torch.tanh, Activation.SIGMOID: torch.sigmoid}
-# M, K, N: ones, odd sizes either side of the tiles' (6 x 16 or 64), of kMC, kKC and kNC, and of the three ways a
-# product is made (dot products up to 96 rows, B in place up to 24, packed).
+# M, K, N: ones, odd sizes either side of the tiles' (6 x 16 or 64), of kMC, kKC and kNC, and of the ways a product is
+# made (dot products up to 24 rows, or 96 of few columns; B in place up to 24; turned up to 128; packed).
 SIZES = [
     (1, 1, 1), (1, 33, 5), (2, 7, 3), (5, 130, 17), (7, 64, 33), (23, 129, 65), (25, 31, 47), (97, 40, 70), (96, 300, 18),
     (130, 270, 50), (300, 20, 400), (300, 530, 20), (13, 20, 800), (30, 20, 1100),
+    (95, 64, 11), (97, 70, 12), (24, 90, 130), (128, 33, 150), (129, 33, 150),
 ]
 
 
@@ -28,6 +29,25 @@ def test_parity(size, dtype):
     dlkern.testing.check(
         F.linear, tF.linear, lambda: draw(*size), dtype=dtype, draws=min(draws, 50), name=str(size)
     ).raise_if_failed()
+
+
+@pytest.mark.parametrize("needs", ["weight", "bias", "both", "neither"])
+def test_the_gradient_of_a_transposed_weight_lies_as_it_does(needs):
+    x, (weight, bias) = torch.randn(3, 5, 7).requires_grad_(), (torch.randn(7, 6), torch.randn(6))
+    weight.requires_grad_(needs in ("weight", "both"))
+    bias.requires_grad_(needs in ("bias", "both"))
+    leaves = [t for t in (x, weight, bias) if t.requires_grad]
+    sides = []
+    for function in (F.linear, tF.linear):
+        y = function(x, weight.t(), bias)
+        for graph in (False, True):
+            grads = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=graph, retain_graph=True)
+            sides.append(grads)
+            if function is F.linear and not graph and weight.requires_grad:
+                assert grads[1].stride() == weight.stride()
+    for grads in sides[1:]:
+        for a, b in zip(sides[0], grads, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("columns", [2800, 2801])

@@ -1,5 +1,6 @@
 """enabled(): torch's own functions on dlkern's kernels."""
 
+import contextlib
 import copy
 import threading
 
@@ -29,7 +30,8 @@ FORMS = {
     ],
     "linear": [
         lambda: F.linear(X, W[0, 0, :, :1].expand(3, 8)), lambda: torch._C._nn.linear(X, W[0, 0, :, :1].expand(3, 8)),
-        lambda: nn.Linear(8, 5)(X),
+        lambda: nn.Linear(8, 5)(X), lambda: torch.addmm(MEAN[:2], LOGITS, X.flatten()[:20].view(10, 2)),
+        lambda: MEAN[:2].addmm(LOGITS, X.flatten()[:20].view(10, 2)),
     ],
     "max_pool2d": [
         lambda: F.max_pool2d(X, 2), lambda: torch.max_pool2d(X, 2), lambda: torch.max_pool2d(X, 3, 2, 1),
@@ -156,6 +158,26 @@ def test_wrong_calls_raise_what_torch_raises():
             call()
         with dlkern.enabled(), pytest.raises(type(theirs.value)):
             call()
+
+
+def test_what_of_addmm_is_no_linear_layer_stays_torchs():
+    a, b, c = torch.randn(4, 3), torch.randn(3, 5), torch.randn(5)
+    calls = [
+        lambda: torch.addmm(c, a, b, beta=2), lambda: torch.addmm(c, a, b, alpha=0), lambda: torch.addmm(a[:, :1], a, b),
+        lambda: torch.addmm(c, a, b.to_sparse()), lambda: torch.addmm(c, a, b, out=torch.empty(4, 5)),
+        lambda: torch.addmm(c.long(), a.long(), b.long()), lambda: torch.addmm(input=c, mat1=a, mat2=b),
+        lambda: torch.addmm(c[:4], a, b), lambda: torch.addmm(c, a, c), lambda: torch.addmm(1, a, b), lambda: torch.addmm(c),
+    ]
+    for call in calls:
+        found = []
+        for mode in (contextlib.nullcontext(), dlkern.enabled()):
+            with mode, dlkern.trace() as traced:
+                try:
+                    found.append(call())
+                except Exception as error:
+                    found.append((type(error), str(error).splitlines()[0]))
+            assert not traced
+        assert torch.equal(*found) if isinstance(found[0], torch.Tensor) else found[0] == found[1]
 
 
 def test_tensor_subclasses_and_proxies_are_left_to_themselves():

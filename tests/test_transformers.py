@@ -1,6 +1,7 @@
 """Hugging Face transformers with attn_implementation="dlkern" against "sdpa"."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -52,7 +53,10 @@ def run(model, tokens, mask):
 @pytest.mark.parametrize("padded", [None, "right", "left"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_equals_sdpa(name, padded):
-    models = make(name)
+    assert_by_the_rule(make(name), padded)
+
+
+def assert_by_the_rule(models, padded):
     for seeds in (range(3), range(3, 27)):  # over few, chance decides the largest of few errors: more draws tell
         rows = rows_of(models, padded, seeds)
         if all(row.ok for row in rows):
@@ -71,7 +75,8 @@ def rows_of(models, padded, seeds):
             mask = mask if padded == "right" else mask.flip(1)
         with dlkern.trace() as calls:
             ours = run(models[0], tokens, mask)
-        assert [(c.op, c.backend) for c in calls if c.op != "linear"] == [("scaled_dot_product_attention", "cpu")] * 2
+        assert [c.op for c in calls].count("scaled_dot_product_attention") == 2
+        assert {c.backend for c in calls} == {"cpu"}
         draws.append((ours, run(models[1], tokens, mask), run(models[2], tokens, mask)))
     assert draws[0][0].keys() == draws[0][2].keys() and len(draws[0][0]) > 20
     rows = []
@@ -95,6 +100,34 @@ def test_generates_the_same(name):
     found = [model.eval().generate(tokens, attention_mask=mask, **settings) for model in models]
     assert found[0].shape == (2, 13)
     assert torch.equal(*found)
+
+
+def linear_calls(model):
+    with dlkern.trace() as calls:
+        model(torch.arange(10)[None])
+    return [c for c in calls if c.op == "linear"]
+
+
+def test_convert_takes_gpt2s_linear_layer():
+    models = make("gpt2")
+    before = {k: v.clone() for k, v in models[0].state_dict().items()}
+    assert not linear_calls(models[0])
+    with dlkern.enabled():  # torch.addmm
+        assert len(linear_calls(models[0])) == 8
+    assert "convertible" in {r.status for r in dlkern.conversion_report(models[0])}
+    assert dlkern.convert(models[0]) is models[0]
+    assert len(linear_calls(models[0])) == 8
+    assert {r.status for r in dlkern.conversion_report(models[0]) if r.kind == "Conv1D"} == {"dlkern"}
+    assert_by_the_rule(models, "left")
+    assert all(p.grad is None or p.grad.stride() == p.stride() for p in models[0].parameters())
+    tokens = torch.arange(10)[None]
+    again = pickle.loads(pickle.dumps(models[0]))
+    assert torch.equal(again(tokens).last_hidden_state, models[0](tokens).last_hidden_state)
+    compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens).last_hidden_state, models[0](tokens).last_hidden_state)
+    dlkern.revert(models[0])
+    assert not linear_calls(models[0]) and models[0].h[0].mlp.c_fc.__class__.__module__ == "transformers.pytorch_utils"
+    assert all(torch.equal(v, before[k]) for k, v in models[0].state_dict().items())
 
 
 def test_masked_heads():

@@ -80,12 +80,14 @@ class Linear(_autograd.Function):
         ctx.save_for_backward(
             input if need[1] else None, weight if need[0] else None, output if activation else None
         )
-        ctx.constants = need, activation, column
+        # A weight whose columns lie in one piece is another's transpose (transformers' Conv1D), and so is its gradient.
+        turned = weight.stride(0) == 1 and weight.stride(1) > 1
+        ctx.constants = need, activation, column, turned
 
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, output = ctx.saved_tensors
-        (need_input, need_weight, need_bias, *_), activation, column = ctx.constants
+        (need_input, need_weight, need_bias, *_), activation, column, turned = ctx.constants
         grad_input = grad_weight = grad_bias = None
         if torch.is_grad_enabled():
             if activation:
@@ -100,9 +102,11 @@ class Linear(_autograd.Function):
                 grad_output = _activation_backward[column](grad_output, output, activation)
             if need_input:
                 grad_input = _backward_input[column](grad_output, weight)
-            if need_weight or need_bias:
-                input = input if need_weight else grad_output[..., :0]
-                grad_weight, grad_bias = _backward_weight[column](grad_output, input, need_bias)
+            if need_bias or (need_weight and not turned):
+                other = input if need_weight and not turned else grad_output[..., :0]
+                grad_weight, grad_bias = _backward_weight[column](grad_output, other, need_bias)
+            if need_weight and turned:
+                grad_weight = _backward_weight[column](input, grad_output, False)[0].t()
         return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None, None, None
 
 
