@@ -39,7 +39,7 @@ ISA_FLAGS = {
 }
 VARIANT_FLAGS = {
     "release": "-O3 -g0",
-    # Neither this nor "wide" is optimised: their tests spend more time compiling than in kernels.
+    # Neither the sanitizers' libraries nor "wide" are optimised: their tests spend more time compiling than in kernels.
     "asan": "-O0 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "debug": "-O0 -g",
     # The AVX-512 code with its 64-byte vectors lowered to AVX2, for machines without AVX-512.
@@ -56,7 +56,7 @@ HOST_VARIANTS = {
         "link": "",
     },
     "cuda_on_host_asan": {
-        "common": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "common": "-O0 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined",
         "kernels": "",
         "link": "-fsanitize=address,undefined",
     },
