@@ -334,7 +334,7 @@ MUTANTS += [
 _CONV, _KERNEL, _BORDERS, _PLANAR, _WEIGHT = (
     f"csrc/cpu/conv{name}" for name in (".cpp", "_kernel.h", "_borders.h", "_planar.h", "_weight.cpp")
 )
-_GEMM, _LINEAR = "csrc/cpu/gemm.h", "csrc/cpu/linear.cpp"
+_GEMM = "csrc/cpu/gemm.h"
 _DENSE = "exact_on_integers and float32 and (3x3 or stride or dilated or padd or kernel or one)"
 
 
@@ -387,7 +387,9 @@ MUTANTS += [
     _matmul(_GEMM, "load_partial<T>(b + j * b_column + p, rest);", "load_partial<T>(b + j * b_column, rest);", "test_parity"),
     # linear: the bias's gradient short of a row, its tail of columns, an activation's gradient.
     _matmul("csrc/cpu/column_sums.h", "for (int64_t i = 0; i < rows; ++i) {", "for (int64_t i = 1; i < rows; ++i) {", "test_parity"),
-    _matmul(_LINEAR, "load(bias + j) : load_partial<T>(bias + j, count);", "load(bias) : load_partial<T>(bias + j, count);", "test_parity"),
+    _matmul(_GEMM, "load(bias + j) : load_partial<C>(bias + j, count);", "load(bias) : load_partial<C>(bias + j, count);", "test_parity"),
+    _matmul(_GEMM, "if (bias) value += load(bias + j * lanes);", "if (bias) value += load(bias);", "test_parity"),
+    _matmul(_GEMM, "const int64_t covered = k + 1 - ceil_div(whole, kMR);", "const int64_t covered = k;", "test_parity"),
     _matmul("csrc/cpu/activation.h", "return grad * (1 - y * y);", "return grad * (1 - y);", "test_activation"),
     _matmul("csrc/cpu/simd.h", "const V part = 2 / sum, rest = 1 - part;", "const V part = 2 / one, rest = 1 - part;", "test_activation"),
 ]
