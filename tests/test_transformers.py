@@ -56,15 +56,15 @@ def test_equals_sdpa(name, padded):
     assert_by_the_rule(make(name), padded)
 
 
-def assert_by_the_rule(models, padded):
+def assert_by_the_rule(models, padded, others=frozenset({"linear"})):
     for seeds in (range(3), range(3, 27)):  # over few, chance decides the largest of few errors: more draws tell
-        rows = rows_of(models, padded, seeds)
+        rows = rows_of(models, padded, seeds, others)
         if all(row.ok for row in rows):
             break
     assert not [row for row in rows if not row.ok]
 
 
-def rows_of(models, padded, seeds):
+def rows_of(models, padded, seeds, others):
     draws = []
     for seed in seeds:
         tokens = torch.randint(2, 50, (3, 9), generator=torch.Generator().manual_seed(seed))
@@ -75,8 +75,7 @@ def rows_of(models, padded, seeds):
             mask = mask if padded == "right" else mask.flip(1)
         with dlkern.trace() as calls:
             ours = run(models[0], tokens, mask)
-        assert [c.op for c in calls].count("scaled_dot_product_attention") == 2
-        assert {c.backend for c in calls} == {"cpu"}
+        assert [(c.op, c.backend) for c in calls if c.op not in others] == [("scaled_dot_product_attention", "cpu")] * 2
         draws.append((ours, run(models[1], tokens, mask), run(models[2], tokens, mask)))
     assert draws[0][0].keys() == draws[0][2].keys() and len(draws[0][0]) > 20
     rows = []
@@ -118,7 +117,7 @@ def test_convert_takes_gpt2s_linear_layer():
     assert dlkern.convert(models[0]) is models[0]
     assert len(linear_calls(models[0])) == 8
     assert {r.status for r in dlkern.conversion_report(models[0]) if r.kind == "Conv1D"} == {"dlkern"}
-    assert_by_the_rule(models, "left")
+    assert_by_the_rule(models, "left", others={"linear", "layer_norm", "embedding"})
     assert all(p.grad is None or p.grad.stride() == p.stride() for p in models[0].parameters())
     tokens = torch.arange(10)[None]
     again = pickle.loads(pickle.dumps(models[0]))

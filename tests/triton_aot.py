@@ -310,13 +310,12 @@ CALLS = {
 
 @functools.cache
 def sources(family: str) -> str:
-    """Digest of what decides a family's machine code: the calls, and the modules of kernels that they name."""
+    """Digest of what decides a family's numbers: this file, and the modules of kernels that the family's calls name."""
     calls = [CALLS[family], *([_options_of_rnn] if family == "rnn" else [])]
-    texts = [inspect.getsource(call) for call in calls]
     values = [globals().get(name) for call in calls for name in call.__code__.co_names]
     modules = {value.__name__ for value in values if inspect.ismodule(value)}
     files = [path for name in sorted(modules) if name.startswith("dlkern.kernels.") for path in module_file(name)]
-    return digest(files, triton.__version__, *texts)
+    return digest(files, triton.__version__, Path(__file__).read_text())
 
 
 # --- what the machine code uses ---------------------------------------------------------------------------------------

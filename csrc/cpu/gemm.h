@@ -221,7 +221,8 @@ void pack_b(int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column, P
   }
 }
 
-// rows x columns values, side by side along columns, into a dense block. Runs too short for the processor to foresee.
+// rows x columns values, side by side along columns, into a dense block. Rows are too short for the
+// processor to foresee the next one.
 template <class T, class P>
 inline void copy_rows(int64_t rows, int64_t columns, const T* from, int64_t row_stride, P* to) {
   constexpr int64_t lanes = kLanes<P>;

@@ -115,7 +115,7 @@ template <class T> static void one_product(Random& random) {
         exact += moved;
         size += std::fabs(static_cast<double>(bias[static_cast<size_t>(j)])) + static_cast<double>(i);
       }
-      const double roundings = static_cast<double>(k + 5) * kUnit<T>;
+      const double roundings = static_cast<double>(k + 4 + biased) * kUnit<T>;
       double bound = roundings / (1 - roundings) * size;
       if (sizeof(T) == 8) bound *= 2;  // the loop it is compared with rounds as much
       if (sizeof(T) == 2) bound += kStorageUnit<T> * (std::fabs(exact) + bound) + kSubnormal;
