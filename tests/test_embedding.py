@@ -22,8 +22,8 @@ def frequent(rows, count):
 @each_dtype
 @pytest.mark.parametrize(
     ("rows", "width", "count", "options"),
-    [(1, 1, 3, {}), (5, 3, 40, dict(padding_idx=-2)), (300, 65, 700, {}), (7, 256, 90, dict(scale_grad_by_freq=True)),
-     (40, 130, 5, dict(padding_idx=1, scale_grad_by_freq=True))], ids=str,
+    [(1, 1, 3, {}), (5, 3, 40, dict(padding_idx=-2)), (300, 93, 700, dict(padding_idx=1)),
+     (7, 256, 90, dict(scale_grad_by_freq=True)), (40, 130, 5, dict(padding_idx=1, scale_grad_by_freq=True))], ids=str,
 )  # fmt: skip
 def test_parity(rows, width, count, options, dtype):
     certificate = check(
@@ -69,8 +69,9 @@ def test_layouts_of_the_table_and_of_indices():
     torch.testing.assert_close(ours, exact.float(), rtol=0, atol=0)  # sums are made in double
 
 
-def test_bits_do_not_depend_on_threads():
-    weight, index = torch.randn(50, 33, requires_grad=True), frequent(50, 20000)
+@pytest.mark.parametrize("rows", [50, 1000])  # few enough to be summed in memory, and sorted
+def test_bits_do_not_depend_on_threads(rows):
+    weight, index = torch.randn(rows, 33, requires_grad=True), frequent(rows, 20000)
     g, found, before = torch.randn(20000, 33), [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):

@@ -7,6 +7,7 @@
 // nothing is added by two threads: the same bits for any number of threads. A mask's gradient is another pass, in which
 // a thread takes a tile of the mask through all that share it. Floor: 2.5 times the forward's operations.
 #include "attention_tile.h"
+#include "wide.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -555,8 +556,7 @@ template <class T, int SCORE> void make_delta_by_tiles(const AttentionBackwardAr
           tile.compute(some, count, seen);  // with delta 0: P g V^T
           for (int64_t r = 0; r < some; ++r) {
             Wide<A> sum{};
-            for (int64_t j = 0; j < count; j += kLanes<A>)
-              sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
+            for (int64_t j = 0; j < count; j += kLanes<A>) sum += wide(load(tile.change + r * kKeys + j));
             sums[first - i0 + r] += reduce_add(sum);
             of_all[first - i0 + r] += tile.of_all[r];
           }
@@ -690,9 +690,9 @@ template <class T, int SCORE> void backward_mask(const AttentionBackwardArgs<T>&
                   double* to = total + (every_row ? 0 : first - i0 + r) * kKeys;
                   Wide<A> sum{};
                   for (int64_t j = 0; j < n; j += kLanes<A>) {
-                    if (!every_key) std::memcpy(&sum, to + j, sizeof sum);
-                    sum += __builtin_convertvector(load(tile.change + r * kKeys + j), Wide<A>);
-                    if (!every_key) std::memcpy(to + j, &sum, sizeof sum);
+                    if (!every_key) sum = load_lanes<A>(to + j);
+                    sum += wide(load(tile.change + r * kKeys + j));
+                    if (!every_key) store_lanes(to + j, sum);
                   }
                   if (every_key) to[0] += reduce_add(sum);
                 }

@@ -23,6 +23,10 @@ template <class T, int activation> struct ApplyForward {
     if (residual) y += load_at(residual + at);
     store_at(output + at, activate(y, activation));
   }
+  void prefetch(int64_t at) const {
+    prefetch_ahead(input + at);
+    if (residual) prefetch_ahead(residual + at);
+  }
 };
 template <class T, int activation, bool train> struct ApplyBackward {
   const T* grad_output;
@@ -39,6 +43,11 @@ template <class T, int activation, bool train> struct ApplyBackward {
     if constexpr (train) g = g - k[2] - (load_at(input + at) - k[0]) * k[3];
     g = g * k[1] + finite_part(g * k[4]);
     store_at(grad_input + at, g);
+  }
+  void prefetch(int64_t at) const {
+    prefetch_ahead(grad_output + at);
+    if constexpr (train) prefetch_ahead(input + at);
+    if constexpr (activation != kNone) prefetch_ahead(output + at);
   }
 };
 
@@ -121,7 +130,10 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
                      };
   auto load_whole = [](const T* p) { return load(p); };
   auto store_whole = [past](T* p, Vec<T> v) { store_by(past, p, v); };
-  const int64_t block = width <= tile * step ? rows : kApplyRows;
+  // Rows side by side of 16 floats each, often a power of two apart, meet in few sets of the first cache and are what no
+  // prefetcher follows: such narrow tiles lose to loading the constants for every row.
+  constexpr bool row_by_row = kVectorBytes < 64 && !kEvenOdd<T>;
+  const int64_t block = width <= tile * step ? rows : row_by_row ? 1 : kApplyRows;
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = first + block < rows ? first + block : rows;
     int64_t j = 0;
@@ -135,6 +147,14 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
           odd[m] = take_odd(load(of_columns), load(of_columns + step));
         }
         for (int64_t r = first; r < last; ++r) apply_even_odd(apply, begin + r * stride + j, even, odd, past);
+      }
+    } else if (row_by_row && block == 1) {
+      for (const int64_t at = begin + first * stride; j + step <= width; j += step) {
+        Vec<T> k[kConstants];
+#pragma GCC unroll 8
+        for (int m = 0; m < kConstants; ++m) k[m] = load(constants + m * constants_apart + j);
+        apply.prefetch(at + j);
+        apply(at + j, k, load_whole, store_whole);
       }
     } else {
       for (; j + tile * step <= width; j += tile * step)

@@ -249,7 +249,9 @@ inline void sum_row_block(const Streams<T, Rule::kStreams>& shared, int64_t begi
     V c[vectors];
 #pragma GCC unroll 8
     for (int u = 0; u < vectors; ++u) c[u] = load_as<V>(centre + j + u * step);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int k = 0; k < Rule::kStreams; ++k) __builtin_prefetch(streams.at[k] + begin + (r + rows) * stride + j);
 #pragma GCC unroll 8
       for (int u = 0; u < vectors; ++u) {
         V v[Rule::kStreams];
@@ -258,6 +260,7 @@ inline void sum_row_block(const Streams<T, Rule::kStreams>& shared, int64_t begi
         if (lanes < step) Rule::leave_out(v, c[u], lanes);
         Rule::add(sums, u, v, c[u]);
       }
+    }
     sums.close(memory + j, arrays_apart);
   };
   auto whole = [](const T* at) { return Sums<1>::read(at); };

@@ -11,12 +11,14 @@
 // Where the CPU has AMX, tiles do it (conv_weight_tiles.h), unless their sums are not exact.
 #include "conv.h"
 
+#include "column_sums.h"
 #include "conv_depthwise.h"
 #include "conv_grouped.h"
 #include "conv_pack.h"
 #include "conv_weight_tiles.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "wide.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -239,18 +241,17 @@ void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, 
 // Sums of lanes, in double; of double, which has no wider type, with its rounding errors.
 template <class T> struct LaneSums {
   Wide<T> sum{};
-  void add(Vec<T> x) { sum += __builtin_convertvector(x, Wide<T>); }
-  Vec<T> lanes() const { return __builtin_convertvector(sum, Vec<T>); }
+  void add(Vec<T> x) { sum += wide(x); }
   acc_t<T> total() const {
-    double all = 0;
-    for (int l = 0; l < kLanes<T>; ++l) all += sum[l];
+    double lane[kLanes<T>], all = 0;
+    store_lanes(lane, sum);
+    for (int l = 0; l < kLanes<T>; ++l) all += lane[l];
     return static_cast<acc_t<T>>(all);
   }
 };
 template <> struct LaneSums<double> {
   CompensatedSum<vdouble> sums;
   void add(Vec<double> x) { sums += x; }
-  Vec<double> lanes() const { return sums.total(); }
   double total() const {
     CompensatedSum<double> sum;
     for (int l = 0; l < kLanes<double>; ++l) sum += sums.value[l];
@@ -265,18 +266,18 @@ template <class T> void sum_bias(const ConvBackwardBiasArgs<T>& args) {
   const int64_t pixels = args.p * args.q;
   if (args.channels_last) {
     const int64_t all = args.n * pixels;
-    parallel_for(ceil_div(args.k, lanes), 1 + 16384 / all, [&](int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v) {
-        const int64_t k = v * lanes;
-        const int count = static_cast<int>(smaller(lanes, args.k - k));
-        LaneSums<T> sums;
-        for (int64_t p = 0; p < all; ++p) {
-          const T* from = args.grad_output + p * args.k + k;
-          sums.add(count == lanes ? load(from) : load_partial<T>(from, count));
+    if constexpr (!std::is_same_v<T, double>) {
+      sum_columns(args.grad_output, args.k, 1, all, args.k, args.grad_bias);
+    } else {
+      parallel_for(ceil_div(args.k, lanes), 1 + 16384 / all, [&](int64_t begin, int64_t end) {
+        for (int64_t v = begin; v < end; ++v) {
+          const int64_t k = v * lanes, count = smaller(lanes, args.k - k);
+          CompensatedSum<vdouble> sums;
+          for (int64_t p = 0; p < all; ++p) sums += load_some(args.grad_output + p * args.k + k, count);
+          store_some(args.grad_bias + k, sums.total(), count);
         }
-        store_partial<T>(args.grad_bias + k, sums.lanes(), count);
-      }
-    });
+      });
+    }
     return;
   }
   parallel_for(args.k, 1 + 16384 / (args.n * pixels), [&](int64_t begin, int64_t end) {

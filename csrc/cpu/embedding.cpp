@@ -8,13 +8,15 @@
 
 #include "parallel.h"
 #include "scratch.h"
-#include "simd.h"
+#include "wide.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // numbers for which another thread is worth waking
 constexpr int kVectors = 4;  // columns summed together, in vectors
+constexpr int64_t kAhead = 8;  // positions from what is summed to what is prefetched
+constexpr int64_t kFewBytes = 131072;  // of the sums of a table of few rows, for some columns
 constexpr int64_t kPastBytes = 32 << 20;  // of a gradient whose rows of zeros are stored past the caches
 
 template <class T> void forward(const EmbeddingArgs<T>& args) {
@@ -35,34 +37,79 @@ template <class T> void zero(T* to, int64_t count, bool past) {
   std::memset(static_cast<void*>(to + c), 0, static_cast<size_t>(count - c) * sizeof(T));
 }
 
-// Columns [first, last) of row v: the sum over `count` positions.
+// The sum of `vectors` vectors and `rest` lanes from column c on over `count` positions; `known` more follow those, whose
+// columns are read next.
+template <class T, int vectors>
+void sum_columns(const EmbeddingBackwardArgs<T>& args, int64_t c, int rest, const int64_t* positions, int64_t count,
+                 int64_t known, double divisor, T* to) {
+  constexpr int64_t lanes = kLanes<T>, line = 64 / static_cast<int64_t>(sizeof(T));
+  Wide<T> sum[vectors + 1] = {};
+  for (int64_t p = 0; p < count; ++p) {
+    if (p + kAhead < count + known)
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < vectors * lanes; j += line)
+        __builtin_prefetch(args.grad_output + positions[p + kAhead] * args.width + c + j);
+    const T* from = args.grad_output + positions[p] * args.width + c;
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) sum[j] += wide(load(from + j * lanes));
+    if (rest) sum[vectors] += wide(load_partial<T>(from + vectors * lanes, rest));
+  }
+  auto mean = [&](int j) -> Vec<T> { return narrow(divisor == 1.0 ? sum[j] : sum[j] / divisor); };
+#pragma GCC unroll 4
+  for (int j = 0; j < vectors; ++j) store(to + j * lanes, mean(j));
+  if (rest) store_partial<T>(to + vectors * lanes, mean(vectors), rest);
+}
+
+// Columns [first, last) of row v: the sum over `count` positions, which `known` more follow.
 template <class T>
 void sum_row(const EmbeddingBackwardArgs<T>& args, int64_t v, int64_t first, int64_t last, const int64_t* positions,
-             int64_t count) {
+             int64_t count, int64_t known) {
   constexpr int64_t lanes = kLanes<T>;
   const double divisor = args.scale_grad_by_freq ? static_cast<double>(count) : 1.0;
-  for (int64_t c = first; c < last; c += kVectors * lanes) {
-    Wide<T> sum[kVectors] = {};
-    const int64_t whole = smaller(kVectors, (last - c) / lanes);
-    const int rest =
-        static_cast<int>(smaller(kVectors * lanes, last - c) - whole * lanes);  // lanes behind the whole vectors
-    for (int64_t p = 0; p < count; ++p) {
-      const T* from = args.grad_output + positions[p] * args.width + c;
-      for (int64_t j = 0; j < whole; ++j) sum[j] += __builtin_convertvector(load(from + j * lanes), Wide<T>);
-      if (rest) sum[whole] += __builtin_convertvector(load_partial<T>(from + whole * lanes, rest), Wide<T>);
+  T* to = args.grad_weight + v * args.width;
+  int64_t c = first;
+  for (; c + kVectors * lanes <= last; c += kVectors * lanes)
+    sum_columns<T, kVectors>(args, c, 0, positions, count, known, divisor, to + c);
+  for (; c + lanes <= last; c += lanes) sum_columns<T, 1>(args, c, 0, positions, count, known, divisor, to + c);
+  if (c < last) sum_columns<T, 0>(args, c, static_cast<int>(last - c), positions, count, known, divisor, to + c);
+}
+
+// A table of few rows: the sums of `block` columns of all rows stay in a second-level cache.
+template <class T> void sum_positions(const EmbeddingBackwardArgs<T>& args, int64_t block) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t rows = args.rows, width = args.width, count = args.count, blocks = ceil_div(width, block);
+  int64_t* times = scratch<int64_t>(Slot::family_0, rows);
+  std::memset(times, 0, static_cast<size_t>(rows) * sizeof(int64_t));
+  for (int64_t i = 0; i < count; ++i) ++times[args.indices[i]];
+  parallel_for(blocks, 1 + kGrain / (count * block), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block, columns = smaller(block, width - first), vectors = ceil_div(columns, lanes);
+      Wide<T>* sums = scratch<Wide<T>>(Slot::family_1, rows * vectors);
+      std::memset(static_cast<void*>(sums), 0, static_cast<size_t>(rows * vectors) * sizeof *sums);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* from = args.grad_output + i * width + first;
+        Wide<T>* to = sums + args.indices[i] * vectors;
+        for (int64_t j = 0; j < vectors; ++j) {
+          __builtin_prefetch(from + kAhead * width + j * lanes);
+          to[j] += wide(load_some(from + j * lanes, columns - j * lanes));
+        }
+      }
+      for (int64_t v = 0; v < rows; ++v) {
+        const double divisor = args.scale_grad_by_freq ? larger(times[v], int64_t{1}) : 1.0;
+        for (int64_t j = 0; j < vectors; ++j) {
+          const Wide<T> sum = v == args.padding_idx ? Wide<T>{} : sums[v * vectors + j] / divisor;
+          store_some(args.grad_weight + v * width + first + j * lanes, narrow(sum), columns - j * lanes);
+        }
+      }
     }
-    T* to = args.grad_weight + v * args.width + c;
-    auto mean = [&](int64_t j) -> Vec<T> {
-      return __builtin_convertvector(divisor == 1.0 ? sum[j] : sum[j] / divisor, Vec<T>);
-    };
-    for (int64_t j = 0; j < whole; ++j) store(to + j * lanes, mean(j));
-    if (rest) store_partial<T>(to + whole * lanes, mean(whole), rest);
-  }
+  });
 }
 
 template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
   const int64_t rows = args.rows, width = args.width, count = args.count;
   if (rows == 0 || width == 0) return;
+  const int64_t columns = kFewBytes / (rows * static_cast<int64_t>(sizeof(double))) / 64 * 64;
+  if (count >= 2 * rows && columns > 0) return sum_positions(args, columns);
   int64_t* start = scratch<int64_t>(Slot::family_0, rows + 1);  // of each row's positions among the sorted
   int64_t* sorted = scratch<int64_t>(Slot::family_1, count);
   for (int64_t v = 0; v <= rows; ++v) start[v] = 0;
@@ -107,7 +154,7 @@ template <class T> void backward(const EmbeddingBackwardArgs<T>& args) {
         if (positions == 0)
           zero(args.grad_weight + v * width + first, last - first, past);
         else
-          sum_row(args, v, first, last, sorted + start[v], positions);
+          sum_row(args, v, first, last, sorted + start[v], positions, count - start[v + 1]);
       }
       unit = upto;
     }

@@ -23,16 +23,27 @@ template <class T> acc_t<T>* row_memory(int64_t rows, int64_t columns) {
   return sizeof(T) == sizeof(acc_t<T>) ? nullptr : scratch<acc_t<T>>(Slot::family_1, rows * columns);
 }
 
-// Sum of f(j, count) over the vectors of a row, in a fixed order; f gives zeros beyond `count`.
-template <class A, class F> [[gnu::always_inline]] inline A sum_row(int64_t columns, const F& f) {
+// f(j, count) over the vectors of a row; a whole vector's count is known to the compiler.
+template <int64_t lanes, class F> [[gnu::always_inline]] inline void each_vector(int64_t columns, const F& f) {
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) f(j, lanes);
+  if (j < columns) f(j, columns - j);
+}
+
+// Sums of f(j, count, add) over the vectors of a row, in a fixed order: f calls add(which, values), and gives zeros beyond
+// `count`.
+template <int sums, class A, class F>
+[[gnu::always_inline]] inline void sum_row(int64_t columns, A (&total)[sums], const F& f) {
   constexpr int64_t lanes = kLanes<A>;
-  Vec<A> sum[kSums] = {};
+  Vec<A> sum[sums][kSums] = {};
   int64_t j = 0;
   for (; j + kSums * lanes <= columns; j += kSums * lanes)
 #pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) sum[i] += f(j + i * lanes, lanes);
-  for (int i = 0; j < columns; j += lanes, ++i) sum[i] += f(j, smaller(lanes, columns - j));
-  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (int i = 0; i < kSums; ++i)
+      f(j + i * lanes, lanes, [&](int s, Vec<A> v) __attribute__((always_inline)) { sum[s][i] += v; });
+  for (int i = 0; j < columns; j += lanes, ++i)
+    f(j, smaller(lanes, columns - j), [&](int s, Vec<A> v) __attribute__((always_inline)) { sum[s][i] += v; });
+  for (int s = 0; s < sums; ++s) total[s] = reduce_add((sum[s][0] + sum[s][1]) + (sum[s][2] + sum[s][3]));
 }
 
 template <class T> void forward(const LayerNormArgs<T>& args) {
@@ -47,24 +58,26 @@ template <class T> void forward(const LayerNormArgs<T>& args) {
       T* y = args.output + row * columns;
       // About the first number: a row of equal numbers has exactly that mean, and deviations of exactly 0.
       const A first = x[0];
-      const A mean = first + sum_row<A>(columns, [&](int64_t j, int64_t count) {
-                               const Vec<A> d = load_some(x + j, count) - first;
-                               return count == lanes ? d : first_lanes<A>(d, count);
-                             }) / count_of_row;
-      const A square = sum_row<A>(columns, [&](int64_t j, int64_t count) {
-        const Vec<A> d = load_some(x + j, count) - mean;
-        return count == lanes ? d * d : first_lanes<A>(d * d, count);
+      A sum[1], square[1];
+      sum_row(columns, sum, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+        prefetch_ahead(x + j);
+        const Vec<A> d = load_some(x + j, count) - first;
+        add(0, count == lanes ? d : first_lanes<A>(d, count));
       });
-      const A rstd = static_cast<A>(1 / std::sqrt(static_cast<double>(square / count_of_row) + args.eps));
+      const A mean = first + sum[0] / count_of_row;
+      sum_row(columns, square, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+        const Vec<A> d = load_some(x + j, count) - mean;
+        add(0, count == lanes ? d * d : first_lanes<A>(d * d, count));
+      });
+      const A rstd = static_cast<A>(1 / std::sqrt(static_cast<double>(square[0] / count_of_row) + args.eps));
       args.mean[row] = mean;
       args.rstd[row] = rstd;
-      for (int64_t j = 0; j < columns; j += lanes) {
-        const int64_t count = smaller(lanes, columns - j);
+      each_vector<lanes>(columns, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
         Vec<A> value = (load_some(x + j, count) - mean) * rstd;
         if (args.weight) value *= load_some(args.weight + j, count);
         if (args.bias) value += load_some(args.bias + j, count);
         store_some(y + j, value, count);
-      }
+      });
     }
   });
 }
@@ -86,29 +99,30 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
         const A* g = widened(args.grad_output + row * columns, columns, values + columns);
         const A mean = args.mean[row], rstd = args.rstd[row];
         const auto xhat = [&](int64_t j, int64_t count) { return (load_some(x + j, count) - mean) * rstd; };
-        const auto weighted = [&](int64_t j, int64_t count) {
-          const Vec<A> value = load_some(g + j, count);
-          return args.weight ? value * load_some(args.weight + j, count) : value;
+        const auto weighted = [&](int64_t j, Vec<A> gradient, int64_t count) {
+          return args.weight ? gradient * load_some(args.weight + j, count) : gradient;
         };
+        A mean_of[2];  // of g w, and of g w xhat
         if (args.grad_input) {
-          const A first = sum_row<A>(columns, weighted) / count_of_row;
-          const A second =
-              sum_row<A>(columns, [&](int64_t j, int64_t count) { return weighted(j, count) * xhat(j, count); }) /
-              count_of_row;
-          for (int64_t j = 0; j < columns; j += lanes) {
-            const int64_t count = smaller(lanes, columns - j);
-            store_some(args.grad_input + row * columns + j,
-                       ((weighted(j, count) - first) - xhat(j, count) * second) * rstd, count);
-          }
+          sum_row(columns, mean_of, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+            prefetch_ahead(x + j);
+            prefetch_ahead(g + j);
+            const Vec<A> value = weighted(j, load_some(g + j, count), count);
+            add(0, value);
+            add(1, value * xhat(j, count));
+          });
+          for (A& m : mean_of) m /= count_of_row;
         }
-        if (!sums) continue;
         const bool fresh = row == c * chunk;
-        for (int64_t j = 0; j < columns; j += lanes) {
-          const int64_t count = smaller(lanes, columns - j);
-          const Vec<A> gradient = load_some(g + j, count), with = gradient * xhat(j, count);
+        each_vector<lanes>(columns, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          const Vec<A> gradient = load_some(g + j, count), normal = xhat(j, count), with = gradient * normal;
+          if (args.grad_input)
+            store_some(args.grad_input + row * columns + j,
+                       ((weighted(j, gradient, count) - mean_of[0]) - normal * mean_of[1]) * rstd, count);
+          if (!sums) return;
           store(of_weight + j, fresh ? with : load(of_weight + j) + with);
           store(of_bias + j, fresh ? gradient : load(of_bias + j) + gradient);
-        }
+        });
       }
     }
   });

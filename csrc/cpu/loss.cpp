@@ -11,7 +11,7 @@
 
 #include "parallel.h"
 #include "scratch.h"
-#include "simd.h"
+#include "wide.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 namespace {
@@ -318,7 +318,6 @@ template <class T> void backward(const CrossEntropyBackwardArgs<T>& args) {
 // p[c] sum(v) - v[c] for the logits, -(1 - e) w[c] log p[c] for the targets. All but the exponentials is double: p and v
 // cancel in what has been learned.
 
-template <class T> inline Wide<T> wide(Vec<T> v) { return __builtin_convertvector(v, Wide<T>); }
 template <class T> inline Wide<T> wide_broadcast(double value) { return Wide<T>{} + value; }
 
 // A product rounded before a difference is taken: fused with that, v would not be the number it is in sum(v), and beside
@@ -330,6 +329,7 @@ template <class V> inline V rounded(V product) {
   return product;
 #endif
 }
+inline vdouble_pair rounded(vdouble_pair product) { return {rounded(product.low), rounded(product.high)}; }
 
 // v of some classes, or of some places of one class.
 struct Smoothed {
@@ -341,7 +341,7 @@ struct Smoothed {
 // Weights of `count` classes from c on, or where places lie side by side the weight of class c.
 template <class T> inline Wide<T> weights_at(const T* weight, int64_t c, int64_t count, bool rows) {
   if (!weight) return wide_broadcast<T>(1);
-  return rows ? wide<T>(load_some(weight + c, count))
+  return rows ? wide(load_some(weight + c, count))
               : wide_broadcast<T>(static_cast<double>(static_cast<A<T>>(weight[c])));
 }
 
@@ -364,23 +364,29 @@ template <class T> double read_probable(const ProbabilitiesArgs<T>& args, int64_
     for (int64_t c = 0; c < s.classes; c += rows ? lanes : 1) {
       const int64_t at = offset + c * s.class_stride, count = rows ? smaller(s.classes - c, lanes) : places;
       const Vec<T> below = load_some(args.input + at, count) - top;
-      Wide<T> v = smoothed(wide<T>(load_some(args.target + at, count)), weights_at(args.weight, c, count, rows));
-      Wide<T> term = v * wide<T>(below);
+      Wide<T> v = smoothed(wide(load_some(args.target + at, count)), weights_at(args.weight, c, count, rows));
+      Wide<T> term = v * wide(below);
       Vec<T> exponential = exp_nonpositive(below);
       if (rows && count < lanes) {
         exponential = first_lanes<T>(exponential, count);
-        for (int64_t l = count; l < lanes; ++l) v[l] = term[l] = 0;
+        v = first_wide(v, count);
+        term = first_wide(term, count);
       }
-      sum += wide<T>(exponential);
+      sum += wide(exponential);
       mass += v;
       apart -= term;
     }
-    if (rows) sum[0] = reduce_add(sum), mass[0] = reduce_add(mass), apart[0] = reduce_add(apart);
+    double sums[lanes], masses[lanes], aparts[lanes];  // of the places
+    if (rows) {
+      sums[0] = reduce_add(sum), masses[0] = reduce_add(mass), aparts[0] = reduce_add(apart);
+    } else {
+      store_lanes(sums, sum), store_lanes(masses, mass), store_lanes(aparts, apart);
+    }
     for (int64_t l = 0; l < places; ++l) {
-      const double loss = apart[l] + mass[l] * std::log(sum[l]);
+      const double loss = aparts[l] + masses[l] * std::log(sums[l]);
       args.largest[i + l] = static_cast<double>(top[l]);
-      args.sum[i + l] = sum[l];
-      args.mass[i + l] = mass[l];
+      args.sum[i + l] = sums[l];
+      args.mass[i + l] = masses[l];
       if (args.reduction == 0) args.loss[i + l] = static_cast<T>(static_cast<A<T>>(loss));
       total += loss;
     }
@@ -415,27 +421,29 @@ template <class T> void write_probable(const ProbabilitiesBackwardArgs<T>& args,
     const int64_t offset = offset_of(s, i);
     const int64_t places = rows ? 1 : smaller(smaller(end - i, lanes), s.inner - i % s.inner);
     Vec<T> top{};
-    Wide<T> grad{}, log_sum{}, factor{};  // p[c] sum(v) is factor times exp(x[c] - largest)
+    double grads[lanes] = {}, log_sums[lanes] = {}, factors[lanes] = {};
     for (int64_t l = 0; l < (rows ? lanes : places); ++l) {
       const int64_t place = rows ? i : i + l;
       const double sum = args.sum[place];
       top[l] = static_cast<A<T>>(args.largest[place]);
-      grad[l] = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? place : 0])) * share;
-      factor[l] = args.mass[place] / sum;
-      if (args.grad_target) log_sum[l] = std::log(sum);
+      grads[l] = static_cast<double>(static_cast<A<T>>(args.grad_loss[args.reduction == 0 ? place : 0])) * share;
+      factors[l] = args.mass[place] / sum;
+      if (args.grad_target) log_sums[l] = std::log(sum);
     }
+    // p[c] sum(v) is factor times exp(x[c] - largest).
+    const Wide<T> grad = load_lanes<T>(grads), log_sum = load_lanes<T>(log_sums), factor = load_lanes<T>(factors);
     for (int64_t c = 0; c < s.classes; c += rows ? lanes : 1) {
       const int64_t at = offset + c * s.class_stride, count = rows ? smaller(s.classes - c, lanes) : places;
       const Vec<T> below = load_some(args.input + at, count) - top;
       const Wide<T> weight = weights_at(args.weight, c, count, rows);
       if (args.grad_input) {
-        const Wide<T> v = smoothed(wide<T>(load_some(args.target + at, count)), weight);
-        const Wide<T> of_input = grad * (wide<T>(exp_nonpositive(below)) * factor - v);
-        store_some(args.grad_input + at, __builtin_convertvector(of_input, Vec<T>), count);
+        const Wide<T> v = smoothed(wide(load_some(args.target + at, count)), weight);
+        const Wide<T> of_input = grad * (wide(exp_nonpositive(below)) * factor - v);
+        store_some(args.grad_input + at, narrow(of_input), count);
       }
       if (args.grad_target) {
-        const Wide<T> of_target = grad * smoothed.keep * weight * (log_sum - wide<T>(below));
-        store_some(args.grad_target + at, __builtin_convertvector(of_target, Vec<T>), count);
+        const Wide<T> of_target = grad * smoothed.keep * weight * (log_sum - wide(below));
+        store_some(args.grad_target + at, narrow(of_target), count);
       }
     }
     i += places;

@@ -150,11 +150,9 @@ template <class A, class D, class F> void sum_rows(const Layer<A>& layer, int64_
       for (int64_t t = 0; t < s.steps; ++t)
         for (int64_t b = 0; b < s.batch_sizes[t]; ++b)
           each([&](Wide<A>& sum, int64_t j, int64_t some) {
-            sum += __builtin_convertvector(value(s.row(t, b), layer.before(t, b), s.place(b), j, some), Wide<A>);
+            sum += wide(value(s.row(t, b), layer.before(t, b), s.place(b), j, some));
           });
-      each([&](const Wide<A>& sum, int64_t j, int64_t some) {
-        store_some(to + j, __builtin_convertvector(sum, Vec<A>), some);
-      });
+      each([&](const Wide<A>& sum, int64_t j, int64_t some) { store_some(to + j, narrow(sum), some); });
     }
   });
 }

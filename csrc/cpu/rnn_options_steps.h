@@ -3,6 +3,7 @@
 #pragma once
 #include "rnn_options.h"
 #include "rnn_steps.h"
+#include "wide.h"
 
 namespace dlkern::cpu::DLKERN_ISA {
 
@@ -23,9 +24,7 @@ struct Rows {
 template <class A, class F> double mean_of(int64_t count, const F& value) {
   constexpr int64_t lanes = kLanes<A>;
   Wide<A> sums[4]{};
-  const auto add = [&](int which, int64_t j, int64_t some) {
-    sums[which] += __builtin_convertvector(value(j, some), Wide<A>);
-  };
+  const auto add = [&](int which, int64_t j, int64_t some) { sums[which] += wide(value(j, some)); };
   int64_t j = 0;
   for (; j + 4 * lanes <= count; j += 4 * lanes)
 #pragma GCC unroll 4

@@ -48,15 +48,6 @@ template <> struct vector_of<double> {
 };
 // The vector in which elements of type T are computed: Vec<bfloat16> is a vector of float.
 template <class T> using Vec = typename vector_of<T>::type;
-// As many lanes of double.
-using vdouble_pair [[gnu::vector_size(2 * kVectorBytes)]] = double;
-template <class T> struct wide_of {
-  using type = vdouble_pair;
-};
-template <> struct wide_of<double> {
-  using type = vdouble;
-};
-template <class T> using Wide = typename wide_of<T>::type;
 // Lanes of Vec<T>.
 template <class T> constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
@@ -308,6 +299,9 @@ template <> inline void store_partial<float16>(float16* p, vfloat v, int count) 
   _mm256_mask_storeu_epi16(p, lane_mask(count), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
+
+// What a loop over memory reads soon. Beyond the end of an array it does nothing.
+inline void prefetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048); }
 
 // The same of any count: all lanes from kLanes<T> on.
 template <class T> inline Vec<T> load_some(const T* p, int64_t count) {

@@ -82,7 +82,7 @@ def _layer_norm(old: str, new: str) -> dict:
 MUTANTS += [
     # A row's tail counted in the variance, the mean of g w left out, the last chunk of rows forgotten.
     _layer_norm("first_lanes<A>(d * d, count)", "d * d"),
-    _layer_norm("((weighted(j, count) - first) -", "(weighted(j, count) -"),
+    _layer_norm("((weighted(j, gradient, count) - mean_of[0]) -", "(weighted(j, gradient, count) -"),
     _layer_norm("for (int64_t c = 0; c < chunks; ++c) {\n        of_weight", "for (int64_t c = 0; c + 1 < chunks; ++c) {\n        of_weight"),
 ]
 
@@ -386,7 +386,7 @@ MUTANTS += [
             "test_activation or test_parity"),
     _matmul(_GEMM, "load_partial<T>(b + j * b_column + p, rest);", "load_partial<T>(b + j * b_column, rest);", "test_parity"),
     # linear: the bias's gradient short of a row, its tail of columns, an activation's gradient.
-    _matmul("csrc/cpu/column_sums.h", "for (int64_t i = 0; i < rows; ++i) {", "for (int64_t i = 1; i < rows; ++i) {", "test_parity"),
+    _matmul("csrc/cpu/column_sums.h", "for (int64_t i = 0; i < rows; ++i, from += row) {", "for (int64_t i = 1; i < rows; ++i, from += row) {", "test_parity"),
     _matmul(_GEMM, "load(bias + j) : load_partial<C>(bias + j, count);", "load(bias) : load_partial<C>(bias + j, count);", "test_parity"),
     _matmul(_GEMM, "if (bias) value += load(bias + j * lanes);", "if (bias) value += load(bias);", "test_parity"),
     _matmul(_GEMM, "const int64_t covered = k + 1 - ceil_div(whole, kMR);", "const int64_t covered = k;", "test_parity"),
@@ -448,14 +448,18 @@ def _embedding(old: str, new: str, tests: str) -> dict:
 MUTANTS += [
     # A position too few, lanes behind the whole vectors, the padding's row, rows that threads share.
     _embedding("for (int64_t p = 0; p < count; ++p) {", "for (int64_t p = 1; p < count; ++p) {", "parity"),
-    _embedding("if (rest) sum[whole] +=", "if (rest < 0) sum[whole] +=", "parity"),
+    _embedding("if (rest) sum[vectors] +=", "if (rest < 0) sum[vectors] +=", "parity"),
+    # Few rows: the padding's row, a row's columns that follow another's.
+    _embedding("v == args.padding_idx ? Wide<T>{} :", "v == args.padding_idx - 1 ? Wide<T>{} :", "parity"),
+    _embedding("sums + args.indices[i] * vectors", "sums + args.indices[i] * (vectors - 1)", "parity"),
     _embedding("v == args.padding_idx ? 0 :", "v == args.padding_idx - 1 ? 0 :", "parity"),
     _embedding("part + 1 == parts ? rows : row_of(part + 1)", "part + 1 == parts ? rows : row_of(part + 1) - 1", "threads"),
     # The weight of a single position, in what a mean is divided by and in the gradient.
     _loss("sums.weight += w * own;", "sums.weight += w;", "sample_weight"),
     _loss("if (args.sample_weight) g *=", "if (args.sample_weight && i < 0) g *=", "sample_weight"),
     # Probabilities: a row's tail, the mean over places, the smoothed targets' gradient.
-    _loss("v[l] = term[l] = 0;", "(void)l;", "probabilities"),
+    _loss("v = first_wide(v, count);", "", "probabilities"),
+    dict(_loss("return {first_lanes<double>(v.low, count),", "return {v.low,", "probabilities"), file="csrc/cpu/wide.h"),
     _loss("if (args.reduction == 1) total /=", "if (args.reduction == 2) total /=", "probabilities"),
     _loss("grad * smoothed.keep * weight *", "grad * weight *", "probabilities"),
 ]
