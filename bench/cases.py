@@ -201,9 +201,10 @@ def _rnn(shape: Shape, tensor: Callable[..., torch.Tensor]) -> Case:
         def call(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
             given = list(rest[: len(states)])
             hx, params = given if op == "lstm" else given[0], list(rest[len(states) :])
+            # In training: cuDNN has no gradients otherwise.
             if packed:
-                return function(x, batch_sizes, hx, params, True, 1, 0.0, False, False)[0]
-            return function(x, hx, params, True, 1, 0.0, False, False, False)[0]
+                return function(x, batch_sizes, hx, params, True, 1, 0.0, True, False)[0]
+            return function(x, hx, params, True, 1, 0.0, True, False, False)[0]
 
         return call
 

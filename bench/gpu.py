@@ -2,22 +2,27 @@
 
 Every stage keeps a file of finished items in the work folder, stamped with the sources and the library they were made
 with, and skips them when it is run again; it starts nothing new once its time is up. A CUDA error poisons a process:
-the item is written down as failed, and the stage goes on in a fresh process. --dry-run goes through all of it on the
-CPU with tiny problems and prints the commands that need a GPU.
+the item is written down as failed, and the stage goes on in a fresh process. An item is written down when it starts,
+too: one that hangs ends its process when the stage's time is up, counts as failed, and is skipped from then on.
+Where $OUT names a folder, the lists of finished items and an archive of the results lie there. --dry-run goes through
+all of it on the CPU with tiny problems and prints the commands that need a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,13 +35,23 @@ STAGES = ("build", "parity", "sanitize", "bench", "tune", "profile", "facts")
 FAMILIES = ("conv", "pooling", "batch_norm", "linear", "dropout", "loss", "rnn", "attention", "layer_norm", "embedding")
 NETWORKS = ("gpu", "resnet50", "vgg16", "googlenet", "densenet121", "alexnet")
 COLUMNS = ("triton", "cuda")
-BARE = (("build", 260.0), ("parity", 110.0), ("headline", 150.0))
+BARE = (("build", 260.0), ("parity", 110.0), ("headline", 150.0))  # shares of the time: a quick build leaves its own
+ARCHIVE = "gpu-results.tar.gz"
+# A process is started in a group of its own, so that ninja and its compilers end with setup.py.
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+# Parts of messages that say that the process's context is gone.
 POISON = (
     "CUDA error",
     "illegal memory access",
+    "illegal instruction",
     "misaligned address",
+    "address space",
+    "invalid program counter",
+    "hardware stack",
     "device-side assert",
+    "launch timed out",
     "unspecified launch failure",
+    "uncorrectable",
 )
 
 
@@ -64,28 +79,47 @@ def stamp() -> str:
 
 
 class Ledger:
-    """Finished items of a stage: one JSON object a line, those of other sources or another library ignored."""
+    """Items of a stage, finished or begun: one JSON object a line, those of other sources or another library ignored.
+
+    An item that was begun and never finished hung, or took its process along: it counts as failed.
+    """
 
     def __init__(self, folder: Path, stage: str, dry: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{'dry-' if dry else ''}{stage}.jsonl"
+        name = f"{'dry-' if dry else ''}{stage}.jsonl"
+        self.paths = [folder / name]
         self.stamp = stamp()
         self.items: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
+        if self.paths[0].exists():
+            for line in self.paths[0].read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a line cut off by the end of a lease
                     entry = json.loads(line)
                     if entry["stamp"] == self.stamp:
                         self.items[entry["item"]] = entry
+        if not dry and (out := os.environ.get("OUT")) and Path(out).resolve() != folder:
+            self.paths.append(Path(out) / name)  # what comes back even where the process is killed
+            if self.items:
+                shutil.copyfile(self.paths[0], self.paths[1])
+
+    def begin(self, item: str) -> None:
+        self._write(item, {"ok": False, "begun": True, "detail": "begun and never finished"})
 
     def add(self, item: str, **values: Any) -> None:
+        self._write(item, values)
+
+    def _write(self, item: str, values: dict[str, Any]) -> None:
         entry = {"item": item, "stamp": self.stamp, **values}
         self.items[item] = entry
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        for path in self.paths:
+            with path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def __contains__(self, item: str) -> bool:
         return item in self.items
+
+    @property
+    def unfinished(self) -> list[str]:
+        return [item for item, entry in self.items.items() if entry.get("begun")]
 
 
 class Stage:
@@ -109,9 +143,7 @@ class Stage:
     def output(self, name: str) -> Path:
         folder = self.options.output
         if folder is None:
-            if os.environ.get("OUT") and not self.dry:
-                folder = Path(os.environ["OUT"])
-            elif self.dry:
+            if self.dry or os.environ.get("OUT"):
                 folder = self.options.work / "results"
             else:
                 from dlkern.bench import machine
@@ -144,30 +176,52 @@ def say(*parts: object) -> None:
     print(*parts, flush=True)
 
 
-def run(command: list[str], limit: float, **settings: Any) -> tuple[int, str]:
-    """Exit status (124 where time ran out) and the output's end."""
+def run(command: list[str], limit: float, *, shown: bool = False, **settings: Any) -> tuple[int, str]:
+    """Exit status (124 where time ran out) and the output, or "" where it is shown. Nothing that it started outlives it."""
+    pipe = None if shown else subprocess.PIPE
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=pipe,
+            stderr=None if shown else subprocess.STDOUT,
             text=True,
-            timeout=max(1.0, limit),
             errors="replace",
+            **OWN_GROUP,
             **settings,
         )
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or ""
-        return 124, (output.decode(errors="replace") if isinstance(output, bytes) else output)[-20000:]
     except OSError as error:
         return 127, str(error)
-    return done.returncode, done.stdout[-20000:]
+    status = None
+    try:
+        output, _ = process.communicate(timeout=max(1.0, limit))
+        status = process.returncode
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if status is None:
+        output, _ = process.communicate()
+        status = 124
+    return status, output or ""
 
 
 def environment(**changes: str) -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     return {**os.environ, "PYTHONPATH": path, **changes}
+
+
+def pack(work: Path) -> None:
+    """One archive of results and finished items in $OUT, from which few files come back."""
+    if not os.environ.get("OUT"):
+        return
+    path = Path(os.environ["OUT"]) / ARCHIVE
+    with tarfile.open(path, "w:gz") as archive:
+        for item in sorted([*work.glob("*.jsonl"), work / "results"]):
+            if item.exists():
+                archive.add(item, item.name)
+    say(f"packed: {path}")
 
 
 def missing_tool(stage: Stage, tool: str) -> bool:
@@ -191,6 +245,7 @@ print("PROBE" + json.dumps({
     "cpu": sorted(op for op in raw if has(f"dlkern::{op}_cpu", "CPU")),
     "cuda": sorted(op for op in raw if has(f"dlkern::{op}_cuda", "CUDA")),
     "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    "capability": torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
 }))
 """
 
@@ -204,8 +259,13 @@ def probe() -> dict[str, Any]:
     return {"error": f"import dlkern failed ({status}): {output[-2000:]}", "cpu": [], "cuda": [], "gpu": None}
 
 
+def architecture(capability: list[int] | None) -> str:
+    """What to compile for: the GPU's own architecture; sm_80's code serves all of 8.x, and its PTX what is newer."""
+    return "90a" if capability == [9, 0] else "80"
+
+
 def build(stage: Stage) -> bool:
-    """Takes the library that is there where it serves, else builds it with nvcc."""
+    """Takes the library that is there where it serves, else builds it with nvcc for this GPU alone."""
     found = probe()
     say(f"torch {found.get('torch')}, GPU {found['gpu']}, library {library().name}: {found['error'] or 'loads'}")
     say(f"ops with a CUDA kernel: {', '.join(found['cuda']) or 'none'}")
@@ -213,12 +273,14 @@ def build(stage: Stage) -> bool:
     if found["error"] is None and found["cuda"] and not stage.options.rebuild:
         say("taken as it is (--rebuild builds it here)")
         return True
+    names = os.environ.get("DLKERN_CUDA_ARCHITECTURES") or architecture(found.get("capability"))
+    shown = f"DLKERN_CUDA=1 DLKERN_CUDA_ARCHITECTURES={names} {' '.join(command)}"
     if stage.dry:
-        say("would run: DLKERN_CUDA=1 " + " ".join(command))
+        say(f"would run: {shown}")
         return found["error"] is None
-    say("building: DLKERN_CUDA=1 " + " ".join(command))
+    say(f"building: {shown}")
     start = time.time()
-    status, output = run(command, stage.left, env=environment(DLKERN_CUDA="1"))
+    status, output = run(command, stage.left, env=environment(DLKERN_CUDA="1", DLKERN_CUDA_ARCHITECTURES=names))
     say(f"ended with {status} after {time.time() - start:.0f} s")
     if status == 124:
         say("time is up; ninja keeps what was compiled: run `bench/gpu.sh build` again")
@@ -226,7 +288,7 @@ def build(stage: Stage) -> bool:
     if status:
         say(output[-4000:])
         say("building without CUDA kernels instead: the Triton column is measured, the CUDA column is not")
-        status, output = run(command, max(60.0, stage.left), env=environment(DLKERN_CUDA="0"))
+        status, output = run(command, stage.left, env=environment(DLKERN_CUDA="0"))
         if status:
             say(output[-4000:])
     found = probe()
@@ -239,13 +301,13 @@ def build(stage: Stage) -> bool:
 
 
 def parity_items(stage: Stage) -> Iterator[tuple[str, Any, Any, str, str]]:
-    """(item, case, dtype, layout, column); in a sample, the first case of each op in bfloat16 and float32."""
+    """(item, case, dtype, layout, column), CUDA C++ first: Triton compiles as it goes. In a sample, the first case of each
+    op in bfloat16 and float32."""
     import torch
 
     import dlkern
     from dlkern import testing
 
-    seen = set()
     sample = stage.options.sample or stage.dry
     dtypes: tuple[torch.dtype, ...] = (
         (torch.bfloat16, torch.float32) if sample else (torch.bfloat16, torch.float16, torch.float32)
@@ -253,15 +315,33 @@ def parity_items(stage: Stage) -> Iterator[tuple[str, Any, Any, str, str]]:
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
     if stage.dry:
         dtypes, layouts = dtypes[1:], layouts[1:]
-    for case in testing.cases():
-        if (sample and case.op in seen) or not hasattr(dlkern.nn.functional, case.op):
-            continue
-        seen.add(case.op)
-        for dtype in dtypes:
-            for layout in layouts if case.images else ("contiguous",):
-                for column in ("cpu",) if stage.dry else COLUMNS:
+    for column in ("cpu",) if stage.dry else ("cuda", "triton"):
+        seen = set()
+        for case in testing.cases():
+            if (sample and case.op in seen) or not hasattr(dlkern.nn.functional, case.op):
+                continue
+            seen.add(case.op)
+            for dtype in dtypes:
+                for layout in layouts if case.images else ("contiguous",):
                     name = f"{case.name} {str(dtype).removeprefix('torch.')} {layout} {column}"
                     yield name, case, dtype, layout, column
+
+
+def certificate_of(case: Any, draw: Callable[[], list[Any]], dtype: Any, name: str, draws: int) -> Any:
+    """The case's certificate; where `draws` fail, that of 8 times as many, which tell chance from a fault."""
+    from dlkern import testing
+
+    for count in (draws, 8 * draws):
+        certificate = testing.check(case.ours, case.theirs, draw, dtype=dtype, draws=count, name=name)
+        if certificate.ok:
+            break
+    return certificate
+
+
+def gpu_tests() -> list[str]:
+    """Files that hold tests marked gpu: others may import what is not on this machine."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text()]
 
 
 def parity(stage: Stage) -> bool:
@@ -269,7 +349,6 @@ def parity(stage: Stage) -> bool:
     import torch
 
     import dlkern
-    from dlkern import testing
 
     def inputs(case: Any, layout: str) -> Callable[[], list[Any]]:
         def draw() -> list[Any]:
@@ -295,17 +374,12 @@ def parity(stage: Stage) -> bool:
             left += 1
             continue
         torch.manual_seed(0)
+        stage.ledger.begin(name)
         try:
             with dlkern.backend(column), dlkern.trace() as calls:
                 draw = inputs(case, layout)
-                certificate = testing.check(
-                    case.ours,
-                    case.theirs,
-                    draw,
-                    dtype=dtype,
-                    draws=min(case.draws, 64) if stage.dry else case.draws,
-                    name=name,
-                )
+                draws = min(case.draws, 64) if stage.dry else case.draws
+                certificate = certificate_of(case, draw, dtype, name, draws)
                 served = "+".join(sorted({call.backend for call in calls}))
                 fixed = [
                     x.detach().to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in draw()
@@ -325,9 +399,8 @@ def parity(stage: Stage) -> bool:
             stage.start_anew()
     items = stage.ledger.items
     if not stage.dry and not stage.options.sample and "pytest" not in items and stage.left > 60:
-        status, output = run(
-            [sys.executable, "-m", "pytest", "-m", "gpu", "-x", "-q", "tests"], stage.left - 20, env=environment()
-        )
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", "-q", *gpu_tests()]
+        status, output = run(command, stage.left - 20, env=environment())
         stage.ledger.add("pytest", ok={0: True, 5: None, 124: None}.get(status, False), detail=output[-3000:])
         say(f"tests marked gpu: {output.strip().splitlines()[-1] if output.strip() else status}")
     good = sum(e["ok"] is True for e in items.values())
@@ -426,9 +499,16 @@ def one_case(stage: Stage, op: str, column: str) -> bool:
 # Benchmarks -------------------------------------------------------------------------------------------------------
 
 
-def rows(stage: Stage, request: Any, folder: str) -> Any:
-    """Measures a request, row by row into the ledger, and writes the results."""
+def rows(stage: Stage, request: Any, folder: str) -> tuple[Any, bool]:
+    """Measures a request, row by row into the ledger, and writes the results; and whether all is well."""
     from dlkern.bench import report, runner
+
+    def begin(key: str) -> bool:
+        if key in stage.ledger:
+            say(f"FAILED {key}: begun and never finished; left out")
+            return False
+        stage.ledger.begin(key)
+        return True
 
     def keep(key: str, row: Any) -> None:
         stage.ledger.add(key, row=row.as_dict())
@@ -439,14 +519,14 @@ def rows(stage: Stage, request: Any, folder: str) -> Any:
     if have:
         say(f"{len(have)} rows are there from an earlier run")
     request.limit = max(1.0, stage.left - 20)
-    result = runner.here(request, say, have, keep)
+    result = runner.here(request, say, have, keep, begin)
     content = result.as_dict()
     content["machine"]["sources"] = stage.ledger.stamp
     written = report.write(
         content, stage.output("x").parent / folder if folder else stage.output("x").parent, plots=not stage.dry
     )
     say("written:", ", ".join(str(path) for path in written))
-    return result
+    return result, result.ok and not stage.ledger.unfinished
 
 
 def request_for(stage: Stage, families: list[str], tables: list[str], columns: list[str], **changes: Any) -> Any:
@@ -484,13 +564,12 @@ def bench(stage: Stage) -> bool:
     families = [stage.options.family] if stage.options.family else ["dropout"] if stage.dry else list(FAMILIES)
     tables = [*NETWORKS, "sequences", *(f"deepbench_{family}" for family in ("conv", "rnn") if family in families)]
     request = request_for(stage, families, tables, ["auto"], compile=stage.options.compile)
-    return rows(stage, request, stage.options.family or "").ok
+    return rows(stage, request, stage.options.family or "")[1]
 
 
 def headline(stage: Stage) -> bool:
     """The rows of shapes/gpu.csv."""
-    result = rows(stage, request_for(stage, [], ["gpu"], ["auto"], seconds=0.4), "")
-    return result.ok
+    return rows(stage, request_for(stage, [], ["gpu"], ["auto"], seconds=0.4), "")[1]
 
 
 def orders_of(measured: dict[str, Any]) -> dict[str, list[str]]:
@@ -515,7 +594,7 @@ def tune(stage: Stage) -> bool:
     """Measures each headline problem on both columns: tuning.json, to be copied to dlkern/tuning/<gpu>.json."""
     columns = ["auto"] if stage.dry else list(COLUMNS)
     families = [stage.options.family] if stage.options.family else ["dropout"] if stage.dry else []
-    result = rows(
+    result, good = rows(
         stage,
         request_for(stage, families, ["gpu"], columns, overhead=False, seconds=0.01 if stage.dry else 0.25),
         "tune",
@@ -531,7 +610,7 @@ def tune(stage: Stage) -> bool:
     stage.write(
         "tuning.json", {"machine": result.machine, "sources": stage.ledger.stamp, "orders": orders, "choices": best}
     )
-    return result.ok
+    return good
 
 
 # Profile ----------------------------------------------------------------------------------------------------------
@@ -569,13 +648,14 @@ def profile(stage: Stage) -> bool:
             say("would run:", " ".join(command))
             one_step(stage, f"{shape.op}|{shape}")
             continue
+        stage.ledger.begin(item)
         status, output = run(command, min(150.0, stage.left), env=environment()) if tool else (127, "")
         if status or "==PROF== Profiling" not in output:
             if tool:
                 say(f"ncu gave nothing ({status}): {output.strip().splitlines()[-1] if output.strip() else ''}")
                 tool = None
             status, output = run([*step, "--torch-profiler"], min(100.0, stage.left), env=environment())
-        stage.ledger.add(item, ok=status == 0, detail=output)
+        stage.ledger.add(item, ok=status == 0, detail=output[-200_000:])
         say(f"{item}: {'ok' if status == 0 else f'failed ({status})'}")
     text = "\n\n".join(f"### {item}\n{e.get('detail', '')}" for item, e in stage.ledger.items.items())
     path = stage.output(f"profile-{stage.options.family or 'headline'}.txt")
@@ -632,6 +712,7 @@ def facts(stage: Stage) -> bool:
         if stage.left < 60 and not stage.dry:
             say(f"{name}: no time left, run again")
             continue
+        stage.ledger.begin(name)
         try:
             found = measure(stage)
         except Exception as error:
@@ -640,7 +721,7 @@ def facts(stage: Stage) -> bool:
         say(f"-- {name}")
         for key, value in found.items():
             say(f"  {key}: {value}")
-    stage.write("facts.json", {name: e["found"] for name, e in stage.ledger.items.items()})
+    stage.write("facts.json", {name: e.get("found", e.get("detail")) for name, e in stage.ledger.items.items()})
     return True
 
 
@@ -809,26 +890,21 @@ RUN: dict[str, Callable[[Stage], bool]] = {
 def bare(options: argparse.Namespace) -> int:
     """build, a sample of parity, the headline rows: each in its own process; a short summary last."""
     start, lines, status = time.time(), [], 0
-    for name, seconds in BARE:
-        seconds = min(seconds, 520 - (time.time() - start))
+    for number, (name, share) in enumerate(BARE):
+        seconds = (520 - (time.time() - start)) * share / sum(share for _, share in BARE[number:])
         say(f"\n== {name} ({seconds:.0f} s at most)")
         command = [sys.executable, str(Path(__file__).resolve()), name, "--sample", "--seconds", f"{seconds:.0f}"]
         command += ["--work", str(options.work)] + (["--output", str(options.output)] if options.output else [])
         began = time.time()
-        done = subprocess.run(command, cwd=ROOT)
-        status = status or done.returncode
-        lines.append(
-            f"{name}: {'ok' if done.returncode == 0 else f'status {done.returncode}'}, {time.time() - began:.0f} s"
-        )
+        ended, _ = run(command, seconds + 30, shown=True)
+        status = status or ended
+        lines.append(f"{name}: {'ok' if ended == 0 else f'status {ended}'}, {time.time() - began:.0f} s")
     say("\n== summary")
-    parity_file = options.work / "parity.jsonl"
-    if parity_file.exists():
-        now = stamp()
-        entries = {e["item"]: e for e in map(json.loads, parity_file.read_text().splitlines()) if e["stamp"] == now}
-        bad = [item for item, e in entries.items() if e["ok"] is False]
-        lines.append(
-            f"parity: {len(entries) - len(bad)} items, {len(bad)} failed{': ' + '; '.join(bad[:5]) if bad else ''}"
-        )
+    items = Ledger(options.work, "parity", False).items
+    if items:
+        bad = [item for item, e in items.items() if e["ok"] is False]
+        lines.append(f"parity: {len(items) - len(bad)} items, {len(bad)} failed{': ' + '; '.join(bad[:5]) if bad else ''}")
+    pack(options.work)
     for line in [*lines, f"sources and library {stamp()}, {time.time() - start:.0f} s in all"]:
         say(line)
     return status
@@ -864,7 +940,7 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "gpu", help="folder of finished items, to resume from"
     )
-    parser.add_argument("--output", type=Path, help="folder of results; $OUT, or bench/results/<gpu>")
+    parser.add_argument("--output", type=Path, help="folder of results; packed into $OUT, or bench/results/<gpu>")
     parser.add_argument("--seconds", type=float, default=480.0, help="start nothing new after so many")
     parser.add_argument("--sample", action="store_true", help="parity: a case of each op")
     parser.add_argument("--rebuild", action="store_true", help="build: also where a library is there")
@@ -898,7 +974,11 @@ def main() -> int:
         return 2
     if options.stage is None:
         return bare(options)
-    return 0 if RUN[options.stage](Stage(options.stage, options, options.seconds)) else 1
+    stage = Stage(options.stage, options, options.seconds)
+    faulthandler.dump_traceback_later(max(1.0, stage.left + 20), exit=True)  # what hangs ends here, and says where
+    good = RUN[options.stage](stage)
+    pack(options.work)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The proof on a real GPU: bench/gpu.sh [STAGE …] on a machine with python3, torch and a GPU; nothing is downloaded.
-# No stage: build, a sample of parity, 60 headline rows and a short summary, in under nine minutes.
+# No stage: build, a sample of parity, the headline rows and a short summary, in under nine minutes.
 # Stages: build, parity, sanitize, bench FAMILY, tune, profile, facts; `bench/gpu.sh --help` lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

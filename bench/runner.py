@@ -209,6 +209,7 @@ def here(
     echo: Callable[[str], None] | None,
     have: dict[str, Row] | None = None,
     keep: Callable[[str, Row], None] | None = None,
+    begin: Callable[[str], bool] | None = None,
 ) -> Result:
     """Measures in this process.
 
@@ -217,6 +218,7 @@ def here(
         echo: gets the lines of progress.
         have: rows measured before, by _job_key; they are taken over.
         keep: called with each new row and its job's key, to save it at once.
+        begin: called with the key before its row is measured; the row is left out where it says so by False.
     """
     say = echo or (lambda line: None)
     device = request.device
@@ -249,6 +251,8 @@ def here(
             continue
         if deadline.passed:
             left += 1
+            continue
+        if begin is not None and not begin(key):
             continue
         shape, dtype, layout, direction, column = job
         row = harness.measure(shape, dtype, layout, direction, column, plan)

@@ -285,7 +285,7 @@ def test_tables_cover_what_they_should():
     assert 3.8e9 < macs < 4.1e9
     classes = {shape.group for shape in shapes.load("cpu")}
     assert set(targets.CPU) <= classes
-    assert sum(2 for _ in shapes.load("gpu")) == 64
+    assert sum(2 for _ in shapes.load("gpu")) == 76
     assert len(shapes.load("deepbench_conv")) > 100
     assert {shape.op for shape in shapes.load("deepbench_rnn")} == set(work.GATES)
 

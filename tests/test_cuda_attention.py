@@ -47,6 +47,14 @@ def test_attention(name, dtype):
     certify(*sides(settings, more, shapes), dtype, 8 if name in ROTARY else 2)
 
 
+@all_dtypes
+@pytest.mark.parametrize("score", [ADDITIVE, GAUSSIAN])
+def test_attention_mask_gradient_of_pairwise_scores(score, dtype):
+    """The kernel with the most shared memory below what a launch must ask for."""
+    settings, shapes = Settings(scale=0.3, score=score), ((1, 2, QUERIES, 5), (1, 1, KEYS, 5), (1, 1, KEYS, 8))
+    certify(*sides(settings, dict(mask=lambda: torch.randn(1, 2, QUERIES, KEYS).double()), shapes), dtype, 2)
+
+
 # Loads of 16 bytes and of single elements; one block of 128, several of one or both depths.
 DEPTHS = [(DOT, depths) for depths in ((24, 40), (40, 72), (100, 8), (8, 129), (136, 16), (130, 140))]
 DEPTHS += [(score, depths) for score in (COSINE, ADDITIVE) for depths in ((40, 72), (130, 140))]

@@ -53,8 +53,11 @@ FINDINGS = {
     "named_barrier_wait": ["race in shared memory", "read of shared memory nobody wrote"],
     "one_barrier_for_all": ["different barriers"],
     "one_writer_a_result": ["race in a result"],
+    "shared_in_a_block": ["233472 bytes of shared memory, 232448 of them dynamic; this launch may have 232448"],
+    "shared_in_all": ["50176 bytes of shared memory, 49152 of them dynamic; this launch may have 49152"],
     "shared_read_inside": ["read of shared memory outside every array"],
     "shared_write_inside": ["write of shared memory outside every array"],
+    "some_blocks": ["a grid of 0 x 1 x 1 blocks"],
     "syncwarp_before_read": ["race in shared memory", "read of shared memory nobody wrote"],
     "vector_read_inside": ["read of global memory outside every tensor"],
 }
@@ -103,7 +106,10 @@ def test_planted_bug_is_reported_and_the_right_kernel_is_not(in_order, name):
     assert any(text in first for text in FINDINGS[name]), first
 
 
-@pytest.mark.parametrize("name", ["everybody_arrives", "everybody_shuffles", "one_barrier_for_all", "shared_write_inside"])
+@pytest.mark.parametrize(
+    "name",
+    ["everybody_arrives", "everybody_shuffles", "one_barrier_for_all", "shared_in_all", "shared_write_inside", "some_blocks"],
+)
 def test_the_plain_build_sees_some(in_order, name):
     in_order.run_case(name.encode(), 1)
     assert in_order.cuda_on_host_errors() > 0

@@ -486,7 +486,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kAcross = kKeysAcross<T, SIZE>;
   using Memory = Plan<T, SIZE, PAIRWISE, kAcross>;
   DLKERN_DYNAMIC_SHARED(shared);
-  DLKERN_SHARED(float, totals, [kTileRows][kAcross + 1]);
   const Memory memory(shared);
   const Args& x = args.x;
   const int64_t* size = args.mask_size;
@@ -548,6 +547,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
+  // Not in an array of its own: with the tiles it would be more than the 48 KB that a launch has without asking.
+  static_assert(kAcross + 1 <= Memory::kSumStride);
+  auto* const totals = reinterpret_cast<float (*)[kAcross + 1]>(memory.all_rows());
+  __syncthreads();  // everybody is done with the last tiles
   total.each([&](int r, int c, float value) { totals[warp() * 16 + Mine::row(r)][Mine::column(c)] = value; });
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);

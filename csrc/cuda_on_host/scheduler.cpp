@@ -204,7 +204,11 @@ void run_grid(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes,
   machine.grid_synced_at = ++machine.clock;
   if (shared_bytes > kSharedLimit)
     return report("%zu bytes of shared memory; a block has %zu", shared_bytes, kSharedLimit);
-  if (block_size.x * block_size.y * block_size.z > 1024) return report("more than 1024 threads a block");
+  const uint64_t threads = uint64_t{block_size.x} * block_size.y * block_size.z;
+  if (threads == 0 || threads > 1024) return report("%zu threads a block; at least 1, at most 1024", size_t{threads});
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
+    return report("a grid of %u x %u x %u blocks; at least 1, at most 2^31 - 1, 65535 and 65535", grid.x, grid.y,
+                  grid.z);
 
   const uint32_t count = grid.x * grid.y * grid.z;
   std::vector<uint32_t> order(count);

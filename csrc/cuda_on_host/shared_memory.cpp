@@ -23,6 +23,8 @@ namespace {
 constexpr size_t kRedZone = 256;
 constexpr size_t kAlignment = 1024;  // the strictest any instruction asks of shared memory (TMA's swizzle)
 constexpr unsigned char kRedZoneByte = 0xfb;
+// What a launch may have unless it asks for more, as launch() in csrc/cuda/platform.cuh does by its dynamic part alone.
+constexpr size_t kUnaskedLimit = 48 * 1024;
 
 // The next array: red zone, array, red zone. Red zones overlap those of the neighbours.
 size_t carve(Block& block, const void* tag, size_t bytes) {
@@ -43,6 +45,19 @@ size_t carve(Block& block, const void* tag, size_t bytes) {
   return offset;
 }
 
+// CUDA counts static and dynamic arrays together. The dynamic part begins at a multiple of 1024 bytes, behind the static
+// arrays.
+void check_total(const Block& block) {
+  const size_t dynamic = block.arrays[0].bytes;
+  size_t fixed = 0;
+  for (size_t i = 1; i < block.arrays.size(); i++) fixed += (block.arrays[i].bytes + 15) / 16 * 16;
+  if (dynamic) fixed = (fixed + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t limit = dynamic > kUnaskedLimit ? kSharedLimit : kUnaskedLimit;
+  if (fixed + dynamic > limit)
+    report("%zu bytes of shared memory, %zu of them dynamic; this launch may have %zu", fixed + dynamic, dynamic,
+           limit);
+}
+
 }  // namespace
 
 void shared_begin(Block& block, size_t dynamic_bytes) {
@@ -59,6 +74,7 @@ void shared_begin(Block& block, size_t dynamic_bytes) {
 
 void shared_end(Block& block) {
   size_t zone = 0;
+  check_total(block);
   DLKERN_UNPOISON(block.memory, block.memory_used + kRedZone);
   for (const SharedArray& array : block.arrays) {
     for (size_t i = zone; i < array.offset; i++) {

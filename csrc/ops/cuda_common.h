@@ -99,6 +99,23 @@ class Call {
 
 #else
 
+// torch's current stream of a device. The function is looked up when first needed: only CUDA builds of torch have it, and
+// this library also loads with the others. It is looked up in torch's own library, which Python loads with RTLD_LOCAL, so
+// that nobody finds it among the global symbols; those are asked where torch is linked otherwise.
+inline void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const auto function = [] {
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = library ? dlsym(library, name) : nullptr;
+    return reinterpret_cast<Function>(found ? found : dlsym(RTLD_DEFAULT, name));
+  }();
+  check(function != nullptr, "dlkern: this build of torch has no CUDA streams");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
 // One call of an op: makes the tensors' device current and knows torch's current stream there.
 class Call {
  public:
@@ -110,15 +127,6 @@ class Call {
   void* stream() const { return stream_; }
 
  private:
-  // Looked up when first needed: only CUDA builds of torch have it, and this library also loads with the others.
-  static void* current_stream(int32_t device) {
-    using Function = AOTITorchError (*)(int32_t, void**);
-    static const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-    check(function != nullptr, "dlkern: this build of torch has no CUDA streams");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(function(device, &stream));
-    return stream;
-  }
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_;
 };

@@ -350,7 +350,8 @@ def _rnn() -> Iterator[Case]:
         def run(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
             states, params = tensors[: 2 if lstm else 1], list(tensors[2 if lstm else 1 :])
             hx = states if lstm else states[0]
-            return function(x, hx, params, bias, layers, 0.0, False, directions == 2, False)[0]
+            # In training: cuDNN has no gradients otherwise.
+            return function(x, hx, params, bias, layers, 0.0, True, directions == 2, False)[0]
 
         return run
 

@@ -86,6 +86,15 @@ __global__ void ldmatrix_after_barrier(const float* in, float* out) {
   out[threadIdx.x] = static_cast<float>(fragment[0] & 0xff);
 }
 
+// Static and dynamic arrays together: more than 48 KB, and a dynamic part that is less and so asks for nothing.
+__global__ void shared_in_all(const float* in, float* out) {
+  DLKERN_DYNAMIC_SHARED(raw);
+  DLKERN_SHARED(float, value, [kThreads]);
+  float* const other = reinterpret_cast<float*>(raw);
+  other[threadIdx.x] = value[threadIdx.x] = in[threadIdx.x];
+  out[threadIdx.x] = other[threadIdx.x] + value[threadIdx.x];
+}
+
 template <bool BUG>
 __global__ void all_of_shared_written(const float* in, float* out) {
   DLKERN_SHARED(float, value, [kThreads]);
@@ -394,6 +403,9 @@ const std::map<std::string, std::array<Case, 2>>& cases() {
       HOPPER_REGISTERS_CASE(a_write),
       {"named_barrier_wait", {Case{named_barrier<Named::right>}, Case{named_barrier<Named::wait>}}},
       {"named_barrier_count", {Case{named_barrier<Named::right>}, Case{named_barrier<Named::count>}}},
+      {"shared_in_all", {Case{shared_in_all, 1, false, 47 * 1024}, Case{shared_in_all, 1, false, 48 * 1024}}},
+      {"shared_in_a_block", {Case{shared_in_all, 1, false, 226 * 1024}, Case{shared_in_all, 1, false, 227 * 1024}}},
+      {"some_blocks", {Case{atomic_counting<false>, 1}, Case{atomic_counting<false>, 0}}},
       {"inputs_only_read",
        {Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<false>)},
         Case{reinterpret_cast<void (*)(const float*, float*)>(inputs_only_read<true>)}}},

@@ -69,6 +69,9 @@ _NORM = "test_batch_norm and 3x8x19x20"
 _EVAL = "test_batch_norm and eval and 2x5x7x9"
 
 MUTANTS = [
+    # torch's stream: among the global symbols, where it is not
+    dict(file="csrc/ops/cuda_common.h", old="library ? dlsym(library, name) : nullptr", new="nullptr",
+         tests=["tests/test_cuda_stream.py"], build=""),
     # max_pool2d_forward_kernel
     _mutant(POOLING, "value > best[v] || value != value", "value > best[v]", "test_max_pool2d_special"),
     _mutant(POOLING, "value > best[v] ||", "value >= best[v] ||", "test_max_pool2d_special"),
@@ -306,6 +309,9 @@ MUTANTS = [
     _attention_mutant(ATTENTION_BACKWARD, "j0 + kTileRows + x.left", "j0 + x.left", "test_attention and window"),
     _attention_mutant(ATTENTION_BACKWARD, "for (int r = 0; r < kTileRows; r++) sum += totals",
                       "for (int r = 1; r < kTileRows; r++) sum += totals", "test_attention and shared"),
+    # attention_backward_mask_kernel: 9 KB beside the tiles are more than a launch has
+    _attention_mutant(ATTENTION_BACKWARD, "auto* const totals = reinterpret_cast<float (*)[kAcross + 1]>(memory.all_rows());",
+                      "DLKERN_SHARED(float, totals, [kTileRows][kAcross + 1]);", "mask_gradient_of_pairwise"),
     # attention_rotary_forward_kernel: what is behind the pairs, the other half's place, rows outside, another row's angles,
     # another batch's, 16 bytes at a time where they do not lie so
     _attention_mutant(ATTENTION_TILE, "0, x.depth, 2 * x.half);", "0, x.depth, x.depth);", "test_attention and rotary and part"),
