@@ -44,6 +44,9 @@ template <class T> void sgd_range(const SgdTensor<T>& t, int64_t begin, int64_t 
           decay = static_cast<A>(t.weight_decay), sign = t.maximize ? A(-1) : A(1);
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = end - i;
+    prefetch_ahead(t.param + i);
+    prefetch_ahead(t.grad + i);
+    if (t.momentum_buffer) prefetch_ahead(t.momentum_buffer + i);
     const Vec<T> param = load_some(t.param + i, left);
     Vec<T> grad = load_some(t.grad + i, left) * sign;
     if (decay != 0) grad += decay * param;
@@ -64,6 +67,10 @@ template <class T> void adam_range(const AdamTensor<T>& t, int64_t begin, int64_
           root = static_cast<A>(t.correction_root);
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = end - i;
+    prefetch_ahead(t.param + i);
+    prefetch_ahead(t.grad + i);
+    prefetch_ahead(t.exp_avg + i);
+    prefetch_ahead(t.exp_avg_sq + i);
     const Vec<T> param = load_some(t.param + i, left) * factor;
     Vec<T> grad = load_some(t.grad + i, left) * sign;
     if (decay != 0) grad += decay * param;

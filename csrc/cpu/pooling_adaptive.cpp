@@ -152,28 +152,33 @@ template <class T> void forward_pixels(const AdaptivePoolArgs<T>& args) {
                      const int64_t x0 = begin_of(q, s.w, s.out_w), x1 = end_of(q, s.w, s.out_w);
                      std::memset(value, 0, sizeof(double) * static_cast<size_t>(channels + kWide));
                      std::memset(lost, 0, sizeof(double) * static_cast<size_t>(channels + kWide));
-                     for (int64_t y = y0; y < y1; ++y) {
-                       int64_t ix = x0;
+                     // Whole rows are one run of pixels.
+                     const bool whole = x0 == 0 && x1 == s.w;
+                     const int64_t lines = whole ? 1 : y1 - y0, run = (whole ? y1 - y0 : 1) * (x1 - x0);
+                     for (int64_t line = 0; line < lines; ++line) {
+                       const T* from = x + (y0 + line) * in.y + x0 * in.x;
+                       int64_t ix = 0;
                        if constexpr (sizeof(T) < sizeof(double))
-                         for (; ix + 4 <= x1; ix += 4) {
-                           const T* from = x + y * in.y + ix * in.x;
-                           for (int64_t c = 0; c < channels; c += kWide) {
-                             const vdouble first =
-                                 load_wide_before(from + c, input_end) + load_wide_before(from + in.x + c, input_end);
-                             const vdouble second = load_wide_before(from + 2 * in.x + c, input_end) +
-                                                    load_wide_before(from + 3 * in.x + c, input_end);
+                         for (; ix + 4 <= run; ix += 4, from += 4 * in.x) {
+                           auto add = [&](int64_t c, auto&& read) __attribute__((always_inline)) {
+                             const vdouble first = read(from + c) + read(from + in.x + c);
+                             const vdouble second = read(from + 2 * in.x + c) + read(from + 3 * in.x + c);
                              store(value + c, load(value + c) + (first + second));
+                           };
+                           int64_t c = 0;
+                           for (; c + kWide <= channels; c += kWide) {
+                             for (int64_t next = 4; next < 8; ++next) __builtin_prefetch(from + next * in.x + c);
+                             add(c, [](const T* at) { return load_wide(at); });
                            }
+                           if (c < channels) add(c, [&](const T* at) { return load_wide_before(at, input_end); });
                          }
-                       for (; ix < x1; ++ix) {
-                         const T* from = x + y * in.y + ix * in.x;
+                       for (; ix < run; ++ix, from += in.x)
                          for (int64_t c = 0; c < channels; c += kWide) {
                            Sum<T, vdouble> sum{load(value + c), load(lost + c)};
                            sum += load_wide_before(from + c, input_end);
                            store(value + c, sum.value);
                            if constexpr (sizeof(T) == sizeof(double)) store(lost + c, sum.lost);
                          }
-                       }
                      }
                      T* to = args.output + n * out.n + p * out.y + q * out.x + c0;
                      const double count = static_cast<double>((y1 - y0) * (x1 - x0));

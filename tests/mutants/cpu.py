@@ -172,7 +172,7 @@ MUTANTS += [
     _pool(_WINDOW, "return ceil_div((i + 1) * size, out_size); }", "return larger(i * size / out_size + 1, (i + 1) * size / out_size); }", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});", "load_before(p + i, limit);", "adaptive_parity"),
     _pool("csrc/cpu/simd.h", "lost += (value - (next - added)) + (x - added);", "", "carries"),
-    _pool(_ADAPTIVE, "load_wide_before(from + 3 * in.x + c, input_end);", "load_wide_before(from + 2 * in.x + c, input_end);", "adaptive_parity"),
+    _pool(_ADAPTIVE, "read(from + 3 * in.x + c);", "read(from + 2 * in.x + c);", "adaptive_parity"),
     _pool(_ADAPTIVE, "if (i > begin && y > 0 && p0 == before_p0 && p1 == before_p1) {", "if (i > begin && y > 0 && p0 == before_p0) {", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "return gradient / (rows * columns);", "return gradient / (rows + columns);", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "for (int64_t k = 0; k < plane; k += kLanes<T>) store_before", "for (int64_t k = 0; k + 1 < plane; k += kLanes<T>) store_before", "adaptive_is_torchs"),
