@@ -68,6 +68,12 @@ template <int PIXELS, int S, int STRIDE, bool EDGE, class T, class LoadSource, c
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; ++i) sum[i] += part[i];
   }
+  // What the next row of tiles reads first: pixels lie too far apart for a prefetcher of the machine's.
+#pragma GCC unroll 32
+  for (int j = 0; j < (PIXELS - 1) * STRIDE + S; ++j)
+    if (!EDGE || (j >= begin && j < end))
+#pragma GCC unroll 2
+      for (int below = 0; below < STRIDE; ++below) __builtin_prefetch(source + below * row_step + j * channels, 0, 2);
   if (tile.bias) {
     const Vec<A> bias = load_constants(tile.bias + c);
 #pragma GCC unroll 8
@@ -305,6 +311,14 @@ template <int ROWS, int S, int STRIDE, class T> void add_rows(const Rows<T>& z) 
         Vec<A> value[kColumns];
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) value[j] = kInner || j < left ? load(y + j * z.channels) : Vec<A>{};
+      // The next step's pixels.
+#pragma GCC unroll 8
+        for (int j = kColumns; j < 2 * kColumns; ++j) {
+          __builtin_prefetch(y + j * z.channels);
+#pragma GCC unroll 2
+          for (int s = 0; s < STRIDE; ++s)
+            __builtin_prefetch(x + (ROWS - 1) * z.tap_row + (j * STRIDE + s + S - 1) * z.channels);
+        }
 #pragma GCC unroll 32
         for (int j = 0; j < (kColumns - 1) * STRIDE + S; ++j) {
           if (!kInner && (j < begin || j >= end)) continue;
