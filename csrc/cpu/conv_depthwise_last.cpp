@@ -311,14 +311,6 @@ template <int ROWS, int S, int STRIDE, class T> void add_rows(const Rows<T>& z) 
         Vec<A> value[kColumns];
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) value[j] = kInner || j < left ? load(y + j * z.channels) : Vec<A>{};
-      // The next step's pixels.
-#pragma GCC unroll 8
-        for (int j = kColumns; j < 2 * kColumns; ++j) {
-          __builtin_prefetch(y + j * z.channels);
-#pragma GCC unroll 2
-          for (int s = 0; s < STRIDE; ++s)
-            __builtin_prefetch(x + (ROWS - 1) * z.tap_row + (j * STRIDE + s + S - 1) * z.channels);
-        }
 #pragma GCC unroll 32
         for (int j = 0; j < (kColumns - 1) * STRIDE + S; ++j) {
           if (!kInner && (j < begin || j >= end)) continue;
