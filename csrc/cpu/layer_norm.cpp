@@ -60,7 +60,7 @@ template <class T> void forward(const LayerNormArgs<T>& args) {
       const A first = x[0];
       A sum[1], square[1];
       sum_row(columns, sum, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
-        prefetch_ahead(x + j);
+        prefetch_ahead(args.input + row * columns + j);
         const Vec<A> d = load_some(x + j, count) - first;
         add(0, count == lanes ? d : first_lanes<A>(d, count));
       });
@@ -105,8 +105,8 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
         A mean_of[2];  // of g w, and of g w xhat
         if (args.grad_input) {
           sum_row(columns, mean_of, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
-            prefetch_ahead(x + j);
-            prefetch_ahead(g + j);
+            prefetch_ahead(args.input + row * columns + j);
+            prefetch_ahead(args.grad_output + row * columns + j);
             const Vec<A> value = weighted(j, load_some(g + j, count), count);
             add(0, value);
             add(1, value * xhat(j, count));
