@@ -40,8 +40,8 @@ template <class T> void zero(T* to, int64_t count, bool past) {
 // The sum of `vectors` vectors and `rest` lanes from column c on over `count` positions; `known` more follow those, whose
 // columns are read next.
 template <class T, int vectors>
-void sum_columns(const EmbeddingBackwardArgs<T>& args, int64_t c, int rest, const int64_t* positions, int64_t count,
-                 int64_t known, double divisor, T* to) {
+void sum_block(const EmbeddingBackwardArgs<T>& args, int64_t c, int rest, const int64_t* positions, int64_t count,
+               int64_t known, double divisor, T* to) {
   constexpr int64_t lanes = kLanes<T>, line = 64 / static_cast<int64_t>(sizeof(T));
   Wide<T> sum[vectors + 1] = {};
   for (int64_t p = 0; p < count; ++p) {
@@ -69,9 +69,9 @@ void sum_row(const EmbeddingBackwardArgs<T>& args, int64_t v, int64_t first, int
   T* to = args.grad_weight + v * args.width;
   int64_t c = first;
   for (; c + kVectors * lanes <= last; c += kVectors * lanes)
-    sum_columns<T, kVectors>(args, c, 0, positions, count, known, divisor, to + c);
-  for (; c + lanes <= last; c += lanes) sum_columns<T, 1>(args, c, 0, positions, count, known, divisor, to + c);
-  if (c < last) sum_columns<T, 0>(args, c, static_cast<int>(last - c), positions, count, known, divisor, to + c);
+    sum_block<T, kVectors>(args, c, 0, positions, count, known, divisor, to + c);
+  for (; c + lanes <= last; c += lanes) sum_block<T, 1>(args, c, 0, positions, count, known, divisor, to + c);
+  if (c < last) sum_block<T, 0>(args, c, static_cast<int>(last - c), positions, count, known, divisor, to + c);
 }
 
 // A table of few rows: the sums of `block` columns of all rows stay in a second-level cache.
