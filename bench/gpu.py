@@ -344,6 +344,22 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text()]
 
 
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """float32 multiplied as float32 on both sides, not as TF32; torch's settings come back as they were."""
+    import torch
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+@float32_products()
 def parity(stage: Stage) -> bool:
     """The catalogue's cases on both GPU columns by the rule; the same bits 20 times; the tests marked gpu."""
     import torch
@@ -365,7 +381,6 @@ def parity(stage: Stage) -> bool:
 
         return draw
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     left = 0
     for name, case, dtype, layout, column in parity_items(stage):
         if name in stage.ledger:

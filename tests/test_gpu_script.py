@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dlkern import testing
+from dlkern._precision import allow_tf32_cudnn, allow_tf32_matmul
 from dlkern.bench import cases, shapes
 from dlkern.bench.shapes import Shape
 
@@ -76,17 +77,22 @@ def test_a_row_that_hung_is_left_out_and_fails_the_stage(script, tmp_path, monke
 
 
 def test_parity_writes_an_item_down_before_it_runs(script, tmp_path, monkeypatch):
+    from torch.testing._internal import common_utils  # noqa: F401  (cuDNN's settings may not be assigned after it)
+
     found, seen, certificate_of = stage(script, "parity", tmp_path, dry_run=True), [], script.certificate_of
     items = list(script.parity_items(found))[:1]
     monkeypatch.setattr(script, "parity_items", lambda _: items)
 
     def certificate(*arguments):
         seen.append(found.ledger.paths[0].read_text())
+        tf32.append((allow_tf32_cudnn(), allow_tf32_matmul()))
         return certificate_of(*arguments)
 
+    tf32 = [(allow_tf32_cudnn(), allow_tf32_matmul())]
     monkeypatch.setattr(script, "certificate_of", certificate)
     assert script.parity(found)
     assert items[0][0] in seen[0] and '"begun": true' in seen[0]
+    assert tf32 == [(True, False), (False, False)] and (allow_tf32_cudnn(), allow_tf32_matmul()) == tf32[0]
 
 
 # --- processes
