@@ -8,6 +8,14 @@ namespace dlkern::cpu {
 int num_threads();
 // Lets another thread or process have the core.
 void give_way();
+// Between two looks at what another thread is to write.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 // Multiply-adds for which another thread is worth waking.
 constexpr double kWorthWaking = 262144;
 // Runs body(context, begin, end) over a partition of [0, n) into pieces of at least `grain`.

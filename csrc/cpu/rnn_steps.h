@@ -28,7 +28,7 @@ struct Barrier {
   void wait(int64_t some, int64_t phase) {
     __atomic_add_fetch(&arrived, some, __ATOMIC_ACQ_REL);
     for (int64_t spins = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < threads * (phase + 1); ++spins) {
-      if (spins > 4096) __builtin_ia32_pause();
+      if (spins > 4096) relax();
       if (spins > 16384) give_way();
     }
   }
