@@ -1,8 +1,10 @@
 """The CPU column on every instruction set this machine has, and under AddressSanitizer and UBSan."""
 
 import ctypes
+import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,29 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 def test_contract_with_avx512_vectors_on_any_machine():
     """AVX-512's code with its vectors lowered to AVX2."""
     run_tests("test_contract.py", "test_parity and contiguous and not float64", DLKERN_LIBRARY=library("wide", "avx512"))
+
+
+ARM_COMPILER = next(filter(None, map(shutil.which, ["aarch64-linux-gnu-g++", "aarch64-linux-gnu-g++-12"])), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ARM_COMPILER is None, reason="no g++ for aarch64 here")
+def test_the_portable_code_compiles_for_arm():
+    """Every source of the CPU column, up to the instructions: nothing in it is x86's alone."""
+    spec = importlib.util.spec_from_file_location("dlkern_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    sources = [path for path in sorted((ROOT / "csrc" / "ops").glob("*.cpp")) if not path.name.startswith("cuda_")]
+    sources += sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    defines = ["-DDLKERN_ISA=portable", "-DDLKERN_BUILT_PORTABLE", "-DDLKERN_NO_SIMD"]
+    defines += [f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET}"]
+    includes = [f"-I{ROOT / 'csrc'}", *(part for path in setup.torch_paths()[1] for part in ("-isystem", str(path)))]
+    for source in sources:
+        result = subprocess.run(
+            [ARM_COMPILER, "-fsyntax-only", *flags, *defines, *includes, str(source)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-6000:]
 
 
 _UNAVAILABLE = """
