@@ -40,20 +40,28 @@ def shift(n):
 
 
 def stability(n):
-    assert n["sigmoid, small weights: gradient at layer 1 over layer 30"] < 1e-10
+    assert n["sigmoid, Xavier: gradient at layer 1 over layer 30"] < 1e-10
     assert 0.05 < n["tanh, Xavier: gradient at layer 1 over layer 30"] < 20
     assert 0.05 < n["ReLU, He: gradient at layer 1 over layer 30"] < 20
     assert n["ReLU, twice He: gradient at layer 1 over layer 30"] > 1e6
-    assert n["bound over largest singular value"] > 1
+    assert n["bound over largest singular value"] > 1 and n["smallest over largest singular value"] < 1e-6
     first_over_last = "{}: gradient at the first step over the last"
     assert n[first_over_last.format("RNN")] < 1e-3 * n[first_over_last.format("LSTM")]
     assert n[first_over_last.format("RNN")] < 1e-3 * n[first_over_last.format("GRU")]
+    assert n[first_over_last.format("RNN, ReLU, larger weights")] > 1e3
     assert n["jump, norm at most 1"] < 0.11 < n["jump, no clipping"]
+    assert not n["no clipping: last loss"] < 1e6 and n["norm at most 1: last loss"] < n["norm at most 1: first loss"] / 2
 
 
 def newton(n):
     for name in ("Newton", "Newton-CG"):
         assert n[f"{name}: above the optimum at the end"] < 1e-8
+    assert n["Newton: size of the gradient at the end"] < 1e-8
+    early, rise = (
+        [n[f"{name}: {what}"] for name in ("stochastic", "mini-batches of 8", "gradient descent")]
+        for what in ("above the optimum after a pass", "largest rise between two looks")
+    )
+    assert early == sorted(early) and rise == sorted(rise, reverse=True) and rise[0] > 2 and rise[-1] < 1
     assert n["gradient descent: above the optimum at the end"] > 1e-6
     first, last = n["network: first and last loss"]
     assert last < first
@@ -166,7 +174,7 @@ EXAMPLES = {
     "attention_pooling": (60, pooling),
     "distribution_shift": (60, shift),
     "numerical_stability": (30, stability),
-    "newton": (12, newton),
+    "newton": (4, newton),
     "svm_dual": (800, svm),
     "pid_learning_rate": (60, pid),
     "markov_chain": (8, markov),
