@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dlkern
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "tests"))
@@ -22,9 +24,11 @@ def edge_filter(n):
 
 
 def normalisation(n):
-    assert n["last loss at rate 0.5 with batch norm"] < n["last loss at rate 0.5 without"] - 0.2
+    for rate in (0.1, 0.5, 2.0):
+        assert n[f"last loss at rate {rate} with batch norm"] < n[f"last loss at rate {rate} without"] - 0.2
+        assert n[f"last loss at rate {rate} without"] > math.log(10) - 0.2
     for kind in ("plain", "dropout", "weight decay"):
-        assert 0 <= n[f"{kind}: training error"] <= 1 and 0 <= n[f"{kind}: held-out error"] <= 1
+        assert n[f"{kind}: training error"] < n[f"{kind}: held-out error"] - 0.02
 
 
 def pooling(n):
@@ -162,6 +166,28 @@ def custom(n):
     assert n["accuracy"] > 0.8 and n["parameters"] == 10 * 64 + 10 + 1
 
 
+def positions(n):
+    within, beyond = (
+        {kind: n[f"{kind}: accuracy within the trained length and beyond"][i] for kind in ("none", "learned", "rotary", "ALiBi")}
+        for i in (0, 1)
+    )
+    assert within["rotary"] > 0.95 and max(within["none"], within["ALiBi"]) < 0.5
+    assert beyond["rotary"] > beyond["learned"] + 0.1
+    for name in ("sinusoidal", "rotary"):  # sums of 64 products
+        assert n[f"{name}: scores of one distance differ by"] < 64 * torch.finfo(torch.float32).eps
+    assert 3 in n["relative: distances of the heads' largest bias"]
+
+
+def arithmetic(n):
+    assert n["sizes tried"] > 300 and n["sizes off the formula"] == 0
+    assert n["1 x 1 is linear, off by"] < 4 * torch.finfo(torch.float32).eps
+    assert n["channels are summed, off by"] < 27 * torch.finfo(torch.float64).eps  # sums of 27 products
+    edges, places, whole = (
+        n[f"{name}: likeness after a move of 4 pixels"] for name in ("edges", "pooled, 8 x 8", "pooled, whole image")
+    )
+    assert edges < 0.7 < places - 0.05 < whole
+
+
 def one_process(n):
     assert n["processes"] == 1 and n["largest difference from one process"] == 0
     assert n["last loss"] < n["first loss"]
@@ -189,6 +215,8 @@ EXAMPLES = {
     "backpropagation": (5, backward),
     "custom_layers": (60, custom),
     "lars": (20, large_batch),
+    "positions": (60, positions),
+    "convolution": (24, arithmetic),
 }
 
 
@@ -202,7 +230,9 @@ def test_example(name, tmp_path):
     module = importlib.import_module(name)
     assert "What to see:" in module.__doc__
     torch.manual_seed(0)
-    numbers = module.main(steps, tmp_path)
+    with dlkern.trace() as calls:
+        numbers = module.main(steps, tmp_path)
+    assert {call.backend for call in calls} == ({"cpu"} if name != "zipf" else set()), "work that is not dlkern's kernels'"
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     holds(numbers)
 
