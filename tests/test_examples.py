@@ -188,6 +188,17 @@ def arithmetic(n):
     assert edges < 0.7 < places - 0.05 < whole
 
 
+def networks(n):
+    for name, millions in (("alexnet", 61.10), ("vgg11", 132.86), ("nin", 0.97)):  # torchvision's; the paper's layers counted
+        convolutions, linear = n[f"{name}: millions of parameters in convolutions, linear layers"]
+        assert convolutions + linear == pytest.approx(millions, abs=0.02)
+        assert (linear == 0) if name == "nin" else (linear > 10 * convolutions)
+        convolutions, linear = n[f"{name}: millions of multiply-adds in convolutions, linear layers"]
+        assert convolutions > 10 * linear
+    plain, norm, residual, dense = (n[f"{kind}: last loss"] for kind in ("plain", "batch norm", "residual", "dense"))
+    assert plain > math.log(10) - 0.1 and norm < plain - 0.1 and residual < norm - 0.3 and dense < plain - 0.1
+
+
 def one_process(n):
     assert n["processes"] == 1 and n["largest difference from one process"] == 0
     assert n["last loss"] < n["first loss"]
@@ -216,6 +227,7 @@ EXAMPLES = {
     "custom_layers": (60, custom),
     "lars": (20, large_batch),
     "positions": (60, positions),
+    "classic_networks": (25, networks),
     "convolution": (24, arithmetic),
 }
 
