@@ -4,12 +4,12 @@ An n pixels wide image, padded by p on both sides, has n + 2p - d (k - 1) places
 a stride of s every s-th is taken: floor((n + 2p - d (k - 1) - 1) / s) + 1 outputs. Over channels a convolution sums: one
 kernel for each input channel, one set of them for each output channel.
 
-What to see, first row: a digit, its horizontal and vertical edges (two kernels, one input channel), their mean, which a 1 x 1
-convolution of the two makes, at each pixel by itself as a linear layer would; and the largest of each 4 x 4 pixels. Second
-row, a blur: without padding the image shrinks by k - 1, with a padding of k // 2 it stays, a stride of 2 halves it, taps
-that are 3 apart look at more of it with as many weights. Last panel: digits moved to the right. The edges of the moved and the
-unmoved image soon have little in common; their largest values over places of 8 x 8 stay alike for longer; over the whole
-image they are the same, until digits leave it.
+What to see: in the first row a digit, its horizontal and vertical edges (two kernels, one input channel), their mean, which a
+1 x 1 convolution of the two makes, at each pixel by itself as a linear layer would; and the largest of each 4 x 4 pixels. In
+the second row a blur: without padding the image shrinks by k - 1, with a padding of k // 2 it stays, a stride of 2 halves it,
+taps that are 3 apart look at more of it with as many weights. Last panel: digits moved to the right. The edges of the moved
+and the unmoved image soon have little in common; their largest values over places of 8 x 8 stay alike for longer; over the
+whole image they are the same, until digits leave it.
 """
 
 import itertools

@@ -29,6 +29,12 @@ def normalisation(n):
         assert n[f"last loss at rate {rate} without"] > math.log(10) - 0.2
     for kind in ("plain", "dropout", "weight decay"):
         assert n[f"{kind}: training error"] < n[f"{kind}: held-out error"] - 0.02
+    ratios = [n[f"{name}: the first layer's gradient over the last's"] for name in ("without", "with batch norm")]
+    assert ratios[0] < 0.01 < 0.1 < ratios[1]
+    assert n["batch norm behind: last loss"] < n["batch norm before: last loss"] < math.log(10) - 0.2
+    assert n["scales from, to"][0] < 1 < n["scales from, to"][1] and n["shifts from, to"][0] < 0 < n["shifts from, to"][1]
+    early = {name: n[f"ReLU, {name}: held-out error within 25 steps and at the end"][0] for name in ("dropout", "batch norm", "both")}
+    assert max(early["batch norm"], early["both"]) < early["dropout"] - 0.02
 
 
 def pooling(n):
@@ -109,6 +115,8 @@ def language(n):
     assert first > 1.2 * last
     first, last = n["sequential: perplexity of a piece's first and last character"]
     assert first < 1.2 * last
+    greedy, beam, best = (n[f"{name} search: mean log-probability"] for name in ("greedy", "beam of 3", "exhaustive"))
+    assert greedy < beam <= best < 0 and best - beam < (best - greedy) / 2
     assert n["it writes"].startswith("The ") and len(n["it writes"]) == 84
 
 
@@ -257,6 +265,8 @@ def test_as_a_script(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "stationary" in result.stdout and (tmp_path / "new" / "markov_chain.png").exists()
+    page = (tmp_path / "new" / "examples.html").read_text()
+    assert page.count("<img") == 1 and "markov_chain.png" in page and "<p>What to see:" in page
 
 
 @pytest.mark.parametrize("wrong", ["0", "-3", "many", "1.5"])
