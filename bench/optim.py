@@ -3,9 +3,10 @@
     dlkern bench optim [--device cuda] [--network resnet18] [--seconds 2] [--output FOLDER]
 
 Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused and single-tensor steps, each on parameters of
-its own. On a GPU the time is the device's from the first launch to the last, waits for the host included. Floor: the bytes that
-have to cross the bus (parameters and state read and written, gradients read; clipping by norm reads gradients twice and writes
-them once, by value once each) over the bandwidth of a copy. torch has no LARS: its side is the formula in foreach functions. Results go to bench/results/<device>/optim.json.
+its own. torch has no LARS: its side is the formula in foreach functions. On a GPU the time is the device's from the first launch
+to the last, waits for the host included. Floor: the bytes that have to cross the bus (parameters and state read and written,
+gradients read; clipping by norm reads gradients twice and writes them once, by value once each) over the bandwidth of a copy.
+Results go to bench/results/<device>/optim.json.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ def _parameters(network: str, device: str) -> list[torch.nn.Parameter]:
 
 
 def _foreach_lars(
-    parameters: list[torch.nn.Parameter], lr: float, momentum: float, weight_decay: float, trust: float = 1e-3
+    parameters: Sequence[torch.Tensor], lr: float, momentum: float, weight_decay: float, trust: float = 1e-3
 ) -> Callable[[], object]:
     """A step of LARS as one writes it without a kernel for it."""
+    parameters = list(parameters)
     buffers = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()

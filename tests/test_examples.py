@@ -33,8 +33,8 @@ def normalisation(n):
     assert ratios[0] < 0.01 < 0.1 < ratios[1]
     assert n["batch norm behind: last loss"] < n["batch norm before: last loss"] < math.log(10) - 0.2
     assert n["scales from, to"][0] < 1 < n["scales from, to"][1] and n["shifts from, to"][0] < 0 < n["shifts from, to"][1]
-    early = {name: n[f"ReLU, {name}: held-out error within 25 steps and at the end"][0] for name in ("dropout", "batch norm", "both")}
-    assert max(early["batch norm"], early["both"]) < early["dropout"] - 0.02
+    early = "ReLU, {}: held-out error within 25 steps and at the end"
+    assert max(n[early.format(name)][0] for name in ("batch norm", "both")) < n[early.format("dropout")][0] - 0.02
 
 
 def pooling(n):
@@ -83,10 +83,10 @@ def svm(n):
 
 
 def pid(n):
-    assert math.log10(n["from 5: last rate"] / n["from 0.0001: last rate"]) < 1  # began 4.7 apart
+    assert 1 / 3 < n["from 5: last rate"] / n["from 0.0001: last rate"] < 3  # it was 50,000 at first
     assert n["from 0.0001: last rate"] > 1e-3 and n["from 0.0001: last loss"] < 2
     assert n["updated: accuracy at the end"] > n["frozen: accuracy at the end"] + 0.2
-    assert sum(n["pulls"]) >= 5
+    assert max(n["pulls"]) == n["pulls"][3] and min(n["pulls"]) == n["pulls"][4]  # rates 0.1 and 1
 
 
 def markov(n):
@@ -175,12 +175,9 @@ def custom(n):
 
 
 def positions(n):
-    within, beyond = (
-        {kind: n[f"{kind}: accuracy within the trained length and beyond"][i] for kind in ("none", "learned", "rotary", "ALiBi")}
-        for i in (0, 1)
-    )
-    assert within["rotary"] > 0.95 and max(within["none"], within["ALiBi"]) < 0.5
-    assert beyond["rotary"] > beyond["learned"] + 0.1
+    kinds = ("none", "ALiBi", "learned", "rotary")
+    within, beyond = zip(*(n[f"{kind}: accuracy within the trained length and beyond"] for kind in kinds))
+    assert max(within[:2]) < 0.5 and within[3] > 0.95 and beyond[3] > beyond[2] + 0.1
     for name in ("sinusoidal", "rotary"):  # sums of 64 products
         assert n[f"{name}: scores of one distance differ by"] < 64 * torch.finfo(torch.float32).eps
     assert 3 in n["relative: distances of the heads' largest bias"]
