@@ -2,11 +2,11 @@
 
     dlkern bench optim [--device cuda] [--network resnet18] [--seconds 2] [--output FOLDER]
 
-Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused and single-tensor steps, each on parameters of
-its own. torch has no LARS: its side is the formula in foreach functions. On a GPU the time is the device's from the first launch
-to the last, waits for the host included. Floor: the bytes that have to cross the bus (parameters and state read and written,
-gradients read; clipping by norm reads gradients twice and writes them once, by value once each) over the bandwidth of a copy.
-Results go to bench/results/<device>/optim.json.
+Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused and single-tensor steps, each on
+parameters of its own. torch has no LARS: its side is the formula in foreach functions. On a GPU the time is the device's
+from the first launch to the last, waits for the host included. Floor: the bytes that have to cross the bus (parameters
+and state read and written, gradients read; clipping by norm reads gradients twice and writes them once, by value once
+each) over the bandwidth of a copy. Results go to bench/results/<device>/optim.json.
 """
 
 from __future__ import annotations
