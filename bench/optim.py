@@ -2,18 +2,20 @@
 
     dlkern bench optim [--device cuda] [--network resnet18] [--seconds 2] [--output FOLDER]
 
-Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused and single-tensor steps, each on parameters of
-its own. On a GPU the time is the device's from the first launch to the last, waits for the host included. Floor: the bytes that
-have to cross the bus (parameters and state read and written, gradients read; clipping reads gradients twice and writes them
-once) over the bandwidth of a copy. Results go to bench/results/<device>/optim.json.
+Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused and single-tensor steps, each on
+parameters of its own. torch has no LARS: its side is the formula in foreach functions. On a GPU the time is the device's
+from the first launch to the last, waits for the host included. Floor: the bytes that have to cross the bus (parameters
+and state read and written, gradients read; clipping by norm reads gradients twice and writes them once, by value once
+each) over the bandwidth of a copy. Results go to bench/results/<device>/optim.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ STEPS: dict[str, tuple[str, dict[str, Any], int]] = {
     "adamw, amsgrad": ("AdamW", dict(lr=1e-3, amsgrad=True), 9),
     "lars": ("LARS", dict(**_MOMENTUM, weight_decay=1e-4), 7),
     "clip_grad_norm_": ("", {}, 3),
+    "clip_grad_value_": ("", {}, 2),
 }
 TORCHS = ("foreach", "fused", "single")
 COLUMNS = ("triton", "cuda")
@@ -56,20 +59,45 @@ def _parameters(network: str, device: str) -> list[torch.nn.Parameter]:
     return parameters
 
 
+def _foreach_lars(
+    parameters: Sequence[torch.Tensor], lr: float, momentum: float, weight_decay: float, trust: float = 1e-3
+) -> Callable[[], object]:
+    """A step of LARS as one writes it without a kernel for it."""
+    parameters = list(parameters)
+    buffers = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step() -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        size, slope = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, grads))
+        rates = lr * torch.where((size > 0) & (slope > 0), trust * size / (slope + weight_decay * size), 1.0)
+        updates = torch._foreach_add(grads, parameters, alpha=weight_decay)
+        torch._foreach_mul_(updates, rates.unbind())
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_sub_(parameters, buffers)
+
+    return step
+
+
 def _side(name: str, side: str, network: str, device: str) -> Callable[[], object] | None:
     """A step of one side, or None where it has none."""
     kind, settings, _ = STEPS[name]
     parameters = _parameters(network, device)
     ways = {"foreach": dict(foreach=True), "fused": dict(fused=True), "single": dict(foreach=False)}
     if side in TORCHS:
-        if kind == "LARS" or (side == "fused" and not kind):
-            return None
+        if kind == "LARS":
+            return _foreach_lars(parameters, **settings) if side == "foreach" else None
         if kind:
             return getattr(torch.optim, kind)(parameters, **settings, **ways[side]).step
-        return lambda: torch.nn.utils.clip_grad_norm_(parameters, 1e-30, **ways[side])
-    # So small a limit that gradients are scaled every time.
-    clip = lambda: dlkern.nn.utils.clip_grad_norm_(parameters, 1e-30)  # noqa: E731
-    step = getattr(dlkern.optim, kind)(parameters, **settings).step if kind else clip
+        if side == "fused":
+            return None
+        theirs = getattr(torch.nn.utils, name)
+        return lambda: theirs(parameters, 1e-30, **ways[side])
+    if kind:
+        step = getattr(dlkern.optim, kind)(parameters, **settings).step
+    else:  # so small a limit that gradients are scaled every time
+        step = functools.partial(getattr(dlkern.nn.utils, name), parameters, 1e-30)
 
     def run() -> None:
         with dlkern.backend(side) if side in COLUMNS else contextlib.nullcontext():

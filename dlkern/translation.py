@@ -278,7 +278,8 @@ def bleu(written: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> f
     except ImportError:
         raise RuntimeError("BLEU is sacrebleu's: pip install sacrebleu") from None
     texts = ([" ".join(tokens) for tokens in side] for side in (written, wanted))
-    return sacrebleu.corpus_bleu(next(texts), [next(texts)], tokenize="none", force=True).score
+    # Four logarithms' rounding may end above 100.
+    return min(sacrebleu.corpus_bleu(next(texts), [next(texts)], tokenize="none", force=True).score, 100.0)
 
 
 class _Spaces:

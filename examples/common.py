@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ def positive(text: str) -> int:
 
 
 def run(main: Callable[..., Any], steps: int, **choices: tuple[str, ...]) -> None:
-    """Calls main(steps, report) with what the command line says, and prints the numbers it returns.
+    """Calls main(steps, report) with what the command line says, prints the numbers it returns, and puts the picture on the
+    page of all of them.
 
     choices: further arguments of main, what each may be, the default first.
     """
@@ -28,8 +31,27 @@ def run(main: Callable[..., Any], steps: int, **choices: tuple[str, ...]) -> Non
     for name, allowed in choices.items():
         parser.add_argument(f"--{name}", choices=allowed, default=allowed[0], help=f"(default: {allowed[0]})")
     torch.manual_seed(0)
-    for name, value in main(**vars(parser.parse_args())).items():
+    arguments = parser.parse_args()
+    numbers = main(**vars(arguments))
+    for name, value in numbers.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    if numbers:  # of several processes one has them
+        print(f"report: {page(arguments.report)}")
+
+
+def page(report: Path) -> Path:
+    """Writes <report>/examples.html: the pictures that are there, each under what its script says."""
+    parts = ["<!doctype html><meta charset=utf-8><title>dlkern: examples</title>",
+             "<style>body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: auto } p { white-space: pre-line }"
+             " img { max-width: 100% }</style>"]  # fmt: skip
+    for script in sorted(Path(__file__).parent.glob("*.py")):
+        if (report / f"{script.stem}.png").exists():
+            text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+            parts += [f"<h2>{script.stem}</h2>", *(f"<p>{html.escape(part)}</p>" for part in text.split("\n\n"))]
+            parts.append(f'<img src="{script.stem}.png" alt="{script.stem}">')
+    path = report / "examples.html"
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return path
 
 
 def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:

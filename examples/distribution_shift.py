@@ -23,7 +23,7 @@ F = nn.functional
 
 
 def small(images):
-    return torch.nn.functional.avg_pool2d(images, 4).flatten(1)  # [n, 64]
+    return F.avg_pool2d(images, 4).flatten(1)  # [n, 64]
 
 
 def tilted(images):
@@ -44,11 +44,7 @@ def train(model, x, y, steps, sample_weight=None, class_weight=None):
     optimizer = dlkern.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
-        if sample_weight is None:
-            loss = F.cross_entropy(model(x), y, weight=class_weight)
-        else:
-            loss = (F.cross_entropy(model(x), y, reduction="none") * sample_weight).mean()
-        loss.backward()
+        F.cross_entropy(model(x), y, weight=class_weight, sample_weight=sample_weight).backward()
         optimizer.step()
     return model
 
@@ -73,7 +69,6 @@ def covariate(data, steps):
     with torch.no_grad():
         odds = logistic(x)
     weight = (odds[:, 1] - odds[:, 0]).exp().clamp(max=20.0)
-    weight /= weight.mean()
     results = {}
     for name, w in (("plain", None), ("weighted", weight)):
         torch.manual_seed(1)

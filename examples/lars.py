@@ -4,9 +4,9 @@ With 1024 images a step, few steps are left for a pass, so each must be long. Ho
 large its weights are beside their gradients. LARS gives each layer a rate in proportion to that ratio (You, Gitman and Ginsburg
 2017). A network of four hidden layers with ReLU learns the digits in twenty passes, at six rates with each optimiser.
 
-What to see: the ratio (left) differs between layers by up to a factor of four, and the layers change places as training goes
-on. SGD with momentum (right) learns in a narrow range of rates, above which it diverges in its first steps and below which
-twenty passes do not suffice. LARS learns over a range some ten times wider.
+What to see: the ratio (left) differs between layers by a factor of three or four, and the layers change places as training
+goes on. SGD with momentum (right) learns in a narrow range of rates, above which its first steps spoil the network and below
+which twenty passes do not suffice. LARS learns over a range some ten times wider.
 """
 
 import torch

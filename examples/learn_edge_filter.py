@@ -5,7 +5,8 @@ weights (1, -1) finds. Here nobody tells the weights: a convolution starts from 
 squared error.
 
 What to see: the learned output (third panel) becomes the edges (second panel), and the two weights (fourth) settle at 1 and
--1 after some ten steps. The error falls in a straight line on its logarithmic axis: each step shrinks it by one factor.
+-1 after some ten steps. After its first steps the error falls in a straight line on its logarithmic axis: each step shrinks
+it by one factor.
 """
 
 import torch
@@ -31,7 +32,7 @@ def main(steps=30, report=None):
         optimizer.step()
     drawing, ((a, b, c, d, e),) = figure(1, 5, (15, 3))
     for axes, picture, title in ((a, image, "input"), (b, edges, "edges"), (c, conv(image).detach(), "learned")):
-        axes.imshow(picture[0, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(picture[0, 0].numpy(), cmap="gray", vmin=0 if picture is image else -1, vmax=1)
         axes.set_title(title)
     d.plot(weights, label=["left weight", "right weight"])
     d.set(title="weights", xlabel="step")

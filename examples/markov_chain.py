@@ -3,9 +3,9 @@
 A weather of three states; P[i, j] is the probability of state j after state i. From each state many walks are simulated,
 and after k steps their shares are compared with the rows of P^k, which the linear kernel multiplies.
 
-What to see: the simulated shares (dots) lie on the lines of P^k within the error that the number of walks allows
-(shaded, two standard deviations). From every start they run into the same three values: the stationary distribution,
-P's eigenvector to the eigenvalue 1. The distance to it falls as the second eigenvalue's powers (last panel).
+What to see: the simulated shares (dots) lie on the lines of P^k within the error that the number of walks allows (shaded,
+two standard deviations, which one in twenty may leave). From every start they run into the same three values: the stationary
+distribution, P's eigenvector to the eigenvalue 1. The distance to it falls as the second eigenvalue's powers (last panel).
 """
 
 import torch

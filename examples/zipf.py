@@ -42,7 +42,7 @@ def main(steps=100, report=None):
         numbers[f"{name}: slope"] = slope(counts)
         known = ngrams(earlier, n)
         test = ngrams(later, n)
-        new.append(sum(count for run, count in test.items() if run not in known) / test.total())
+        new.append(sum(count for gram, count in test.items() if gram not in known) / test.total())
         numbers[f"{name}: share never seen before"] = new[-1]
         a.loglog(range(1, len(counts) + 1), counts, label=f"{name}, slope {numbers[f'{name}: slope']:.2f}")
     a.set(title="counts by rank", xlabel="rank", ylabel="count")

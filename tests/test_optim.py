@@ -503,11 +503,29 @@ def test_step_inside_a_compiled_function():
 def test_the_benchmark(tmp_path):
     from dlkern import bench
 
-    steps = ["adam", "clip_grad_norm_"]
+    steps = ["adam", "lars", "clip_grad_norm_", "clip_grad_value_"]
     assert bench.main(["optim", *steps, "--network", "lenet", "--seconds", "0.02", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "optim.json").read_text())["rows"]
     assert [row["step"] for row in rows] == steps
-    assert set(rows[0]["ratio"]) == {"foreach", "fused", "single"} and rows[0]["floor ms"] > 0
+    compared = [set(row["ratio"]) for row in rows]
+    assert compared == [{"foreach", "fused", "single"}, {"foreach"}, {"foreach", "single"}, {"foreach", "single"}]
+    assert all(row["floor ms"] > 0 for row in rows)
+
+
+def test_the_benchmarks_lars_is_ours():
+    """Both sides of the row compute the same step, of zeros too."""
+    from dlkern.bench import optim
+
+    _, settings, _ = optim.STEPS["lars"]
+    ours, theirs = (optim._parameters("lenet", "cpu") for _ in range(2))
+    for parameters in (ours, theirs):
+        parameters[0].data.zero_()
+    steps = dlkern.optim.LARS(ours, **settings).step, optim._foreach_lars(theirs, **settings)
+    for _ in range(3):
+        for step in steps:
+            step()
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours[0], torch.zeros_like(ours[0]))
 
 
 def test_plain_expressions_agree():

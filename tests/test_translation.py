@@ -251,7 +251,8 @@ def test_scores():
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     wanted = [["le", "chat", "est", "sur", "le", "tapis"], ["à", "bientôt"]]
-    assert translation.bleu(wanted, wanted) == pytest.approx(100) and translation.rouge_l(wanted, wanted) == pytest.approx(100)
+    assert translation.bleu(wanted, wanted) <= 100 and translation.bleu(wanted, wanted) == pytest.approx(100)
+    assert translation.rouge_l(wanted, wanted) == pytest.approx(100)
     other = [["le", "chat", "est", "sur", "le", "sol"], ["bientôt"]]
     matches = [6 / 7, 4 / 5, 3 / 4, 2 / 3]  # of one to four words
     assert translation.bleu(other, wanted) == pytest.approx(100 * math.exp(1 - 8 / 7) * math.prod(matches) ** 0.25)
