@@ -7,6 +7,7 @@ That is why converting costs nothing, works before or after DDP and torch.compil
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,6 +71,12 @@ def _set_class(module: torch.nn.Module, cls: type) -> None:
         body = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     module.__class__ = cls
+
+
+def _recompile() -> None:
+    """Dynamo of torch before 2.13 does not look whether a module has another class: all that is compiled is made anew."""
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _learn(cls: type) -> None:
@@ -173,6 +180,8 @@ def convert(
             _set_class(module, target)
             if isinstance(module, torch.nn.RNNBase):
                 allow_in_dynamo()
+    if swapped:
+        _recompile()
     result: torch.nn.Module = model
     if fuse:
         from dlkern import fusion
@@ -204,11 +213,15 @@ def revert(model: Model) -> Model:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        plain = _plain_class(module)
-        if plain in TO_TORCH and not getattr(module, "beyond_torch", False):
-            _set_class(module, TO_TORCH[plain])
-            vars(module).pop("_frozen", None)
+    ours = [
+        module for module in model.modules()
+        if _plain_class(module) in TO_TORCH and not getattr(module, "beyond_torch", False)
+    ]  # fmt: skip
+    for module in ours:
+        _set_class(module, TO_TORCH[_plain_class(module)])
+        vars(module).pop("_frozen", None)
+    if ours:
+        _recompile()
     return model
 
 

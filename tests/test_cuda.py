@@ -272,6 +272,8 @@ def test_lp_pool2d_of_both_signs(norm, layout, dtype):
 @layouts
 def test_lp_pool2d_special_values(norm, layout):
     """Zeros (no gradient where the sum is zero), signs under odd and fractional powers, infinities and NaN, as torch."""
+    if abs(norm) == float("inf") and tF.lp_pool1d(torch.tensor([[1.0, 2.0]]), norm, 2).item() != (2 if norm > 0 else 1):
+        pytest.skip("torch before 2.13 takes powers")
     pick = torch.tensor([0.0, 0.0, 0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), float("-inf"), float("nan")])
     for kinds in (7, 7 if abs(norm) == float("inf") else 10):
         drawn = pick[torch.randint(0, kinds, IMAGES[0])].contiguous(memory_format=layout)

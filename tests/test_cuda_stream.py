@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "aoti_torch_get_current_cuda_stream"
 
 STAND_IN = f'extern "C" int {NAME}(int device, void** stream) {{ return *stream = (void*)(4096L + device), 0; }}\n'
 CALLER = """
+#include <cstring>
+
 #include "ops/cuda_common.h"
 extern "C" [[gnu::visibility("default")]] int64_t stream_of(int device) {
   try {
     return reinterpret_cast<int64_t>(dlkern::ops::current_stream(device));
-  } catch (const std::exception&) {
-    return -1;
+  } catch (const std::exception& error) {
+    return std::strstr(error.what(), "no CUDA streams") ? -1 : -2;
   }
 }
 """
@@ -33,7 +36,7 @@ except AttributeError:
     print("nobody finds it globally")
 caller = ctypes.CDLL(sys.argv[1])
 caller.stream_of.restype = ctypes.c_int64
-print(caller.stream_of(3))
+print(caller.stream_of(int(torch.version.cuda is None) * 3))
 """
 
 
@@ -73,10 +76,23 @@ def answer(*libraries: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA has the real one loaded")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA")
+def test_it_is_found_in_torchs_own_library(caller):
+    """Called it is, too, and where there is no GPU the error is CUDA's."""
+    found, stream = answer(caller)
+    assert found == "nobody finds it globally" and stream != "-1"
+    assert torch.cuda.is_available() or stream == "-2"
+
+
+@without_cuda
 def test_it_is_found_in_a_library_that_python_loaded_for_itself_alone(caller, tmp_path):
     assert answer(caller, stand_in(tmp_path, "libtorch_cuda.so")) == ["nobody finds it globally", str(4096 + 3)]
 
 
+@without_cuda
 def test_without_it_the_call_raises(caller, tmp_path):
     assert answer(caller) == ["nobody finds it globally", "-1"]
     nothing = stand_in(tmp_path, "libtorch_cuda.so", "int nothing;\n")

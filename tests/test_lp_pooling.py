@@ -50,6 +50,7 @@ def test_parity_of_both_signs(layout, norm):
     ).raise_if_failed()  # fmt: skip
 
 
+@pytest.mark.skipif(TF.lp_pool1d(torch.tensor([[1.0, 2.0]]), INF, 2).item() != 2, reason="torch before 2.13 takes powers")
 @pytest.mark.parametrize("norm", [INF, -INF], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinite_norms_take_the_extreme_magnitude(norm, dtype):
