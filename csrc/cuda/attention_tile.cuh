@@ -746,8 +746,8 @@ RotaryArgs rotary_arguments_of(const Attention& attention);
 Operand operand_of(const AttentionOperand& x, int64_t depth, Element element);
 void make_units(const Attention& attention, const Args& x, void* stream);  // of the cosine score alone
 
-// Of a block's columns. The backward of float32 with the most wants so much shared memory, more than some GPUs give a block;
-// the forward goes with it, so that both make scores of the same blocks.
+// Of a block's columns. The backward of float32 with the most wants so much shared memory, which not all GPUs give a
+// block; the forward goes with it, so that both make scores of the same blocks.
 constexpr int kWideFloatBytes = 123 * 1024;
 inline int most_columns(Element element) {
   return is_16_bit(element) || most_shared_bytes() >= kWideFloatBytes ? kMostColumns : 64;

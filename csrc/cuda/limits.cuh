@@ -4,8 +4,8 @@
 
 namespace dlkern::cuda {
 
-// Of shared memory that a launch may ask for: what every GPU from compute capability 8.0 on has, and what this one has (99
-// KB with 8.6, 8.9 and 12, 163 with 8.0, 227 with 9.0).
+// Of shared memory that a launch may ask for: what every GPU from compute capability 8.0 on has, and what this one has
+// (99 KB with 8.6, 8.9 and 12, 163 with 8.0, 227 with 9.0).
 constexpr int kLeastSharedBytes = 99 * 1024;
 inline int most_shared_bytes() {
 #ifdef __CUDACC__

@@ -65,7 +65,7 @@ DLKERN_DEVICE NormGradient norm_gradient(int64_t count, const float* normed, flo
   return {mean, row_sum(count, partial[1], [&](int64_t j) { return weighted(j) * normed[j]; }) * share};
 }
 
-// Blocks of a launch of tiles of `columns` columns, and of one of rows: a sequence is blockIdx.x, of which there may be more
+// Blocks of a launch of tiles of `columns` columns, and of one of rows: a sequence is blockIdx.x, as there may be more
 // than 65,535.
 inline dim3 tiles(const RnnShape& s, int64_t columns) {
   return grid_of(ceil_div(columns, kUnits), ceil_div(s.batch, wide(s) ? 64 : 16));

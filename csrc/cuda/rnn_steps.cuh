@@ -272,15 +272,15 @@ __global__ void __launch_bounds__(THREADS) rnn_counters_kernel(unsigned* counter
 
 // ---- Launching ----
 
-// How much shared memory launches may ask for is a property of the kernel, and here each layer's own: from saying it to the
-// launch CPU threads take turns.
+// How much shared memory its launches may ask for is a property of the kernel, and here a layer's own: from saying it
+// to the launch CPU threads take turns.
 inline std::mutex& launching() {
   static std::mutex mutex;
   return mutex;
 }
 
-// Whether blocks have 64 rows: where there are many, and where the ring of 16, four times as long, is more shared memory
-// than this GPU gives a block, which in float32 with several gates may be.
+// Whether blocks have 64 rows: where there are many, and where the ring of 16, four times as long, is more than this
+// GPU gives a block, which in float32 with several gates may be.
 inline bool wide(const RnnShape& s) {
   using Long = Product<float, 4 * kUnits, Stored::k_last, false>;
   if (s.batch > 16) return true;
