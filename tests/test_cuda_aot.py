@@ -296,6 +296,19 @@ def test_conformance_program_compiles(name, architecture):
     assert cubin.stat().st_size > 0
 
 
+def test_copies_for_other_gpus_are_told_by_their_shared_memory(tmp_path):
+    """runs_on_hopper() takes a kernel without static shared memory for an empty copy: all of sm_90a's have some, and a build
+    for sm_90, which knows no wgmma, has none."""
+    for family in FAMILIES:
+        if family.endswith("_sm90"):
+            assert all(row["shared"] > 0 for row in budgets_of(family)["sm_90a"].values()), family
+    report = subprocess.run(
+        [nvcc, *FLAGS, "-gencode", "arch=compute_90,code=sm_90", str(CUDA / "linear_sm90.cu"), "-o", str(tmp_path / "cubin")],
+        capture_output=True, text=True, check=True)
+    rows = build_script().kernel_resources(report.stdout + report.stderr, "linear_sm90")
+    assert rows and not any(row["shared"] for row in rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["conformance", "conformance_sm90"])

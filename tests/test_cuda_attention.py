@@ -69,6 +69,22 @@ def test_attention_depths(score, depths, dtype):
 
 
 @all_dtypes
+@pytest.mark.parametrize("score", [DOT, ADDITIVE])
+def test_attention_in_the_least_shared_memory_that_a_gpu_has(score, dtype):
+    """99 KB: float32 then has no blocks of 128 columns, and no rotary kernel of such a depth."""
+    settings = Settings(scale=0.1 if score == DOT else 1.0, score=score)
+    with cuda_on_host.shared_bytes(99 * 1024):
+        certify(*sides(settings, {}, ((1, 1, 5, 100), (1, 1, 9, 100), (1, 1, 9, 72))), dtype, 4)
+        if score != DOT:
+            return
+        x, angles = torch.randn(4, 1, 1, 9, 100, dtype=dtype), torch.randn(2, 1, 1, 9, 40)
+        none, rest = (None,) * 4, (0.0, 0.1, 0.0, -1, -1, False)
+        y, numbers = ROTARY_FORWARD(*x[:3], *none, *angles, *rest)
+        assert ("rotary" in cuda_on_host.last_kernel()) == (dtype != torch.float32)
+        ROTARY_BACKWARD(x[3], *x[:3], *none, *angles, y, numbers, *rest, False)
+
+
+@all_dtypes
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("queries", [1, 65])
 def test_attention_tile_borders(queries, causal, dtype):

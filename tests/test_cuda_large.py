@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as tF
 from cuda_column import all_dtypes, certify, layouts, leaf, library, no_findings, on_cuda  # noqa: F401
 
+import dlkern.nn
 import dlkern.nn.functional as F
 from dlkern.ops._registry import raw
 from dlkern.testing import compare, cuda_on_host
@@ -86,6 +87,16 @@ def test_batch_norm_chunks_are_cut():
     for values in zip(("mean", "invstd"), (mean, invstd), theirs, exact):
         rows = compare(values[0], *([v] for v in values[1:]), torch.float32)
         assert all(row.ok for row in rows), rows
+
+
+def test_more_sequences_than_a_grids_second_dimension_has():
+    """With options a block takes a sequence."""
+    module = dlkern.nn.RNN(1, 1, zoneout=0.25).eval()
+    x = torch.randn(1, 65_600, 1)
+    with torch.no_grad(), on_cuda():
+        output, state = module(x)
+        last, _ = module(x[:, -70:])
+    assert output.isfinite().all() and torch.equal(output[:, -70:], last) and torch.equal(output, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

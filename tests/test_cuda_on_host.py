@@ -221,8 +221,8 @@ def test_hopper_instruction_twins():
     def rows(words) -> np.ndarray:
         """What a tile in shared memory holds: its 16-byte pieces are swizzled within each row of 128 bytes."""
         halves = words.view(np.uint16).astype(np.uint32) << 16
-        pieces = halves.view(np.float32).reshape(64, 8, 8)
-        return np.stack([pieces[r][np.arange(8) ^ r % 8].reshape(64) for r in range(64)])
+        pieces = halves.view(np.float32).reshape(-1, 8, 8)
+        return np.stack([piece[np.arange(8) ^ r % 8].reshape(64) for r, piece in enumerate(pieces)])
 
     matrix = (np.arange(100 * 136) % 29 - 14).reshape(100, 136).astype(np.float32)
     around = np.pad(matrix, 200)
@@ -241,6 +241,23 @@ def test_hopper_instruction_twins():
         registers = found["registers"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)
         assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), a @ right[:, depth].T)
 
+    flat = (np.arange(256 * 576) % 29 - 14).astype(np.float32)
+    large = flat.reshape(256, 576)
+    for case, right in enumerate([large[32:160, 64:128], large[32:96, 64:192].T]):
+        registers = found["registers128"][8192 * case :][:8192].view(np.float32).reshape(4, 8, 4, 16, 2, 2)
+        assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 128), a @ right[:, depth].T)
+
+    def operand(outer: int, k_first: bool) -> np.ndarray:
+        """[outer, k], stored so or k first."""
+        return flat[: 576 * outer].reshape(576, outer).T if k_first else flat[: 576 * outer].reshape(outer, 576)
+
+    tiles = found["tile"].view(np.float32)
+    for columns, a_first, b_first in ((256, True, True), (128, False, True), (64, True, False)):
+        expected = operand(128, a_first) @ operand(columns, b_first).T
+        assert np.array_equal(tiles[: expected.size].reshape(expected.shape), expected)
+        tiles = tiles[expected.size :]
+    assert not tiles.size
+
     thread = np.arange(128)
     x = (thread * 40503 % 65521).astype(np.float32) / np.float32(77)
     pairs = torch.from_numpy(np.stack([x, np.float32(-1) / (x + np.float32(1))], 1)).bfloat16().view(torch.int16).numpy()
@@ -256,12 +273,19 @@ def test_hopper_instruction_twins():
     for case, (w, z, y, x) in enumerate([(1, 1, 5, 8), (0, 2, -3, 0)]):
         assert np.array_equal(rows(found["copy4"][2048 * case :][:2048]), heads[w, z, 9 + y :, x:][:64, :64])
 
+    planes = np.pad(matrix.ravel()[:11200].reshape(4, 70, 40), [(0, 0), (9, 64), (0, 64)])
+    for case, (z, y, x) in enumerate([(2, 5, 8), (3, -3, 0)]):
+        assert np.array_equal(rows(found["copy3"][2048 * case :][:2048]), planes[z, 9 + y :, x:][:64, :64])
+
     images = np.pad(matrix.ravel()[: 3 * 5 * 7 * 72].reshape(3, 5, 7, 72), [(0, 9), (20, 20), (20, 20), (0, 64)])
     places = [(n, h, w) for n in range(9) for h in range(-2, 4) for w in range(-1, 6, 2)]
     for case, (c, first, (down, right)) in enumerate([(0, (0, -2, -1), (0, 0)), (64, (1, 0, 1), (3, 2))]):
         start = places.index(first)
         expected = [images[n, 20 + h + down, 20 + w + right, c : c + 64] for n, h, w in places[start : start + 64]]
         assert np.array_equal(rows(found["im2col"][2048 * case :][:2048]), np.stack(expected))
+    start = places.index((0, -1, 3))
+    expected = [images[n, 23 + h, 20 + w, 8:72] for n, h, w in places[start : start + 128]]
+    assert np.array_equal(rows(found["im2col128"]), np.stack(expected))
 
 
 def test_fibers_on_ucontext(tmp_path):

@@ -55,6 +55,16 @@ def test_rnn(kind, size, dtype):
     assert_by_the_rule(draw, dtype, draws=16 if kind == "rnn_relu" else 8)  # relu's derivative jumps
 
 
+@all_dtypes
+@each_kind
+def test_rnn_in_the_least_shared_memory_that_a_gpu_has(kind, dtype):
+    """99 KB: too little for the ring of few sequences in float32, with three or four gates. One launch and one a step."""
+    for steps in (3, 1):
+        draw = lambda: (make(kind, 5, 40), torch.randn(steps, 3, 5), states(kind, 1, 3, 40))  # noqa: B023, E731
+        with cuda_on_host.shared_bytes(99 * 1024):
+            assert_by_the_rule(draw, dtype, draws=16 if kind == "rnn_relu" else 8)
+
+
 @pytest.mark.parametrize("batch", [2, 17])
 @each_kind
 def test_rnn_long_sums(kind, batch):

@@ -160,8 +160,8 @@ void make_unit(const Operand& rows, int64_t batch, int64_t heads, int64_t length
                void* stream) {
   const int64_t count = batch * heads * length;
   if (count == 0) return;
-  DLKERN_LAUNCH(attention_unit_kernel<T>, dim3(static_cast<unsigned>(ceil_div(count, kWarps))), dim3(kThreads), 0,
-                stream, rows, heads, length, static_cast<int>(depth), count, unit);
+  DLKERN_LAUNCH(attention_unit_kernel<T>, grid_of(ceil_div(count, kWarps)), dim3(kThreads), 0, stream, rows, heads,
+                length, static_cast<int>(depth), count, unit);
 }
 
 }  // namespace
@@ -240,7 +240,9 @@ void make_units(const Attention& a, const Args& x, void* stream) {
 
 }  // namespace attention
 
-bool attention_turns(const Attention& a) { return a.depth <= attention::kMostColumns && !attention_fits_sm90(a); }
+bool attention_turns(const Attention& a) {
+  return a.depth <= attention::most_columns(a.element) && !attention_fits_sm90(a);
+}
 
 void attention_forward(const Attention& a, const AttentionOperand& output, void* stream) {
   const Operand to = operand_of(output, a.value_depth, a.element);

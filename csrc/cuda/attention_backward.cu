@@ -651,6 +651,13 @@ template <class T, int SIZE, bool PAIRWISE>
 using OfQuery = Plan<T, SIZE, PAIRWISE, kKeysAcross<T, SIZE>>;
 template <class T, int SIZE, bool PAIRWISE>
 using OfKey = Plan<T, SIZE, PAIRWISE, kQueriesAcross<T, SIZE>>;
+template <class T, int SIZE>
+constexpr bool fit(int bytes) {
+  return OfQuery<T, SIZE, false>::kBytes <= bytes && OfKey<T, SIZE, false>::kBytes <= bytes &&
+         OfQuery<T, SIZE, true>::kBytes <= bytes && OfKey<T, SIZE, true>::kBytes <= bytes;
+}
+static_assert(fit<float, kMostColumns>(kWideFloatBytes) && fit<float, 64>(kLeastSharedBytes));
+static_assert(fit<bf16, kMostColumns>(kLeastSharedBytes) && fit<bf16, 64>(kLeastSharedBytes));
 
 void rotary_backward(const Attention& a, const AttentionBackward& tensors, void* stream) {
   BackwardArgsOf<RotaryArgs> args{};
@@ -692,17 +699,16 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
       const int64_t* n = tensors.mask_size;
       const int64_t blocks = n[0] * n[1] * ceil_div(n[2], kTileRows) * ceil_div(n[3], kKeysAcross<T, 64>);
       if (blocks != 0)
-        DLKERN_LAUNCH((attention_backward_mask_kernel<T, 64, pairwise.value>), dim3(static_cast<unsigned>(blocks)),
-                      dim3(kThreads), OfMask::kBytes, stream, args);
+        DLKERN_LAUNCH((attention_backward_mask_kernel<T, 64, pairwise.value>), grid_of(blocks), dim3(kThreads),
+                      OfMask::kBytes, stream, args);
     }
     if (args.wide) {
       const auto run = [&](const Operand& rows, const float* unit, void* from, int64_t heads, int64_t length,
                            void* to) {
         const int64_t count = a.batch * heads * length;
         if (count == 0) return;
-        DLKERN_LAUNCH(attention_unit_backward_kernel<T>, dim3(static_cast<unsigned>(ceil_div(count, kWarps))),
-                      dim3(kThreads), 0, stream, rows, unit, static_cast<const float*>(from), heads, length, x.depth,
-                      count, static_cast<T*>(to));
+        DLKERN_LAUNCH(attention_unit_backward_kernel<T>, grid_of(ceil_div(count, kWarps)), dim3(kThreads), 0, stream,
+                      rows, unit, static_cast<const float*>(from), heads, length, x.depth, count, static_cast<T*>(to));
       };
       run(x.query, x.query_unit, tensors.unit_query, a.heads, a.queries, tensors.grad_query);
       run(x.key, x.key_unit, tensors.unit_key, a.key_heads, a.keys, tensors.grad_key);

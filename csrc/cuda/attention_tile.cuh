@@ -10,6 +10,7 @@
 #include "../philox.h"
 #include "attention.h"
 #include "block_reduce.cuh"
+#include "limits.cuh"
 #include "pack.cuh"
 #include "positions_turn.cuh"
 #include "ptx.cuh"
@@ -745,11 +746,18 @@ RotaryArgs rotary_arguments_of(const Attention& attention);
 Operand operand_of(const AttentionOperand& x, int64_t depth, Element element);
 void make_units(const Attention& attention, const Args& x, void* stream);  // of the cosine score alone
 
+// Of a block's columns. The backward of float32 with the most wants so much shared memory, which not all GPUs give a
+// block; the forward goes with it, so that both make scores of the same blocks.
+constexpr int kWideFloatBytes = 123 * 1024;
+inline int most_columns(Element element) {
+  return is_16_bit(element) || most_shared_bytes() >= kWideFloatBytes ? kMostColumns : 64;
+}
+
 // Calls f(type, size) with T and SIZE as values that carry them in their types; dispatch also has PAIRWISE.
 template <class F>
 void dispatch_dot(const Attention& a, F&& f) {
   with_type(a.element, [&](auto* type) {
-    if (a.depth <= 64 && a.value_depth <= 64)
+    if ((a.depth <= 64 && a.value_depth <= 64) || most_columns(a.element) == 64)
       f(type, std::integral_constant<int, 64>{});
     else
       f(type, std::integral_constant<int, kMostColumns>{});

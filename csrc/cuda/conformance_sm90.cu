@@ -1,29 +1,31 @@
 // Instruction conformance of hopper.cuh, as conformance.cu is of ptx.cuh: tensor copies and wgmma on inputs whose results
-// are exact, what lies in shared memory or comes out printed word by word.
+// are exact, what lies in shared memory or comes out printed word by word. And wgmma_tile.cuh as a whole: its ring goes
+// round, registers are handed over, and wgmma's larger sizes read several panels.
 //   host: build/cuda_on_host/conformance_sm90      device: nvcc -std=c++20 -gencode arch=compute_90a,code=sm_90a ...
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
-#include "hopper.cuh"
+#include "wgmma_tile.cuh"
 
 using namespace dlkern::cuda;
 
 namespace {
 
-constexpr int kWords = 4096;  // of the result of each case
+constexpr int kWords = 4096;  // of the result of most cases
 constexpr int kTile = 64 * 64;  // elements of a tile, 64 rows of 128 bytes
 constexpr int kImage[4] = {72, 7, 5, 3};  // c, w, h, n
 constexpr int kRows = 100, kColumns = 136;
+constexpr int kSteps = 9, kDepth = 64 * kSteps, kOuter = 256;  // of tiles, more steps than any ring has stages
 
 struct Coordinates {
   int at[4], offset[2];
 };
 
-enum class Copy { two, four, im2col };
+enum class Copy { two, three, four, im2col };
 
-// One copy of 64 rows, and what it left in shared memory.
-template <Copy KIND>
+// One copy of ROWS rows, and what it left in shared memory.
+template <Copy KIND, int ROWS = 64>
 __global__ void __launch_bounds__(128, 1)
     copy_case(const __grid_constant__ TensorMap map, const __grid_constant__ Coordinates c, uint32_t* out) {
 #ifdef DLKERN_HOPPER
@@ -32,8 +34,10 @@ __global__ void __launch_bounds__(128, 1)
   if (threadIdx.x == 0) {
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(barrier, 2 * kTile);
-    if (KIND == Copy::four)
+    mbarrier_arrive_expect(barrier, 128 * ROWS);
+    if (KIND == Copy::three)
+      tensor_copy_3d(shared, map, barrier, c.at[0], c.at[1], c.at[2]);
+    else if (KIND == Copy::four)
       tensor_copy_4d(shared, map, barrier, c.at[0], c.at[1], c.at[2], c.at[3]);
     else if (KIND == Copy::im2col)
       tensor_copy_im2col(shared, map, barrier, c.at[0], c.at[1], c.at[2], c.at[3], c.offset[0], c.offset[1]);
@@ -42,7 +46,7 @@ __global__ void __launch_bounds__(128, 1)
   }
   __syncthreads();
   mbarrier_wait(barrier, 0);
-  for (int i = static_cast<int>(threadIdx.x); i < kTile / 2; i += 128)
+  for (int i = static_cast<int>(threadIdx.x); i < 32 * ROWS; i += 128)
     out[i] = reinterpret_cast<const uint32_t*>(shared)[i];
 #endif
 }
@@ -77,8 +81,8 @@ __global__ void __launch_bounds__(128, 1) product_case(const __grid_constant__ T
 #endif
 }
 
-// The same k of B, with A in registers: element (i, k) of its 32 columns is (5 i + 3 k) % 29 - 14.
-template <bool B_FIRST>
+// The same k of B, 2 N columns of it, with A in registers: element (i, k) of its 32 columns is (5 i + 3 k) % 29 - 14.
+template <bool B_FIRST, int N>
 __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__ TensorMap map, uint32_t* out) {
 #ifdef DLKERN_HOPPER
   DLKERN_DYNAMIC_SHARED(shared);
@@ -88,12 +92,14 @@ __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__
   if (thread == 0) {
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(barrier, 2 * kTile);
-    tensor_copy_2d(shared, map, barrier, 64, 32);
+    mbarrier_arrive_expect(barrier, N / 32 * 2 * kTile);
+    for (int panel = 0; panel < N / 32; panel++)
+      tensor_copy_2d(shared + 2 * kTile * panel, map, barrier, 64 + (B_FIRST ? 64 * panel : 0),
+                     32 + (B_FIRST ? 0 : 64 * panel));
   }
   __syncthreads();
   mbarrier_wait(barrier, 0);
-  float c[32];
+  float c[N];
   uint32_t a[2][4];
 #pragma unroll
   for (int r = 0; r < 8; r++) {
@@ -104,11 +110,37 @@ __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__
   wgmma_fence(c, a);
 #pragma unroll
   for (int step = 0; step < 2; step++)
-    wgmma_bf16<B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 16), step > 0);
+    wgmma_bf16<B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 2 * kTile), step > 0);
   wgmma_commit();
   wgmma_wait_all(c);
 #pragma unroll
-  for (int i = 0; i < 32; i++) memcpy(out + 32 * thread + i, &c[i], 4);
+  for (int i = 0; i < N; i++) memcpy(out + N * thread + i, &c[i], 4);
+#endif
+}
+
+// One block's tile of a product of kDepth, by everything in wgmma_tile.cuh.
+template <class T, class SHAPE, bool A_FIRST, bool B_FIRST>
+__global__ void __launch_bounds__(SHAPE::kThreads, 1)
+    tile_case(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, uint32_t* out) {
+#ifdef DLKERN_HOPPER
+  DLKERN_DYNAMIC_SHARED(shared);
+  const auto copy = [](T* tile, const TensorMap& map, uint64_t* barrier, bool k_first, int copies, int k) {
+    for (int panel = 0; panel < copies; panel++)
+      tensor_copy_2d(tile + kTile * panel, map, barrier, k_first ? 64 * panel : k, k_first ? k : 0);
+  };
+  wgmma_tile<SHAPE, A_FIRST, B_FIRST>(
+      reinterpret_cast<T*>(shared), kSteps,
+      [&](T* a_tile, T* b_tile, uint64_t* barrier, int step) {
+        copy(a_tile, a, barrier, A_FIRST, WgmmaTile<A_FIRST, SHAPE::kBlockM>::kCopies, 64 * step);
+        copy(b_tile, b, barrier, B_FIRST, WgmmaTile<B_FIRST, SHAPE::kBlockN>::kCopies, 64 * step);
+      },
+      [](const T*) {},
+      [&](const WgmmaSum<SHAPE>& sum) {
+        sum.for_each_pair([&](int r, int c, float first, float second) {
+          memcpy(out + r * SHAPE::kBlockN + c, &first, 4);
+          memcpy(out + r * SHAPE::kBlockN + c + 1, &second, 4);
+        });
+      });
 #endif
 }
 
@@ -166,10 +198,12 @@ struct Memory {
 };
 
 template <class... Parameters, class... Arguments>
-void run(const char* name, void (*kernel)(Parameters...), int words, const Arguments&... arguments) {
-  Memory out(kWords);
+void run_block(const char* name, void (*kernel)(Parameters...), int threads, size_t shared_bytes, int words,
+               const Arguments&... arguments) {
+  Memory out(words);
   out.to_device();
-  launch(name, kernel, dim3(1), dim3(128), 4 * kTile, nullptr, false, arguments..., out.device);
+  launch(name, kernel, dim3(1), dim3(static_cast<unsigned>(threads)), shared_bytes, nullptr, false, arguments...,
+         out.device);
   out.to_host();
   for (int i = 0; i < words; i += 4) {
     std::printf("%s %d: %08x %08x %08x %08x\n", name, i, out.host[i], out.host[i + 1], out.host[i + 2],
@@ -177,15 +211,20 @@ void run(const char* name, void (*kernel)(Parameters...), int words, const Argum
   }
 }
 
+template <class... Parameters, class... Arguments>
+void run(const char* name, void (*kernel)(Parameters...), int words, const Arguments&... arguments) {
+  run_block(name, kernel, 128, 4 * kTile, words, arguments...);
+}
+
 void need(bool made) {
   if (!made) throw std::runtime_error("no tensor map");
 }
 
-// A matrix whose element i is i % 29 - 14.
+// Elements of which the i-th is i % 29 - 14.
 template <class Rounding>
-Memory matrix(Rounding rounded) {
-  Memory in(kRows * kColumns / 2);
-  for (int i = 0; i < kRows * kColumns; i++) {
+Memory elements(int count, Rounding rounded) {
+  Memory in(count / 2);
+  for (int i = 0; i < count; i++) {
     const auto value = rounded(static_cast<float>(i % 29 - 14));
     std::memcpy(reinterpret_cast<char*>(in.host) + 2 * i, &value, 2);
   }
@@ -201,11 +240,29 @@ void products(const TensorMap& map) {
   run("product", product_case<T, true, true>, kWords, map);
 }
 
+// The map of a matrix of `outer` rows of kDepth, or of kDepth rows of `outer`.
+template <bool FIRST, int OUTER>
+TensorMap operand(const Memory& in) {
+  TensorMap map;
+  const int64_t size[3] = {FIRST ? OUTER : kDepth, FIRST ? kDepth : OUTER, 1}, stride[2] = {size[0], 0};
+  need(make_tiled_map(map, in.device, 2, size, stride, WgmmaTile<FIRST, OUTER>::kMapRows));
+  return map;
+}
+
+template <class T, int BLOCK_N, int STAGES, bool A_FIRST, bool B_FIRST>
+void tile(const Memory& in) {
+  using Shape = WgmmaShape<BLOCK_N, STAGES>;
+  run_block("tile", tile_case<T, Shape, A_FIRST, B_FIRST>, Shape::kThreads, Shape::kSharedBytes, 128 * BLOCK_N,
+            operand<A_FIRST, Shape::kBlockM>(in), operand<B_FIRST, BLOCK_N>(in));
+}
+
 }  // namespace
 
 int main() {
-  const Memory in = matrix([](float value) { return __float2bfloat16(value); });
-  const Memory in_half = matrix([](float value) { return __float2half(value); });
+  const auto to_bf16 = [](float value) { return __float2bfloat16(value); };
+  const auto to_half = [](float value) { return __float2half(value); };
+  const Memory in = elements(kRows * kColumns, to_bf16), in_half = elements(kRows * kColumns, to_half);
+  const Memory large = elements(kOuter * kDepth, to_bf16), large_half = elements(kOuter * kDepth, to_half);
   TensorMap map, half_map;
   need(make_tiled_map(map, in.device, 2, {kColumns, kRows, 1}, {kColumns, 0}, 64));
   need(make_tiled_map(half_map, in_half.device, 2, {kColumns, kRows, 1}, {kColumns, 0}, 64));
@@ -214,8 +271,14 @@ int main() {
   run("copy", copy_case<Copy::two>, kTile / 2, map, Coordinates{{-8, -5}, {}});
   products<bf16>(map);
   products<fp16>(half_map);
-  run("registers", registers_case<false>, kWords, map);
-  run("registers", registers_case<true>, kWords, map);
+  run("registers", registers_case<false, 32>, kWords, map);
+  run("registers", registers_case<true, 32>, kWords, map);
+  need(make_tiled_map(map, large.device, 2, {kDepth, kOuter, 1}, {kDepth, 0}, 64));
+  run("registers128", registers_case<false, 64>, 2 * kWords, map);
+  run("registers128", registers_case<true, 64>, 2 * kWords, map);
+  tile<bf16, 256, 4, true, true>(large);
+  tile<fp16, 128, 4, false, true>(large_half);
+  tile<bf16, 64, 6, true, false>(large);
   run("numbers", numbers_case, 256);
   run("barriers", barriers_case, 128);
 
@@ -224,11 +287,18 @@ int main() {
   run("copy4", copy_case<Copy::four>, kTile / 2, map, Coordinates{{8, 5, 1, 1}, {}});
   run("copy4", copy_case<Copy::four>, kTile / 2, map, Coordinates{{0, -3, 2, 0}, {}});
 
+  // [4, 70, 40].
+  need(make_tiled_map(map, in.device, 3, {40, 70, 4}, {40, 2800}, 64));
+  run("copy3", copy_case<Copy::three>, kTile / 2, map, Coordinates{{8, 5, 2}, {}});
+  run("copy3", copy_case<Copy::three>, kTile / 2, map, Coordinates{{0, -3, 3}, {}});
+
   // A filter of 3 x 2, padding 1 and 2, dilation 1 and 3; steps of 2 and 1.
   const int64_t size[4] = {kImage[0], kImage[1], kImage[2], kImage[3]};
   const int64_t stride[3] = {kImage[0], kImage[0] * kImage[1], int64_t{kImage[0]} * kImage[1] * kImage[2]};
   need(make_im2col_map(map, in.device, size, stride, {-1, -2}, {-1, -1}, {2, 1}, 64));
   run("im2col", copy_case<Copy::im2col>, kTile / 2, map, Coordinates{{0, -1, -2, 0}, {0, 0}});
   run("im2col", copy_case<Copy::im2col>, kTile / 2, map, Coordinates{{64, 1, 0, 1}, {2, 3}});
+  need(make_im2col_map(map, in.device, size, stride, {-1, -2}, {-1, -1}, {2, 1}, 128));
+  run("im2col128", copy_case<Copy::im2col, 128>, kTile, map, Coordinates{{8, 3, -1, 0}, {0, 3}});
   return 0;
 }

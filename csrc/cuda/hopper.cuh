@@ -358,8 +358,8 @@ DLKERN_DEVICE float exp2_fast(float x) {
 
 // ---- For launchers ----
 
-// Whether the current GPU is a Hopper and this build has the kernel's code for it. DLKERN_HOPPER=0 in the environment
-// says no.
+// Whether the current GPU is a Hopper and this build has the kernel's code for it, which one for sm_90 without the "a"
+// has not. DLKERN_HOPPER=0 in the environment says no.
 template <class... Parameters>
 bool runs_on_hopper(void (*kernel)(Parameters...)) {
 #ifdef __CUDACC__
@@ -370,9 +370,10 @@ bool runs_on_hopper(void (*kernel)(Parameters...)) {
   throw_on_error(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
   throw_on_error(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "attribute");
   if (major != 9 || minor != 0) return false;
-  cudaFuncAttributes attributes{};  // of code made from PTX of older GPUs, ptxVersion tells
+  // A copy that was not compiled for sm_90a is empty: it lacks the mbarriers that every kernel here has.
+  cudaFuncAttributes attributes{};
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return cudaGetLastError(), false;
-  return attributes.ptxVersion >= 90;
+  return attributes.sharedSizeBytes > 0;
 #else
   (void)kernel;
   return ::cuda_on_host::is_hopper();

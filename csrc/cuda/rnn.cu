@@ -168,6 +168,7 @@ RnnRoute rnn_forward_route(const RnnShape& s) {
 int64_t rnn_counters(const RnnShape& s) { return grid(s).y; }
 
 void rnn_forward(const RnnShape& s, RnnRoute route, const RnnForward& x, void* stream) {
+  const std::lock_guard<std::mutex> lock(launching());
   dispatch(s, [&](auto* type, auto gates, auto wide) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Tile = Product<T, gates.value * kUnits, Stored::k_last, wide.value>;

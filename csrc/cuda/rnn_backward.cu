@@ -105,6 +105,7 @@ RnnRoute rnn_backward_route(const RnnShape& s) {
 }
 
 void rnn_backward(const RnnShape& s, RnnRoute route, const RnnBackward& x, void* stream) {
+  const std::lock_guard<std::mutex> lock(launching());
   dispatch(s, [&](auto* type, auto gates, auto wide) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Tile = Product<T, kUnits, Stored::k_first, wide.value>;

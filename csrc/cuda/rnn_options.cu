@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) rnn_options_forward_kernel(ForwardAr
   const RnnShape& s = a.shape;
   const RnnOptions& o = a.options;
   const Step step = step_at(s, n);
-  const int64_t b = blockIdx.y, hidden = s.hidden, width = GATES * hidden;
+  const int64_t b = blockIdx.x, hidden = s.hidden, width = GATES * hidden;
   if (b >= step.size) return;
   const bool last = b >= step_at(s, n + 1).size;
   const int64_t at = place(s, b), row = step.offset + at;
@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, 2) rnn_project_kernel(ForwardArgs<T>
 void rnn_options_forward(const RnnShape& s, const RnnOptions& o, const RnnOptionsForward& x, void* stream) {
   const int64_t width = s.gates() * s.hidden, units = s.hidden > o.state ? s.hidden : o.state;
   if (o.norm_ih)
-    DLKERN_LAUNCH(rnn_norm_kernel, dim3(static_cast<unsigned>(s.rows)), dim3(kThreads), 0, stream, x.given, x.normed,
-                  x.norms, width, o.norm_size(s));
+    DLKERN_LAUNCH(rnn_norm_kernel, grid_of(s.rows), dim3(kThreads), 0, stream, x.given, x.normed, x.norms, width,
+                  o.norm_size(s));
   const auto arguments = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t kPiece = 16 / sizeof(T);
@@ -225,8 +225,8 @@ void rnn_options_forward(const RnnShape& s, const RnnOptions& o, const RnnOption
   };
   with_gates(s, [&](auto* type, auto) {
     using T = std::remove_pointer_t<decltype(type)>;
-    DLKERN_LAUNCH(rnn_start_kernel<T>, dim3(static_cast<unsigned>(ceil_div(s.batch * units, kThreads))), dim3(kThreads),
-                  0, stream, arguments(type));
+    DLKERN_LAUNCH(rnn_start_kernel<T>, grid_of(ceil_div(s.batch * units, kThreads)), dim3(kThreads), 0, stream,
+                  arguments(type));
   });
   for (int64_t n = 0; n < s.steps; n++) {
     with_width(s, [&](auto* type, auto wide) {

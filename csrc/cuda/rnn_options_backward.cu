@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) rnn_options_backward_kernel(Backward
   const RnnShape& s = a.shape;
   const RnnOptions& o = a.options;
   const Step step = step_at(s, n), before = step_at(s, n - 1);
-  const int64_t b = blockIdx.y, hidden = s.hidden, width = GATES * hidden;
+  const int64_t b = blockIdx.x, hidden = s.hidden, width = GATES * hidden;
   if (b >= step.size) return;
   const bool goes_on = b < step_at(s, n + 1).size, begins = b >= before.size;
   const int64_t at = place(s, b), row = step.offset + at, row_before = before.offset + at;
@@ -282,8 +282,8 @@ void rnn_sum_terms(const RnnShape& s, const float* terms, int64_t columns, int64
                    void* stream) {
   with_gates(s, [&](auto* type, auto) {
     using T = std::remove_pointer_t<decltype(type)>;
-    DLKERN_LAUNCH(rnn_terms_kernel<T>, dim3(static_cast<unsigned>(ceil_div(count, kSumColumns))), dim3(kThreads), 0,
-                  stream, terms, s.rows, columns, first, count, static_cast<T*>(to));
+    DLKERN_LAUNCH(rnn_terms_kernel<T>, grid_of(ceil_div(count, kSumColumns)), dim3(kThreads), 0, stream, terms, s.rows,
+                  columns, first, count, static_cast<T*>(to));
   });
 }
 

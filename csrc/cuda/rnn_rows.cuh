@@ -21,10 +21,10 @@ DLKERN_DEVICE float zoned(float fresh, float old, const float* chosen, float sha
   return share == 0.0f ? fresh : share * old + (1.0f - share) * fresh;
 }
 
-// Calls f(j) for this thread's units.
+// Calls f(j) for this thread's units, in a launch of row_blocks.
 template <class F>
 DLKERN_DEVICE void each_unit(int64_t hidden, F&& f) {
-  for (int64_t j = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; j < hidden; j += gridDim.x * kThreads)
+  for (int64_t j = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; j < hidden; j += gridDim.y * kThreads)
     f(j);
 }
 
@@ -65,13 +65,13 @@ DLKERN_DEVICE NormGradient norm_gradient(int64_t count, const float* normed, flo
   return {mean, row_sum(count, partial[1], [&](int64_t j) { return weighted(j) * normed[j]; }) * share};
 }
 
-// Blocks of a launch of tiles of `columns` columns, and of one of rows.
+// Blocks of a launch of tiles of `columns` columns, and of one of rows: a sequence is blockIdx.x, as there may be more
+// than 65,535.
 inline dim3 tiles(const RnnShape& s, int64_t columns) {
-  return dim3(static_cast<unsigned>(ceil_div(columns, kUnits)),
-              static_cast<unsigned>(ceil_div(s.batch, wide(s) ? 64 : 16)));
+  return grid_of(ceil_div(columns, kUnits), ceil_div(s.batch, wide(s) ? 64 : 16));
 }
 inline dim3 row_blocks(const RnnShape& s, bool whole) {
-  return dim3(whole ? 1 : static_cast<unsigned>(ceil_div(s.hidden, kThreads)), static_cast<unsigned>(s.batch));
+  return grid_of(s.batch, whole ? 1 : ceil_div(s.hidden, kThreads));
 }
 
 // Calls f(type, wide) and f(type, gates).

@@ -6,8 +6,10 @@
 // memory; the weights' stay there where they are kept from step to step. Sums of all warps meet in shared memory, and a
 // thread then has all gates of its units. Blocks of the same rows wait for each other through a counter, once a step.
 #pragma once
+#include <mutex>
 #include <type_traits>
 
+#include "limits.cuh"
 #include "mma_tile.cuh"
 #include "pack.cuh"
 #include "ptx.cuh"
@@ -74,7 +76,7 @@ struct Product {
   static constexpr int kElements = kRows * kUnits / kThreads;  // of the results, a thread
 
   // A stage of the ring has a chunk for each of the warps that share the sum.
-  static int64_t shared_bytes(int64_t k, bool keep) {
+  static constexpr int64_t shared_bytes(int64_t k, bool keep) {
     const int64_t chunks = ceil_div(k, kChunk * kWarpsK) * kWarpsK, ring = kStages * kWarpsK;
     return static_cast<int64_t>(sizeof(T)) * (ring * kStateTile + (keep ? chunks : ring) * kWeightTile) +
            static_cast<int64_t>(sizeof(float)) * kSums;
@@ -270,7 +272,24 @@ __global__ void __launch_bounds__(THREADS) rnn_counters_kernel(unsigned* counter
 
 // ---- Launching ----
 
-inline bool wide(const RnnShape& s) { return s.batch > 16; }
+// How much shared memory its launches may ask for is a property of the kernel, and here a layer's own: from saying it
+// to the launch CPU threads take turns.
+inline std::mutex& launching() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+// Whether blocks have 64 rows: where there are many, and where the ring of 16, four times as long, is more than this
+// GPU gives a block, which in float32 with several gates may be.
+inline bool wide(const RnnShape& s) {
+  using Long = Product<float, 4 * kUnits, Stored::k_last, false>;
+  if (s.batch > 16) return true;
+  return s.element == Element::float32 && s.gates() > 1 && Long::shared_bytes(0, false) > most_shared_bytes();
+}
+static_assert(Product<float, 4 * kUnits, Stored::k_last, true>::shared_bytes(0, false) <= kLeastSharedBytes &&
+              Product<bf16, 4 * kUnits, Stored::k_last, false>::shared_bytes(0, false) <= kLeastSharedBytes &&
+              Product<float, kUnits, Stored::k_last, false>::shared_bytes(0, false) <= kLeastSharedBytes &&
+              Product<float, kUnits, Stored::k_first, false>::shared_bytes(0, false) <= kLeastSharedBytes);
 inline dim3 grid(const RnnShape& s) {
   return grid_of(ceil_div(s.hidden, kUnits), ceil_div(s.batch, wide(s) ? 64 : 16));
 }
@@ -301,6 +320,7 @@ template <class... Parameters>
 RnnRoute route_of(const RnnShape& s, void (*kernel)(Parameters...), int64_t shared_bytes) {
   if (s.steps == 1) return RnnRoute::few_steps;
   const dim3 blocks = grid(s);
+  const std::lock_guard<std::mutex> lock(launching());
   const int64_t at_once = blocks_at_once(kernel, kThreads, shared_bytes);
   if (at_once < 0) return RnnRoute::too_large;
   return static_cast<int64_t>(blocks.x) * blocks.y > at_once ? RnnRoute::not_resident : RnnRoute::persistent;

@@ -56,6 +56,11 @@ EXPORT void cuda_on_host_set_order(int order, unsigned seed) {
 // How many multiprocessors the device has that the launchers ask about.
 EXPORT void cuda_on_host_set_multiprocessors(int count) { cuda_on_host::settings.multiprocessors = count; }
 
+// How much shared memory a block of that device may have.
+EXPORT void cuda_on_host_set_shared_bytes(int64_t count) {
+  cuda_on_host::settings.shared_bytes = static_cast<size_t>(count);
+}
+
 // Whether that device is a Hopper.
 EXPORT void cuda_on_host_set_hopper(int hopper) { cuda_on_host::settings.hopper = hopper != 0; }
 

@@ -51,10 +51,11 @@ void spin(const char* where) {
 }
 
 int64_t blocks_at_once(int64_t shared_bytes) {
-  const auto limit = static_cast<int64_t>(kSharedLimit);
+  const auto limit = static_cast<int64_t>(settings.shared_bytes);
   return shared_bytes > limit ? -1 : settings.multiprocessors * (limit / (shared_bytes + 1024));
 }
 
+int most_shared_bytes() { return static_cast<int>(settings.shared_bytes); }
 int multiprocessors() { return settings.multiprocessors; }
 bool is_hopper() { return settings.hopper; }
 int64_t most_numbers() { return settings.most_numbers; }

@@ -124,6 +124,7 @@ void red_release_add(unsigned* counter, unsigned value);
 unsigned ld_acquire(const unsigned* counter);
 void spin(const char* where);
 int64_t blocks_at_once(int64_t shared_bytes);  // of a kernel, on the device that this pretends to be
+int most_shared_bytes();
 int multiprocessors();
 bool is_hopper();
 int64_t most_numbers();

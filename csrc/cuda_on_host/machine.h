@@ -156,6 +156,7 @@ struct Settings {
   bool hopper = false;  // whether launchers may choose kernels of sm_90a
   bool looks_at_indices = true;
   int64_t most_numbers = INT32_MAX;  // that a launch's items may have
+  size_t shared_bytes = 227 * 1024;  // that a block may have: those of sm_90
 };
 
 struct Machine {
@@ -170,7 +171,6 @@ extern Settings settings;
 extern Machine machine;
 
 inline constexpr unsigned char kPoison = 0xff;  // NaN in float and bfloat16
-inline constexpr size_t kSharedLimit = 227 * 1024;  // of a block on sm_90
 
 // scheduler.cpp: puts the current thread to sleep at `where`; make_ready lets one run again.
 void sleep(const char* where);

@@ -202,8 +202,8 @@ void run_grid(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes,
   this_thread.block_size = block_size;
   this_thread.grid_size = grid;
   machine.grid_synced_at = ++machine.clock;
-  if (shared_bytes > kSharedLimit)
-    return report("%zu bytes of shared memory; a block has %zu", shared_bytes, kSharedLimit);
+  if (shared_bytes > settings.shared_bytes)
+    return report("%zu bytes of shared memory; a block has %zu", shared_bytes, settings.shared_bytes);
   const uint64_t threads = uint64_t{block_size.x} * block_size.y * block_size.z;
   if (threads == 0 || threads > 1024) return report("%zu threads a block; at least 1, at most 1024", size_t{threads});
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)

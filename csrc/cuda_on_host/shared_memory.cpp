@@ -52,7 +52,7 @@ void check_total(const Block& block) {
   size_t fixed = 0;
   for (size_t i = 1; i < block.arrays.size(); i++) fixed += (block.arrays[i].bytes + 15) / 16 * 16;
   if (dynamic) fixed = (fixed + kAlignment - 1) / kAlignment * kAlignment;
-  const size_t limit = dynamic > kUnaskedLimit ? kSharedLimit : kUnaskedLimit;
+  const size_t limit = dynamic > kUnaskedLimit ? settings.shared_bytes : kUnaskedLimit;
   if (fixed + dynamic > limit)
     report("%zu bytes of shared memory, %zu of them dynamic; this launch may have %zu", fixed + dynamic, dynamic,
            limit);

@@ -19,7 +19,7 @@ from dlkern import _precision
 
 __all__ = [
     "ORDERS", "clear", "errors", "hopper", "last_kernel", "library_path", "load", "loaded", "messages", "most_numbers",
-    "multiprocessors", "precision_settings", "raise_if_errors", "thread_order", "unchecked_indices",
+    "multiprocessors", "precision_settings", "raise_if_errors", "shared_bytes", "thread_order", "unchecked_indices",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random")
@@ -44,6 +44,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.cuda_on_host_messages.restype = ctypes.c_char_p
     library.cuda_on_host_last_kernel.restype = ctypes.c_char_p
     library.cuda_on_host_set_most_numbers.argtypes = [ctypes.c_int64]
+    library.cuda_on_host_set_shared_bytes.argtypes = [ctypes.c_int64]
     library.cuda_on_host_set_order.argtypes = [ctypes.c_int, ctypes.c_uint]
     return library
 
@@ -106,6 +107,16 @@ def multiprocessors(count: int) -> Iterator[None]:
         yield
     finally:
         load().cuda_on_host_set_multiprocessors(132)
+
+
+@contextlib.contextmanager
+def shared_bytes(count: int) -> Iterator[None]:
+    """Blocks inside may have so many bytes of shared memory (227 KB by default; 99 KB is the least that a GPU has)."""
+    load().cuda_on_host_set_shared_bytes(count)
+    try:
+        yield
+    finally:
+        load().cuda_on_host_set_shared_bytes(227 * 1024)
 
 
 @contextlib.contextmanager

@@ -148,6 +148,9 @@ MUTANTS = [
     _mutant(CONV_HOPPER, "tap % window.taps_w * args.tap_w", "tap % window.taps_w * args.tap_h", "test_on_hopper", "_conv"),
     # attention_varlen_forward_kernel, attention_varlen_backward_query_kernel, attention_varlen_backward_key_kernel
     _attention_mutant(ATTENTION_TILE, " + static_cast<uint64_t>(x.sequence)", "", "varlen_has_the_bits and 12-float32"),
+    _attention_mutant(ATTENTION_TILE, "most_shared_bytes() >= kWideFloatBytes", "true", "least_shared_memory and float32"),
+    _attention_mutant(ATTENTION, "attention::most_columns(a.element)", "attention::kMostColumns",
+                      "least_shared_memory and float32"),
     _attention_mutant(ATTENTION_TILE, "tile.sequence, tile.keys - tile.queries}", "tile.sequence, 0}", "test_varlen_windows"),
     _attention_mutant(ATTENTION_TILE, "static_cast<int64_t>(x.heads) * tile.first_query", "int64_t{tile.first_query}",
                       "varlen_has_the_bits and 12-float32"),
@@ -261,6 +264,7 @@ MUTANTS = [
     _rnn_mutant(RNN, "b < before.size ? *cell :", "n > 0 ? *cell :", "test_rnn_packed and lstm"),
     _rnn_mutant(RNN_GATES, "candidate + x.r * recurrent", "candidate + recurrent", "test_rnn and gru and odd"),
     _rnn_mutant(RNN, "if (b >= after.size) a.h_n", "if (n + 1 == s.steps) a.h_n", "test_rnn_packed and sorted"),
+    _rnn_mutant(RNN_STEPS, "Long::shared_bytes(0, false) > most_shared_bytes()", "false", "least_shared_memory and float32"),
     # rnn_padding_kernel
     _rnn_mutant(RNN, "if (t < s.steps && b < s.sizes[t]) return;", "if (t < s.steps) return;", "test_rnn_lengths"),
     # rnn_backward_kernel
@@ -330,7 +334,7 @@ MUTANTS = [
     _attention_mutant(ATTENTION_BACKWARD, "turn_back(sum, x, b, first, x.queries, memory.all_rows());", ";",
                       "test_attention and rotary"),
     # heads and masks that are turned first
-    _attention_mutant(ATTENTION, "a.depth <= attention::kMostColumns && ", "", "rotary_of_a_deep_head"),
+    _attention_mutant(ATTENTION, "a.depth <= attention::most_columns(a.element) && ", "", "rotary_of_a_deep_head"),
     _attention_mutant(ATTENTION_OPS, "problem.turned(op, of_key, true)", "problem.turned(op, of_key)", "rotary_of_a_deep_head"),
     _attention_mutant(ATTENTION_OPS, "return of_mask || ", "return ", "test_attention and rotary and neighbours"),
     # rotary_kernel
