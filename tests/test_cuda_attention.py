@@ -20,7 +20,7 @@ from attention_cases import (
     randn,
     sides,
 )
-from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, certify, library, no_findings, on_cuda, short_dtypes  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
@@ -142,14 +142,16 @@ def test_attention_masked_tail_with_scores_far_below_zero(length):
 
 # Factors of query, key, value and the output's gradient. Up: the gradients of scores are beyond float16's 65504; down:
 # below its smallest number. What they become is well in range both times.
-@pytest.mark.parametrize("factors", [(2**-6, 2**-10, 2**8, 2**10), (2**-6, 2**6, 2**-6, 2**-12)], ids=["up", "down"])
-@pytest.mark.parametrize("keys", [20, 150])
-def test_attention_of_gradients_beyond_float16(keys, factors):
+beyond_float16 = pytest.mark.parametrize(
+    "factors", [(2**-6, 2**-10, 2**8, 2**10), (2**-6, 2**6, 2**-6, 2**-12)], ids=["up", "down"])
+
+
+def check_gradients_beyond_float16(factors, queries, keys, depth):
     """The error is torch's where all is near 1, times the factor that the gradient has."""
-    q, k, v, g = (torch.randn(1, 2, n, 16) for n in (33, keys, keys, 33))
+    q, k, v, g = (torch.randn(1, 2, n, depth) for n in (queries, keys, keys, queries))
     near = [(x * f).half() for x, f in zip((q, k), factors)] + [v.half(), g.half()]
     far = [near[0], near[1], (v * factors[2]).half(), (g * factors[3]).half()]
-    scale = 0.25
+    scale = depth**-0.5
 
     def gradients(function, q, k, v, g):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -164,6 +166,12 @@ def test_attention_of_gradients_beyond_float16(keys, factors):
     for name, *one in zip("qkv", ours, theirs, exact):
         rows = compare(name, *([x] for x in one), torch.float16)
         assert all(row.ok for row in rows), rows
+
+
+@beyond_float16
+@pytest.mark.parametrize("keys", [20, 150])
+def test_attention_of_gradients_beyond_float16(keys, factors):
+    check_gradients_beyond_float16(factors, 33, keys, 16)
 
 
 def test_attention_of_nan():
@@ -498,9 +506,10 @@ def on_hopper():
         yield
 
 
+@short_dtypes
 @pytest.mark.parametrize("depth", [64, 128])
 @pytest.mark.parametrize("name", HOPPER)
-def test_attention_on_hopper(name, depth):
+def test_attention_on_hopper(name, depth, dtype):
     """Two heads of queries share one of keys."""
     settings, lengths = HOPPER[name]
     lengths = lengths and lengths()
@@ -514,26 +523,35 @@ def test_attention_on_hopper(name, depth):
         certify(
             lambda *qkv: ops.attention.attention("dot_attention", *qkv, *operands),
             lambda *qkv: tF.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=settings.scale, enable_gqa=True),
-            lambda: leaves((batch, 2, HOPPER_QUERIES, depth), *[(batch, 1, HOPPER_KEYS, depth)] * 2), torch.bfloat16,
+            lambda: leaves((batch, 2, HOPPER_QUERIES, depth), *[(batch, 1, HOPPER_KEYS, depth)] * 2), dtype,
         )
         assert cuda_on_host.last_kernel() == KEY_HOPPER
 
 
+@short_dtypes
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_tile_borders_on_hopper(causal):
+def test_attention_tile_borders_on_hopper(causal, dtype):
     """One query and a row more than a tile; keys that end with a tile, and one behind it."""
     for queries, keys in ((1, 129), (129, 256), (64, 257), (300, 130)):
         certify_on = lambda: leaves((1, 1, queries, 64), (1, 1, keys, 64), (1, 1, keys, 64))  # noqa: B023, E731
         with on_hopper():
             certify(lambda *a: SDPA(*a, is_causal=causal), lambda *a: tF.scaled_dot_product_attention(*a, is_causal=causal),
-                    certify_on, torch.bfloat16)
+                    certify_on, dtype)
             assert cuda_on_host.last_kernel() == KEY_HOPPER
+
+
+@beyond_float16
+@pytest.mark.parametrize("depth", [64, 128])
+def test_attention_of_gradients_beyond_float16_on_hopper(depth, factors):
+    with on_hopper():
+        check_gradients_beyond_float16(factors, 33, 150, depth)
+        assert cuda_on_host.last_kernel() == KEY_HOPPER
 
 
 def test_attention_operands_are_read_where_they_lie_on_hopper():
     """[B, S, H, D] seen as [B, H, S, D], and rows with gaps: the same bits."""
     lying = [torch.randn(2, 140, 2, 64).bfloat16().transpose(1, 2) for _ in range(4)]
-    gaps = [torch.randn(2, 2, 140, 72).bfloat16()[..., :64] for _ in range(4)]
+    gaps = [torch.randn(2, 2, 140, 72).half()[..., :64] for _ in range(4)]
     none = [None] * 5
     with on_hopper():
         for q, k, v, g in (lying, gaps):
@@ -548,11 +566,12 @@ def test_attention_operands_are_read_where_they_lie_on_hopper():
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@short_dtypes
 @pytest.mark.parametrize("order", ["reverse", "random"])
 @pytest.mark.parametrize("depth", [64, 128])
-def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order):
+def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order, dtype):
     settings = Settings(scale=0.1, left=200, right=20)
-    q, k, v, g = (torch.randn(1, heads, n, depth).bfloat16() for heads, n in ((2, 140), (1, 300), (1, 300), (2, 140)))
+    q, k, v, g = (torch.randn(1, heads, n, depth).to(dtype) for heads, n in ((2, 140), (1, 300), (1, 300), (2, 140)))
 
     def sample():
         output, statistics = FORWARD["cuda"](q, k, v, *[None] * 5, *settings)
@@ -566,8 +585,9 @@ def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order):
     assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
 
 
-def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing():
-    q, k, v = (torch.randn(1, 2, n, 64).bfloat16().requires_grad_() for n in (70, 140, 140))
+@short_dtypes
+def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing(dtype):
+    q, k, v = (torch.randn(1, 2, n, 64).to(dtype).requires_grad_() for n in (70, 140, 140))
     nan = q.detach().clone()
     nan[0, 0, 1, 0] = torch.nan
     lengths = torch.full((1, 70), 140)
@@ -577,7 +597,7 @@ def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing():
         assert cuda_on_host.last_kernel() == FORWARD_HOPPER
         assert y[0, 0, 1].isnan().all() and y[0, 0, 2:].isfinite().all() and y[0, 1].isfinite().all()
         y = SDPA(q, k, v, lengths=lengths)
-        found = torch.autograd.grad(y, (q, k, v), torch.randn(y.shape).bfloat16())
+        found = torch.autograd.grad(y, (q, k, v), torch.randn_like(y))
         assert cuda_on_host.last_kernel() == KEY_HOPPER
     assert y[0, :, [3, 69]].abs().max() == 0 and y[0, :, 4].abs().max() > 0
     assert all(x.isfinite().all() for x in found) and found[0][0, :, [3, 69]].abs().max() == 0
@@ -605,10 +625,11 @@ def test_attention_that_does_not_fit_hopper(settings, more, depths):
 def test_attention_rotary_on_hopper(neighbours):
     """Turned first, for Hopper's kernels, by the rule and with their bits; not where those decline."""
     with on_hopper():
-        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.bfloat16, 2)
-        assert cuda_on_host.last_kernel().startswith("(rotary_kernel")
+        for dtype in (torch.bfloat16, torch.float16):
+            certify(*rotary((64, 64), 24, neighbours, 70, 140), dtype, 2)
+            assert cuda_on_host.last_kernel().startswith("(rotary_kernel")
         check_bits_of_turning_first(neighbours)
-        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.float16, 2)
+        certify(*rotary((72, 64), 24, neighbours, 70, 140), torch.float16, 2)
         assert cuda_on_host.last_kernel().startswith("(attention_rotary_backward_key_kernel")
 
 

@@ -1,5 +1,5 @@
-// Attention in bfloat16 on Hopper, backward, heads of 64 and 128: what attention_backward.cu does, by tensor copies and
-// wgmma. One kernel takes 128 queries through their keys (delta, the query's gradient), one 128 keys through the queries
+// Attention in 16-bit types on Hopper, backward, heads of 64 and 128: what attention_backward.cu does, by tensor copies
+// and wgmma. One kernel takes 128 queries through their keys (delta, the query's gradient), one 128 keys through the queries
 // of all heads that share them (gradients of key and value), 64 rows a warpgroup. Scores are made with the rows of the
 // gradient down, so that probabilities and their gradients, rounded once, are the A of the next product from the
 // registers they are in: nothing of them passes through memory. Nothing is added by two blocks: the same bits every run.
@@ -18,7 +18,7 @@ struct BackwardArgs {
   Operand gradient, output;
   float scale;  // of scores that are exponents of 2
   float* delta;
-  bf16 *grad_query, *grad_key, *grad_value;
+  void *grad_query, *grad_key, *grad_value;
 };
 
 // A query's exponent: a probability is 2^(score scale - this).
@@ -27,16 +27,15 @@ DLKERN_DEVICE float exponent_of(const Args& x, int64_t place) {
 }
 
 // Stores rows from `first` on, a warp's, of a dense matrix of DEPTH columns and `rows` rows.
-template <int DEPTH>
-DLKERN_DEVICE void store_sums(bf16* to, const float (&sum)[DEPTH / 2], float scale, int first, int rows) {
+template <int DEPTH, class T>
+DLKERN_DEVICE void store_sums(T* to, const float (&sum)[DEPTH / 2], float scale, int first, int rows) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = first + lane() / 4 + 8 * r;
     if (row >= rows) continue;
 #pragma unroll
     for (int j = 0; j < DEPTH / 8; j++) {
-      const Pack<bf16, 2> pair{from_float<bf16>(sum[4 * j + 2 * r] * scale),
-                               from_float<bf16>(sum[4 * j + 2 * r + 1] * scale)};
+      const Pack<T, 2> pair{from_float<T>(sum[4 * j + 2 * r] * scale), from_float<T>(sum[4 * j + 2 * r + 1] * scale)};
       store_pack(to + static_cast<int64_t>(row) * DEPTH + 8 * j + lane() % 4 * 2, pair);
     }
   }
@@ -45,22 +44,22 @@ DLKERN_DEVICE void store_sums(bf16* to, const float (&sum)[DEPTH / 2], float sca
 // ---- Gradient of queries ----
 
 // Shared memory: queries and gradients of the output, and a ring of tiles of keys and of values.
-template <int DEPTH>
+template <class T, int DEPTH>
 struct OfQuery {
   static constexpr int kAcross = DEPTH == 64 ? 128 : 64, kStages = 4;
-  using Down = Rows<kBlockRows, DEPTH>;
-  using Tile = Rows<kAcross, DEPTH>;
+  using Down = Rows<T, kBlockRows, DEPTH>;
+  using Tile = Rows<T, kAcross, DEPTH>;
   static constexpr int kBytes = 2 * Down::kBytes + kStages * Tile::kBytes;
 };
 
 // The sum of g times the output over a row, by the four lanes that share it; in double: it is subtracted from numbers that
 // may be nearly the same.
-template <int DEPTH>
-DLKERN_DEVICE float delta_of(const bf16* g, const bf16* y) {
+template <int DEPTH, class T>
+DLKERN_DEVICE float delta_of(const T* g, const T* y) {
   double sum = 0;
 #pragma unroll
   for (int d = lane() % 4 * 8; d < DEPTH; d += 32) {
-    const auto g_part = load_pack<bf16, 8>(g + d), y_part = load_pack<bf16, 8>(y + d);
+    const auto g_part = load_pack<T, 8>(g + d), y_part = load_pack<T, 8>(y + d);
 #pragma unroll
     for (int v = 0; v < 8; v++)
       sum += static_cast<double>(to_float(g_part.at[v])) * static_cast<double>(to_float(y_part.at[v]));
@@ -71,11 +70,11 @@ DLKERN_DEVICE float delta_of(const bf16* g, const bf16* y) {
 }
 
 // blockIdx.x: head, and tile of queries, the last first.
-template <int DEPTH>
+template <class T, int DEPTH>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     attention_backward_query_sm90_kernel(const __grid_constant__ BackwardArgs args) {
 #ifdef DLKERN_HOPPER
-  using Memory = OfQuery<DEPTH>;
+  using Memory = OfQuery<T, DEPTH>;
   using Down = typename Memory::Down;
   using Tile = typename Memory::Tile;
   constexpr int kAcross = Memory::kAcross;
@@ -83,8 +82,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   DLKERN_SHARED(uint64_t, full, [Memory::kStages]);
   DLKERN_SHARED(uint64_t, empty, [Memory::kStages]);
   DLKERN_SHARED(uint64_t, rows_full, [1]);
-  bf16* const queries = reinterpret_cast<bf16*>(shared);
-  bf16* const grads = queries + Down::kElements;
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const grads = queries + Down::kElements;
   const auto tile_of = [&](int use) { return grads + Down::kElements + use % Memory::kStages * Tile::kElements; };
   const Ring<Memory::kStages> ring{full, empty};
   if (threadIdx.x == 0) {
@@ -122,15 +121,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       const int own = first + lane() / 4 + 8 * r, i = own < x.queries ? own : x.queries - 1;
       const int64_t place = static_cast<int64_t>(head) * x.queries + i;
       exponent[r] = exponent_of(x, place);
-      delta[r] = delta_of<DEPTH>(head_of<bf16>(args.gradient, b, h) + i * args.gradient.stride[2],
-                                 head_of<bf16>(args.output, b, h) + i * args.output.stride[2]);
+      delta[r] = delta_of<DEPTH>(head_of<T>(args.gradient, b, h) + i * args.gradient.stride[2],
+                                 head_of<T>(args.output, b, h) + i * args.output.stride[2]);
       if (own == i && lane() % 4 == 0) args.delta[place] = delta[r];
     }
     float sum[DEPTH / 2] = {};
+    RowScale<T> scale;
     if (tiles > 0) mbarrier_wait(rows_full, 0);
 #pragma unroll 1
     for (int n = 0; n < tiles; n++) {
-      const bf16 *const keys = tile_of(2 * n), *const values = tile_of(2 * n + 1);
+      const T *const keys = tile_of(2 * n), *const values = tile_of(2 * n + 1);
       float s[kAcross / 2], change[kAcross / 2];
       ring.wait(2 * n);
       wgmma_fence(s);
@@ -145,14 +145,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       wgmma_wait<0>(change);
       ring.release(2 * n + 1);
       for_each<kAcross / 2>([&](int r, int, int i) { s[i] *= change[i] - delta[r]; });
+      fit(scale, s, sum);
       uint32_t p[kAcross / 16][4];
-      to_operand(p, s);
+      to_operand<T>(p, s);
       wgmma_fence(sum, p);
       start_product<DEPTH>(sum, p, keys);
       wgmma_wait<0>(sum, p);
       ring.release(2 * n);
     }
-    store_sums<DEPTH>(args.grad_query + static_cast<int64_t>(head) * x.queries * DEPTH, sum, x.scale, first, x.queries);
+    undo(scale, sum);
+    store_sums<DEPTH>(static_cast<T*>(args.grad_query) + static_cast<int64_t>(head) * x.queries * DEPTH, sum, x.scale,
+                      first, x.queries);
   }
 #endif
 }
@@ -160,11 +163,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 // ---- Gradients of keys and values ----
 
 // Shared memory: keys and values, and a ring of tiles of queries and of gradients of the output.
-template <int DEPTH>
+template <class T, int DEPTH>
 struct OfKey {
   static constexpr int kAcross = 64, kStages = 8;
-  using Down = Rows<kBlockRows, DEPTH>;
-  using Tile = Rows<kAcross, DEPTH>;
+  // Registers of the thread that copies, and of those that multiply: scales of float16 want more.
+  static constexpr int kGiven = std::is_same_v<T, fp16> ? 24 : 40, kTaken = std::is_same_v<T, fp16> ? 240 : 232;
+  using Down = Rows<T, kBlockRows, DEPTH>;
+  using Tile = Rows<T, kAcross, DEPTH>;
   static constexpr int kBytes = 2 * Down::kBytes + kStages * Tile::kBytes;
 };
 
@@ -192,11 +197,11 @@ DLKERN_DEVICE void hide_queries(float (&s)[N], const Args& x, int64_t b, int fir
 }
 
 // blockIdx.x: head of keys, and tile of keys.
-template <int DEPTH>
+template <class T, int DEPTH>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     attention_backward_key_sm90_kernel(const __grid_constant__ BackwardArgs args) {
 #ifdef DLKERN_HOPPER
-  using Memory = OfKey<DEPTH>;
+  using Memory = OfKey<T, DEPTH>;
   using Down = typename Memory::Down;
   using Tile = typename Memory::Tile;
   constexpr int kAcross = Memory::kAcross;
@@ -205,8 +210,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   DLKERN_SHARED(uint64_t, empty, [Memory::kStages]);
   DLKERN_SHARED(uint64_t, rows_full, [1]);
   DLKERN_SHARED(float, numbers, [4 * kGroups][2][kAcross]);  // a warp's own: exponents and deltas of queries
-  bf16* const keys = reinterpret_cast<bf16*>(shared);
-  bf16* const values = keys + Down::kElements;
+  T* const keys = reinterpret_cast<T*>(shared);
+  T* const values = keys + Down::kElements;
   const auto tile_of = [&](int use) { return values + Down::kElements + use % Memory::kStages * Tile::kElements; };
   const Ring<Memory::kStages> ring{full, empty};
   if (threadIdx.x == 0) {
@@ -230,7 +235,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const auto tile_at = [&](int n) { return start + n % query_tiles * kAcross; };
 
   if (threadIdx.x < 128) {
-    give_registers_back<40>();
+    give_registers_back<Memory::kGiven>();
     if (threadIdx.x != 0 || steps == 0) return;
     mbarrier_arrive_expect(rows_full, 2 * Down::kBytes);
     Down::copy(keys, args.key, rows_full, j0, kh, b);
@@ -241,7 +246,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       Tile::copy(tile_of(use), use % 2 ? args.grad_output : args.query, barrier, tile_at(n), head_at(n), b);
     }
   } else {
-    take_registers<232>();
+    take_registers<Memory::kTaken>();
     const int row = 64 * group(), first = j0 + warp_row();
     float (&mine)[2][kAcross] = numbers[warp() - 4];
     const auto put_numbers = [&](int n) {
@@ -254,13 +259,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       }
     };
     float of_key[DEPTH / 2] = {}, of_value[DEPTH / 2] = {};
+    RowScale<T> scale;  // of of_key; probabilities themselves need none
     if (steps > 0) {
       put_numbers(0);
       mbarrier_wait(rows_full, 0);
     }
 #pragma unroll 1
     for (int n = 0; n < steps; n++) {
-      const bf16 *const queries = tile_of(2 * n), *const grads = tile_of(2 * n + 1);
+      const T *const queries = tile_of(2 * n), *const grads = tile_of(2 * n + 1);
       float s[kAcross / 2], change[kAcross / 2];
       ring.wait(2 * n);
       wgmma_fence(s);
@@ -274,10 +280,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       if (!all_see<kAcross>(x, b, i0, j0, j0 + kBlockRows)) hide_queries(s, x, b, first, i0);
       for_each<kAcross / 2>([&](int, int c, int i) { s[i] = exp2_fast(fmaf(s[i], args.scale, -mine[0][c])); });
       uint32_t p[kAcross / 16][4], q[kAcross / 16][4];
-      to_operand(p, s);
+      to_operand<T>(p, s);
       wgmma_wait<0>(change);
       for_each<kAcross / 2>([&](int, int c, int i) { s[i] *= change[i] - mine[1][c]; });
-      to_operand(q, s);
+      fit(scale, s, of_key);
+      to_operand<T>(q, s);
       wgmma_fence(of_value, of_key, p, q);
       start_product<DEPTH>(of_value, p, grads);
       start_product<DEPTH>(of_key, q, queries);
@@ -288,17 +295,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       ring.release(2 * n + 1);
     }
     const int64_t to = static_cast<int64_t>(key_head) * x.keys * DEPTH;
-    store_sums<DEPTH>(args.grad_key + to, of_key, x.scale, first, x.keys);
-    store_sums<DEPTH>(args.grad_value + to, of_value, 1.0f, first, x.keys);
+    undo(scale, of_key);
+    store_sums<DEPTH>(static_cast<T*>(args.grad_key) + to, of_key, x.scale, first, x.keys);
+    store_sums<DEPTH>(static_cast<T*>(args.grad_value) + to, of_value, 1.0f, first, x.keys);
   }
 #endif
 }
 
 // ---- Launchers ----
 
-template <int DEPTH>
+template <class T, int DEPTH>
 bool run(const Attention& a, BackwardArgs& args, int64_t query_blocks, int64_t key_blocks, void* stream) {
-  if (!runs_on_hopper(attention_backward_key_sm90_kernel<DEPTH>)) return false;
+  if (!runs_on_hopper(attention_backward_key_sm90_kernel<T, DEPTH>)) return false;
   const Args& x = args.x;
   const auto make_maps = [&](int query_rows, int key_rows) {
     return make_rows_map(args.query, x.query, DEPTH, a.queries, a.heads, a.batch, query_rows) &&
@@ -306,12 +314,13 @@ bool run(const Attention& a, BackwardArgs& args, int64_t query_blocks, int64_t k
            make_rows_map(args.key, x.key, DEPTH, a.keys, a.key_heads, a.batch, key_rows) &&
            make_rows_map(args.value, x.value, DEPTH, a.keys, a.key_heads, a.batch, key_rows);
   };
-  if (!make_maps(kBlockRows, OfQuery<DEPTH>::kAcross)) return false;
-  launch("attention_backward_query_sm90_kernel", attention_backward_query_sm90_kernel<DEPTH>,
-         dim3(static_cast<unsigned>(query_blocks)), dim3(kBlockThreads), OfQuery<DEPTH>::kBytes, stream, false, args);
-  make_maps(OfKey<DEPTH>::kAcross, kBlockRows);
-  launch("attention_backward_key_sm90_kernel", attention_backward_key_sm90_kernel<DEPTH>,
-         dim3(static_cast<unsigned>(key_blocks)), dim3(kBlockThreads), OfKey<DEPTH>::kBytes, stream, false, args);
+  if (!make_maps(kBlockRows, OfQuery<T, DEPTH>::kAcross)) return false;
+  launch("attention_backward_query_sm90_kernel", attention_backward_query_sm90_kernel<T, DEPTH>,
+         dim3(static_cast<unsigned>(query_blocks)), dim3(kBlockThreads), OfQuery<T, DEPTH>::kBytes, stream, false,
+         args);
+  make_maps(OfKey<T, DEPTH>::kAcross, kBlockRows);
+  launch("attention_backward_key_sm90_kernel", attention_backward_key_sm90_kernel<T, DEPTH>,
+         dim3(static_cast<unsigned>(key_blocks)), dim3(kBlockThreads), OfKey<T, DEPTH>::kBytes, stream, false, args);
   return true;
 }
 
@@ -330,11 +339,12 @@ bool attention_backward_sm90(const Attention& a, const AttentionBackward& tensor
   if (!args.output.aligned) return false;
   args.scale = x.scale * kLog2E;
   args.delta = tensors.delta;
-  args.grad_query = static_cast<bf16*>(tensors.grad_query);
-  args.grad_key = static_cast<bf16*>(tensors.grad_key);
-  args.grad_value = static_cast<bf16*>(tensors.grad_value);
-  return a.depth == 64 ? run<64>(a, args, query_blocks, key_blocks, stream)
-                       : run<128>(a, args, query_blocks, key_blocks, stream);
+  args.grad_query = tensors.grad_query;
+  args.grad_key = tensors.grad_key;
+  args.grad_value = tensors.grad_value;
+  return attention::hopper::dispatch(a, [&](auto* type, auto depth) {
+    return run<std::remove_pointer_t<decltype(type)>, depth.value>(a, args, query_blocks, key_blocks, stream);
+  });
 }
 
 }  // namespace dlkern::cuda

@@ -1,12 +1,12 @@
-// Attention in bfloat16 on Hopper, forward, heads of 64 and 128: the online softmax of attention.cu by tensor copies and
-// wgmma (Shah et al. 2024, "FlashAttention-3"). A block takes 128 queries of one head, 64 a warpgroup, through the keys
+// Attention in 16-bit types on Hopper, forward, heads of 64 and 128: the online softmax of attention.cu by tensor copies
+// and wgmma (Shah et al. 2024, "FlashAttention-3"). A block takes 128 queries of one head, 64 a warpgroup, through the keys
 // they see, 128 at a time; one thread of a third warpgroup copies tiles of keys and values ahead. Probabilities are
 // rounded in registers and multiplied from there. While a warpgroup makes the probabilities of one tile, the tensor
 // cores add the values of the tile before; and the two take turns (ping-pong): one's products run while the other is at
 // its exponentials.
 // attention.cu serves where this does not: other scores, masks but those by position, dropout, other sizes, operands
 // that are not 16-byte aligned, few tiles, other GPUs.
-// Floor: 2 L S (D + Dv) operations a head at the tensor cores' bf16 rate.
+// Floor: 2 L S (D + Dv) operations a head at the tensor cores' 16-bit rate.
 #include "attention_sm90.cuh"
 
 namespace dlkern::cuda {
@@ -18,9 +18,9 @@ using namespace attention::hopper;
 constexpr int kKeys = 128;
 
 // Shared memory: the queries, and a ring of tiles of keys and of values.
-template <int DEPTH>
+template <class T, int DEPTH>
 struct Forward {
-  using Tile = Rows<128, DEPTH>;
+  using Tile = Rows<T, 128, DEPTH>;
   static constexpr int kStages = 4, kBytes = (1 + kStages) * Tile::kBytes;
 };
 
@@ -32,6 +32,7 @@ struct ForwardArgs {
 };
 
 // Scores become exponentials of what they are over the largest so far, and `shrink` what older ones must be multiplied by.
+template <class T>
 DLKERN_DEVICE void softmax_step(float (&s)[kKeys / 2], float scale, float (&largest)[2], float (&total)[2],
                                 float (&shrink)[2]) {
   float highest[2][2] = {{largest[0], largest[0]}, {largest[1], largest[1]}}, some[2][2] = {};
@@ -39,7 +40,7 @@ DLKERN_DEVICE void softmax_step(float (&s)[kKeys / 2], float scale, float (&larg
   float base[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const float now = row_max<bf16>(fmaxf(highest[r][0], highest[r][1]));
+    const float now = row_max<T>(fmaxf(highest[r][0], highest[r][1]));
     base[r] = now == minus_infinity() ? 0.0f : now * scale;
     shrink[r] = exp2_fast(fmaf(largest[r], scale, -base[r]));
     largest[r] = now;
@@ -50,17 +51,17 @@ DLKERN_DEVICE void softmax_step(float (&s)[kKeys / 2], float scale, float (&larg
 }
 
 // blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal.
-template <int DEPTH>
+template <class T, int DEPTH>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     attention_forward_sm90_kernel(const __grid_constant__ ForwardArgs args) {
 #ifdef DLKERN_HOPPER
-  using Memory = Forward<DEPTH>;
+  using Memory = Forward<T, DEPTH>;
   using Tile = typename Memory::Tile;
   DLKERN_DYNAMIC_SHARED(shared);
   DLKERN_SHARED(uint64_t, full, [Memory::kStages]);
   DLKERN_SHARED(uint64_t, empty, [Memory::kStages]);
   DLKERN_SHARED(uint64_t, queries_full, [1]);
-  bf16* const queries = reinterpret_cast<bf16*>(shared);
+  T* const queries = reinterpret_cast<T*>(shared);
   const auto tile_of = [&](int use) { return queries + (1 + use % Memory::kStages) * Tile::kElements; };
   const Ring<Memory::kStages> ring{full, empty};
   if (threadIdx.x == 0) {
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     uint32_t p[kKeys / 16][4];
     const auto soften = [&](int j0) {
       if (!seen.covers(j0, j0 + kKeys)) hide_keys(s, x, b, first, j0);
-      softmax_step(s, args.scale, largest, total, shrink);
+      softmax_step<T>(s, args.scale, largest, total, shrink);
     };
     if (tiles > 0) {
       mbarrier_wait(queries_full, 0);
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       wgmma_wait<0>(s);
       ring.release(0);
       soften(start);
-      to_operand(p, s);
+      to_operand<T>(p, s);
       if (group() == 1 && tiles > 1) barrier_arrive<256>(1);
 #pragma unroll 1
       for (int n = 1; n < tiles; n++) {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         wgmma_wait<0>(sum, p);
         ring.release(values_use);
         for_each<DEPTH / 2>([&](int r, int, int i) { sum[i] *= shrink[r]; });
-        to_operand(p, s);
+        to_operand<T>(p, s);
       }
       ring.wait(2 * tiles - 1);
       wgmma_fence(sum, p);
@@ -136,11 +137,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       wgmma_wait<0>(sum, p);
     }
 
-    bf16* const to = const_cast<bf16*>(head_of<bf16>(args.output, b, h));
+    T* const to = const_cast<T*>(head_of<T>(args.output, b, h));
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int i = first + lane() / 4 + 8 * r;
-      const float all = row_sum<bf16>(total[r]), inverse = all == 0.0f ? 0.0f : 1.0f / all;
+      const float all = row_sum<T>(total[r]), inverse = all == 0.0f ? 0.0f : 1.0f / all;
       if (i >= x.queries) continue;
       if (lane() % 4 == 0) {
         x.largest[static_cast<int64_t>(head) * x.queries + i] = all == 0.0f ? 0.0f : largest[r] * x.scale;
@@ -148,8 +149,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       }
 #pragma unroll
       for (int j = 0; j < DEPTH / 8; j++) {
-        const Pack<bf16, 2> pair{from_float<bf16>(sum[4 * j + 2 * r] * inverse),
-                                 from_float<bf16>(sum[4 * j + 2 * r + 1] * inverse)};
+        const Pack<T, 2> pair{from_float<T>(sum[4 * j + 2 * r] * inverse),
+                              from_float<T>(sum[4 * j + 2 * r + 1] * inverse)};
         store_pack(to + i * args.output.stride[2] + 8 * j + lane() % 4 * 2, pair);
       }
     }
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #endif
 }
 
-template <int DEPTH>
+template <class T, int DEPTH>
 bool run(const Attention& a, const Args& x, const AttentionOperand& output, int64_t blocks, void* stream) {
   ForwardArgs args{};
   args.x = x;
@@ -167,8 +168,8 @@ bool run(const Attention& a, const Args& x, const AttentionOperand& output, int6
       !make_rows_map(args.key, x.key, DEPTH, a.keys, a.key_heads, a.batch, kKeys) ||
       !make_rows_map(args.value, x.value, DEPTH, a.keys, a.key_heads, a.batch, kKeys))
     return false;
-  launch("attention_forward_sm90_kernel", attention_forward_sm90_kernel<DEPTH>, dim3(static_cast<unsigned>(blocks)),
-         dim3(kBlockThreads), Forward<DEPTH>::kBytes, stream, false, args);
+  launch("attention_forward_sm90_kernel", attention_forward_sm90_kernel<T, DEPTH>, dim3(static_cast<unsigned>(blocks)),
+         dim3(kBlockThreads), Forward<T, DEPTH>::kBytes, stream, false, args);
   return true;
 }
 
@@ -178,15 +179,18 @@ bool attention_fits_sm90(const Attention& a) {
   const int64_t blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows);
   if (!fits(a, arguments_of(a)) || blocks < multiprocessors() / 2)
     return false;  // small tiles then use more of the GPU
-  return a.depth == 64 ? runs_on_hopper(attention_forward_sm90_kernel<64>)
-                       : runs_on_hopper(attention_forward_sm90_kernel<128>);
+  return attention::hopper::dispatch(a, [](auto* type, auto depth) {
+    return runs_on_hopper(attention_forward_sm90_kernel<std::remove_pointer_t<decltype(type)>, depth.value>);
+  });
 }
 
 bool attention_forward_sm90(const Attention& a, const AttentionOperand& output, void* stream) {
   if (!attention_fits_sm90(a)) return false;
   const Args x = arguments_of(a);
   const int64_t blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows);
-  return a.depth == 64 ? run<64>(a, x, output, blocks, stream) : run<128>(a, x, output, blocks, stream);
+  return attention::hopper::dispatch(a, [&](auto* type, auto depth) {
+    return run<std::remove_pointer_t<decltype(type)>, depth.value>(a, x, output, blocks, stream);
+  });
 }
 
 }  // namespace dlkern::cuda

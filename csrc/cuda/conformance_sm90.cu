@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(128, 1) product_case(const __grid_constant__ T
 }
 
 // The same k of B, with A in registers: element (i, k) of its 32 columns is (5 i + 3 k) % 29 - 14.
-template <bool B_FIRST>
+template <class T, bool B_FIRST>
 __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__ TensorMap map, uint32_t* out) {
 #ifdef DLKERN_HOPPER
   DLKERN_DYNAMIC_SHARED(shared);
   DLKERN_SHARED(uint64_t, barrier, [1]);
-  const bf16* const b = reinterpret_cast<const bf16*>(shared);
+  const T* const b = reinterpret_cast<const T*>(shared);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     mbarrier_init(barrier, 1);
@@ -99,12 +99,12 @@ __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__
   for (int r = 0; r < 8; r++) {
     const int i = thread / 32 * 16 + thread % 32 / 4 + r % 2 * 8, k = r / 4 * 16 + thread % 4 * 2 + r % 4 / 2 * 8;
     const auto element = [&](int column) { return static_cast<float>((5 * i + 3 * column) % 29 - 14); };
-    a[r / 4][r % 4] = pack_bf16(element(k), element(k + 1));
+    a[r / 4][r % 4] = pack_pair<T>(element(k), element(k + 1));
   }
   wgmma_fence(c, a);
 #pragma unroll
   for (int step = 0; step < 2; step++)
-    wgmma_bf16<B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 16), step > 0);
+    wgmma_registers<T, B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 16), step > 0);
   wgmma_commit();
   wgmma_wait_all(c);
 #pragma unroll
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__
 __global__ void __launch_bounds__(128, 1) numbers_case(uint32_t* out) {
   const int thread = static_cast<int>(threadIdx.x);
   const float x = static_cast<float>(thread * 40503 % 65521) / 77.0f;
-  out[2 * thread] = pack_bf16(x, -1.0f / (x + 1.0f));
+  out[2 * thread] = pack_pair<bf16>(x, -1.0f / (x + 1.0f));
+  out[256 + thread] = pack_pair<fp16>(x * 100.0f, -1e-4f / (x + 1.0f));
   const float power = exp2_fast(thread == 127 ? -INFINITY : static_cast<float>(thread - 100) * 2.0f);
   memcpy(out + 2 * thread + 1, &power, 4);
 }
@@ -199,6 +200,8 @@ void products(const TensorMap& map) {
   run("product", product_case<T, false, true>, kWords, map);
   run("product", product_case<T, true, false>, kWords, map);
   run("product", product_case<T, true, true>, kWords, map);
+  run("registers", registers_case<T, false>, kWords, map);
+  run("registers", registers_case<T, true>, kWords, map);
 }
 
 }  // namespace
@@ -214,9 +217,7 @@ int main() {
   run("copy", copy_case<Copy::two>, kTile / 2, map, Coordinates{{-8, -5}, {}});
   products<bf16>(map);
   products<fp16>(half_map);
-  run("registers", registers_case<false>, kWords, map);
-  run("registers", registers_case<true>, kWords, map);
-  run("numbers", numbers_case, 256);
+  run("numbers", numbers_case, 384);
   run("barriers", barriers_case, 128);
 
   // [2, 30, 3, 40] seen as [2, 3, 30, 40].
