@@ -657,6 +657,126 @@ def test_attention_that_hopper_leaves_to_others():
             assert kernels(q, k, g) == ["", ""]
 
 
+# Of packed sequences: tiles that end with their sequence and before, fewer keys than the backward's kernels take, none,
+# no queries.
+VARLEN_HOPPER = [f"attention_varlen_{way}_sm90_kernel" for way in ("forward", "backward_key")]
+PACKED_QUERIES, PACKED_KEYS = [150, 3, 70, 0, 64, 129, 40], [265, 140, 5, 130, 256, 129, 0]
+
+
+def packed(dtype, depth=64, heads=2):
+    """Queries, keys, values and gradients of the output; where sequences begin."""
+    sizes = (sum(PACKED_QUERIES), heads), *[(sum(PACKED_KEYS), 1)] * 2, (sum(PACKED_QUERIES), heads)
+    starts = test_varlen.starts(PACKED_QUERIES), test_varlen.starts(PACKED_KEYS)
+    return [torch.randn(*size, depth).to(dtype) for size in sizes], starts
+
+
+def packed_results(operands, starts, window=(-1, -1), p=0.0, softcap=0.0):
+    """Output, statistics and gradients; the names of the last kernels of the forward and the backward."""
+    q, k, v, g = operands
+    rest = *starts, torch.tensor(7) if p else None
+    settings = p, 0.1, softcap, *window
+    output, statistics = VARLEN_FORWARD(q, k, v, *rest, *settings)
+    kernels = [cuda_on_host.last_kernel()]
+    gradients = VARLEN_BACKWARD(g, q, k, v, *rest, output, statistics, *settings)
+    return [output, statistics, *gradients], [*kernels, cuda_on_host.last_kernel()]
+
+
+@short_dtypes
+@pytest.mark.parametrize(("window", "depth"), [
+    ((-1, -1), 64), ((-1, 0), 64), ((-1, 0), 128), ((40, 70), 64), ((100, 1), 128)], ids=str)  # fmt: skip
+def test_varlen_on_hopper(window, depth, dtype):
+    """Two heads of queries share one of keys."""
+    operands, starts = packed(torch.float64, depth)
+    with on_hopper():
+        certify(
+            lambda *x: F.varlen_attn(*x, *starts, window_size=window, enable_gqa=True, scale=0.1),
+            lambda *x: test_varlen.by_torch(x[0] * (0.1 * depth**0.5), *x[1:], *starts, window),
+            lambda: [torch.randn_like(x).requires_grad_() for x in operands[:3]], dtype,
+        )
+        assert cuda_on_host.last_kernel() == VARLEN_HOPPER[1]
+
+
+@short_dtypes
+@pytest.mark.parametrize("depth", [64, 128])
+def test_varlen_on_hopper_has_the_bits_of_calls_of_their_own(depth, dtype):
+    """Also where all neighbours are NaN, which must not pass from one sequence to the next."""
+    operands, starts = packed(dtype, depth)
+    q, k, v, g = operands
+    with on_hopper():
+        found, kernels = packed_results(operands, starts, (90, 60))
+        assert kernels == VARLEN_HOPPER
+        for b, (queries, keys) in enumerate(zip(PACKED_QUERIES, PACKED_KEYS)):
+            rows, columns = (slice(*x[b : b + 2].tolist()) for x in starts)
+            places = rows, columns, columns, rows
+            alone = [torch.full_like(x, torch.nan) for x in operands]
+            for x, y, place in zip(alone, operands, places):
+                x[place] = y[place]
+            among_nan, _ = packed_results(alone, starts, (90, 60))
+            heads = slice(2 * rows.start, 2 * rows.stop)
+            parts = [(x[0][rows], x[1][:, heads], x[2][rows], x[3][columns], x[4][columns]) for x in (found, among_nan)]
+            assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+            if 0 in (queries, keys):
+                assert not any(x.any() for x in (parts[0][0], *parts[0][2:]))
+                continue
+            one = [x[place].transpose(0, 1)[None] for x, place in zip(operands, places)]
+            shift = keys - queries  # of windows, which are aligned at the end
+            if shift > 90 or shift < -60:
+                continue  # a call's own window begins at its query or before
+            rest = (None,) * 5
+            settings = Settings(scale=0.1, left=90 - shift, right=60 + shift)
+            y, numbers = FORWARD["cuda"](*one[:3], *rest, *settings)
+            theirs = [y, *BACKWARD["cuda"](one[3], *one[:3], *rest, y, numbers, *settings, False)[:3]]
+            ours = parts[0][0], *parts[0][2:]
+            assert all(torch.equal(a.transpose(0, 1)[None], b) for a, b in zip(ours, theirs, strict=True))
+            assert torch.equal(parts[0][1], numbers.view(2, -1))
+
+
+@short_dtypes
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_varlen_on_hopper_same_bits_in_every_thread_order(order, dtype):
+    operands, starts = packed(dtype)
+    with on_hopper():
+        forward, kernels = packed_results(operands, starts, (-1, 0))
+        assert kernels == VARLEN_HOPPER
+        with cuda_on_host.thread_order(order, 1):
+            other, _ = packed_results(operands, starts, (-1, 0))
+    assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+def test_varlen_operands_are_read_where_they_lie_on_hopper():
+    operands, starts = packed(torch.bfloat16)
+    lying = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in operands]
+    gaps = [tF.pad(x, (0, 8))[..., :64] for x in operands]
+    with on_hopper():
+        dense, _ = packed_results(operands, starts)
+        for other in (lying, gaps):
+            found, kernels = packed_results(other, starts)
+            assert kernels == VARLEN_HOPPER and all(torch.equal(a, b) for a, b in zip(dense, found, strict=True))
+
+
+def test_varlen_that_hopper_leaves_to_others():
+    """Dropout, caps, other depths and types, elements between 16-byte boundaries, gradients that are expanded, few tiles;
+    in backward, sequences of few keys."""
+    operands, starts = packed(torch.float16)
+    shifted = torch.randn(sum(PACKED_KEYS), 1, 65).half()[..., 1:]
+    expanded = operands[3][:1].expand(operands[3].shape)
+
+    def kernels(*operands, starts=starts, **options):
+        return ["_sm90" in kernel for kernel in packed_results(operands, starts, **options)[1]]
+
+    with on_hopper():
+        assert kernels(*operands) == [True, True]
+        assert kernels(*operands[:3], expanded) == [True, False]
+        short = [x[: 2 * 40] for x in operands]
+        assert kernels(*short, starts=[test_varlen.starts([40, 40])] * 2) == [True, False]
+        for others in (packed(torch.float16, 72)[0], packed(torch.float32)[0], [operands[0], shifted, *operands[2:]]):
+            assert kernels(*others) == [False, False]
+        for options in (dict(p=0.5), dict(softcap=2.0)):
+            assert kernels(*operands, **options) == [False, False]
+        with cuda_on_host.multiprocessors(132):
+            assert kernels(*operands) == [False, False]
+
+
 def test_attention_wrong_arguments():
     x = torch.randn(2, 4, 5, 8)
     valid = dict(

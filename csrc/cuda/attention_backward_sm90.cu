@@ -26,9 +26,23 @@ DLKERN_DEVICE float exponent_of(const Args& x, int64_t place) {
   return x.largest[place] * kLog2E - log2f(x.inverse[place]);
 }
 
-// Stores rows from `first` on, a warp's, of a dense matrix of DEPTH columns and `rows` rows.
+// Where the gradient of a head's rows goes: dense [batch, heads, rows, DEPTH], or [tokens, heads, DEPTH] of sequences.
+template <class T>
+struct Gradient {
+  T* data;
+  int row_stride;
+};
+template <class T, int DEPTH, class A>
+DLKERN_DEVICE Gradient<T> gradient_of(void* data, const A&, int head, int heads, int rows, int first_row) {
+  if constexpr (kPacked<A>)
+    return {static_cast<T*>(data) + (static_cast<int64_t>(first_row) * heads + head) * DEPTH, heads * DEPTH};
+  else
+    return {static_cast<T*>(data) + static_cast<int64_t>(head) * rows * DEPTH, DEPTH};
+}
+
+// Stores rows from `first` on, a warp's, of `rows` rows.
 template <int DEPTH, class T>
-DLKERN_DEVICE void store_sums(T* to, const float (&sum)[DEPTH / 2], float scale, int first, int rows) {
+DLKERN_DEVICE void store_sums(const Gradient<T>& to, const float (&sum)[DEPTH / 2], float scale, int first, int rows) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = first + lane() / 4 + 8 * r;
@@ -36,7 +50,7 @@ DLKERN_DEVICE void store_sums(T* to, const float (&sum)[DEPTH / 2], float scale,
 #pragma unroll
     for (int j = 0; j < DEPTH / 8; j++) {
       const Pack<T, 2> pair{from_float<T>(sum[4 * j + 2 * r] * scale), from_float<T>(sum[4 * j + 2 * r + 1] * scale)};
-      store_pack(to + static_cast<int64_t>(row) * DEPTH + 8 * j + lane() % 4 * 2, pair);
+      store_pack(to.data + static_cast<int64_t>(row) * to.row_stride + 8 * j + lane() % 4 * 2, pair);
     }
   }
 }
@@ -69,11 +83,10 @@ DLKERN_DEVICE float delta_of(const T* g, const T* y) {
   return static_cast<float>(sum);
 }
 
-// blockIdx.x: head, and tile of queries, the last first.
-template <class T, int DEPTH>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    attention_backward_query_sm90_kernel(const __grid_constant__ BackwardArgs args) {
-#ifdef DLKERN_HOPPER
+// Queries i0 .. i0 + kBlockRows - 1 of head h of batch b. deltas: the call's, or the sequence's.
+template <class T, int DEPTH, class A>
+DLKERN_DEVICE void query_block(const BackwardArgs& args, const A& x, float* deltas, int head, int b, int h, int i0,
+                               Origin origin) {
   using Memory = OfQuery<T, DEPTH>;
   using Down = typename Memory::Down;
   using Tile = typename Memory::Tile;
@@ -93,10 +106,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
 
-  const Args& x = args.x;
-  const int blocks = static_cast<int>(ceil_div(x.queries, kBlockRows));
-  const int head = static_cast<int>(blockIdx.x) / blocks, b = head / x.heads, h = head % x.heads;
-  const int i0 = (blocks - 1 - static_cast<int>(blockIdx.x) % blocks) * kBlockRows;
   const Range range = range_of<kBlockRows>(x, b, i0);
   const int start = range.first / kAcross * kAcross;
   const int tiles = range.last > start ? static_cast<int>(ceil_div(range.last - start, kAcross)) : 0;
@@ -105,11 +114,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     give_registers_back<40>();
     if (threadIdx.x != 0 || tiles == 0) return;
     mbarrier_arrive_expect(rows_full, 2 * Down::kBytes);
-    Down::copy(queries, args.query, rows_full, i0, h, b);
-    Down::copy(grads, args.grad_output, rows_full, i0, h, b);
+    Down::copy(queries, args.query, rows_full, origin.query + i0, h, b);
+    Down::copy(grads, args.grad_output, rows_full, origin.query + i0, h, b);
     for (int use = 0; use < 2 * tiles; use++) {
       uint64_t* const barrier = ring.fill(use, Tile::kBytes);
-      Tile::copy(tile_of(use), use % 2 ? args.value : args.key, barrier, start + use / 2 * kAcross, h / x.group, b);
+      const int row = origin.key + start + use / 2 * kAcross;
+      Tile::copy(tile_of(use), use % 2 ? args.value : args.key, barrier, row, h / x.group, b);
     }
   } else {
     take_registers<232>();
@@ -121,25 +131,31 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       const int own = first + lane() / 4 + 8 * r, i = own < x.queries ? own : x.queries - 1;
       const int64_t place = static_cast<int64_t>(head) * x.queries + i;
       exponent[r] = exponent_of(x, place);
-      delta[r] = delta_of<DEPTH>(head_of<T>(args.gradient, b, h) + i * args.gradient.stride[2],
-                                 head_of<T>(args.output, b, h) + i * args.output.stride[2]);
-      if (own == i && lane() % 4 == 0) args.delta[place] = delta[r];
+      delta[r] = delta_of<DEPTH>(head_of<T>(args.gradient, b, h) + (origin.query + i) * args.gradient.stride[2],
+                                 head_of<T>(args.output, b, h) + (origin.query + i) * args.output.stride[2]);
+      if (own == i && lane() % 4 == 0) deltas[place] = delta[r];
     }
     float sum[DEPTH / 2] = {};
     RowScale<T> scale;
     if (tiles > 0) mbarrier_wait(rows_full, 0);
 #pragma unroll 1
     for (int n = 0; n < tiles; n++) {
-      const T *const keys = tile_of(2 * n), *const values = tile_of(2 * n + 1);
+      T *const keys = tile_of(2 * n), *const values = tile_of(2 * n + 1);
+      const int j0 = start + n * kAcross;
       float s[kAcross / 2], change[kAcross / 2];
       ring.wait(2 * n);
+      if (kPacked<A> && j0 + kAcross > x.keys) {
+        ring.wait(2 * n + 1);
+        Tile::clear(keys, x.keys - j0);
+        Tile::clear(values, x.keys - j0);
+        end_clearing();
+      }
       wgmma_fence(s);
       start_row_products<DEPTH, kBlockRows>(s, queries, row, keys);
       ring.wait(2 * n + 1);
       wgmma_fence(change);
       start_row_products<DEPTH, kBlockRows>(change, grads, row, values);
       wgmma_wait<1>(s);
-      const int j0 = start + n * kAcross;
       if (!seen.covers(j0, j0 + kAcross)) hide_keys(s, x, b, first, j0);
       for_each<kAcross / 2>([&](int r, int, int i) { s[i] = exp2_fast(fmaf(s[i], args.scale, -exponent[r])); });
       wgmma_wait<0>(change);
@@ -154,9 +170,35 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       ring.release(2 * n);
     }
     undo(scale, sum);
-    store_sums<DEPTH>(static_cast<T*>(args.grad_query) + static_cast<int64_t>(head) * x.queries * DEPTH, sum, x.scale,
+    store_sums<DEPTH>(gradient_of<T, DEPTH>(args.grad_query, x, head, x.heads, x.queries, origin.query), sum, x.scale,
                       first, x.queries);
   }
+}
+
+// blockIdx.x: head, and tile of queries, the last first.
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_backward_query_sm90_kernel(const __grid_constant__ BackwardArgs args) {
+#ifdef DLKERN_HOPPER
+  const Args& x = args.x;
+  const int blocks = static_cast<int>(ceil_div(x.queries, kBlockRows));
+  const int head = static_cast<int>(blockIdx.x) / blocks;
+  const int i0 = (blocks - 1 - static_cast<int>(blockIdx.x) % blocks) * kBlockRows;
+  query_block<T, DEPTH>(args, x, args.delta, head, head / x.heads, head % x.heads, i0, {});
+#endif
+}
+
+// blockIdx.x: head, and tile of a sequence; so in the kernel for keys.
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_varlen_backward_query_sm90_kernel(const __grid_constant__ BackwardArgs args, const AttentionTile* tiles,
+                                                int count) {
+#ifdef DLKERN_HOPPER
+  const AttentionTile tile = tiles[blockIdx.x % count];
+  const int h = static_cast<int>(blockIdx.x) / count;
+  float* const deltas = args.delta + static_cast<int64_t>(args.x.heads) * tile.first_query;
+  query_block<T, DEPTH>(args, of_sequence<T>(args.x, tile), deltas, h, 0, h, tile.first_row,
+                        {tile.first_query, tile.first_key});
 #endif
 }
 
@@ -175,16 +217,16 @@ struct OfKey {
 
 // Whether the queries i0 .. i0 + ROWS - 1 all see all keys of j0 .. j1 - 1. What the first and the last one see tells,
 // unless they have lengths.
-template <int ROWS>
-DLKERN_DEVICE bool all_see(const Args& x, int64_t b, int i0, int j0, int j1) {
+template <int ROWS, class A>
+DLKERN_DEVICE bool all_see(const A& x, int64_t b, int i0, int j0, int j1) {
   if (x.lengths) return range_of<ROWS>(x, b, i0).covers(j0, j1);
   const Span first = span_of(x, b, i0), last = span_of(x, b, min(i0 + ROWS, x.queries) - 1);
   return max(first.begin, last.begin) <= j0 && min(first.end, last.end) >= j1;
 }
 
 // What position hides of keys, from `first` on a warp, and queries becomes -infinity.
-template <int N>
-DLKERN_DEVICE void hide_queries(float (&s)[N], const Args& x, int64_t b, int first, int i0) {
+template <int N, class A>
+DLKERN_DEVICE void hide_queries(float (&s)[N], const A& x, int64_t b, int first, int i0) {
 #pragma unroll
   for (int column = 0; column < N / 2; column++) {
     const Span span = span_of(x, b, i0 + column / 2 * 8 + lane() % 4 * 2 + column % 2);
@@ -196,11 +238,10 @@ DLKERN_DEVICE void hide_queries(float (&s)[N], const Args& x, int64_t b, int fir
   }
 }
 
-// blockIdx.x: head of keys, and tile of keys.
-template <class T, int DEPTH>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    attention_backward_key_sm90_kernel(const __grid_constant__ BackwardArgs args) {
-#ifdef DLKERN_HOPPER
+// Keys j0 .. j0 + kBlockRows - 1 of head kh of batch b.
+template <class T, int DEPTH, class A>
+DLKERN_DEVICE void key_block(const BackwardArgs& args, const A& x, const float* deltas, int key_head, int b, int kh,
+                             int j0, Origin origin) {
   using Memory = OfKey<T, DEPTH>;
   using Down = typename Memory::Down;
   using Tile = typename Memory::Tile;
@@ -221,13 +262,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
 
-  const Args& x = args.x;
-  const int blocks = static_cast<int>(ceil_div(x.keys, kBlockRows));
-  const int key_head = static_cast<int>(blockIdx.x) / blocks, b = key_head / x.key_heads, kh = key_head % x.key_heads;
-  const int j0 = static_cast<int>(blockIdx.x) % blocks * kBlockRows;
   // Queries that may see some of these keys.
-  const int start = x.right < 0 ? 0 : max(0, j0 - x.right) / kAcross * kAcross;
-  int end = x.left < 0 ? x.queries : min(x.queries, j0 + kBlockRows + x.left);
+  const int start = x.right < 0 ? 0 : max(0, j0 - x.right - shift_of(x)) / kAcross * kAcross;
+  int end = x.left < 0 ? x.queries : min(x.queries, j0 + kBlockRows + x.left - shift_of(x));
   if (x.lengths && x.lengths_stride[1] == 0 && x.lengths[b * x.lengths_stride[0]] <= j0) end = 0;
   const int query_tiles = end > start ? static_cast<int>(ceil_div(end - start, kAcross)) : 0;
   const int steps = query_tiles * x.group;
@@ -238,12 +275,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     give_registers_back<Memory::kGiven>();
     if (threadIdx.x != 0 || steps == 0) return;
     mbarrier_arrive_expect(rows_full, 2 * Down::kBytes);
-    Down::copy(keys, args.key, rows_full, j0, kh, b);
-    Down::copy(values, args.value, rows_full, j0, kh, b);
+    Down::copy(keys, args.key, rows_full, origin.key + j0, kh, b);
+    Down::copy(values, args.value, rows_full, origin.key + j0, kh, b);
     for (int use = 0; use < 2 * steps; use++) {
       uint64_t* const barrier = ring.fill(use, Tile::kBytes);
       const int n = use / 2;
-      Tile::copy(tile_of(use), use % 2 ? args.grad_output : args.query, barrier, tile_at(n), head_at(n), b);
+      const int row = origin.query + tile_at(n);
+      Tile::copy(tile_of(use), use % 2 ? args.grad_output : args.query, barrier, row, head_at(n), b);
     }
   } else {
     take_registers<Memory::kTaken>();
@@ -255,7 +293,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         const int i = tile_at(n) + column;
         const int64_t place = static_cast<int64_t>(b * x.heads + head_at(n)) * x.queries + i;
         mine[0][column] = i < x.queries ? exponent_of(x, place) : INFINITY;
-        mine[1][column] = i < x.queries ? args.delta[place] : 0.0f;
+        mine[1][column] = i < x.queries ? deltas[place] : 0.0f;
       }
     };
     float of_key[DEPTH / 2] = {}, of_value[DEPTH / 2] = {};
@@ -266,9 +304,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
 #pragma unroll 1
     for (int n = 0; n < steps; n++) {
-      const T *const queries = tile_of(2 * n), *const grads = tile_of(2 * n + 1);
+      T *const queries = tile_of(2 * n), *const grads = tile_of(2 * n + 1);
+      const int i0 = tile_at(n);
       float s[kAcross / 2], change[kAcross / 2];
       ring.wait(2 * n);
+      if (kPacked<A> && i0 + kAcross > x.queries) {
+        ring.wait(2 * n + 1);
+        Tile::clear(queries, x.queries - i0);
+        Tile::clear(grads, x.queries - i0);
+        end_clearing();
+      }
       wgmma_fence(s);
       start_row_products<DEPTH, kBlockRows>(s, keys, row, queries);
       ring.wait(2 * n + 1);
@@ -276,7 +321,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       start_row_products<DEPTH, kBlockRows>(change, values, row, grads);
       __syncwarp();  // the numbers are there
       wgmma_wait<1>(s);
-      const int i0 = tile_at(n);
       if (!all_see<kAcross>(x, b, i0, j0, j0 + kBlockRows)) hide_queries(s, x, b, first, i0);
       for_each<kAcross / 2>([&](int, int c, int i) { s[i] = exp2_fast(fmaf(s[i], args.scale, -mine[0][c])); });
       uint32_t p[kAcross / 16][4], q[kAcross / 16][4];
@@ -294,56 +338,117 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       ring.release(2 * n);
       ring.release(2 * n + 1);
     }
-    const int64_t to = static_cast<int64_t>(key_head) * x.keys * DEPTH;
     undo(scale, of_key);
-    store_sums<DEPTH>(static_cast<T*>(args.grad_key) + to, of_key, x.scale, first, x.keys);
-    store_sums<DEPTH>(static_cast<T*>(args.grad_value) + to, of_value, 1.0f, first, x.keys);
+    store_sums<DEPTH>(gradient_of<T, DEPTH>(args.grad_key, x, key_head, x.key_heads, x.keys, origin.key), of_key,
+                      x.scale, first, x.keys);
+    store_sums<DEPTH>(gradient_of<T, DEPTH>(args.grad_value, x, key_head, x.key_heads, x.keys, origin.key), of_value,
+                      1.0f, first, x.keys);
   }
+}
+
+// blockIdx.x: head of keys, and tile of keys.
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_backward_key_sm90_kernel(const __grid_constant__ BackwardArgs args) {
+#ifdef DLKERN_HOPPER
+  const Args& x = args.x;
+  const int blocks = static_cast<int>(ceil_div(x.keys, kBlockRows));
+  const int key_head = static_cast<int>(blockIdx.x) / blocks;
+  const int j0 = static_cast<int>(blockIdx.x) % blocks * kBlockRows;
+  key_block<T, DEPTH>(args, x, args.delta, key_head, key_head / x.key_heads, key_head % x.key_heads, j0, {});
+#endif
+}
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_varlen_backward_key_sm90_kernel(const __grid_constant__ BackwardArgs args, const AttentionTile* tiles,
+                                              int count) {
+#ifdef DLKERN_HOPPER
+  const AttentionTile tile = tiles[blockIdx.x % count];
+  const int kh = static_cast<int>(blockIdx.x) / count;
+  const float* const deltas = args.delta + static_cast<int64_t>(args.x.heads) * tile.first_query;
+  key_block<T, DEPTH>(args, of_sequence<T>(args.x, tile), deltas, kh, 0, kh, tile.first_row,
+                      {tile.first_query, tile.first_key});
 #endif
 }
 
 // ---- Launchers ----
 
-template <class T, int DEPTH>
-bool run(const Attention& a, BackwardArgs& args, int64_t query_blocks, int64_t key_blocks, void* stream) {
-  if (!runs_on_hopper(attention_backward_key_sm90_kernel<T, DEPTH>)) return false;
+bool make_arguments(BackwardArgs& args, const Attention& a, const AttentionBackward& tensors) {
+  args.x = arguments_of(a);
+  args.gradient = operand_of(tensors.grad_output, a.depth, a.element);
+  args.output = operand_of(tensors.output, a.depth, a.element);
+  args.scale = args.x.scale * kLog2E;
+  args.delta = tensors.delta;
+  args.grad_query = tensors.grad_query;
+  args.grad_key = tensors.grad_key;
+  args.grad_value = tensors.grad_value;
+  return args.output.aligned;
+}
+
+bool make_maps(BackwardArgs& args, const Attention& a, int query_rows, int key_rows) {
   const Args& x = args.x;
-  const auto make_maps = [&](int query_rows, int key_rows) {
-    return make_rows_map(args.query, x.query, DEPTH, a.queries, a.heads, a.batch, query_rows) &&
-           make_rows_map(args.grad_output, args.gradient, DEPTH, a.queries, a.heads, a.batch, query_rows) &&
-           make_rows_map(args.key, x.key, DEPTH, a.keys, a.key_heads, a.batch, key_rows) &&
-           make_rows_map(args.value, x.value, DEPTH, a.keys, a.key_heads, a.batch, key_rows);
-  };
-  if (!make_maps(kBlockRows, OfQuery<T, DEPTH>::kAcross)) return false;
-  launch("attention_backward_query_sm90_kernel", attention_backward_query_sm90_kernel<T, DEPTH>,
-         dim3(static_cast<unsigned>(query_blocks)), dim3(kBlockThreads), OfQuery<T, DEPTH>::kBytes, stream, false,
-         args);
-  make_maps(OfKey<T, DEPTH>::kAcross, kBlockRows);
-  launch("attention_backward_key_sm90_kernel", attention_backward_key_sm90_kernel<T, DEPTH>,
-         dim3(static_cast<unsigned>(key_blocks)), dim3(kBlockThreads), OfKey<T, DEPTH>::kBytes, stream, false, args);
-  return true;
+  return make_rows_map(args.query, x.query, a.depth, a.queries, a.heads, a.batch, query_rows) &&
+         make_rows_map(args.grad_output, args.gradient, a.depth, a.queries, a.heads, a.batch, query_rows) &&
+         make_rows_map(args.key, x.key, a.depth, a.keys, a.key_heads, a.batch, key_rows) &&
+         make_rows_map(args.value, x.value, a.depth, a.keys, a.key_heads, a.batch, key_rows);
+}
+
+// Whether calls of so many blocks fit, as far as the operands do not tell.
+bool fits_blocks(const Attention& a, int64_t query_blocks, int64_t key_blocks) {
+  const int64_t enough = multiprocessors() / 2;
+  if (!fits(a, arguments_of(a)) || query_blocks < enough || key_blocks < enough) return false;
+  return attention::hopper::dispatch(a, [](auto* type, auto depth) {
+    return runs_on_hopper(attention_backward_key_sm90_kernel<std::remove_pointer_t<decltype(type)>, depth.value>);
+  });
 }
 
 }  // namespace
 
 bool attention_backward_sm90(const Attention& a, const AttentionBackward& tensors, void* stream) {
-  BackwardArgs args{};
-  const Args& x = args.x = arguments_of(a);
-  const int64_t query_blocks = x.all_heads * ceil_div(a.queries, kBlockRows),
+  const int64_t query_blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows),
                 key_blocks = a.batch * a.key_heads * ceil_div(a.keys, kBlockRows);
-  const int64_t enough = multiprocessors() / 2;
-  if (!fits(a, x) || query_blocks < enough || key_blocks < enough) return false;
   if (a.keys <= kFewKeys || tensors.from_scores) return false;  // delta is made in another way
-  args.gradient = operand_of(tensors.grad_output, a.depth, a.element);
-  args.output = operand_of(tensors.output, a.depth, a.element);
-  if (!args.output.aligned) return false;
-  args.scale = x.scale * kLog2E;
-  args.delta = tensors.delta;
-  args.grad_query = tensors.grad_query;
-  args.grad_key = tensors.grad_key;
-  args.grad_value = tensors.grad_value;
+  BackwardArgs args{};
+  if (!fits_blocks(a, query_blocks, key_blocks) || !make_arguments(args, a, tensors)) return false;
   return attention::hopper::dispatch(a, [&](auto* type, auto depth) {
-    return run<std::remove_pointer_t<decltype(type)>, depth.value>(a, args, query_blocks, key_blocks, stream);
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int kDepth = depth.value;
+    if (!make_maps(args, a, kBlockRows, OfQuery<T, kDepth>::kAcross)) return false;
+    launch("attention_backward_query_sm90_kernel", attention_backward_query_sm90_kernel<T, kDepth>,
+           dim3(static_cast<unsigned>(query_blocks)), dim3(kBlockThreads), OfQuery<T, kDepth>::kBytes, stream, false,
+           args);
+    make_maps(args, a, OfKey<T, kDepth>::kAcross, kBlockRows);
+    launch("attention_backward_key_sm90_kernel", attention_backward_key_sm90_kernel<T, kDepth>,
+           dim3(static_cast<unsigned>(key_blocks)), dim3(kBlockThreads), OfKey<T, kDepth>::kBytes, stream, false, args);
+    return true;
+  });
+}
+
+bool attention_varlen_backward_fits_sm90(const Attention& a, const AttentionBackward& tensors, int64_t query_tiles,
+                                         int64_t key_tiles) {
+  BackwardArgs args{};
+  return fits_blocks(a, a.heads * query_tiles, a.key_heads * key_tiles) && make_arguments(args, a, tensors) &&
+         make_maps(args, a, kBlockRows, kBlockRows);
+}
+
+void attention_varlen_backward_sm90(const Attention& a, const AttentionTiles& of_queries, const AttentionTiles& of_keys,
+                                    const AttentionBackward& tensors, void* stream) {
+  const int64_t query_blocks = a.heads * of_queries.count, key_blocks = a.key_heads * of_keys.count;
+  if (key_blocks == 0) return;
+  BackwardArgs args{};
+  make_arguments(args, a, tensors);
+  attention::hopper::dispatch(a, [&](auto* type, auto depth) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int kDepth = depth.value;
+    make_maps(args, a, kBlockRows, OfQuery<T, kDepth>::kAcross);
+    if (query_blocks != 0)
+      launch("attention_varlen_backward_query_sm90_kernel", attention_varlen_backward_query_sm90_kernel<T, kDepth>,
+             dim3(static_cast<unsigned>(query_blocks)), dim3(kBlockThreads), OfQuery<T, kDepth>::kBytes, stream, false,
+             args, of_queries.at, static_cast<int>(of_queries.count));
+    make_maps(args, a, OfKey<T, kDepth>::kAcross, kBlockRows);
+    launch("attention_varlen_backward_key_sm90_kernel", attention_varlen_backward_key_sm90_kernel<T, kDepth>,
+           dim3(static_cast<unsigned>(key_blocks)), dim3(kBlockThreads), OfKey<T, kDepth>::kBytes, stream, false, args,
+           of_keys.at, static_cast<int>(of_keys.count));
   });
 }
 

@@ -50,11 +50,9 @@ DLKERN_DEVICE void softmax_step(float (&s)[kKeys / 2], float scale, float (&larg
   for (int r = 0; r < 2; r++) total[r] = total[r] * shrink[r] + (some[r][0] + some[r][1]);
 }
 
-// blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal.
-template <class T, int DEPTH>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    attention_forward_sm90_kernel(const __grid_constant__ ForwardArgs args) {
-#ifdef DLKERN_HOPPER
+// Queries i0 .. i0 + kBlockRows - 1 of head h of batch b.
+template <class T, int DEPTH, class A>
+DLKERN_DEVICE void forward_block(const ForwardArgs& args, const A& x, int head, int b, int h, int i0, Origin origin) {
   using Memory = Forward<T, DEPTH>;
   using Tile = typename Memory::Tile;
   DLKERN_DYNAMIC_SHARED(shared);
@@ -71,10 +69,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
 
-  const Args& x = args.x;
-  const int blocks = static_cast<int>(ceil_div(x.queries, kBlockRows));
-  const int head = static_cast<int>(blockIdx.x) / blocks, b = head / x.heads, h = head % x.heads;
-  const int i0 = (blocks - 1 - static_cast<int>(blockIdx.x) % blocks) * kBlockRows;
   const Range range = range_of<kBlockRows>(x, b, i0);
   const int start = range.first / kKeys * kKeys;
   const int tiles = range.last > start ? static_cast<int>(ceil_div(range.last - start, kKeys)) : 0;
@@ -84,12 +78,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     give_registers_back<40>();
     if (threadIdx.x != 0 || tiles == 0) return;
     mbarrier_arrive_expect(queries_full, Tile::kBytes);
-    Tile::copy(queries, args.query, queries_full, i0, h, b);
+    Tile::copy(queries, args.query, queries_full, origin.query + i0, h, b);
     for (int use = 0; use < 2 * tiles; use++) {
       const bool last = use + 1 == 2 * tiles, of_values = last || (use > 0 && use % 2 == 0);
       const int tile = last ? tiles - 1 : of_values ? use / 2 - 1 : (use + 1) / 2;
       uint64_t* const barrier = ring.fill(use, Tile::kBytes);
-      Tile::copy(tile_of(use), of_values ? args.value : args.key, barrier, start + tile * kKeys, h / x.group, b);
+      const int row = origin.key + start + tile * kKeys;
+      Tile::copy(tile_of(use), of_values ? args.value : args.key, barrier, row, h / x.group, b);
     }
   } else {
     take_registers<232>();
@@ -132,6 +127,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         to_operand<T>(p, s);
       }
       ring.wait(2 * tiles - 1);
+      if (kPacked<A> && start + tiles * kKeys > x.keys) {
+        Tile::clear(tile_of(2 * tiles - 1), x.keys - start - (tiles - 1) * kKeys);
+        end_clearing();
+      }
       wgmma_fence(sum, p);
       start_product<DEPTH>(sum, p, tile_of(2 * tiles - 1));
       wgmma_wait<0>(sum, p);
@@ -151,32 +150,48 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int j = 0; j < DEPTH / 8; j++) {
         const Pack<T, 2> pair{from_float<T>(sum[4 * j + 2 * r] * inverse),
                               from_float<T>(sum[4 * j + 2 * r + 1] * inverse)};
-        store_pack(to + i * args.output.stride[2] + 8 * j + lane() % 4 * 2, pair);
+        store_pack(to + (origin.query + i) * args.output.stride[2] + 8 * j + lane() % 4 * 2, pair);
       }
     }
   }
+}
+
+// blockIdx.x: head, and tile of queries, the last first: they see most where attention is causal.
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_forward_sm90_kernel(const __grid_constant__ ForwardArgs args) {
+#ifdef DLKERN_HOPPER
+  const Args& x = args.x;
+  const int blocks = static_cast<int>(ceil_div(x.queries, kBlockRows));
+  const int head = static_cast<int>(blockIdx.x) / blocks;
+  const int i0 = (blocks - 1 - static_cast<int>(blockIdx.x) % blocks) * kBlockRows;
+  forward_block<T, DEPTH>(args, x, head, head / x.heads, head % x.heads, i0, {});
 #endif
 }
 
+// blockIdx.x: head, and tile of a sequence.
 template <class T, int DEPTH>
-bool run(const Attention& a, const Args& x, const AttentionOperand& output, int64_t blocks, void* stream) {
-  ForwardArgs args{};
-  args.x = x;
-  args.output = operand_of(output, DEPTH, a.element);
-  args.scale = x.scale * kLog2E;
-  if (!args.output.aligned || !make_rows_map(args.query, x.query, DEPTH, a.queries, a.heads, a.batch, 128) ||
-      !make_rows_map(args.key, x.key, DEPTH, a.keys, a.key_heads, a.batch, kKeys) ||
-      !make_rows_map(args.value, x.value, DEPTH, a.keys, a.key_heads, a.batch, kKeys))
-    return false;
-  launch("attention_forward_sm90_kernel", attention_forward_sm90_kernel<T, DEPTH>, dim3(static_cast<unsigned>(blocks)),
-         dim3(kBlockThreads), Forward<T, DEPTH>::kBytes, stream, false, args);
-  return true;
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_varlen_forward_sm90_kernel(const __grid_constant__ ForwardArgs args, const AttentionTile* tiles,
+                                         int count) {
+#ifdef DLKERN_HOPPER
+  const AttentionTile tile = tiles[blockIdx.x % count];
+  const int h = static_cast<int>(blockIdx.x) / count;
+  forward_block<T, DEPTH>(args, of_sequence<T>(args.x, tile), h, 0, h, tile.first_row,
+                          {tile.first_query, tile.first_key});
+#endif
 }
 
-}  // namespace
+bool make_arguments(ForwardArgs& args, const Attention& a, const AttentionOperand& output) {
+  const Args& x = args.x = arguments_of(a);
+  args.output = operand_of(output, a.depth, a.element);
+  args.scale = x.scale * kLog2E;
+  return args.output.aligned && make_rows_map(args.query, x.query, a.depth, a.queries, a.heads, a.batch, kBlockRows) &&
+         make_rows_map(args.key, x.key, a.depth, a.keys, a.key_heads, a.batch, kKeys) &&
+         make_rows_map(args.value, x.value, a.depth, a.keys, a.key_heads, a.batch, kKeys);
+}
 
-bool attention_fits_sm90(const Attention& a) {
-  const int64_t blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows);
+bool fits_tiles(const Attention& a, int64_t blocks) {
   if (!fits(a, arguments_of(a)) || blocks < multiprocessors() / 2)
     return false;  // small tiles then use more of the GPU
   return attention::hopper::dispatch(a, [](auto* type, auto depth) {
@@ -184,12 +199,39 @@ bool attention_fits_sm90(const Attention& a) {
   });
 }
 
+int64_t blocks_of_queries(const Attention& a) { return a.batch * a.heads * ceil_div(a.queries, kBlockRows); }
+
+}  // namespace
+
+bool attention_fits_sm90(const Attention& a) { return fits_tiles(a, blocks_of_queries(a)); }
+
 bool attention_forward_sm90(const Attention& a, const AttentionOperand& output, void* stream) {
-  if (!attention_fits_sm90(a)) return false;
-  const Args x = arguments_of(a);
-  const int64_t blocks = a.batch * a.heads * ceil_div(a.queries, kBlockRows);
-  return attention::hopper::dispatch(a, [&](auto* type, auto depth) {
-    return run<std::remove_pointer_t<decltype(type)>, depth.value>(a, x, output, blocks, stream);
+  ForwardArgs args{};
+  if (!attention_fits_sm90(a) || !make_arguments(args, a, output)) return false;
+  attention::hopper::dispatch(a, [&](auto* type, auto depth) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch("attention_forward_sm90_kernel", attention_forward_sm90_kernel<T, depth.value>,
+           dim3(static_cast<unsigned>(blocks_of_queries(a))), dim3(kBlockThreads), Forward<T, depth.value>::kBytes,
+           stream, false, args);
+  });
+  return true;
+}
+
+bool attention_varlen_forward_fits_sm90(const Attention& a, const AttentionOperand& output, int64_t tiles) {
+  ForwardArgs args{};
+  return fits_tiles(a, a.heads * tiles) && make_arguments(args, a, output);
+}
+
+void attention_varlen_forward_sm90(const Attention& a, const AttentionTiles& tiles, const AttentionOperand& output,
+                                   void* stream) {
+  if (a.heads * tiles.count == 0) return;
+  ForwardArgs args{};
+  make_arguments(args, a, output);
+  attention::hopper::dispatch(a, [&](auto* type, auto depth) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launch("attention_varlen_forward_sm90_kernel", attention_varlen_forward_sm90_kernel<T, depth.value>,
+           dim3(static_cast<unsigned>(a.heads * tiles.count)), dim3(kBlockThreads), Forward<T, depth.value>::kBytes,
+           stream, false, args, tiles.at, static_cast<int>(tiles.count));
   });
 }
 

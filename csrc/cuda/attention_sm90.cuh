@@ -10,7 +10,16 @@ namespace dlkern::cuda {
 namespace attention {
 namespace hopper {
 
-constexpr int kGroups = 2, kBlockRows = 64 * kGroups, kBlockThreads = 128 * (1 + kGroups);
+constexpr int kGroups = 2, kBlockRows = kAttentionHopperRows, kBlockThreads = 128 * (1 + kGroups);
+static_assert(kBlockRows == 64 * kGroups);
+
+// Sequences that lie one after another: a block has the arguments of its own one, which begins at these rows of the
+// operands. Of a call alone both are 0.
+struct Origin {
+  int query, key;
+};
+template <class A>
+constexpr bool kPacked = std::is_same_v<A, SequenceArgs>;
 
 // Of a thread that multiplies: its warpgroup, and the first of its warp's 16 rows of the block's.
 DLKERN_DEVICE int group() { return warp() / 4 - 1; }
@@ -27,6 +36,13 @@ struct Rows {
     for (int panel = 0; panel < DEPTH / 64; panel++)
       tensor_copy_4d(tile + panel * kPanel, map, barrier, 64 * panel, row, h, b);
   }
+  // Rows from `begin` on, which are those of the next sequence, become zeros: its NaN would also pass through factors of 0.
+  // By all threads that multiply, before any of them starts a product; then end_clearing().
+  static DLKERN_DEVICE void clear(T* tile, int begin) {
+    constexpr int kAcross = DEPTH / 8;  // pieces of 16 bytes; the swizzle leaves them in their row
+    for (int i = begin * kAcross + static_cast<int>(threadIdx.x) - 128; i < ROWS * kAcross; i += 128 * kGroups)
+      store_pack(tile + i % kAcross / 8 * kPanel + i / kAcross * 64 + i % 8 * 8, Pack<T, 8>{});
+  }
   // Of wgmma: 64 rows from `row` on, or all, with k down the columns, from `column` on.
   static DLKERN_DEVICE uint64_t across(const T* tile, int row, int column) {
     return matrix_descriptor(tile + column / 64 * kPanel + row * 64 + column % 64, 16);
@@ -34,6 +50,11 @@ struct Rows {
   // All columns, with k down the rows, from `row` on.
   static DLKERN_DEVICE uint64_t down(const T* tile, int row) { return matrix_descriptor(tile + row * 64, 2 * kPanel); }
 };
+
+DLKERN_DEVICE void end_clearing() {
+  fence_proxy_async();
+  barrier_sync<128 * kGroups>(3);
+}
 
 // s = a b^T: 64 rows of `a` from `row` on, N * 2 rows of `b`.
 template <int DEPTH, int A_ROWS, int N, class T>
@@ -88,8 +109,8 @@ DLKERN_DEVICE void undo(const RowScale<T>& scale, float (&sum)[N]) {
 }
 
 // What position hides of queries, from `first` on a warp, and keys becomes -infinity.
-template <int N>
-DLKERN_DEVICE void hide_keys(float (&s)[N], const Args& x, int64_t b, int first, int j0) {
+template <int N, class A>
+DLKERN_DEVICE void hide_keys(float (&s)[N], const A& x, int64_t b, int first, int j0) {
   const Span span[2] = {span_of(x, b, first + lane() / 4), span_of(x, b, first + lane() / 4 + 8)};
   for_each<N>([&](int r, int c, int i) {
     if (j0 + c < span[r].begin || j0 + c >= span[r].end) s[i] = minus_infinity();

@@ -19,7 +19,7 @@ namespace attention {
 
 constexpr int kThreads = 128, kWarps = 4, kTileRows = kAttentionTileRows;
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kFewKeys = 128;  // backward goes through so many twice
+constexpr int kFewKeys = kAttentionFewKeys;
 constexpr int kMostColumns = 128;  // of a block
 
 DLKERN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
