@@ -701,7 +701,6 @@ def test_varlen_on_hopper(window, depth, dtype):
 def test_varlen_on_hopper_has_the_bits_of_calls_of_their_own(depth, dtype):
     """Also where all neighbours are NaN, which must not pass from one sequence to the next."""
     operands, starts = packed(dtype, depth)
-    q, k, v, g = operands
     with on_hopper():
         found, kernels = packed_results(operands, starts, (90, 60))
         assert kernels == VARLEN_HOPPER

@@ -1,7 +1,7 @@
 // Attention in 16-bit types on Hopper, backward, heads of 64 and 128: what attention_backward.cu does, by tensor copies
-// and wgmma. One kernel takes 128 queries through their keys (delta, the query's gradient), one 128 keys through the queries
-// of all heads that share them (gradients of key and value), 64 rows a warpgroup. Scores are made with the rows of the
-// gradient down, so that probabilities and their gradients, rounded once, are the A of the next product from the
+// and wgmma. One kernel takes 128 queries through their keys (delta, the query's gradient), one 128 keys through the
+// queries of all heads that share them (gradients of key and value), 64 rows a warpgroup. Scores are made with the rows
+// of the gradient down, so that probabilities and their gradients, rounded once, are the A of the next product from the
 // registers they are in: nothing of them passes through memory. Nothing is added by two blocks: the same bits every run.
 // Floor: 2.5 times the forward's operations; recomputing scores and g V^T twice makes it 3.5.
 #include "attention_sm90.cuh"
@@ -30,12 +30,12 @@ DLKERN_DEVICE float exponent_of(const Args& x, int64_t place) {
 template <class T>
 struct Gradient {
   T* data;
-  int row_stride;
+  int64_t row_stride;
 };
 template <class T, int DEPTH, class A>
 DLKERN_DEVICE Gradient<T> gradient_of(void* data, const A&, int head, int heads, int rows, int first_row) {
   if constexpr (kPacked<A>)
-    return {static_cast<T*>(data) + (static_cast<int64_t>(first_row) * heads + head) * DEPTH, heads * DEPTH};
+    return {static_cast<T*>(data) + (static_cast<int64_t>(first_row) * heads + head) * DEPTH, int64_t{heads} * DEPTH};
   else
     return {static_cast<T*>(data) + static_cast<int64_t>(head) * rows * DEPTH, DEPTH};
 }
@@ -50,7 +50,7 @@ DLKERN_DEVICE void store_sums(const Gradient<T>& to, const float (&sum)[DEPTH / 
 #pragma unroll
     for (int j = 0; j < DEPTH / 8; j++) {
       const Pack<T, 2> pair{from_float<T>(sum[4 * j + 2 * r] * scale), from_float<T>(sum[4 * j + 2 * r + 1] * scale)};
-      store_pack(to.data + static_cast<int64_t>(row) * to.row_stride + 8 * j + lane() % 4 * 2, pair);
+      store_pack(to.data + row * to.row_stride + 8 * j + lane() % 4 * 2, pair);
     }
   }
 }

@@ -1,6 +1,6 @@
 // Attention in 16-bit types on Hopper, forward, heads of 64 and 128: the online softmax of attention.cu by tensor copies
-// and wgmma (Shah et al. 2024, "FlashAttention-3"). A block takes 128 queries of one head, 64 a warpgroup, through the keys
-// they see, 128 at a time; one thread of a third warpgroup copies tiles of keys and values ahead. Probabilities are
+// and wgmma (Shah et al. 2024, "FlashAttention-3"). A block takes 128 queries of one head, 64 a warpgroup, through the
+// keys they see, 128 at a time; one thread of a third warpgroup copies tiles of keys and values ahead. Probabilities are
 // rounded in registers and multiplied from there. While a warpgroup makes the probabilities of one tile, the tensor
 // cores add the values of the tile before; and the two take turns (ping-pong): one's products run while the other is at
 // its exponentials.

@@ -189,7 +189,7 @@ MUTANTS = [
     _attention_mutant(ATTENTION_HOPPER_BACKWARD, "kPacked<A> && i0 + kAcross > x.queries", "false", "varlen_on_hopper_has and 64"),
     _attention_mutant(ATTENTION_HOPPER_BACKWARD, "j0 - x.right - shift_of(x)", "j0 - x.right", "test_varlen_on_hopper and 70"),
     _attention_mutant(ATTENTION_HOPPER_BACKWARD, "x.left - shift_of(x)", "x.left", "test_varlen_on_hopper and 70"),
-    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "heads + head) * DEPTH, heads * DEPTH}", "heads + head) * DEPTH, DEPTH}",
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "head) * DEPTH, int64_t{heads} * DEPTH}", "head) * DEPTH, DEPTH}",
                       "varlen_on_hopper_has and 64"),
     _attention_mutant(ATTENTION_VARLEN, "hopper ? kFew : kNone", "hopper ? kAll : kNone", "varlen_on_hopper_has and 64"),
     # batch_norm_partial_kernel, batch_norm_statistics_kernel, batch_norm_running_kernel
