@@ -34,6 +34,7 @@ every_build = pytest.mark.parametrize(
 # family -> pattern of kernel names -> patterns of the opcodes each such kernel must have.
 MMA = {"__nv_bfloat16": "HMMA.16816.F32.BF16", "__half": "HMMA.16816.F32$"}
 WGMMA = {"__nv_bfloat16": "F32.BF16", "__half": "F32$"}
+PACK = {"__nv_bfloat16": "F2FP.BF16.F32.PACK_AB", "__half": "F2FP.F16.F32.PACK_AB"}
 REQUIRED = {
     "attention": {
         **{rf"attention_(varlen_|rotary_)?forward_kernel<{t}, .*": [mma, "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]
@@ -47,16 +48,20 @@ REQUIRED = {
         r"attention_(varlen_|rotary_)?backward_(query|key)_kernel<float, .*": ["FFMA", "LDS.128", "LDGSTS.E.BYPASS.128"],
     },
     "attention_sm90": {
-        r"attention_forward_sm90_kernel<64>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
-        r"attention_forward_sm90_kernel<\d+>": [
-            "HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2", "BAR.ARV",
-            "F2FP.BF16.F32.PACK_AB"],
+        **{rf"attention_(varlen_)?forward_sm90_kernel<{t}, 64>": [f"HGMMA.64x128x16.{types}", f"HGMMA.64x64x16.{types}"]
+           for t, types in WGMMA.items()},
+        **{rf"attention_(varlen_)?forward_sm90_kernel<{t}, \d+>": [
+            f"HGMMA.64x128x16.{types}", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2", "BAR.ARV", PACK[t]]
+           for t, types in WGMMA.items()},
     },
     "attention_backward_sm90": {
-        r"attention_backward_query_sm90_kernel<64>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
-        r"attention_backward_\w+_sm90_kernel<128>": ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"],
-        r"attention_backward_\w+_sm90_kernel<\d+>": [
-            "HGMMA.64x64x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2", "F2FP.BF16.F32.PACK_AB"],
+        **{rf"attention_(varlen_)?backward_query_sm90_kernel<{t}, 64>": [
+            f"HGMMA.64x128x16.{types}", f"HGMMA.64x64x16.{types}"] for t, types in WGMMA.items()},
+        **{rf"attention_(varlen_)?backward_\w+_sm90_kernel<{t}, 128>": [
+            f"HGMMA.64x128x16.{types}", f"HGMMA.64x64x16.{types}"] for t, types in WGMMA.items()},
+        **{rf"attention_(varlen_)?backward_\w+_sm90_kernel<{t}, \d+>": [
+            f"HGMMA.64x64x16.{types}", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2", PACK[t]]
+           for t, types in WGMMA.items()},
     },
     "batch_norm": {
         r"batch_norm_(apply|backward_apply)_kernel<(float, \w+, 4|(__nv_bfloat16|__half), \w+, 8)>": ["LDG.E.128", "STG.E.128"],

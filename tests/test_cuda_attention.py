@@ -20,7 +20,7 @@ from attention_cases import (
     randn,
     sides,
 )
-from cuda_column import all_dtypes, certify, library, no_findings, on_cuda  # noqa: F401
+from cuda_column import all_dtypes, certify, library, no_findings, on_cuda, short_dtypes  # noqa: F401
 
 import dlkern
 import dlkern.nn.functional as F
@@ -158,14 +158,16 @@ def test_attention_masked_tail_with_scores_far_below_zero(length):
 
 # Factors of query, key, value and the output's gradient. Up: the gradients of scores are beyond float16's 65504; down:
 # below its smallest number. What they become is well in range both times.
-@pytest.mark.parametrize("factors", [(2**-6, 2**-10, 2**8, 2**10), (2**-6, 2**6, 2**-6, 2**-12)], ids=["up", "down"])
-@pytest.mark.parametrize("keys", [20, 150])
-def test_attention_of_gradients_beyond_float16(keys, factors):
+beyond_float16 = pytest.mark.parametrize(
+    "factors", [(2**-6, 2**-10, 2**8, 2**10), (2**-6, 2**6, 2**-6, 2**-12)], ids=["up", "down"])
+
+
+def check_gradients_beyond_float16(factors, queries, keys, depth):
     """The error is torch's where all is near 1, times the factor that the gradient has."""
-    q, k, v, g = (torch.randn(1, 2, n, 16) for n in (33, keys, keys, 33))
+    q, k, v, g = (torch.randn(1, 2, n, depth) for n in (queries, keys, keys, queries))
     near = [(x * f).half() for x, f in zip((q, k), factors)] + [v.half(), g.half()]
     far = [near[0], near[1], (v * factors[2]).half(), (g * factors[3]).half()]
-    scale = 0.25
+    scale = depth**-0.5
 
     def gradients(function, q, k, v, g):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -180,6 +182,12 @@ def test_attention_of_gradients_beyond_float16(keys, factors):
     for name, *one in zip("qkv", ours, theirs, exact):
         rows = compare(name, *([x] for x in one), torch.float16)
         assert all(row.ok for row in rows), rows
+
+
+@beyond_float16
+@pytest.mark.parametrize("keys", [20, 150])
+def test_attention_of_gradients_beyond_float16(keys, factors):
+    check_gradients_beyond_float16(factors, 33, keys, 16)
 
 
 def test_attention_of_nan():
@@ -514,9 +522,10 @@ def on_hopper():
         yield
 
 
+@short_dtypes
 @pytest.mark.parametrize("depth", [64, 128])
 @pytest.mark.parametrize("name", HOPPER)
-def test_attention_on_hopper(name, depth):
+def test_attention_on_hopper(name, depth, dtype):
     """Two heads of queries share one of keys."""
     settings, lengths = HOPPER[name]
     lengths = lengths and lengths()
@@ -530,26 +539,35 @@ def test_attention_on_hopper(name, depth):
         certify(
             lambda *qkv: ops.attention.attention("dot_attention", *qkv, *operands),
             lambda *qkv: tF.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=settings.scale, enable_gqa=True),
-            lambda: leaves((batch, 2, HOPPER_QUERIES, depth), *[(batch, 1, HOPPER_KEYS, depth)] * 2), torch.bfloat16,
+            lambda: leaves((batch, 2, HOPPER_QUERIES, depth), *[(batch, 1, HOPPER_KEYS, depth)] * 2), dtype,
         )
         assert cuda_on_host.last_kernel() == KEY_HOPPER
 
 
+@short_dtypes
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_tile_borders_on_hopper(causal):
+def test_attention_tile_borders_on_hopper(causal, dtype):
     """One query and a row more than a tile; keys that end with a tile, and one behind it."""
     for queries, keys in ((1, 129), (129, 256), (64, 257), (300, 130)):
         certify_on = lambda: leaves((1, 1, queries, 64), (1, 1, keys, 64), (1, 1, keys, 64))  # noqa: B023, E731
         with on_hopper():
             certify(lambda *a: SDPA(*a, is_causal=causal), lambda *a: tF.scaled_dot_product_attention(*a, is_causal=causal),
-                    certify_on, torch.bfloat16)
+                    certify_on, dtype)
             assert cuda_on_host.last_kernel() == KEY_HOPPER
+
+
+@beyond_float16
+@pytest.mark.parametrize("depth", [64, 128])
+def test_attention_of_gradients_beyond_float16_on_hopper(depth, factors):
+    with on_hopper():
+        check_gradients_beyond_float16(factors, 33, 150, depth)
+        assert cuda_on_host.last_kernel() == KEY_HOPPER
 
 
 def test_attention_operands_are_read_where_they_lie_on_hopper():
     """[B, S, H, D] seen as [B, H, S, D], and rows with gaps: the same bits."""
     lying = [torch.randn(2, 140, 2, 64).bfloat16().transpose(1, 2) for _ in range(4)]
-    gaps = [torch.randn(2, 2, 140, 72).bfloat16()[..., :64] for _ in range(4)]
+    gaps = [torch.randn(2, 2, 140, 72).half()[..., :64] for _ in range(4)]
     none = [None] * 5
     with on_hopper():
         for q, k, v, g in (lying, gaps):
@@ -564,11 +582,12 @@ def test_attention_operands_are_read_where_they_lie_on_hopper():
             assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@short_dtypes
 @pytest.mark.parametrize("order", ["reverse", "random"])
 @pytest.mark.parametrize("depth", [64, 128])
-def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order):
+def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order, dtype):
     settings = Settings(scale=0.1, left=200, right=20)
-    q, k, v, g = (torch.randn(1, heads, n, depth).bfloat16() for heads, n in ((2, 140), (1, 300), (1, 300), (2, 140)))
+    q, k, v, g = (torch.randn(1, heads, n, depth).to(dtype) for heads, n in ((2, 140), (1, 300), (1, 300), (2, 140)))
 
     def sample():
         output, statistics = FORWARD["cuda"](q, k, v, *[None] * 5, *settings)
@@ -582,8 +601,9 @@ def test_attention_on_hopper_same_bits_in_every_thread_order(depth, order):
     assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
 
 
-def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing():
-    q, k, v = (torch.randn(1, 2, n, 64).bfloat16().requires_grad_() for n in (70, 140, 140))
+@short_dtypes
+def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing(dtype):
+    q, k, v = (torch.randn(1, 2, n, 64).to(dtype).requires_grad_() for n in (70, 140, 140))
     nan = q.detach().clone()
     nan[0, 0, 1, 0] = torch.nan
     lengths = torch.full((1, 70), 140)
@@ -593,7 +613,7 @@ def test_attention_on_hopper_of_nan_and_of_queries_that_see_nothing():
         assert cuda_on_host.last_kernel() == FORWARD_HOPPER
         assert y[0, 0, 1].isnan().all() and y[0, 0, 2:].isfinite().all() and y[0, 1].isfinite().all()
         y = SDPA(q, k, v, lengths=lengths)
-        found = torch.autograd.grad(y, (q, k, v), torch.randn(y.shape).bfloat16())
+        found = torch.autograd.grad(y, (q, k, v), torch.randn_like(y))
         assert cuda_on_host.last_kernel() == KEY_HOPPER
     assert y[0, :, [3, 69]].abs().max() == 0 and y[0, :, 4].abs().max() > 0
     assert all(x.isfinite().all() for x in found) and found[0][0, :, [3, 69]].abs().max() == 0
@@ -621,10 +641,11 @@ def test_attention_that_does_not_fit_hopper(settings, more, depths):
 def test_attention_rotary_on_hopper(neighbours):
     """Turned first, for Hopper's kernels, by the rule and with their bits; not where those decline."""
     with on_hopper():
-        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.bfloat16, 2)
-        assert cuda_on_host.last_kernel().startswith("(rotary_kernel")
+        for dtype in (torch.bfloat16, torch.float16):
+            certify(*rotary((64, 64), 24, neighbours, 70, 140), dtype, 2)
+            assert cuda_on_host.last_kernel().startswith("(rotary_kernel")
         check_bits_of_turning_first(neighbours)
-        certify(*rotary((64, 64), 24, neighbours, 70, 140), torch.float16, 2)
+        certify(*rotary((72, 64), 24, neighbours, 70, 140), torch.float16, 2)
         assert cuda_on_host.last_kernel().startswith("(attention_rotary_backward_key_kernel")
 
 
@@ -650,6 +671,125 @@ def test_attention_that_hopper_leaves_to_others():
             assert kernels(*operands) == ["", ""]
         with cuda_on_host.multiprocessors(132):
             assert kernels(q, k, g) == ["", ""]
+
+
+# Of packed sequences: tiles that end with their sequence and before, fewer keys than the backward's kernels take, none,
+# no queries.
+VARLEN_HOPPER = [f"attention_varlen_{way}_sm90_kernel" for way in ("forward", "backward_key")]
+PACKED_QUERIES, PACKED_KEYS = [150, 3, 70, 0, 64, 129, 40], [265, 140, 5, 130, 256, 129, 0]
+
+
+def packed(dtype, depth=64, heads=2):
+    """Queries, keys, values and gradients of the output; where sequences begin."""
+    sizes = (sum(PACKED_QUERIES), heads), *[(sum(PACKED_KEYS), 1)] * 2, (sum(PACKED_QUERIES), heads)
+    starts = test_varlen.starts(PACKED_QUERIES), test_varlen.starts(PACKED_KEYS)
+    return [torch.randn(*size, depth).to(dtype) for size in sizes], starts
+
+
+def packed_results(operands, starts, window=(-1, -1), p=0.0, softcap=0.0):
+    """Output, statistics and gradients; the names of the last kernels of the forward and the backward."""
+    q, k, v, g = operands
+    rest = *starts, torch.tensor(7) if p else None
+    settings = p, 0.1, softcap, *window
+    output, statistics = VARLEN_FORWARD(q, k, v, *rest, *settings)
+    kernels = [cuda_on_host.last_kernel()]
+    gradients = VARLEN_BACKWARD(g, q, k, v, *rest, output, statistics, *settings)
+    return [output, statistics, *gradients], [*kernels, cuda_on_host.last_kernel()]
+
+
+@short_dtypes
+@pytest.mark.parametrize(("window", "depth"), [
+    ((-1, -1), 64), ((-1, 0), 64), ((-1, 0), 128), ((40, 70), 64), ((100, 1), 128)], ids=str)  # fmt: skip
+def test_varlen_on_hopper(window, depth, dtype):
+    """Two heads of queries share one of keys."""
+    operands, starts = packed(torch.float64, depth)
+    with on_hopper():
+        certify(
+            lambda *x: F.varlen_attn(*x, *starts, window_size=window, enable_gqa=True, scale=0.1),
+            lambda *x: test_varlen.by_torch(x[0] * (0.1 * depth**0.5), *x[1:], *starts, window),
+            lambda: [torch.randn_like(x).requires_grad_() for x in operands[:3]], dtype,
+        )
+        assert cuda_on_host.last_kernel() == VARLEN_HOPPER[1]
+
+
+@short_dtypes
+@pytest.mark.parametrize("depth", [64, 128])
+def test_varlen_on_hopper_has_the_bits_of_calls_of_their_own(depth, dtype):
+    """Also where all neighbours are NaN, which must not pass from one sequence to the next."""
+    operands, starts = packed(dtype, depth)
+    with on_hopper():
+        found, kernels = packed_results(operands, starts, (90, 60))
+        assert kernels == VARLEN_HOPPER
+        for b, (queries, keys) in enumerate(zip(PACKED_QUERIES, PACKED_KEYS)):
+            rows, columns = (slice(*x[b : b + 2].tolist()) for x in starts)
+            places = rows, columns, columns, rows
+            alone = [torch.full_like(x, torch.nan) for x in operands]
+            for x, y, place in zip(alone, operands, places):
+                x[place] = y[place]
+            among_nan, _ = packed_results(alone, starts, (90, 60))
+            heads = slice(2 * rows.start, 2 * rows.stop)
+            parts = [(x[0][rows], x[1][:, heads], x[2][rows], x[3][columns], x[4][columns]) for x in (found, among_nan)]
+            assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+            if 0 in (queries, keys):
+                assert not any(x.any() for x in (parts[0][0], *parts[0][2:]))
+                continue
+            one = [x[place].transpose(0, 1)[None] for x, place in zip(operands, places)]
+            shift = keys - queries  # of windows, which are aligned at the end
+            if shift > 90 or shift < -60:
+                continue  # a call's own window begins at its query or before
+            rest = (None,) * 5
+            settings = Settings(scale=0.1, left=90 - shift, right=60 + shift)
+            y, numbers = FORWARD["cuda"](*one[:3], *rest, *settings)
+            theirs = [y, *BACKWARD["cuda"](one[3], *one[:3], *rest, y, numbers, *settings, False)[:3]]
+            ours = parts[0][0], *parts[0][2:]
+            assert all(torch.equal(a.transpose(0, 1)[None], b) for a, b in zip(ours, theirs, strict=True))
+            assert torch.equal(parts[0][1], numbers.view(2, -1))
+
+
+@short_dtypes
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_varlen_on_hopper_same_bits_in_every_thread_order(order, dtype):
+    operands, starts = packed(dtype)
+    with on_hopper():
+        forward, kernels = packed_results(operands, starts, (-1, 0))
+        assert kernels == VARLEN_HOPPER
+        with cuda_on_host.thread_order(order, 1):
+            other, _ = packed_results(operands, starts, (-1, 0))
+    assert all(torch.equal(a, b) for a, b in zip(forward, other, strict=True))
+
+
+def test_varlen_operands_are_read_where_they_lie_on_hopper():
+    operands, starts = packed(torch.bfloat16)
+    lying = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in operands]
+    gaps = [tF.pad(x, (0, 8))[..., :64] for x in operands]
+    with on_hopper():
+        dense, _ = packed_results(operands, starts)
+        for other in (lying, gaps):
+            found, kernels = packed_results(other, starts)
+            assert kernels == VARLEN_HOPPER and all(torch.equal(a, b) for a, b in zip(dense, found, strict=True))
+
+
+def test_varlen_that_hopper_leaves_to_others():
+    """Dropout, caps, other depths and types, elements between 16-byte boundaries, gradients that are expanded, few tiles;
+    in backward, sequences of few keys."""
+    operands, starts = packed(torch.float16)
+    shifted = torch.randn(sum(PACKED_KEYS), 1, 65).half()[..., 1:]
+    expanded = operands[3][:1].expand(operands[3].shape)
+
+    def kernels(*operands, starts=starts, **options):
+        return ["_sm90" in kernel for kernel in packed_results(operands, starts, **options)[1]]
+
+    with on_hopper():
+        assert kernels(*operands) == [True, True]
+        assert kernels(*operands[:3], expanded) == [True, False]
+        short = [x[: 2 * 40] for x in operands]
+        assert kernels(*short, starts=[test_varlen.starts([40, 40])] * 2) == [True, False]
+        for others in (packed(torch.float16, 72)[0], packed(torch.float32)[0], [operands[0], shifted, *operands[2:]]):
+            assert kernels(*others) == [False, False]
+        for options in (dict(p=0.5), dict(softcap=2.0)):
+            assert kernels(*operands, **options) == [False, False]
+        with cuda_on_host.multiprocessors(132):
+            assert kernels(*operands) == [False, False]
 
 
 def test_attention_wrong_arguments():

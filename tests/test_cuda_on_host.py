@@ -237,7 +237,7 @@ def test_hopper_instruction_twins():
         assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), product)
 
     a = ((5 * np.arange(64)[:, None] + 3 * np.arange(32)) % 29 - 14).astype(np.float32)
-    for case, right in enumerate([b, b.T]):
+    for case, right in enumerate(2 * [b, b.T]):
         registers = found["registers"][4096 * case :][:4096].view(np.float32).reshape(4, 8, 4, 8, 2, 2)
         assert np.array_equal(registers.transpose(0, 4, 1, 3, 2, 5).reshape(64, 64), a @ right[:, depth].T)
 
@@ -261,8 +261,11 @@ def test_hopper_instruction_twins():
     thread = np.arange(128)
     x = (thread * 40503 % 65521).astype(np.float32) / np.float32(77)
     pairs = torch.from_numpy(np.stack([x, np.float32(-1) / (x + np.float32(1))], 1)).bfloat16().view(torch.int16).numpy()
-    numbers = np.ascontiguousarray(found["numbers"].reshape(128, 2).T)
+    numbers = np.ascontiguousarray(found["numbers"][:256].reshape(128, 2).T)
     assert np.array_equal(numbers[0].view(np.int16).reshape(128, 2), pairs)
+    halves = np.stack([x * np.float32(100), np.float32(-1e-4) / (x + np.float32(1))], 1)
+    halves = torch.from_numpy(halves).half().view(torch.int16).numpy()
+    assert np.array_equal(found["numbers"][256:].view(np.int16).reshape(128, 2), halves)
     powers = np.where((thread < 37) | (thread == 127), 0, 2.0 ** ((thread - 100) * 2)).astype(np.float32)
     assert np.array_equal(numbers[1].view(np.float32), powers)
 

@@ -268,8 +268,10 @@ void attention_forward(const Attention& a, const AttentionOperand& output, void*
   });
 }
 
-void attention_varlen_forward(const Attention& a, const AttentionTiles& tiles, const AttentionOperand& output,
+void attention_varlen_forward(const Attention& a, const AttentionTables& tables, const AttentionOperand& output,
                               void* stream) {
+  attention_varlen_forward_sm90(a, tables.of_hopper, output, stream);
+  const AttentionTiles& tiles = tables.others;
   if (a.heads * tiles.count == 0) return;
   const Args x = arguments_of(a);
   dispatch_dot(a, [&](auto* type, auto size) {

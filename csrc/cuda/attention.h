@@ -42,15 +42,20 @@ struct Attention {
   float *largest, *inverse;  // [batch, heads, queries]: the largest score and 1 / sum(exp(score - largest))
 };
 
-// Rows first_row .. first_row + kAttentionTileRows - 1 of one of several sequences that lie one after another.
+// Rows first_row .. of one of several sequences that lie one after another: kAttentionTileRows of them, or as many as
+// Hopper's kernels want.
 struct AttentionTile {
   int sequence, first_query, first_key, queries, keys, first_row;
 };
-constexpr int kAttentionTileRows = 64;
+constexpr int kAttentionTileRows = 64, kAttentionHopperRows = 128;
 struct AttentionTiles {
   const AttentionTile* at;  // on the device
   int64_t count;
 };
+struct AttentionTables {
+  AttentionTiles of_hopper, others;  // those of sequences that Hopper's kernels take, and of the others
+};
+constexpr int kAttentionFewKeys = 128;  // the backward goes through so many twice
 
 // Whether the launchers below take a call with rotary positions, without the gradient of a mask. They do not where heads
 // are beyond one block of columns, since pairs would cross blocks; and where the same call without positions has Hopper's
@@ -79,15 +84,25 @@ void attention_backward(const Attention& attention, const AttentionBackward& ten
 // Of sequences, dot scores alone: `attention` has their tokens as one long sequence of batch 1, windows are aligned at a
 // sequence's last query and key, and sequence b drops what seed + b does. Statistics and delta are [heads, queries] of
 // each sequence in turn, gradients [tokens, heads, depth].
-void attention_varlen_forward(const Attention& attention, const AttentionTiles& tiles, const AttentionOperand& output,
+void attention_varlen_forward(const Attention& attention, const AttentionTables& tiles, const AttentionOperand& output,
                               void* stream);
-void attention_varlen_backward(const Attention& attention, const AttentionTiles& of_queries,
-                               const AttentionTiles& of_keys, const AttentionBackward& tensors, void* stream);
+void attention_varlen_backward(const Attention& attention, const AttentionTables& of_queries,
+                               const AttentionTables& of_keys, const AttentionBackward& tensors, void* stream);
 
 // attention_forward and attention_backward by attention_sm90.cu and attention_backward_sm90.cu, where the GPU is a Hopper
 // and the call fits them; false where nothing was done.
 bool attention_forward_sm90(const Attention& attention, const AttentionOperand& output, void* stream);
 bool attention_backward_sm90(const Attention& attention, const AttentionBackward& tensors, void* stream);
 bool attention_fits_sm90(const Attention& attention);  // at least the forward does
+
+// Of sequences: whether Hopper's kernels take all of them, forward, and those of more than kAttentionFewKeys keys, backward,
+// where these make so many tiles; and the launches, of tiles that are theirs.
+bool attention_varlen_forward_fits_sm90(const Attention& attention, const AttentionOperand& output, int64_t tiles);
+bool attention_varlen_backward_fits_sm90(const Attention& attention, const AttentionBackward& tensors,
+                                         int64_t query_tiles, int64_t key_tiles);
+void attention_varlen_forward_sm90(const Attention& attention, const AttentionTiles& tiles,
+                                   const AttentionOperand& output, void* stream);
+void attention_varlen_backward_sm90(const Attention& attention, const AttentionTiles& of_queries,
+                                    const AttentionTiles& of_keys, const AttentionBackward& tensors, void* stream);
 
 }  // namespace dlkern::cuda

@@ -728,8 +728,9 @@ void attention_backward(const Attention& a, const AttentionBackward& tensors, vo
   });
 }
 
-void attention_varlen_backward(const Attention& a, const AttentionTiles& of_queries, const AttentionTiles& of_keys,
-                               const AttentionBackward& tensors, void* stream) {
+void attention_varlen_backward(const Attention& a, const AttentionTables& query_tables,
+                               const AttentionTables& key_tables, const AttentionBackward& tensors, void* stream) {
+  const AttentionTiles &of_queries = query_tables.others, &of_keys = key_tables.others;
   BackwardArgs args{};
   args.x = arguments_of(a);
   args.grad_output = operand_of(tensors.grad_output, a.value_depth, a.element);
@@ -752,6 +753,7 @@ void attention_varlen_backward(const Attention& a, const AttentionTiles& of_quer
                     dim3(static_cast<unsigned>(key_blocks), blocks_of(deepest, size.value)), dim3(kThreads),
                     (OfKey<T, size.value, false>::kBytes), stream, args, of_keys.at, static_cast<int>(of_keys.count));
   });
+  attention_varlen_backward_sm90(a, query_tables.of_hopper, key_tables.of_hopper, tensors, stream);
 }
 
 }  // namespace dlkern::cuda

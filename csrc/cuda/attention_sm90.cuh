@@ -10,55 +10,74 @@ namespace dlkern::cuda {
 namespace attention {
 namespace hopper {
 
-constexpr int kGroups = 2, kBlockRows = 64 * kGroups, kBlockThreads = 128 * (1 + kGroups);
+constexpr int kGroups = 2, kBlockRows = kAttentionHopperRows, kBlockThreads = 128 * (1 + kGroups);
+static_assert(kBlockRows == 64 * kGroups);
+
+// Sequences that lie one after another: a block has the arguments of its own one, which begins at these rows of the
+// operands. Of a call alone both are 0.
+struct Origin {
+  int query, key;
+};
+template <class A>
+constexpr bool kPacked = std::is_same_v<A, SequenceArgs>;
 
 // Of a thread that multiplies: its warpgroup, and the first of its warp's 16 rows of the block's.
 DLKERN_DEVICE int group() { return warp() / 4 - 1; }
 DLKERN_DEVICE int warp_row() { return (warp() - 4) * 16; }
 
 // ROWS rows of one head in shared memory: panels of 64 columns, each rows of 128 bytes.
-template <int ROWS, int DEPTH>
+template <class T, int ROWS, int DEPTH>
 struct Rows {
   static constexpr int kPanel = ROWS * 64, kElements = ROWS * DEPTH, kBytes = 2 * kElements;
 
   // Starts the copy of rows from `row` on. `barrier` must be told of kBytes.
-  static DLKERN_DEVICE void copy(bf16* tile, const TensorMap& map, uint64_t* barrier, int row, int h, int b) {
+  static DLKERN_DEVICE void copy(T* tile, const TensorMap& map, uint64_t* barrier, int row, int h, int b) {
 #pragma unroll
     for (int panel = 0; panel < DEPTH / 64; panel++)
       tensor_copy_4d(tile + panel * kPanel, map, barrier, 64 * panel, row, h, b);
   }
+  // Rows from `begin` on, which are those of the next sequence, become zeros: its NaN would also pass through factors of 0.
+  // By all threads that multiply, before any of them starts a product; then end_clearing().
+  static DLKERN_DEVICE void clear(T* tile, int begin) {
+    constexpr int kAcross = DEPTH / 8;  // pieces of 16 bytes; the swizzle leaves them in their row
+    for (int i = begin * kAcross + static_cast<int>(threadIdx.x) - 128; i < ROWS * kAcross; i += 128 * kGroups)
+      store_pack(tile + i % kAcross / 8 * kPanel + i / kAcross * 64 + i % 8 * 8, Pack<T, 8>{});
+  }
   // Of wgmma: 64 rows from `row` on, or all, with k down the columns, from `column` on.
-  static DLKERN_DEVICE uint64_t across(const bf16* tile, int row, int column) {
+  static DLKERN_DEVICE uint64_t across(const T* tile, int row, int column) {
     return matrix_descriptor(tile + column / 64 * kPanel + row * 64 + column % 64, 16);
   }
   // All columns, with k down the rows, from `row` on.
-  static DLKERN_DEVICE uint64_t down(const bf16* tile, int row) {
-    return matrix_descriptor(tile + row * 64, 2 * kPanel);
-  }
+  static DLKERN_DEVICE uint64_t down(const T* tile, int row) { return matrix_descriptor(tile + row * 64, 2 * kPanel); }
 };
 
+DLKERN_DEVICE void end_clearing() {
+  fence_proxy_async();
+  barrier_sync<128 * kGroups>(3);
+}
+
 // s = a b^T: 64 rows of `a` from `row` on, N * 2 rows of `b`.
-template <int DEPTH, int A_ROWS, int N>
-DLKERN_DEVICE void start_row_products(float (&s)[N], const bf16* a, int row, const bf16* b) {
+template <int DEPTH, int A_ROWS, int N, class T>
+DLKERN_DEVICE void start_row_products(float (&s)[N], const T* a, int row, const T* b) {
 #pragma unroll
   for (int d = 0; d < DEPTH; d += 16)
-    wgmma<bf16, false, false>(s, Rows<A_ROWS, DEPTH>::across(a, row, d), Rows<2 * N, DEPTH>::across(b, 0, d), d > 0);
+    wgmma<T, false, false>(s, Rows<T, A_ROWS, DEPTH>::across(a, row, d), Rows<T, 2 * N, DEPTH>::across(b, 0, d), d > 0);
   wgmma_commit();
 }
 
 // sum += p b, p in registers and 16 K columns wide.
-template <int DEPTH, int K>
-DLKERN_DEVICE void start_product(float (&sum)[DEPTH / 2], const uint32_t (&p)[K][4], const bf16* b) {
+template <int DEPTH, int K, class T>
+DLKERN_DEVICE void start_product(float (&sum)[DEPTH / 2], const uint32_t (&p)[K][4], const T* b) {
 #pragma unroll
-  for (int k = 0; k < K; k++) wgmma_bf16<true>(sum, p[k], Rows<16 * K, DEPTH>::down(b, 16 * k), true);
+  for (int k = 0; k < K; k++) wgmma_registers<T, true>(sum, p[k], Rows<T, 16 * K, DEPTH>::down(b, 16 * k), true);
   wgmma_commit();
 }
 
 // An accumulator, rounded, becomes the next product's A.
-template <int K>
+template <class T, int K>
 DLKERN_DEVICE void to_operand(uint32_t (&p)[K][4], const float (&s)[8 * K]) {
 #pragma unroll
-  for (int i = 0; i < 4 * K; i++) p[i / 4][i % 4] = pack_bf16(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < 4 * K; i++) p[i / 4][i % 4] = pack_pair<T>(s[2 * i], s[2 * i + 1]);
 }
 
 // Calls f(r, c, i): element i of an accumulator is in row lane() / 4 + 8 r of its warp's, and column c.
@@ -68,9 +87,30 @@ DLKERN_DEVICE void for_each(F&& f) {
   for (int i = 0; i < N; i++) f(i / 2 % 2, i / 4 * 8 + lane() % 4 * 2 + i % 2, i);
 }
 
+// RowScale's fit and undo, of accumulators.
+template <class T, int N, int M>
+DLKERN_DEVICE void fit(RowScale<T>& scale, float (&s)[N], float (&sum)[M]) {
+  if constexpr (std::is_same_v<T, fp16>) {
+    float highest[2] = {scale.size[0], scale.size[1]}, inverse[2], shrink[2];
+    for_each<N>([&](int r, int, int i) { highest[r] = fmaxf(highest[r], fabsf(s[i])); });
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float before = scale.size[r];
+      inverse[r] = set_scale(scale.size[r], row_max<T>(highest[r]));
+      shrink[r] = before * inverse[r];
+    }
+    for_each<N>([&](int r, int, int i) { s[i] *= inverse[r]; });
+    for_each<M>([&](int r, int, int i) { sum[i] *= shrink[r]; });
+  }
+}
+template <class T, int N>
+DLKERN_DEVICE void undo(const RowScale<T>& scale, float (&sum)[N]) {
+  if constexpr (std::is_same_v<T, fp16>) for_each<N>([&](int r, int, int i) { sum[i] *= scale.size[r]; });
+}
+
 // What position hides of queries, from `first` on a warp, and keys becomes -infinity.
-template <int N>
-DLKERN_DEVICE void hide_keys(float (&s)[N], const Args& x, int64_t b, int first, int j0) {
+template <int N, class A>
+DLKERN_DEVICE void hide_keys(float (&s)[N], const A& x, int64_t b, int first, int j0) {
   const Span span[2] = {span_of(x, b, first + lane() / 4), span_of(x, b, first + lane() / 4 + 8)};
   for_each<N>([&](int r, int c, int i) {
     if (j0 + c < span[r].begin || j0 + c >= span[r].end) s[i] = minus_infinity();
@@ -105,7 +145,7 @@ struct Ring {
 
 // Whether scores are nothing but products with a scale, of a size that has kernels; and masks by position.
 inline bool fits(const Attention& a, const Args& x) {
-  return a.element == Element::bfloat16 && a.score == kDotScore && x.plain && !x.dropout && a.depth == a.value_depth &&
+  return is_16_bit(a.element) && a.score == kDotScore && x.plain && !x.dropout && a.depth == a.value_depth &&
          (a.depth == 64 || a.depth == 128) && x.scale > 0 && std::isfinite(x.scale * kLog2E) && x.query.aligned &&
          x.key.aligned && x.value.aligned;
 }
@@ -122,6 +162,15 @@ inline bool make_rows_map(TensorMap& map, const Operand& x, int64_t depth, int64
       return false;
   }
   return x.aligned && make_tiled_map(map, x.data, 4, size, stride, rows);
+}
+
+// Calls f(type, depth) with T and DEPTH as values that carry them in their types.
+template <class F>
+auto dispatch(const Attention& a, F&& f) {
+  const auto of_type = [&](auto* type) {
+    return a.depth == 64 ? f(type, std::integral_constant<int, 64>{}) : f(type, std::integral_constant<int, 128>{});
+  };
+  return a.element == Element::float16 ? of_type(static_cast<fp16*>(nullptr)) : of_type(static_cast<bf16*>(nullptr));
 }
 
 }  // namespace hopper

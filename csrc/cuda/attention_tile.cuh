@@ -20,7 +20,7 @@ namespace attention {
 
 constexpr int kThreads = 128, kWarps = 4, kTileRows = kAttentionTileRows;
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kFewKeys = 128;  // backward goes through so many twice
+constexpr int kFewKeys = kAttentionFewKeys;
 constexpr int kMostColumns = 128;  // of a block
 
 DLKERN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
@@ -383,6 +383,19 @@ DLKERN_DEVICE void add_product(Fragment<float, SIZE>& sum, const Fragment<float,
   }
 }
 
+// The scale becomes the power of two that `highest` is, without its fraction; returns the reciprocal.
+DLKERN_DEVICE float set_scale(float& scale, float highest) {
+  highest = fminf(highest, 0x1p100f);
+  uint32_t exponent;
+  memcpy(&exponent, &highest, 4);
+  exponent &= 0x7f800000u;
+  const uint32_t opposite = 0x7f000000u - exponent;
+  float inverse;
+  memcpy(&inverse, &opposite, 4);
+  memcpy(&scale, &exponent, 4);
+  return inverse;
+}
+
 // A scale for each row of results, by which gradients of probabilities become a float16 operand: of a scaled loss they
 // may be beyond 65504, of a mean over many below its smallest number. Powers of two, so that nothing is rounded; the
 // other types need none.
@@ -405,15 +418,7 @@ struct RowScale {
         float highest = size[r];
 #pragma unroll
         for (int c = 0; c < p.kColumns; c++) highest = fmaxf(highest, fabsf(p.at[r][c]));
-        highest = fminf(row_max<T>(highest), 0x1p100f);
-        uint32_t exponent;
-        memcpy(&exponent, &highest, 4);
-        exponent &= 0x7f800000u;
-        const uint32_t opposite = 0x7f000000u - exponent;
-        float inverse;
-        memcpy(&inverse, &opposite, 4);
-        const float shrink = size[r] * inverse;
-        memcpy(&size[r], &exponent, 4);
+        const float before = size[r], inverse = set_scale(size[r], row_max<T>(highest)), shrink = before * inverse;
 #pragma unroll
         for (int c = 0; c < p.kColumns; c++) p.at[r][c] *= inverse;
 #pragma unroll

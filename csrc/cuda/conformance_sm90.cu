@@ -82,12 +82,12 @@ __global__ void __launch_bounds__(128, 1) product_case(const __grid_constant__ T
 }
 
 // The same k of B, 2 N columns of it, with A in registers: element (i, k) of its 32 columns is (5 i + 3 k) % 29 - 14.
-template <bool B_FIRST, int N>
+template <class T, bool B_FIRST, int N>
 __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__ TensorMap map, uint32_t* out) {
 #ifdef DLKERN_HOPPER
   DLKERN_DYNAMIC_SHARED(shared);
   DLKERN_SHARED(uint64_t, barrier, [1]);
-  const bf16* const b = reinterpret_cast<const bf16*>(shared);
+  const T* const b = reinterpret_cast<const T*>(shared);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     mbarrier_init(barrier, 1);
@@ -105,12 +105,12 @@ __global__ void __launch_bounds__(128, 1) registers_case(const __grid_constant__
   for (int r = 0; r < 8; r++) {
     const int i = thread / 32 * 16 + thread % 32 / 4 + r % 2 * 8, k = r / 4 * 16 + thread % 4 * 2 + r % 4 / 2 * 8;
     const auto element = [&](int column) { return static_cast<float>((5 * i + 3 * column) % 29 - 14); };
-    a[r / 4][r % 4] = pack_bf16(element(k), element(k + 1));
+    a[r / 4][r % 4] = pack_pair<T>(element(k), element(k + 1));
   }
   wgmma_fence(c, a);
 #pragma unroll
   for (int step = 0; step < 2; step++)
-    wgmma_bf16<B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 2 * kTile), step > 0);
+    wgmma_registers<T, B_FIRST>(c, a[step], matrix_descriptor(b + 48 * step * (B_FIRST ? 64 : 1), 2 * kTile), step > 0);
   wgmma_commit();
   wgmma_wait_all(c);
 #pragma unroll
@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 1)
 __global__ void __launch_bounds__(128, 1) numbers_case(uint32_t* out) {
   const int thread = static_cast<int>(threadIdx.x);
   const float x = static_cast<float>(thread * 40503 % 65521) / 77.0f;
-  out[2 * thread] = pack_bf16(x, -1.0f / (x + 1.0f));
+  out[2 * thread] = pack_pair<bf16>(x, -1.0f / (x + 1.0f));
+  out[256 + thread] = pack_pair<fp16>(x * 100.0f, -1e-4f / (x + 1.0f));
   const float power = exp2_fast(thread == 127 ? -INFINITY : static_cast<float>(thread - 100) * 2.0f);
   memcpy(out + 2 * thread + 1, &power, 4);
 }
@@ -238,6 +239,8 @@ void products(const TensorMap& map) {
   run("product", product_case<T, false, true>, kWords, map);
   run("product", product_case<T, true, false>, kWords, map);
   run("product", product_case<T, true, true>, kWords, map);
+  run("registers", registers_case<T, false, 32>, kWords, map);
+  run("registers", registers_case<T, true, 32>, kWords, map);
 }
 
 // The map of a matrix of `outer` rows of kDepth, or of kDepth rows of `outer`.
@@ -271,15 +274,13 @@ int main() {
   run("copy", copy_case<Copy::two>, kTile / 2, map, Coordinates{{-8, -5}, {}});
   products<bf16>(map);
   products<fp16>(half_map);
-  run("registers", registers_case<false, 32>, kWords, map);
-  run("registers", registers_case<true, 32>, kWords, map);
   need(make_tiled_map(map, large.device, 2, {kDepth, kOuter, 1}, {kDepth, 0}, 64));
-  run("registers128", registers_case<false, 64>, 2 * kWords, map);
-  run("registers128", registers_case<true, 64>, 2 * kWords, map);
+  run("registers128", registers_case<bf16, false, 64>, 2 * kWords, map);
+  run("registers128", registers_case<bf16, true, 64>, 2 * kWords, map);
   tile<bf16, 256, 4, true, true>(large);
   tile<fp16, 128, 4, false, true>(large_half);
   tile<bf16, 64, 6, true, false>(large);
-  run("numbers", numbers_case, 256);
+  run("numbers", numbers_case, 384);
   run("barriers", barriers_case, 128);
 
   // [2, 30, 3, 40] seen as [2, 3, 30, 40].

@@ -254,9 +254,9 @@ DLKERN_DEVICE void wgmma_wait_all(float (&c)[N]) {
 #define DLKERN_WGMMA(type, n, registers, a, b, p, ta, tb)                                                          \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
   " {" registers "}, " a ", " b ", adds, 1, 1, " ta ", " tb ";\n}"
-#define DLKERN_WGMMA_REGISTERS(n, registers, a, b, p, tb)                                 \
-  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
-  "k16.f32.bf16.bf16 {" registers "}, {" a "}, " b ", adds, 1, 1, " tb ";\n}"
+#define DLKERN_WGMMA_REGISTERS(type, n, registers, a, b, p, tb)                                                    \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
+  " {" registers "}, {" a "}, " b ", adds, 1, 1, " tb ";\n}"
 #endif
 
 // c[64][2 N] (+)= a[64][16] b[16][2 N], bfloat16 or float16 (T), asynchronously; an operand FIRST lies k first. Without
@@ -298,23 +298,34 @@ DLKERN_DEVICE void wgmma(float (&c)[N], uint64_t a, uint64_t b, bool adds) {
 #endif
 }
 
-// The same with A in registers, which must stay as they are until the wait: 16 rows a warp, as mma_bf16_16x8x16 takes
-// them. Columns 16 k .. 16 k + 15 of a product become such an A as pack_bf16(c[8 k + 2 r], c[8 k + 2 r + 1]), r = 0 .. 3.
-template <bool B_FIRST, int N>
-DLKERN_DEVICE void wgmma_bf16(float (&c)[N], const uint32_t (&a)[4], uint64_t b, bool adds) {
+// The same with A in registers, which must stay as they are until the wait: 16 rows a warp, as mma_16x8x16 takes them.
+// Columns 16 k .. 16 k + 15 of a product become such an A as pack_pair<T>(c[8 k + 2 r], c[8 k + 2 r + 1]), r = 0 .. 3.
+template <class T, bool B_FIRST, int N>
+DLKERN_DEVICE void wgmma_registers(float (&c)[N], const uint32_t (&a)[4], uint64_t b, bool adds) {
+  constexpr bool kHalf = std::is_same_v<T, fp16>;
+  static_assert(kHalf || std::is_same_v<T, bf16>);
   static_assert(N == 32 || N == 64);
 #ifdef __CUDACC__
-  if constexpr (N == 32) {
-    asm volatile(DLKERN_WGMMA_REGISTERS("64", DLKERN_REGISTERS_32, "%32, %33, %34, %35", "%36", "%37", "%38")
-                 : DLKERN_C32(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(B_FIRST));
-  } else {
-    asm volatile(DLKERN_WGMMA_REGISTERS("128", DLKERN_REGISTERS_64, "%64, %65, %66, %67", "%68", "%69", "%70")
-                 : DLKERN_C32(0), DLKERN_C32(32)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(B_FIRST));
-  }
+#define DLKERN_INPUTS_REGISTERS \
+  "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(B_FIRST)
+#define DLKERN_WGMMA_REGISTERS_64(type)                                                                           \
+  asm volatile(DLKERN_WGMMA_REGISTERS(type, "64", DLKERN_REGISTERS_32, "%32, %33, %34, %35", "%36", "%37", "%38") \
+               : DLKERN_C32(0)                                                                                    \
+               : DLKERN_INPUTS_REGISTERS)
+#define DLKERN_WGMMA_REGISTERS_128(type)                                                                           \
+  asm volatile(DLKERN_WGMMA_REGISTERS(type, "128", DLKERN_REGISTERS_64, "%64, %65, %66, %67", "%68", "%69", "%70") \
+               : DLKERN_C32(0), DLKERN_C32(32)                                                                     \
+               : DLKERN_INPUTS_REGISTERS)
+  if constexpr (N == 32 && kHalf)
+    DLKERN_WGMMA_REGISTERS_64("f16");
+  else if constexpr (N == 32)
+    DLKERN_WGMMA_REGISTERS_64("bf16");
+  else if constexpr (kHalf)
+    DLKERN_WGMMA_REGISTERS_128("f16");
+  else
+    DLKERN_WGMMA_REGISTERS_128("bf16");
 #else
-  ::cuda_on_host::wgmma(c, 2 * N, a, b, B_FIRST, adds);
+  ::cuda_on_host::wgmma(c, 2 * N, a, b, B_FIRST, adds, kHalf);
 #endif
 }
 
@@ -334,13 +345,20 @@ DLKERN_DEVICE void take_registers() {
 
 // ---- Between products ----
 
-// Two numbers rounded to bfloat16, the first one in the lower half.
-DLKERN_DEVICE uint32_t pack_bf16(float low, float high) {
+// Two numbers rounded to bfloat16 or float16, the first one in the lower half.
+template <class T>
+DLKERN_DEVICE uint32_t pack_pair(float low, float high) {
+  constexpr bool kHalf = std::is_same_v<T, fp16>;
+  static_assert(kHalf || std::is_same_v<T, bf16>);
 #ifdef __CUDACC__
   uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  if constexpr (kHalf)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 #else
+  if constexpr (kHalf) return __float2half(low).bits | static_cast<uint32_t>(__float2half(high).bits) << 16;
   return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
 #endif
 }

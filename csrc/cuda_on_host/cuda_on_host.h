@@ -160,7 +160,7 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups_left);
 void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_transposed, bool adds, bool half);
-void wgmma(float* c, int n, const uint32_t (&a)[4], uint64_t b, bool b_transposed, bool adds);
+void wgmma(float* c, int n, const uint32_t (&a)[4], uint64_t b, bool b_transposed, bool adds, bool half);
 
 template <class T>
 T shuffled(unsigned mask, T value, int source_lane, const char* where) {

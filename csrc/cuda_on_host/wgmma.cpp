@@ -1,5 +1,5 @@
 // wgmma.mma_async of bfloat16 and float16: D[64][n] (+)= A[64][16] B[16][n], operands in shared memory behind descriptors,
-// or a bfloat16 A in registers. From the issue until the wait, the accumulators are NaN: the product is made when a thread
+// or A in registers. From the issue until the wait, the accumulators are NaN: the product is made when a thread
 // waits for it. Operands are read then, too; the checked build remembers them as being read from the issue on. A's
 // registers must then hold what they held at the issue.
 #include <algorithm>
@@ -58,20 +58,19 @@ void for_each_accumulator(int rank, int n, F&& f) {
   for (int i = 0; i < n / 2; i++) f(i, row + i / 2 % 2 * 8, column + i / 4 * 8 + i % 2);
 }
 
+float number_of(uint16_t bits, bool half) { return half ? __half2float({bits}) : __bfloat162float({bits}); }
+
 float element(const Block& block, uint32_t offset, bool half) {
   uint16_t bits = 0;
   if (offset + 2 <= kArenaBytes) std::memcpy(&bits, block.memory + offset, 2);
-  return half ? __half2float({bits}) : __bfloat162float({bits});
+  return number_of(bits, half);
 }
 
 // A thread of rank 32 w + 4 g + t holds rows 16 w + g and 8 further, columns 2 t and 2 t + 1, then those 8 further.
 float element_of_registers(const MatrixProduct& product, int i, int k) {
   const int rank = i / 16 * 32 + i % 8 * 4 + k % 8 / 2, which = i % 16 / 8 + k / 8 * 2;
   const uint32_t pair = product.a_values[static_cast<size_t>(rank)][static_cast<size_t>(which)];
-  const uint32_t word = k % 2 ? pair & 0xffff0000u : pair << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
+  return number_of(static_cast<uint16_t>(k % 2 ? pair >> 16 : pair), product.half);
 }
 
 void multiply(const Block& block, const MatrixProduct& product) {
@@ -173,8 +172,8 @@ void wgmma(float* c, int n, uint64_t a, uint64_t b, bool a_transposed, bool b_tr
   issue(c, {a, b, n, a_transposed, b_transposed, adds, half, false}, nullptr);
 }
 
-void wgmma(float* c, int n, const uint32_t (&a)[4], uint64_t b, bool b_transposed, bool adds) {
-  issue(c, {0, b, n, false, b_transposed, adds, false, true}, a);
+void wgmma(float* c, int n, const uint32_t (&a)[4], uint64_t b, bool b_transposed, bool adds, bool half) {
+  issue(c, {0, b, n, false, b_transposed, adds, half, true}, a);
 }
 
 void wgmma_commit() { machine.current->product_groups.push_back(machine.current->products); }

@@ -1,5 +1,8 @@
 // attention_varlen, op layer of the CUDA column: scaled dot-product attention of sequences that lie one after another,
-// float32, bfloat16 or float16. One launch serves all: a block finds its sequence and rows in a table of tiles.
+// float32, bfloat16 or float16. One launch serves all (on Hopper two in backward, whose short sequences are left to the
+// other kernels): a block finds its sequence and rows in a table of tiles.
+#include <limits>
+
 #include "../cuda/attention.h"
 
 #include "attention_varlen_checks.h"
@@ -21,19 +24,12 @@ auto beside(const Tensor& like) {
   return [&like](const char* op, const char* name, const Tensor& x) { check_device(op, name, x, like); };
 }
 
-int tiles_of(int64_t rows) {
-  return static_cast<int>((rows + cuda::kAttentionTileRows - 1) / cuda::kAttentionTileRows);
-}
+// Hopper's kernels take sequences of more keys than a border.
+constexpr int64_t kAll = -1, kNone = std::numeric_limits<int64_t>::max();
 
-int64_t count_tiles(const Sequences& s, const int64_t* starts) {
-  int64_t tiles = 0;
-  for (int64_t b = 0; b < s.count; ++b) tiles += tiles_of(starts[b + 1] - starts[b]);
-  return tiles;
-}
-
-// The tiles of every sequence's queries, or keys. Where attention is causal, the last queries and the first keys have most
-// to do, and come first.
-cuda::AttentionTile* write_tiles(const Sequences& s, bool of_keys, cuda::AttentionTile* to) {
+// Calls f(tile, tiles, rows) for each sequence, whose queries, or keys, are so many tiles of so many rows.
+template <class F>
+void for_each_sequence(const Sequences& s, bool of_keys, bool of_hopper, int64_t border, F&& f) {
   for (int64_t b = 0; b < s.count; ++b) {
     cuda::AttentionTile tile{};
     tile.sequence = static_cast<int>(b);
@@ -41,12 +37,26 @@ cuda::AttentionTile* write_tiles(const Sequences& s, bool of_keys, cuda::Attenti
     tile.first_key = static_cast<int>(s.keys[b]);
     tile.queries = static_cast<int>(s.queries[b + 1] - s.queries[b]);
     tile.keys = static_cast<int>(s.keys[b + 1] - s.keys[b]);
-    const int tiles = tiles_of(of_keys ? tile.keys : tile.queries);
+    const int rows = of_hopper ? cuda::kAttentionHopperRows : cuda::kAttentionTileRows;
+    if ((tile.keys > border) == of_hopper) f(tile, ((of_keys ? tile.keys : tile.queries) + rows - 1) / rows, rows);
+  }
+}
+
+int64_t count_tiles(const Sequences& s, bool of_keys, bool of_hopper, int64_t border) {
+  int64_t count = 0;
+  for_each_sequence(s, of_keys, of_hopper, border, [&](const cuda::AttentionTile&, int tiles, int) { count += tiles; });
+  return count;
+}
+
+// Where attention is causal, the last queries and the first keys have most to do, and come first.
+cuda::AttentionTile* write_tiles(const Sequences& s, bool of_keys, bool of_hopper, int64_t border,
+                                 cuda::AttentionTile* to) {
+  for_each_sequence(s, of_keys, of_hopper, border, [&](cuda::AttentionTile tile, int tiles, int rows) {
     for (int n = 0; n < tiles; ++n) {
-      tile.first_row = (of_keys ? n : tiles - 1 - n) * cuda::kAttentionTileRows;
+      tile.first_row = (of_keys ? n : tiles - 1 - n) * rows;
       *to++ = tile;
     }
-  }
+  });
   return to;
 }
 
@@ -96,23 +106,33 @@ struct Problem {
 // Tables of tiles, of queries and perhaps of keys, on the device. They are copied from pinned memory: nobody waits.
 struct Tables {
   static constexpr int64_t kInts = sizeof(cuda::AttentionTile) / sizeof(int);
-  int64_t of_queries, of_keys;
+  int64_t count[2][2] = {};  // of queries and of keys, each the others' and Hopper's
   Tensor at;
 
-  Tables(const Problem& problem, bool keys)
-      : of_queries(count_tiles(problem.sequences, problem.sequences.queries)),
-        of_keys(keys ? count_tiles(problem.sequences, problem.sequences.keys) : 0),
-        at(allocate({of_queries + of_keys, kInts}, ScalarType::Int, problem.x.query)) {
+  Tables(const Problem& problem, bool keys, int64_t border) {
     const Sequences& s = problem.sequences;
+    int64_t tiles = 0;
+    for (int side = 0; side <= keys; ++side) {
+      for (const bool of_hopper : {false, true})
+        tiles += count[side][of_hopper] = count_tiles(s, side, of_hopper, border);
+    }
+    at = allocate({tiles, kInts}, ScalarType::Int, problem.x.query);
     const Tensor host = pinned_like(at);
-    auto* to = write_tiles(s, false, static_cast<cuda::AttentionTile*>(host.mutable_data_ptr()));
-    if (keys) write_tiles(s, true, to);
+    auto* to = static_cast<cuda::AttentionTile*>(host.mutable_data_ptr());
+    for (int side = 0; side <= keys; ++side) {
+      for (const bool of_hopper : {false, true}) to = write_tiles(s, side, of_hopper, border, to);
+    }
     torch::stable::copy_(at, host, true);
   }
-  // Of queries, and behind them of keys.
-  std::pair<cuda::AttentionTiles, cuda::AttentionTiles> reads(Call& call) const {
+  std::pair<cuda::AttentionTables, cuda::AttentionTables> reads(Call& call) const {
     const auto* tiles = static_cast<const cuda::AttentionTile*>(call.reads(at));
-    return {{tiles, of_queries}, {tiles + of_queries, of_keys}};
+    cuda::AttentionTables found[2];
+    for (int side = 0; side < 2; ++side) {
+      found[side].others = {tiles, count[side][false]};
+      found[side].of_hopper = {tiles + count[side][false], count[side][true]};
+      tiles += count[side][false] + count[side][true];
+    }
+    return {found[0], found[1]};
   }
 };
 
@@ -131,12 +151,14 @@ std::tuple<Tensor, Tensor> attention_varlen_forward_cuda(const Tensor& query, co
     for (Tensor* t : {&output, &statistics}) torch::stable::zero_(*t);
     return {output, statistics};
   }
-  const Tables tables(problem, false);
   Call call(query);
   cuda::Attention a = problem.reads(call);
   a.largest = floats(call.writes(statistics));
   a.inverse = a.largest + rows;
-  cuda::attention_varlen_forward(a, tables.reads(call).first, operand(call.writes(output), output), call.stream());
+  const cuda::AttentionOperand to = operand(call.writes(output), output);
+  const bool hopper = cuda::attention_varlen_forward_fits_sm90(a, to, count_tiles(s, false, true, kAll));
+  const Tables tables(problem, false, hopper ? kAll : kNone);
+  cuda::attention_varlen_forward(a, tables.reads(call).first, to, call.stream());
   return {output, statistics};
 }
 
@@ -159,7 +181,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cuda(
   }
   const int64_t rows = s.heads * query.size(0);
   const Tensor delta = allocate({rows}, ScalarType::Float, query);
-  const Tables tables(problem, true);
   Call call(query);
   cuda::Attention a = problem.reads(call);
   a.largest = const_cast<float*>(static_cast<const float*>(call.reads(statistics)));
@@ -171,6 +192,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cuda(
   tensors.grad_query = call.writes(grad_query);
   tensors.grad_key = call.writes(grad_key);
   tensors.grad_value = call.writes(grad_value);
+  constexpr int64_t kFew = cuda::kAttentionFewKeys;
+  const bool hopper = cuda::attention_varlen_backward_fits_sm90(a, tensors, count_tiles(s, false, true, kFew),
+                                                                count_tiles(s, true, true, kFew));
+  const Tables tables(problem, true, hopper ? kFew : kNone);
   const auto [of_queries, of_keys] = tables.reads(call);
   cuda::attention_varlen_backward(a, of_queries, of_keys, tensors, call.stream());
   return {grad_query, grad_key, grad_value};

@@ -325,9 +325,9 @@ __global__ void hopper_registers(const float* in, float* out) {
   wgmma_commit();
   wgmma_wait_all(c);
   uint32_t a[4][4];
-  for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack_bf16(c[2 * i], c[2 * i + 1]);
+  for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack_pair<bf16>(c[2 * i], c[2 * i + 1]);
   if (WRONG != Hopper::a_fence) wgmma_fence(d, a);
-  for (int k = 0; k < 4; k++) wgmma_bf16<true>(d, a[k], matrix_descriptor(b + k * 16 * 64, 16), k > 0);
+  for (int k = 0; k < 4; k++) wgmma_registers<bf16, true>(d, a[k], matrix_descriptor(b + k * 16 * 64, 16), k > 0);
   wgmma_commit();
   if (WRONG == Hopper::a_write) a[1][2]++;
   wgmma_wait_all(d);

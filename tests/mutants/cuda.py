@@ -179,6 +179,22 @@ MUTANTS = [
     _attention_mutant(ATTENTION_HOPPER_BACKWARD, "i < x.queries ? exponent_of(x, place) : INFINITY", "exponent_of(x, place)",
                       "test_attention_on_hopper and plain"),
     _attention_mutant(ATTENTION_HOPPER_BACKWARD, "j0 + kBlockRows + x.left", "j0 + x.left", "test_attention_on_hopper and window"),
+    # their float16, and packed sequences
+    _attention_mutant(ATTENTION_HOPPER_TILE, "s[i] *= inverse[r];", "s[i] *= 1.0f;", "beyond_float16_on_hopper"),
+    _attention_mutant(ATTENTION_HOPPER_TILE, "sum[i] *= shrink[r];", "sum[i] *= 1.0f;", "test_attention_on_hopper and plain and float16"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "undo(scale, of_key);", "", "test_attention_on_hopper and plain and float16"),
+    _attention_mutant(HOPPER, "a, b, B_FIRST, adds, kHalf)", "a, b, B_FIRST, adds, false)", "test_attention_on_hopper and plain and float16"),
+    _attention_mutant(ATTENTION_HOPPER_TILE, "i = begin * kAcross +", "i = (begin + 1) * kAcross +", "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_HOPPER, "kPacked<A> && start", "false && start", "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_HOPPER, "(origin.query + i) *", "i *", "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_HOPPER, "origin.key + start", "start", "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "kPacked<A> && j0 + kAcross > x.keys", "false", "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "kPacked<A> && i0 + kAcross > x.queries", "false", "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "j0 - x.right - shift_of(x)", "j0 - x.right", "test_varlen_on_hopper and 70"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "x.left - shift_of(x)", "x.left", "test_varlen_on_hopper and 70"),
+    _attention_mutant(ATTENTION_HOPPER_BACKWARD, "head) * DEPTH, int64_t{heads} * DEPTH}", "head) * DEPTH, DEPTH}",
+                      "varlen_on_hopper_has and 64"),
+    _attention_mutant(ATTENTION_VARLEN, "hopper ? kFew : kNone", "hopper ? kAll : kNone", "varlen_on_hopper_has and 64"),
     # batch_norm_partial_kernel, batch_norm_statistics_kernel, batch_norm_running_kernel
     _mutant(BATCH_NORM, "for (int rows = kThreads / plan.lanes / 2; rows > 0; rows /= 2) {\n    __syncthreads();\n"
             "    if (at.row >= rows) continue;\n    const int other = thread + rows * plan.lanes;\n#pragma unroll\n"
