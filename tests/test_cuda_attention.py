@@ -673,10 +673,10 @@ def test_attention_that_hopper_leaves_to_others():
             assert kernels(q, k, g) == ["", ""]
 
 
-# Of packed sequences: tiles that end with their sequence and before, fewer keys than the backward's kernels take, none,
-# no queries.
+# Of packed sequences: tiles that end with their sequence and before, more queries than keys, fewer keys than the
+# backward's kernels take, none, no queries.
 VARLEN_HOPPER = [f"attention_varlen_{way}_sm90_kernel" for way in ("forward", "backward_key")]
-PACKED_QUERIES, PACKED_KEYS = [150, 3, 70, 0, 64, 129, 40], [265, 140, 5, 130, 256, 129, 0]
+PACKED_QUERIES, PACKED_KEYS = [150, 3, 70, 0, 64, 200, 40], [265, 129, 40, 130, 256, 145, 0]
 
 
 def packed(dtype, depth=64, heads=2):
