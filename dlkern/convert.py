@@ -75,7 +75,7 @@ def _set_class(module: torch.nn.Module, cls: type) -> None:
 
 def _recompile() -> None:
     """Dynamo of torch before 2.13 does not look whether a module has another class: all that is compiled is made anew."""
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13) and "torch._dynamo" in sys.modules:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) and "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
