@@ -13,7 +13,7 @@ reaches the first layers undiminished, it learns several times faster.
 """
 
 import torch
-from common import figure, run, save
+from common import figure, losses, run, save
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlkern
@@ -63,16 +63,9 @@ def deep(kind):
 def train(kind, data, steps):
     """Losses, smoothed over five steps."""
     torch.manual_seed(0)
-    model, losses = deep(kind), []
-    optimizer, stream = dlkern.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), batches(data, 64, 0)
-    for _ in range(steps):
-        images, labels = next(stream)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses).unfold(0, min(5, steps), 1).mean(1).tolist()
+    model = deep(kind)
+    curve = losses(model, batches(data, 64, 0), steps, dlkern.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    return torch.tensor(curve).unfold(0, min(5, steps), 1).mean(1).tolist()
 
 
 def main(steps=80, report=None):
@@ -91,9 +84,9 @@ def main(steps=80, report=None):
     b.set(title="multiply-adds for an image, millions")
     data = digits()
     for kind in ("plain", "batch norm", "residual", "dense"):
-        losses = train(kind, data, steps)
-        c.plot(losses, label=kind)
-        numbers[f"{kind}: last loss"] = losses[-1]
+        curve = train(kind, data, steps)
+        c.plot(curve, label=kind)
+        numbers[f"{kind}: last loss"] = curve[-1]
     c.set(title=f"{DEPTH} convolutions: loss", xlabel="step")
     for axes in (a, b, c):
         axes.legend()

@@ -1,4 +1,4 @@
-"""What the examples share: arguments, the report folder, pictures."""
+"""What the examples share: arguments, training a classifier, the report folder, pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dlkern import nn
+
+
+def losses(model, stream, steps, optimizer):
+    """Trains on the next `steps` batches, (images, labels), of `stream`; the cross-entropy of each."""
+    curve = []
+    for _ in range(steps):
+        images, labels = next(stream)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    return curve
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,7 @@ it speaks against it, such as the middle of the 0.
 """
 
 import torch
-from common import figure, run, save
+from common import figure, losses, run, save
 
 import dlkern
 from dlkern import nn
@@ -38,13 +38,7 @@ def main(steps=300, report=None):
     data = digits()
     reduction = nn.TensorReduction((8, 8), 10)
     model = torch.nn.Sequential(nn.AvgPool2d(4), torch.nn.Flatten(0, 1), Centred(), Scaled(), reduction)  # [n, 8, 8] inside
-    optimizer = dlkern.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-3)
-    stream = batches(data, 64, 0)
-    for _ in range(steps):
-        images, labels = next(stream)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+    losses(model, batches(data, 64, 0), steps, dlkern.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-3))
     drawing, axes = figure(1, 10, (16, 2))
     largest = reduction.weight.detach().abs().max()
     for digit, (place, weight) in enumerate(zip(axes[0], reduction.weight.detach())):

@@ -9,7 +9,7 @@ a little slower, since one matrix must serve all eight places.
 """
 
 import torch
-from common import figure, run, save
+from common import figure, losses, run, save
 
 import dlkern
 from dlkern import nn
@@ -61,18 +61,10 @@ def main(steps=200, report=None):
     for name, is_shared in (("one layer eight times", True), ("eight layers", False)):
         torch.manual_seed(0)
         model = nn.init.xavier_uniform_(deep(is_shared))
-        optimizer = dlkern.optim.Adam(model.parameters(), lr=3e-3)
-        stream, losses = batches(data, 64, 0), []
-        for _ in range(steps):
-            images, labels = next(stream)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        b.plot(losses, label=name)
+        curve = losses(model, batches(data, 64, 0), steps, dlkern.optim.Adam(model.parameters(), lr=3e-3))
+        b.plot(curve, label=name)
         numbers[f"{name}: parameters"] = sum(p.numel() for p in model.parameters())
-        numbers[f"{name}: first and last loss"] = (losses[0], sum(losses[-5:]) / len(losses[-5:]))
+        numbers[f"{name}: first and last loss"] = (curve[0], sum(curve[-5:]) / len(curve[-5:]))
     b.set(title="loss", xlabel="step")
     b.legend()
     save(drawing, report, "lazy_and_shared")

@@ -16,7 +16,7 @@ it is given. Dropout slows the first steps down, batch norm speeds them up, with
 """
 
 import torch
-from common import figure, run, save
+from common import figure, losses, run, save
 
 import dlkern
 from dlkern import nn
@@ -40,19 +40,6 @@ def lenet(norm="", dropout=0.0, activation=torch.nn.Sigmoid):
         nn.Linear(400, 120), *active(nn.BatchNorm1d(120)), *drop(),
         nn.Linear(120, 84), *active(nn.BatchNorm1d(84)), *drop(), nn.Linear(84, 10),
     )  # fmt: skip
-
-
-def losses(model, stream, steps, optimizer):
-    """The loss of each step."""
-    curve = []
-    for _ in range(steps):
-        images, labels = next(stream)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        curve.append(loss.item())
-    return curve
 
 
 def error(model, images, labels):
