@@ -18,6 +18,14 @@ namespace {
 constexpr int64_t kMostChunks = 64;  // of rows, for the sums down columns
 constexpr int kSums = 4;  // at a time, because each addition waits for the one before
 
+constexpr int64_t kMostRows = 8;
+
+// How many rows take each pass together: a row's next pass waits for its sum, other rows' sums don't. All stay in the
+// first-level cache.
+template <class A> int64_t rows_together(int64_t columns, int64_t operands) {
+  return larger(1, smaller(kMostRows, 12288 / (columns * operands * static_cast<int64_t>(sizeof(A)))));
+}
+
 // Where so many rows are widened.
 template <class T> acc_t<T>* row_memory(int64_t rows, int64_t columns) {
   return sizeof(T) == sizeof(acc_t<T>) ? nullptr : scratch<acc_t<T>>(Slot::family_1, rows * columns);
@@ -41,8 +49,10 @@ template <int sums, class A, class F>
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i)
       f(j + i * lanes, lanes, [&](int s, Vec<A> v) __attribute__((always_inline)) { sum[s][i] += v; });
-  for (int i = 0; j < columns; j += lanes, ++i)
-    f(j, smaller(lanes, columns - j), [&](int s, Vec<A> v) __attribute__((always_inline)) { sum[s][i] += v; });
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; ++i, j += lanes)  // unrolled, or the sums would lie in memory
+    if (j < columns)
+      f(j, smaller(lanes, columns - j), [&](int s, Vec<A> v) __attribute__((always_inline)) { sum[s][i] += v; });
   for (int s = 0; s < sums; ++s) total[s] = reduce_add((sum[s][0] + sum[s][1]) + (sum[s][2] + sum[s][3]));
 }
 
@@ -52,32 +62,43 @@ template <class T> void forward(const LayerNormArgs<T>& args) {
   const int64_t columns = args.columns;
   const A count_of_row = static_cast<A>(columns);  // divided by: a rounded reciprocal would show in rows of few numbers
   parallel_for(args.rows, 1 + 16384 / columns, [&](int64_t begin, int64_t end) {
-    A* values = row_memory<T>(1, columns);
-    for (int64_t row = begin; row < end; ++row) {
-      const A* x = widened(args.input + row * columns, columns, values);
-      T* y = args.output + row * columns;
-      // About the first number: a row of equal numbers has exactly that mean, and deviations of exactly 0.
-      const A first = x[0];
-      A sum[1], square[1];
-      sum_row(columns, sum, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
-        prefetch_ahead(args.input + row * columns + j);
-        const Vec<A> d = load_some(x + j, count) - first;
-        add(0, count == lanes ? d : first_lanes<A>(d, count));
-      });
-      const A mean = first + sum[0] / count_of_row;
-      sum_row(columns, square, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
-        const Vec<A> d = load_some(x + j, count) - mean;
-        add(0, count == lanes ? d * d : first_lanes<A>(d * d, count));
-      });
-      const A rstd = static_cast<A>(1 / std::sqrt(static_cast<double>(square[0] / count_of_row) + args.eps));
-      args.mean[row] = mean;
-      args.rstd[row] = rstd;
-      each_vector<lanes>(columns, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-        Vec<A> value = (load_some(x + j, count) - mean) * rstd;
-        if (args.weight) value *= load_some(args.weight + j, count);
-        if (args.bias) value += load_some(args.bias + j, count);
-        store_some(y + j, value, count);
-      });
+    const int64_t most = rows_together<A>(columns, 1);
+    A* values = row_memory<T>(most, columns);
+    for (int64_t row = begin; row < end; row += most) {
+      const int64_t rows = smaller(most, end - row);
+      const A* x[kMostRows];
+      A *mean = args.mean + row, *rstd = args.rstd + row;
+      for (int64_t r = 0; r < rows; ++r) {
+        x[r] = widened(args.input + (row + r) * columns, columns, values + r * columns);
+        // About the first number: a row of equal numbers has exactly that mean, and deviations of exactly 0.
+        const A first = x[r][0];
+        A sum[1];
+        sum_row(columns, sum, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+          prefetch_ahead(args.input + (row + r) * columns + j);
+          const Vec<A> d = load_some(x[r] + j, count) - first;
+          add(0, count == lanes ? d : first_lanes<A>(d, count));
+        });
+        mean[r] = first + sum[0] / count_of_row;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const A mean_of_row = mean[r];
+        A square[1];
+        sum_row(columns, square, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+          const Vec<A> d = load_some(x[r] + j, count) - mean_of_row;
+          add(0, count == lanes ? d * d : first_lanes<A>(d * d, count));
+        });
+        rstd[r] = static_cast<A>(1 / std::sqrt(static_cast<double>(square[0] / count_of_row) + args.eps));
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        T* y = args.output + (row + r) * columns;
+        const A mean_of_row = mean[r], rstd_of_row = rstd[r];
+        each_vector<lanes>(columns, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          Vec<A> value = (load_some(x[r] + j, count) - mean_of_row) * rstd_of_row;
+          if (args.weight) value *= load_some(args.weight + j, count);
+          if (args.bias) value += load_some(args.bias + j, count);
+          store_some(y + j, value, count);
+        });
+      }
     }
   });
 }
@@ -91,38 +112,47 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
   A* partial = sums ? scratch<A>(Slot::family_0, 2 * chunks * padded) : nullptr;
   const A count_of_row = static_cast<A>(columns);
   parallel_for(chunks, 1 + 16384 / (columns * chunk), [&](int64_t begin, int64_t end) {
-    A* values = row_memory<T>(2, columns);
+    const int64_t most = rows_together<A>(columns, 2);
+    A* values = row_memory<T>(2 * most, columns);
     for (int64_t c = begin; c < end; ++c) {
       A *of_weight = partial + 2 * c * padded, *of_bias = of_weight + padded;
-      for (int64_t row = c * chunk; row < smaller((c + 1) * chunk, args.rows); ++row) {
-        const A* x = widened(args.input + row * columns, columns, values);
-        const A* g = widened(args.grad_output + row * columns, columns, values + columns);
-        const A mean = args.mean[row], rstd = args.rstd[row];
-        const auto xhat = [&](int64_t j, int64_t count) { return (load_some(x + j, count) - mean) * rstd; };
-        const auto weighted = [&](int64_t j, Vec<A> gradient, int64_t count) {
-          return args.weight ? gradient * load_some(args.weight + j, count) : gradient;
-        };
-        A mean_of[2];  // of g w, and of g w xhat
-        if (args.grad_input) {
-          sum_row(columns, mean_of, [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
-            prefetch_ahead(args.input + row * columns + j);
-            prefetch_ahead(args.grad_output + row * columns + j);
-            const Vec<A> value = weighted(j, load_some(g + j, count), count);
+      const int64_t last = smaller((c + 1) * chunk, args.rows);
+      for (int64_t row = c * chunk; row < last; row += most) {
+        const int64_t rows = smaller(most, last - row);
+        const A *x[kMostRows], *g[kMostRows];
+        A means[kMostRows][2];  // of g w, and of g w xhat
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t at = (row + r) * columns;
+          x[r] = widened(args.input + at, columns, values + 2 * r * columns);
+          g[r] = widened(args.grad_output + at, columns, values + (2 * r + 1) * columns);
+          if (!args.grad_input) continue;
+          const A mean = args.mean[row + r], rstd = args.rstd[row + r];
+          sum_row(columns, means[r], [&](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+            prefetch_ahead(args.input + at + j);
+            prefetch_ahead(args.grad_output + at + j);
+            const Vec<A> gradient = load_some(g[r] + j, count);
+            const Vec<A> value = args.weight ? gradient * load_some(args.weight + j, count) : gradient;
             add(0, value);
-            add(1, value * xhat(j, count));
+            add(1, value * ((load_some(x[r] + j, count) - mean) * rstd));
           });
-          for (A& m : mean_of) m /= count_of_row;
+          for (A& m : means[r]) m /= count_of_row;
         }
-        const bool fresh = row == c * chunk;
-        each_vector<lanes>(columns, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-          const Vec<A> gradient = load_some(g + j, count), normal = xhat(j, count), with = gradient * normal;
-          if (args.grad_input)
-            store_some(args.grad_input + row * columns + j,
-                       ((weighted(j, gradient, count) - mean_of[0]) - normal * mean_of[1]) * rstd, count);
-          if (!sums) return;
-          store(of_weight + j, fresh ? with : load(of_weight + j) + with);
-          store(of_bias + j, fresh ? gradient : load(of_bias + j) + gradient);
-        });
+        for (int64_t r = 0; r < rows; ++r) {
+          const A mean = args.mean[row + r], rstd = args.rstd[row + r];
+          const bool fresh = row + r == c * chunk;
+          each_vector<lanes>(columns, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+            const Vec<A> gradient = load_some(g[r] + j, count), normal = (load_some(x[r] + j, count) - mean) * rstd;
+            if (args.grad_input) {
+              const Vec<A> value = args.weight ? gradient * load_some(args.weight + j, count) : gradient;
+              store_some(args.grad_input + (row + r) * columns + j,
+                         ((value - means[r][0]) - normal * means[r][1]) * rstd, count);
+            }
+            if (!sums) return;
+            const Vec<A> with = gradient * normal;
+            store(of_weight + j, fresh ? with : load(of_weight + j) + with);
+            store(of_bias + j, fresh ? gradient : load(of_bias + j) + gradient);
+          });
+        }
       }
     }
   });

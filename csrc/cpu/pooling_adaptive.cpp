@@ -26,14 +26,21 @@ inline vdouble fold(vfloat v) {
   std::memcpy(half, &v, sizeof v);
   return widen(half[0]) + widen(half[1]);
 }
-// Lanes of the sum of `count` consecutive elements of 32 or 16 bits: four vectors at a time in float (as many
-// elements a lane), from there on in double.
+// Elements of 32 or 16 bits that are added as floats, by halves, before a double takes the sum.
+constexpr int kShortSum = 8;
+// Sum of kShortSum vectors, `apart` elements from one to the next.
+template <class T> [[gnu::always_inline]] inline vfloat short_sum(const T* p, int64_t apart) {
+  static_assert(kShortSum == 8);
+  const T* q = p + 4 * apart;
+  return ((load(p) + load(p + apart)) + (load(p + 2 * apart) + load(p + 3 * apart))) +
+         ((load(q) + load(q + apart)) + (load(q + 2 * apart) + load(q + 3 * apart)));
+}
+// Lanes of the sum of `count` consecutive elements of 32 or 16 bits.
 template <class T> inline vdouble sum_run(const T* p, int64_t count, const T* limit) {
   constexpr int64_t kStep = kLanes<float>;
   vdouble sum{};
   int64_t i = 0;
-  for (; i + 4 * kStep <= count; i += 4 * kStep)
-    sum += fold((load(p + i) + load(p + i + kStep)) + (load(p + i + 2 * kStep) + load(p + i + 3 * kStep)));
+  for (; i + kShortSum * kStep <= count; i += kShortSum * kStep) sum += fold(short_sum(p + i, kStep));
   vfloat rest{};
   for (; i + kStep <= count; i += kStep) rest += load(p + i);
   if (i < count) rest += first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});
@@ -77,6 +84,7 @@ template <class T> void forward_runs(const AdaptivePoolArgs<T>& args) {
 
 // The same where each window is a whole plane of a few vectors, as before a classifier: a vector of sums a plane, as
 // many planes at a time as a vector has lanes, so that one transpose adds up the lanes of all.
+constexpr int64_t kSmallPlane = 64;  // elements: few enough to be added as floats
 template <class T> void forward_small_planes(const AdaptivePoolArgs<T>& args) {
   constexpr int lanes = kLanes<float>;
   const int64_t planes = args.shape.n * args.shape.c, plane = args.shape.h * args.shape.w,
@@ -88,8 +96,14 @@ template <class T> void forward_small_planes(const AdaptivePoolArgs<T>& args) {
       vfloat sum[lanes];
       for (int j = 0; j < lanes; ++j) {
         const T* x = args.input + smaller(i + j, planes - 1) * plane;
-        sum[j] = first_lanes<float>(load_before(x + whole, input_end), plane - whole, vfloat{});
-        for (int64_t k = 0; k < whole; k += lanes) sum[j] += load(x + k);
+        vfloat even = first_lanes<float>(load_before(x + whole, input_end), plane - whole, vfloat{}), odd{};
+        int64_t k = 0;
+        for (; k + lanes < whole; k += 2 * lanes) {
+          even += load(x + k);
+          odd += load(x + k + lanes);
+        }
+        if (k < whole) even += load(x + k);
+        sum[j] = even + odd;
       }
       transpose(sum);
       for (int half = lanes / 2; half >= 2; half /= 2)
@@ -159,18 +173,19 @@ template <class T> void forward_pixels(const AdaptivePoolArgs<T>& args) {
                        const T* from = x + (y0 + line) * in.y + x0 * in.x;
                        int64_t ix = 0;
                        if constexpr (sizeof(T) < sizeof(double))
-                         for (; ix + 4 <= run; ix += 4, from += 4 * in.x) {
-                           auto add = [&](int64_t c, auto&& read) __attribute__((always_inline)) {
-                             const vdouble first = read(from + c) + read(from + in.x + c);
-                             const vdouble second = read(from + 2 * in.x + c) + read(from + 3 * in.x + c);
-                             store(value + c, load(value + c) + (first + second));
-                           };
+                         for (; ix + kShortSum <= run; ix += kShortSum, from += kShortSum * in.x) {
                            int64_t c = 0;
-                           for (; c + kWide <= channels; c += kWide) {
-                             for (int64_t next = 4; next < 8; ++next) __builtin_prefetch(from + next * in.x + c);
-                             add(c, [](const T* at) { return load_wide(at); });
+                           for (; c + 2 * kWide <= channels; c += 2 * kWide) {
+                             const vfloat sum = short_sum(from + c, in.x);
+                             store(value + c, load(value + c) + widen(low_half(sum)));
+                             store(value + c + kWide, load(value + c + kWide) + widen(high_half(sum)));
                            }
-                           if (c < channels) add(c, [&](const T* at) { return load_wide_before(at, input_end); });
+                           for (; c < channels; c += kWide) {
+                             vdouble sum{};
+                             for (int64_t k = 0; k < kShortSum; ++k)
+                               sum += load_wide_before(from + k * in.x + c, input_end);
+                             store(value + c, load(value + c) + sum);
+                           }
                          }
                        for (; ix < run; ++ix, from += in.x)
                          for (int64_t c = 0; c < channels; c += kWide) {
@@ -298,7 +313,7 @@ template <class T> void backward_pixels(const AdaptivePoolArgs<T>& args) {
 template <class T> void forward(const AdaptivePoolArgs<T>& args) {
   const PoolShape& s = args.shape;
   if constexpr (sizeof(T) < sizeof(double))
-    if (!s.channels_last && s.out_h == 1 && s.out_w == 1 && s.h * s.w < 4 * kLanes<float>) {
+    if (!s.channels_last && s.out_h == 1 && s.out_w == 1 && s.h * s.w < kSmallPlane) {
       forward_small_planes(args);
       return;
     }
