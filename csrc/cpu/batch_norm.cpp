@@ -21,7 +21,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // fewer elements a thread cost more than they give
-constexpr int64_t kLargePlane = 512;  // elements beside which a channel's constants cost nothing
+constexpr int64_t kLargePlane = 512;  // elements beside which a channel's sums and constants cost nothing
 constexpr int64_t kTile = 1024;  // columns whose sums stay in L1
 constexpr int64_t kChunkBytes = 65536;  // what the apply pass takes forwards, while it goes backwards over chunks
 // The last pass's tensors in bytes, from which on its results are stored past the caches: of 32 MB what leaves room for
@@ -175,10 +175,10 @@ template <class T, class Job> uintptr_t past_for(const NormShape& s, const Job& 
                         (job.summed ? kCaches : kCachesOnce));
 }
 
-// Consecutive elements of a channel.
+// Consecutive elements of a channel; `next` as apply_segment has it.
 template <class T, class Job>
-void apply_piece(const Job& job, int64_t at, int64_t count, const acc_t<T>* constants, uintptr_t past) {
-  job.with_apply([&](const auto& apply) { apply_segment<T>(apply, at, count, constants, past); });
+void apply_piece(const Job& job, int64_t at, int64_t count, int64_t next, const acc_t<T>* constants, uintptr_t past) {
+  job.with_apply([&](const auto& apply) { apply_segment<T>(apply, at, count, next, constants, past); });
 }
 
 // A channel at a time, for planes.
@@ -197,22 +197,25 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
                      [&](int64_t, auto centre, auto& to) { job.sum(first, s.n, apart, s.inner, centre, to); });
       };
       acc_t<T> k[kConstants] = {};
-      auto apply = [&](int64_t n) { apply_piece<T>(job, first + n * apart, s.inner, k, past); };
+      const bool is_short = s.inner * static_cast<int64_t>(sizeof(T)) <= kShortPiece;
+      auto apply = [&](int64_t n, int64_t step) {
+        apply_piece<T>(job, first + n * apart, s.inner, is_short ? step * apart : 0, k, past);
+      };
       if (!job.summed) {
         job.constants(c, Total{}, k);
-        for (int64_t n = 0; n < s.n; ++n) apply(n);
+        for (int64_t n = 0; n < s.n; ++n) apply(n, 1);
       } else if (job.apply_waits) {
         Total found;
         if (!job.few()) found = sum_all(typename Job::template Sums<4>{});
         if (job.few() || !job.good(found)) found = sum_all(typename Job::template Again<4>{});
         job.results(c, found);
         job.constants(c, found, k);
-        for (int64_t n = s.n - 1; n >= 0; --n) apply(n);
+        for (int64_t n = s.n - 1; n >= 0; --n) apply(n, -1);
       } else {
         job.constants(c, Total{}, k);
         job.results(c, total(typename Job::template Sums<4>{}, job.centre(c), 1, [&](int64_t n, auto centre, auto& to) {
                       job.sum(first + n * apart, 1, 0, s.inner, centre, to);
-                      apply(n);
+                      apply(n, 1);
                     }));
       }
     }
@@ -220,24 +223,33 @@ template <class T, class Job> void whole_channels(const NormShape& s, const Job&
   });
 }
 
-// Large planes as they lie in memory, each summed and applied at once, where applying need not wait for the sums.
+// Planes as they lie in memory, each summed and applied at once, where applying need not wait for the sums.
 template <class T, class Job> void planes_in_order(const NormShape& s, const Job& job) {
   using Sums = typename Job::template Sums<4>;
+  using Constants = acc_t<T>[kConstants];
   const uintptr_t past = past_for<T>(s, job);
   double* sums = job.summed ? scratch<double>(Slot::family_0, 2 * s.n * s.c) : nullptr;  // [n * c][2]
+  Constants* constants = scratch<Constants>(Slot::family_1, s.c);
+  for (int64_t c = 0; c < s.c; ++c) job.constants(c, Total{}, constants[c]);
   parallel_for(s.n * s.c, larger(1, kGrain / s.inner), [&](int64_t begin, int64_t end) {
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t c = plane % s.c;
-      if (sums) {
+    if (sums) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t c = plane % s.c;
         Sums found;
         const auto centre = static_cast<typename Sums::Centre>(job.centre(c));
         job.sum(plane * s.inner, 1, 0, s.inner, centre, found);
         sums[2 * plane] = found.first();
         sums[2 * plane + 1] = found.second();
+        apply_piece<T>(job, plane * s.inner, s.inner, 0, constants[c], past);
       }
-      acc_t<T> k[kConstants] = {};
-      job.constants(c, Total{}, k);
-      apply_piece<T>(job, plane * s.inner, s.inner, k, past);
+    } else {
+      job.with_apply([&](const auto& apply) {
+        int64_t c = begin % s.c;
+        for (int64_t plane = begin; plane < end; ++plane) {
+          apply_segment<T>(apply, plane * s.inner, s.inner, 0, constants[c], past);
+          if (++c == s.c) c = 0;
+        }
+      });
     }
     fence();
   });
@@ -326,7 +338,7 @@ struct CutPlanes {
     for (int64_t c = 0; c < width; ++c) {
       acc_t<T> k[kConstants];
       for (int m = 0; m < kConstants; ++m) k[m] = constants[m * apart + c];
-      each_segment(begin, end, c, [&](int64_t at, int64_t count) { apply_piece<T>(job, at, count, k, past); });
+      each_segment(begin, end, c, [&](int64_t at, int64_t count) { apply_piece<T>(job, at, count, 0, k, past); });
     }
   }
 };
@@ -440,7 +452,7 @@ template <class T, class Job> void run(const NormShape& s, const Job& job) {
   const int64_t threads = num_threads(), parts = smaller(threads, s.n * s.c * s.inner / kGrain + 1);
   if (s.channels_last)
     in_parts<T>(Rows(s), job, parts);
-  else if (!job.apply_waits && s.inner >= kLargePlane && s.n * s.c >= 4 * threads)
+  else if (!job.apply_waits && (s.inner >= kLargePlane || !job.summed) && s.n * s.c >= 4 * threads)
     planes_in_order<T>(s, job);
   else if (s.c >= 4 * threads || s.c % threads == 0 || parts == 1)
     whole_channels<T>(s, job);

@@ -16,7 +16,8 @@ template <class T, int activation> struct ApplyForward {
   const T* input;
   const T* residual;  // or null
   T* output;
-  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
+  template <class V, class Load, class Store>
+  [[gnu::always_inline]] void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
                                                               Store&& store_at) const {
     const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
     V y = centred * k[1] + (finite_part(centred * k[3]) + k[2]);
@@ -27,6 +28,7 @@ template <class T, int activation> struct ApplyForward {
     prefetch_ahead(input + at);
     if (residual) prefetch_ahead(residual + at);
   }
+  void prefetch_results(int64_t at) const { __builtin_prefetch(output + at, 1); }
 };
 template <class T, int activation, bool train> struct ApplyBackward {
   const T* grad_output;
@@ -34,7 +36,8 @@ template <class T, int activation, bool train> struct ApplyBackward {
   const T* output;  // read where there is an activation
   T* grad_input;
   T* grad_residual;  // or null
-  template <class V, class Load, class Store> void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
+  template <class V, class Load, class Store>
+  [[gnu::always_inline]] void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
                                                               Store&& store_at) const {
     V g = load_at(grad_output + at);
     if constexpr (activation != kNone) g = activation_backward(g, load_at(output + at), activation);
@@ -48,6 +51,10 @@ template <class T, int activation, bool train> struct ApplyBackward {
     prefetch_ahead(grad_output + at);
     if constexpr (train) prefetch_ahead(input + at);
     if constexpr (activation != kNone) prefetch_ahead(output + at);
+  }
+  void prefetch_results(int64_t at) const {
+    __builtin_prefetch(grad_input + at, 1);
+    if (grad_residual) __builtin_prefetch(grad_residual + at, 1);
   }
 };
 
@@ -90,7 +97,8 @@ template <class Apply>
     if (r < results) store_by(past, to[r], merge_even_odd(even[r], odd[r]));
 }
 
-template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count,
+// The memory of the next segment's results, `next` elements further (0: there is none to fetch), is fetched along.
+template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count, int64_t next,
                                                           const acc_t<T>* constants, uintptr_t past) {
   const Apply apply = shared;  // a copy that no store can change
   Vec<T> k[kConstants];
@@ -98,9 +106,14 @@ template <class T, class Apply> inline void apply_segment(const Apply& shared, i
   for (int m = 0; m < kConstants; ++m) k[m] = broadcast<T>(constants[m]);
   const int64_t end = i + count;
   if constexpr (kEvenOdd<T>)
-    for (; i + 2 * kLanes<T> <= end; i += 2 * kLanes<T>) apply_even_odd(apply, i, k, k, past);
-  for (; i + kLanes<T> <= end; i += kLanes<T>)
+    for (; i + 2 * kLanes<T> <= end; i += 2 * kLanes<T>) {
+      if (next) apply.prefetch_results(i + next);
+      apply_even_odd(apply, i, k, k, past);
+    }
+  for (; i + kLanes<T> <= end; i += kLanes<T>) {
+    if (next) apply.prefetch_results(i + next);
     apply(i, k, [](const T* p) { return load(p); }, [past](T* p, Vec<T> v) { store_by(past, p, v); });
+  }
   if (i < end) {
     const int lanes = static_cast<int>(end - i);
     apply(

@@ -15,6 +15,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 
 constexpr int kShort = 8;
 constexpr int kSumRows = 8;  // rows of channels read side by side
+constexpr int64_t kShortPiece = 4096;  // bytes
 
 template <class V> inline V load_as(const void* at) {
   V v;
@@ -187,6 +188,8 @@ inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin
   const V c = V{} + centre;
   Sums sums = out;
   int64_t left = Sums::kBlock;  // additions until the sums must be flushed
+  // Of short pieces far apart the next one is fetched: no prefetcher follows them.
+  const int64_t ahead = segments > 1 && length * static_cast<int64_t>(sizeof(T)) <= kShortPiece ? apart : 0;
   auto add = [&](int64_t i, int u, auto&& read) DLKERN_INLINE {
     V v[Rule::kStreams];
 #pragma GCC unroll 8
@@ -201,6 +204,9 @@ inline void sum_segments(const Streams<T, Rule::kStreams>& shared, int64_t begin
       int64_t groups = smaller((end - i) / (4 * step), left);
       left -= groups;
       for (; groups > 0; --groups, i += 4 * step) {
+        if (ahead)
+#pragma GCC unroll 8
+          for (int k = 0; k < Rule::kStreams; ++k) __builtin_prefetch(streams.at[k] + i + ahead);
 #pragma GCC unroll 8
         for (int u = 0; u < 4; ++u)
           if constexpr (kEvenOdd<T> && std::is_same_v<V, vfloat>)

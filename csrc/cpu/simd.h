@@ -253,8 +253,86 @@ inline __m256i lane_mask(int count) {
 template <> inline vfloat load_partial<float>(const float* p, int count) {
   return (vfloat)_mm256_maskload_ps(p, lane_mask(count));
 }
+template <> inline vdouble load_partial<double>(const double* p, int count) {
+  return (vdouble)_mm256_maskload_pd(p, lane_mask(2 * count));
+}
+// Stores in pieces of 4, 2 and 1: a masked store takes AMD's CPUs before Zen 4 a dozen cycles or more.
 template <> inline void store_partial<float>(float* p, vfloat v, int count) {
-  _mm256_maskstore_ps(p, lane_mask(count), (__m256)v);
+  if (count >= 8) return store(p, v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (count & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, part);
+}
+template <> inline void store_partial<double>(double* p, vdouble v, int count) {
+  if (count >= 4) return store(p, v);
+  __m128d part = _mm256_castpd256_pd128((__m256d)v);
+  if (count & 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd((__m256d)v, 1);
+    p += 2;
+  }
+  if (count & 1) _mm_store_sd(p, part);
+}
+// The same of 16-bit elements.
+inline __m128i load_some_halves(const void* from, int count) {
+  const char* p = static_cast<const char*>(from);
+  if (count >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const char* q = p + 2 * (count & 4);
+  uint64_t rest = 0;
+  if (count & 1) {
+    uint16_t one;
+    std::memcpy(&one, q + 2 * (count & 2), sizeof one);
+    rest = one;
+  }
+  if (count & 2) {
+    uint32_t two;
+    std::memcpy(&two, q, sizeof two);
+    rest = rest << 32 | two;
+  }
+  if (!(count & 4)) return _mm_cvtsi64_si128(static_cast<int64_t>(rest));
+  return _mm_insert_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), static_cast<int64_t>(rest), 1);
+}
+inline void store_some_halves(void* to, __m128i v, int count) {
+  char* p = static_cast<char*>(to);
+  if (count >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+  uint64_t part = static_cast<uint64_t>(_mm_cvtsi128_si64(v));
+  if (count & 4) {
+    std::memcpy(p, &part, sizeof part);
+    part = static_cast<uint64_t>(_mm_extract_epi64(v, 1));
+    p += 8;
+  }
+  if (count & 2) {
+    const uint32_t two = static_cast<uint32_t>(part);
+    std::memcpy(p, &two, sizeof two);
+    part >>= 32;
+    p += 4;
+  }
+  if (count & 1) {
+    const uint16_t one = static_cast<uint16_t>(part);
+    std::memcpy(p, &one, sizeof one);
+  }
+}
+template <> inline vfloat load_partial<bfloat16>(const bfloat16* p, int count) {
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_some_halves(p, count)), 16);
+}
+template <> inline vfloat load_partial<float16>(const float16* p, int count) {
+  return (vfloat)_mm256_cvtph_ps(load_some_halves(p, count));
+}
+template <> inline void store_partial<bfloat16>(bfloat16* p, vfloat v, int count) {
+  const __m256i words = (__m256i)(round_to_upper_half(v) >> 16);
+  store_some_halves(p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)), count);
+}
+template <> inline void store_partial<float16>(float16* p, vfloat v, int count) {
+  store_some_halves(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), count);
 }
 #endif
 // The first `count` of kLanes<double> elements, widened; the others read as zero.
@@ -264,6 +342,14 @@ template <class T> inline vdouble load_wide_partial(const T* p, int count) {
   std::memcpy(static_cast<void*>(lanes), p, sizeof(T) * static_cast<size_t>(count));
   return load_wide(lanes);
 }
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(DLKERN_VECTOR_BYTES)
+template <> inline vdouble load_wide_partial<double>(const double* p, int count) {
+  return load_partial<double>(p, count);
+}
+template <> inline vdouble load_wide_partial<float>(const float* p, int count) {
+  return (vdouble)_mm256_cvtps_pd(_mm_maskload_ps(p, _mm256_castsi256_si128(lane_mask(count))));
+}
+#endif
 #if defined(__AVX512F__)
 inline __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 template <> inline vfloat load_partial<float>(const float* p, int count) {
