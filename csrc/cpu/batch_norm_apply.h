@@ -28,7 +28,7 @@ template <class T, int activation> struct ApplyForward {
     prefetch_ahead(input + at);
     if (residual) prefetch_ahead(residual + at);
   }
-  void prefetch_results(int64_t at) const { __builtin_prefetch(output + at, 1); }
+  void prefetch_results(int64_t at) const { prefetch_ahead_to_store(output + at); }
 };
 template <class T, int activation, bool train> struct ApplyBackward {
   const T* grad_output;
@@ -53,8 +53,8 @@ template <class T, int activation, bool train> struct ApplyBackward {
     if constexpr (activation != kNone) prefetch_ahead(output + at);
   }
   void prefetch_results(int64_t at) const {
-    __builtin_prefetch(grad_input + at, 1);
-    if (grad_residual) __builtin_prefetch(grad_residual + at, 1);
+    prefetch_ahead_to_store(grad_input + at);
+    if (grad_residual) prefetch_ahead_to_store(grad_residual + at);
   }
 };
 
@@ -63,6 +63,8 @@ template <class T, int activation, bool train> struct ApplyBackward {
 template <class T> inline uintptr_t past_caches(bool wanted) {
   return kStreams && wanted ? sizeof(T) * kLanes<T> - 1 : ~uintptr_t{0};
 }
+inline bool is_past(uintptr_t past) { return kStreams && past != ~uintptr_t{0}; }
+template <class T> constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T));  // of prefetch_ahead, in elements
 template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
   if (kStreams && (reinterpret_cast<uintptr_t>(p) & past) == 0)
     stream(p, v);
@@ -97,22 +99,27 @@ template <class Apply>
     if (r < results) store_by(past, to[r], merge_even_odd(even[r], odd[r]));
 }
 
-// The memory of the next segment's results, `next` elements further (0: there is none to fetch), is fetched along.
+// `next` elements further is another segment, if short ones far apart follow one another, else 0: the memory of its
+// results is fetched along.
 template <class T, class Apply> inline void apply_segment(const Apply& shared, int64_t i, int64_t count, int64_t next,
                                                           const acc_t<T>* constants, uintptr_t past) {
   const Apply apply = shared;  // a copy that no store can change
   Vec<T> k[kConstants];
 #pragma GCC unroll 8
   for (int m = 0; m < kConstants; ++m) k[m] = broadcast<T>(constants[m]);
-  const int64_t end = i + count;
+  const int64_t end = i + count, ahead = next ? next - kAhead<T> : 0;
+  auto load_whole = [](const T* p) { return load(p); };
   if constexpr (kEvenOdd<T>)
     for (; i + 2 * kLanes<T> <= end; i += 2 * kLanes<T>) {
-      if (next) apply.prefetch_results(i + next);
+      if (!is_past(past)) apply.prefetch_results(i + ahead);
       apply_even_odd(apply, i, k, k, past);
     }
+  if (is_past(past))
+    for (; i + kLanes<T> <= end; i += kLanes<T>)
+      apply(i, k, load_whole, [past](T* p, Vec<T> v) { store_by(past, p, v); });
   for (; i + kLanes<T> <= end; i += kLanes<T>) {
-    if (next) apply.prefetch_results(i + next);
-    apply(i, k, [](const T* p) { return load(p); }, [past](T* p, Vec<T> v) { store_by(past, p, v); });
+    apply.prefetch_results(i + ahead);
+    apply(i, k, load_whole, [](T* p, Vec<T> v) { store(p, v); });
   }
   if (i < end) {
     const int lanes = static_cast<int>(end - i);
@@ -162,13 +169,20 @@ inline void apply_row_block(const Apply& shared, int64_t begin, int64_t rows, in
         for (int64_t r = first; r < last; ++r) apply_even_odd(apply, begin + r * stride + j, even, odd, past);
       }
     } else if (row_by_row && block == 1) {
-      for (const int64_t at = begin + first * stride; j + step <= width; j += step) {
-        Vec<T> k[kConstants];
+      auto row = [&](bool fetch, auto&& store_at) __attribute__((always_inline)) {
+        for (const int64_t at = begin + first * stride; j + step <= width; j += step) {
+          Vec<T> k[kConstants];
 #pragma GCC unroll 8
-        for (int m = 0; m < kConstants; ++m) k[m] = load(constants + m * constants_apart + j);
-        apply.prefetch(at + j);
-        apply(at + j, k, load_whole, store_whole);
-      }
+          for (int m = 0; m < kConstants; ++m) k[m] = load(constants + m * constants_apart + j);
+          apply.prefetch(at + j);
+          if (fetch) apply.prefetch_results(at + j);
+          apply(at + j, k, load_whole, store_at);
+        }
+      };
+      if (is_past(past))
+        row(false, store_whole);
+      else
+        row(true, [](T* p, Vec<T> v) { store(p, v); });
     } else {
       for (; j + tile * step <= width; j += tile * step)
         columns.template operator()<tile>(j, first, last, load_whole, store_whole);

@@ -227,6 +227,20 @@ inline void stream(float16* p, vfloat v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void fence() { _mm_sfence(); }
+#elif defined(__AVX2__) && !defined(DLKERN_VECTOR_BYTES)
+constexpr bool kStreams = true;
+inline void stream(float* p, vfloat v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream(double* p, vdouble v) { _mm256_stream_pd(p, (__m256d)v); }
+template <class T> inline void stream_halves(T* p, vfloat v) {
+  T some[kLanes<T>];
+  store(some, v);
+  __m128i bits;
+  std::memcpy(&bits, some, sizeof bits);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+}
+inline void stream(bfloat16* p, vfloat v) { stream_halves(p, v); }
+inline void stream(float16* p, vfloat v) { stream_halves(p, v); }
+inline void fence() { _mm_sfence(); }
 #else
 constexpr bool kStreams = false;
 template <class T> inline void stream(T* p, Vec<T> v) { store(p, v); }
@@ -388,6 +402,8 @@ template <> inline void store_partial<float16>(float16* p, vfloat v, int count) 
 
 // What a loop over memory reads soon. Beyond the end of an array it does nothing.
 inline void prefetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048); }
+// What it stores to soon: where a line is in no cache, the store waits for it, and later ones behind that store.
+inline void prefetch_ahead_to_store(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048, 1); }
 
 // The same of any count: all lanes from kLanes<T> on.
 template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
