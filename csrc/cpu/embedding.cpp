@@ -16,16 +16,41 @@ namespace {
 constexpr int64_t kGrain = 32768;  // numbers for which another thread is worth waking
 constexpr int kVectors = 4;  // columns summed together, in vectors
 constexpr int64_t kAhead = 8;  // positions from what is summed to what is prefetched
+constexpr int64_t kForwardAhead = 2048;  // bytes from what is copied to what is prefetched
 constexpr int64_t kFewBytes = 131072;  // of the sums of a table of few rows, for some columns
 constexpr int64_t kPastBytes = 32 << 20;  // of a gradient whose rows of zeros are stored past the caches
 
+// Copies a row and fetches `next`, which is copied soon: rows lie anywhere, where no prefetcher of the machine's follows.
+inline void copy_row(char* to, const char* from, const char* next, int64_t bytes) {
+  constexpr int64_t line = 64;
+  const auto copy = [=](int64_t at) __attribute__((always_inline)) {
+    vuint32 v;
+    std::memcpy(&v, from + at, sizeof v);
+    std::memcpy(to + at, &v, sizeof v);
+  };
+  int64_t at = 0;
+  for (; at + line <= bytes; at += line) {
+    __builtin_prefetch(next + at);
+    prefetch_ahead_to_store(to + at);
+    for (int64_t i = 0; i < line; i += kVectorBytes) copy(at + i);
+  }
+  if (at == bytes) return;
+  __builtin_prefetch(next + at);
+  if (bytes < kVectorBytes) return std::memcpy(to, from, static_cast<size_t>(bytes)), void();
+  for (; at + kVectorBytes <= bytes; at += kVectorBytes) copy(at);
+  if (at < bytes) copy(bytes - kVectorBytes);
+}
+
 template <class T> void forward(const EmbeddingArgs<T>& args) {
-  const int64_t width = args.width;
+  const int64_t width = args.width, bytes = width * static_cast<int64_t>(sizeof(T));
   if (width == 0) return;
-  parallel_for(args.count, 1 + kGrain / width, [&](int64_t begin, int64_t end) {
+  const int64_t ahead = larger(1, smaller(16, kForwardAhead / bytes));
+  parallel_for(args.count, 1 + kGrain / width, [=, &args](int64_t begin, int64_t end) {
+    const auto row = [&](int64_t i) {
+      return reinterpret_cast<const char*>(args.weight + args.indices[i] * args.weight_stride);
+    };
     for (int64_t i = begin; i < end; ++i)
-      std::memcpy(args.output + i * width, args.weight + args.indices[i] * args.weight_stride,
-                  static_cast<size_t>(width) * sizeof(T));
+      copy_row(reinterpret_cast<char*>(args.output + i * width), row(i), row(smaller(i + ahead, end - 1)), bytes);
   });
 }
 
