@@ -54,6 +54,7 @@ template <class T> void run(const DropoutArgs<T>& args) {
           const int64_t first = group * philox::kGroup + w * philox::kRun + j;
           if (first >= args.count) break;
           const int64_t left = args.count - first;
+          prefetch_ahead_to_store(args.output + first);
           drop(args.input + first, args.output + first, left < kWords ? left : kWords, word[w], threshold, scale);
         }
       }

@@ -252,7 +252,10 @@ void write_row(const CrossEntropyBackwardArgs<T>& args, double weights, int64_t 
     return value;
   };
   int64_t c = 0;
-  for (; c + lanes <= classes; c += lanes) store(out + c, at(c, lanes));
+  for (; c + lanes <= classes; c += lanes) {
+    prefetch_ahead_to_store(out + c);
+    store(out + c, at(c, lanes));
+  }
   if (c < classes) store_some(out + c, at(c, classes - c), classes - c);
   out[target] = static_cast<T>(at_target(args, f, weights, i, x[target]));
 }

@@ -221,7 +221,10 @@ template <class T, class Index> void gather_pixels(const MaxPoolBackwardArgs<T>&
                                                  load(args.grad_output + from));
                          }
 #pragma GCC unroll 4
-                       for (int v = 0; v < 4; ++v) store(dx + c + v * kLanes<T>, sum[v]);
+                       for (int v = 0; v < 4; ++v) {
+                         prefetch_ahead_to_store(dx + c + v * kLanes<T>);
+                         store(dx + c + v * kLanes<T>, sum[v]);
+                       }
                      }
                      for (; c < s.c; c += kLanes<T>) {
                        Vec<T> sum{};

@@ -81,6 +81,7 @@ template <class T> inline Vec<T> load_before(const T* p, const T* limit) {
   return p < limit ? load_partial<T>(p, static_cast<int>(limit - p)) : Vec<T>{};
 }
 template <class T> inline void store_before(T* p, Vec<T> v, const T* limit) {
+  prefetch_ahead_to_store(p);
   if (limit - p >= kLanes<T>)
     store(p, v);
   else if (p < limit)
