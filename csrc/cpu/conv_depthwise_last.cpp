@@ -113,7 +113,10 @@ template <int PIXELS, int S, int STRIDE, bool EDGE, class T> void run_tile(const
     sum_tile<PIXELS, S, STRIDE, EDGE>(tile, c, sum, load_whole, load_whole);
     T* output = tile.output + c;
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; ++i, output += tile.out_step) store(output, sum[i]);
+    for (int i = 0; i < PIXELS; ++i, output += tile.out_step) {
+      prefetch_ahead_to_store(output);
+      store(output, sum[i]);
+    }
   }
 }
 

@@ -170,7 +170,10 @@ template <int ROWS, int R, int S, int STRIDE, class T, class A>
       }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i, output += out_row) store_lanes(output, sum[i] + tile.bias, count);
+  for (int i = 0; i < ROWS; ++i, output += out_row) {
+    prefetch_ahead_to_store(output);
+    store_lanes(output, sum[i] + tile.bias, count);
+  }
 }
 
 // Any taps.
@@ -189,7 +192,10 @@ template <int ROWS, class T, class A>
     }
     for (int i = 0; i < ROWS; ++i) sum[i] += part[i];
   }
-  for (int i = 0; i < ROWS; ++i, output += out_row) store_lanes(output, sum[i] + tile.bias, count);
+  for (int i = 0; i < ROWS; ++i, output += out_row) {
+    prefetch_ahead_to_store(output);
+    store_lanes(output, sum[i] + tile.bias, count);
+  }
 }
 
 template <class T> using RunTile = void (*)(const Tile<acc_t<T>>&, T*, int64_t, int);

@@ -92,7 +92,10 @@ template <int PIXELS, int S, int STRIDE, bool WHOLE, class T> [[gnu::noinline]] 
     for (int i = 0; i < PIXELS; ++i) sum[i] += bias;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < PIXELS; ++i, output += tile.out_step) store_lanes(output, sum[i], tile.lanes);
+  for (int i = 0; i < PIXELS; ++i, output += tile.out_step) {
+    prefetch_ahead_to_store(output);
+    store_lanes(output, sum[i], tile.lanes);
+  }
 }
 
 template <class T> using RunTile = void (*)(const Tile&, T*);
