@@ -45,6 +45,10 @@ void correlate_tile(const Piece* pieces, int64_t count, const A* const* rows, co
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
   V sum[ROWS][NV] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) __builtin_prefetch(outs[i] + out_offset + j * lanes, 1);
   for (int64_t t = 0; t < count; ++t) {
     const A* a[ROWS];
     const A* w = weights + pieces[t].step * (NV * lanes);
