@@ -17,8 +17,7 @@ template <class T, int activation> struct ApplyForward {
   const T* residual;  // or null
   T* output;
   template <class V, class Load, class Store>
-  [[gnu::always_inline]] void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
-                                                              Store&& store_at) const {
+  [[gnu::always_inline]] void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at, Store&& store_at) const {
     const V centred = load_at(input + at) - k[0];  // k: mean, scale, bias, what rounding the scale lost
     V y = centred * k[1] + (finite_part(centred * k[3]) + k[2]);
     if (residual) y += load_at(residual + at);
@@ -37,8 +36,7 @@ template <class T, int activation, bool train> struct ApplyBackward {
   T* grad_input;
   T* grad_residual;  // or null
   template <class V, class Load, class Store>
-  [[gnu::always_inline]] void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at,
-                                                              Store&& store_at) const {
+  [[gnu::always_inline]] void operator()(int64_t at, const V (&k)[kConstants], Load&& load_at, Store&& store_at) const {
     V g = load_at(grad_output + at);
     if constexpr (activation != kNone) g = activation_backward(g, load_at(output + at), activation);
     if (grad_residual) store_at(grad_residual + at, g);

@@ -45,11 +45,11 @@ template <class T> constexpr int kNR = kNV * kLanes<T>;
 constexpr int64_t kKC = 256;
 // More products than this are summed in two halves, which bounds the rounding error.
 constexpr int64_t kSum = 64;
-// Rows of A packed at a time.
-template <class T> constexpr int64_t kMC = 48 * kMR * 4 / static_cast<int64_t>(sizeof(T));
-// Columns of B packed at a time: KC x NC fits the second-level cache. A panel that no other block of rows needs does not
+// Rows of A packed at a time. CPUs without AVX-512 have second-level caches of 256 or 512 KB, of which they take 98 KB.
+template <class T> constexpr int64_t kMC = (kVectorBytes == 64 ? 48 : 16) * kMR * 4 / static_cast<int64_t>(sizeof(T));
+// Columns of B packed at a time: KC x NC fits the second-level cache, or, where that is small, the third. A panel that no other block of rows needs does not
 // stay, so that columns are only cut where the sums of a block of rows would not fit either.
-template <class T> constexpr int64_t kNC = 384 * 4 / static_cast<int64_t>(sizeof(T));
+template <class T> constexpr int64_t kNC = (kVectorBytes == 64 ? 384 : 1024) * 4 / static_cast<int64_t>(sizeof(T));
 template <class T> constexpr int64_t kOnceNC = 1024 * 4 / static_cast<int64_t>(sizeof(T));
 constexpr int64_t kAheadSteps = 16;  // of k between two groups of prefetches
 constexpr int64_t kLine = 64;

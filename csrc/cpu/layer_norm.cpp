@@ -123,8 +123,8 @@ template <class T> struct RowsBackward {
   // The means of row r, whose operands in memory are `input` and `gradient`.
   void sum(int64_t r, const T* input, const T* gradient) {
     sum_row(columns, means[r],
-            [=, short_rows = columns <= kShortRow, weight = weight, mean = mean[r], rstd = rstd[r], x = x[r], g = g[r], to = grad_input + r * columns](
-                int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
+            [=, short_rows = columns <= kShortRow, weight = weight, mean = mean[r], rstd = rstd[r], x = x[r], g = g[r],
+             to = grad_input + r * columns](int64_t j, int64_t count, auto&& add) __attribute__((always_inline)) {
               prefetch_ahead(input + j);
               prefetch_ahead(gradient + j);
               if (short_rows) __builtin_prefetch(to + j, 1);
