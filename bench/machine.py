@@ -1,8 +1,8 @@
 """The machine under a measurement: what it is, how its memory allocator was set, and the floors it imposes.
 
-Floors come from the machine itself, not from a datasheet: the bandwidth of a copy (on a CPU by size of what is moved,
-because caches are faster than memory), and the best floating-point rate seen, of a loop of multiply-adds
-(csrc/cpu/peak.cpp) or of torch.mm, whichever is higher.
+Floors come from the machine itself, not from a datasheet: the best bandwidth of a copy, of a change in place and of a
+sum (on a CPU by size of what is moved, because caches are faster than memory), and the best floating-point rate seen, of
+a loop of multiply-adds (csrc/cpu/peak.cpp) or of torch.mm, whichever is higher.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Floors:
         return (compute, "compute") if compute > memory else (memory, "memory")
 
     def bandwidth(self, bytes: int) -> float:
-        """Bytes a second (read plus written) of a copy that moves this many."""
+        """Bytes a second (read plus written) where this many are moved."""
         table = self.bandwidths()
         position = bisect.bisect_left([size for size, _ in table], bytes)
         if position == 0 or position == len(table):
@@ -243,17 +243,22 @@ class Floors:
             sizes = (
                 [1 << 30] if self.device == "cuda" else [1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28]
             )
-            rates = [self._copy(size) for size in sizes]
-            # A smaller copy is never slower for the memory system, only for the overhead of its call.
+            rates = [self._moved(size) for size in sizes]
+            # Fewer bytes are never slower for the memory system, only for the overhead of the call.
             for i in range(len(rates) - 2, -1, -1):
                 rates[i] = max(rates[i], rates[i + 1])
             self._bandwidths = list(zip(sizes, rates))
         return self._bandwidths
 
-    def _copy(self, moved: int) -> float:
-        source = torch.randn(moved // 8, device=self.device)
-        target = torch.empty_like(source)
-        return moved / self._best(lambda: target.copy_(source))
+    def _moved(self, bytes: int) -> float:
+        """The best of a copy, which may fetch what it overwrites, of a change in place, and of reading alone."""
+        source = torch.randn(bytes // 4, device=self.device)
+        half, target = source[: bytes // 8], torch.empty(bytes // 8, device=self.device)
+        return bytes / min(
+            self._best(lambda: target.copy_(half)),
+            self._best(lambda: target.mul_(1.0)),
+            self._best(lambda: source.sum()),
+        )
 
     def peak(self, dtype: torch.dtype) -> tuple[float, str]:
         """Operations a second in this dtype, and what reached them."""
@@ -310,7 +315,7 @@ class Floors:
     def as_dict(self) -> dict[str, Any]:
         """What was measured, for the results file."""
         return {
-            "copy_gb_per_s": {str(size): round(rate / 1e9, 1) for size, rate in self.bandwidths()},
+            "bandwidth_gb_per_s": {str(size): round(rate / 1e9, 1) for size, rate in self.bandwidths()},
             "peak_gflops": {
                 str(dtype).removeprefix("torch."): {"value": round(rate / 1e9, 1), "by": by}
                 for dtype, (rate, by) in self._peaks.items()

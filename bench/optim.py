@@ -6,7 +6,7 @@ Interleaved: dlkern (on a GPU each of its columns, too), torch's foreach, fused 
 parameters of its own. torch has no LARS: its side is the formula in foreach functions. On a GPU the time is the device's
 from the first launch to the last, waits for the host included. Floor: the bytes that have to cross the bus (parameters
 and state read and written, gradients read; clipping by norm reads gradients twice and writes them once, by value once
-each) over the bandwidth of a copy. Results go to bench/results/<device>/optim.json.
+each) over the machine's bandwidth. Results go to bench/results/<device>/optim.json.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def _html(result: dict[str, Any], plots: Sequence[str]) -> str:
         f"<p>{html.escape(machine.get('gpu') or machine['cpu'])}, torch {html.escape(machine['torch'])}, commit "
         f"{html.escape(machine['commit'] or 'unknown')}, {html.escape(machine['date'])}. The ratio is torch's time "
         "over ours, the median of interleaved pairs; a row whose parity failed shows none. The floor is what the "
-        "machine's own copy bandwidth and arithmetic rate allow.</p>",
+        "machine's own memory bandwidth and arithmetic rate allow.</p>",
         facts("Machine", machine),
         facts("Settings of both sides", result["settings"]),
         facts("Ceilings measured", result["floors"]),

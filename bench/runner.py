@@ -238,7 +238,7 @@ def here(
     stamp, conditions = machine.describe(device), machine.settings(device)
     say(f"{stamp.get('gpu') or stamp['cpu']}, {', '.join(f'{k} {v}' for k, v in conditions.items() if k != 'malloc')}")
     bandwidths = floors.bandwidths()
-    say("copy " + ", ".join(f"{rate / 1e9:.0f} GB/s @ {_size(size)}" for size, rate in bandwidths))
+    say("memory " + ", ".join(f"{rate / 1e9:.0f} GB/s @ {_size(size)}" for size, rate in bandwidths))
     for name in request.dtype:
         rate, by = floors.peak(DTYPES[name])
         say(f"{name} {rate / 1e9:.0f} GFLOP/s ({by})")

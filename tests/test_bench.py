@@ -326,7 +326,7 @@ def test_run_writes_everything(tmp_path):
     assert result.settings["page_faults"].startswith("controlled")
     assert result.machine["commit"] == machine.commit()
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert stored["rows"][0]["torch_ms"] > 0 and stored["floors"]["copy_gb_per_s"]
+    assert stored["rows"][0]["torch_ms"] > 0 and stored["floors"]["bandwidth_gb_per_s"]
     assert (tmp_path / "out" / "results.csv").read_text().count("\n") == 3
     assert "dropout" in (tmp_path / "out" / "index.html").read_text()
     assert any("ratio" in line for line in lines)
