@@ -34,11 +34,13 @@ inline void copy_row(char* to, const char* from, const char* next, int64_t bytes
     prefetch_ahead_to_store(to + at);
     for (int64_t i = 0; i < line; i += kVectorBytes) copy(at + i);
   }
-  if (at == bytes) return;
-  __builtin_prefetch(next + at);
-  if (bytes < kVectorBytes) return std::memcpy(to, from, static_cast<size_t>(bytes)), void();
+  if (at < bytes) __builtin_prefetch(next + at);
   for (; at + kVectorBytes <= bytes; at += kVectorBytes) copy(at);
-  if (at < bytes) copy(bytes - kVectorBytes);
+  if (at == bytes) return;
+  if (bytes >= kVectorBytes)
+    copy(bytes - kVectorBytes);
+  else
+    std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 template <class T> void forward(const EmbeddingArgs<T>& args) {

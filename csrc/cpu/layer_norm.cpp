@@ -190,7 +190,7 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
         some.rstd = args.rstd + row;
         some.grad_input = args.grad_input ? args.grad_input + row * columns : nullptr;
         some.of_weight = of_weight;
-        some.of_bias = of_weight + padded;
+        some.of_bias = sums ? of_weight + padded : nullptr;
         for (int64_t r = 0; r < some.rows; ++r) {
           const T *x = args.input + (row + r) * columns, *g = args.grad_output + (row + r) * columns;
           some.x[r] = widened(x, columns, values + 2 * r * columns);
@@ -201,7 +201,7 @@ template <class T> void backward(const LayerNormBackwardArgs<T>& args) {
           some.template finish<true, true>();
         else if (args.grad_input)
           some.template finish<true, false>();
-        else
+        else if (sums)
           some.template finish<false, true>();
       }
     }
