@@ -82,7 +82,8 @@ def _layer_norm(old: str, new: str) -> dict:
 MUTANTS += [
     # A row's tail counted in the variance, the mean of g w left out, the last chunk of rows forgotten.
     _layer_norm("first_lanes<A>(d * d, count)", "d * d"),
-    _layer_norm("((weighted(j, gradient, count) - mean_of[0]) -", "(weighted(j, gradient, count) -"),
+    _layer_norm("((gradient * w[v] - first) -", "(gradient * w[v] -"),
+    _layer_norm("some.rows = smaller(most, last - row);", "some.rows = larger(1, smaller(most, last - row) - 1);"),
     _layer_norm("for (int64_t c = 0; c < chunks; ++c) {\n        of_weight", "for (int64_t c = 0; c + 1 < chunks; ++c) {\n        of_weight"),
 ]
 
@@ -172,7 +173,7 @@ MUTANTS += [
     _pool(_WINDOW, "return ceil_div((i + 1) * size, out_size); }", "return larger(i * size / out_size + 1, (i + 1) * size / out_size); }", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "first_lanes<float>(load_before(p + i, limit), count - i, vfloat{});", "load_before(p + i, limit);", "adaptive_parity"),
     _pool("csrc/cpu/simd.h", "lost += (value - (next - added)) + (x - added);", "", "carries"),
-    _pool(_ADAPTIVE, "read(from + 3 * in.x + c);", "read(from + 2 * in.x + c);", "adaptive_parity"),
+    _pool(_ADAPTIVE, "(load(q + 2 * apart) + load(q + 3 * apart))", "(load(q + 2 * apart) + load(q + 2 * apart))", "adaptive_parity"),
     _pool(_ADAPTIVE, "if (i > begin && y > 0 && p0 == before_p0 && p1 == before_p1) {", "if (i > begin && y > 0 && p0 == before_p0) {", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "return gradient / (rows * columns);", "return gradient / (rows + columns);", "adaptive_is_torchs"),
     _pool(_ADAPTIVE, "for (int64_t k = 0; k < plane; k += kLanes<T>) store_before", "for (int64_t k = 0; k + 1 < plane; k += kLanes<T>) store_before", "adaptive_is_torchs"),
