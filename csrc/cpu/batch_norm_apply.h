@@ -62,7 +62,7 @@ template <class T> inline uintptr_t past_caches(bool wanted) {
   return kStreams && wanted ? sizeof(T) * kLanes<T> - 1 : ~uintptr_t{0};
 }
 inline bool is_past(uintptr_t past) { return kStreams && past != ~uintptr_t{0}; }
-template <class T> constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T));  // of prefetch_ahead, in elements
+template <class T> constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));  // in elements
 template <class T> inline void store_by(uintptr_t past, T* p, Vec<T> v) {
   if (kStreams && (reinterpret_cast<uintptr_t>(p) & past) == 0)
     stream(p, v);

@@ -400,10 +400,13 @@ template <> inline void store_partial<float16>(float16* p, vfloat v, int count) 
 }
 #endif
 
+constexpr int64_t kAheadBytes = 2048;
 // What a loop over memory reads soon. Beyond the end of an array it does nothing.
-inline void prefetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048); }
+inline void prefetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + kAheadBytes); }
 // What it stores to soon: where a line is in no cache, the store waits for it, and later ones behind that store.
-inline void prefetch_ahead_to_store(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048, 1); }
+inline void prefetch_ahead_to_store(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kAheadBytes, 1);
+}
 
 // The same of any count: all lanes from kLanes<T> on.
 template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
