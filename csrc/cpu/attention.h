@@ -25,6 +25,7 @@ struct AttentionShape {
   uint64_t seed;
   int mask;
   int64_t mask_size[4];    // each the attention's or 1
+  bool from_scores = false;  // of a backward: torch has the matrix of scores of this call in memory
 };
 
 // Rotary positions: query i and key j are turned by the angles of i and j, in [batch, positions, half].
@@ -53,7 +54,6 @@ template <class T> struct AttentionBackwardArgs {
   Strided<T> grad_query, grad_key, grad_value;  // dense in depth
   void* grad_mask;                        // contiguous, in the mask's shape and type; or null
   acc_t<T>* grad_weight;                  // [depth]; or null
-  bool from_scores = false;               // torch has the matrix of scores of this call in memory
 };
 
 #define DLKERN_ATTENTION(T)                                        \

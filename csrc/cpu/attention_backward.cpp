@@ -197,10 +197,10 @@ template <Pairwise KIND, int R, class A>
           of_key -= u;
         } else {
           V t, u;
-          if constexpr (KIND == kTanh) {  // 1 - t^2 = 4 s (1 - s), which does not cancel
+          if constexpr (KIND == kTanh) {  // u = (1 - t^2) / 4, which does not cancel
             const V e = x[r] * key, rest = reciprocal(e + A(1)), s = e * rest;
             t = s - rest;
-            u = s * (A(4) * rest);
+            u = s * rest;
           } else {
             t = KIND == kSmallTanh ? tanh_of_small(x[r] + key) : tanh(x[r] + key);
             u = A(1) - t * t;
@@ -222,7 +222,8 @@ void pairwise_backward(int64_t rows, int64_t keys, int64_t depth, const A* q, co
                        const A* change, A* grad_query, A* grad_key, A* grad_weight) {
   const int64_t width = padded<A>(depth);
   for (int64_t h = 0; h < depth; h += kLanes<A>) {
-    const Vec<A> factor = KIND == kSquare ? broadcast<A>(1) : load_some(weight + h, depth - h);
+    const Vec<A> factor =
+        KIND == kSquare ? broadcast<A>(1) : load_some(weight + h, depth - h) * A(KIND == kTanh ? 4 : 1);
     const auto some = [&]<int R>(int64_t r) {
       pairwise_backward_rows<KIND, R>(keys, width, q + r * width + h, k + h, factor, change + r * kKeys,
                                       grad_query + r * width + h, grad_key + h, grad_weight + h);
@@ -731,7 +732,7 @@ template <class T, int SCORE> void backward(const AttentionBackwardArgs<T>& args
   const bool torch_has_scores = s.p > 0 || s.depth != s.value_depth || strided(x.query, s.depth) ||
                                 strided(x.key, s.depth) || strided(x.value, s.value_depth);
   const bool by_tiles =
-      SCORE != kDotScore || args.grad_mask || args.from_scores || (sizeof(T) < sizeof(A) && torch_has_scores);
+      SCORE != kDotScore || args.grad_mask || s.from_scores || (sizeof(T) < sizeof(A) && torch_has_scores);
   if (s.keys > kKeys)  // else every tile is whole and makes its own
     by_tiles ? make_delta_by_tiles<T, SCORE>(args, delta) : make_delta(args, delta);
   const double work = static_cast<double>(s.batch * s.heads * s.queries) * static_cast<double>(s.keys * s.depth);

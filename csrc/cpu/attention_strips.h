@@ -22,6 +22,8 @@ constexpr int64_t kMostDepth = 512, kLeastDepth = 12, kLeastQueries = 9;
 
 template <class T, int SCORE> bool is_tiled(const AttentionShape& s) {
   if constexpr (!kTiled<T, SCORE>) return false;
+  // Of scores in memory torch's probabilities and their gradients are floats; those of a tile would be rounded.
+  if (kParts<T> == 1 && s.from_scores) return false;
   // Where scores are not magnified, what tiles flush to zero does not show in them.
   constexpr double small = 0x1p-32, large = 0x1p32;
   return s.queries >= kLeastQueries && s.depth >= kLeastDepth && s.depth <= kMostDepth &&

@@ -45,12 +45,15 @@ template <class T> constexpr int kNR = kNV * kLanes<T>;
 constexpr int64_t kKC = 256;
 // More products than this are summed in two halves, which bounds the rounding error.
 constexpr int64_t kSum = 64;
-// Rows of A packed at a time. CPUs without AVX-512 have second-level caches of 256 or 512 KB, of which they take 98 KB.
-template <class T> constexpr int64_t kMC = (kVectorBytes == 64 ? 48 : 16) * kMR * 4 / static_cast<int64_t>(sizeof(T));
-// Columns of B packed at a time: KC x NC fits the second-level cache, or, where that is small, the third. A panel that no other block of rows needs does not
-// stay, so that columns are only cut where the sums of a block of rows would not fit either.
-template <class T> constexpr int64_t kNC = (kVectorBytes == 64 ? 384 : 1024) * 4 / static_cast<int64_t>(sizeof(T));
-template <class T> constexpr int64_t kOnceNC = 1024 * 4 / static_cast<int64_t>(sizeof(T));
+// Up to kOnceM rows of A are packed at once, and a panel of B, which no other block of rows needs, does not stay; of more,
+// kMC at a time: packed rows, a panel and the columns of B that wait for the next rows share the second-level cache. CPUs
+// without AVX-512 have ones of 256 or 512 KB.
+template <class T> constexpr int64_t kOnceM =
+    (kVectorBytes == 64 ? 48 : 16) * kMR * 4 / static_cast<int64_t>(sizeof(T));
+template <class T> constexpr int64_t kMC = (kVectorBytes == 64 ? 24 : 16) * kMR * 4 / static_cast<int64_t>(sizeof(T));
+// Columns of B at a time, for each of which rows of A are packed anew; fewer where the sums of all rows are kept.
+template <class T> constexpr int64_t kNC = 1024 * 4 / static_cast<int64_t>(sizeof(T));
+template <class T> constexpr int64_t kSummedNC = 384 * 4 / static_cast<int64_t>(sizeof(T));
 constexpr int64_t kAheadSteps = 16;  // of k between two groups of prefetches
 constexpr int64_t kLine = 64;
 constexpr int64_t kCaches = 30'000'000;  // bytes of C that leave the caches anyway
@@ -516,17 +519,19 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
   constexpr bool plain = same<Epilogue, NoEpilogue>::value;
   const Finished<C, Epilogue> finished{g.bias, epilogue};
   const int64_t m = i_end - i_begin;
-  const bool once = m <= kMC<P>;  // each panel of B meets one block of rows
-  const int64_t nc_step = once ? kOnceNC<P> : kNC<P>,
-                nc_max = smaller(nc_step, ceil_div(j_end - j_begin, width) * width);
+  const bool once = m <= kOnceM<P>;  // each panel of B meets one block of rows
+  const int64_t mc_max = once ? kOnceM<P> : kMC<P>;
   // Copies pay where they are read often enough. B in place is walked a few rows at a time.
   const bool b_in_place = same_type && g.b_column == 1 && g.m <= kInPlaceM;
   const int64_t kc_step = steps_of_k(g, b_in_place ? kInPlaceKC : kKC);
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
+  const bool summed = !c_is_sum && g.k > kc_step && !once;
+  const int64_t nc_step = summed ? kSummedNC<P> : kNC<P>,
+                nc_max = smaller(nc_step, ceil_div(j_end - j_begin, width) * width);
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
   P* packed_b = scratch<P>(Slot::gemm_b, kc_step * (once || b_in_place ? width : nc_max));
-  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_step * smaller(kMC<P>, ceil_div(m, kMR) * kMR));
+  P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_step * smaller(mc_max, ceil_div(m, kMR) * kMR));
   // Sums between blocks of k, where C's own type would round them.
   P* sums = c_is_sum || g.k <= kc_step ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
   // Results that leave the caches anyway, in whole vectors, need not enter them.
@@ -543,8 +548,8 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
       const int64_t in_place = !b_in_place      ? 0
                                : nc % kLanes<P> ? nc / width * width
                                                 : nc;  // columns read where they are
-      for (int64_t ic = i_begin; ic < i_end; ic += kMC<P>) {
-        const int64_t mc = smaller(kMC<P>, i_end - ic), tiles = ceil_div(mc, kMR);
+      for (int64_t ic = i_begin; ic < i_end; ic += mc_max) {
+        const int64_t mc = smaller(mc_max, i_end - ic), tiles = ceil_div(mc, kMR);
         const T* a = g.a + ic * g.a_row + pc * g.a_column;
         Block<P> block;
         if constexpr (same_type) block = {a, g.a_row, g.a_column, g.a_row};

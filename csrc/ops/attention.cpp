@@ -100,14 +100,14 @@ Five backward(const char* op, const Tensor& grad_output, const AttentionOperands
       call.args.output.stride[3] = 1;
       call.args.largest = const_cast<A*>(data<A>(statistics));
       call.args.inverse = call.args.largest + s.batch * s.heads * s.queries;
+      call.args.shape.from_scores = from_scores;
       const cpu::AttentionBackwardArgs<T> args{call.args,
                                                strided(data<T>(grad_output), grad_output),
                                                strided(mutable_data<T>(grad_query), grad_query),
                                                strided(mutable_data<T>(grad_key), grad_key),
                                                strided(mutable_data<T>(grad_value), grad_value),
                                                of_mask ? grad_mask.mutable_data_ptr() : nullptr,
-                                               weight ? mutable_data<A>(sums) : nullptr,
-                                               from_scores};
+                                               weight ? mutable_data<A>(sums) : nullptr};
       DLKERN_CALL(attention_backward, args);
     }
     grad_weight = weight ? narrowed(sums, weight->scalar_type()) : narrowed(sums, query.scalar_type());

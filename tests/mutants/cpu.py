@@ -43,10 +43,10 @@ MUTANTS += [
     _attention("(row * groups + (j0 + j) / 64) * 16 + c)", "(row * groups + j / 64) * 16 + c)", "dropout", _TILE),
     _attention("key_bound <= kSafe<A>)", "key_bound <= 1000 * kSafe<A>)", "additive_far", _TILE),
     _attention("? 1 : -1;", "? -1 : -1;", "additive_ranges", _TILE),
-    _attention("s * (A(4) * rest)", "A(1) - t * t", "additive_ranges", _ATTENTION_BACKWARD),
+    _attention("u = s * rest", "u = A(0.25) * (A(1) - t * t)", "additive_ranges", _ATTENTION_BACKWARD),
     # Backward: delta, a split's partial sums, the mask's gradient behind the cap, lengths of the rows of cosine.
     _attention("(load(d + j) - sum);", "load(d + j);", "parity", _ATTENTION_BACKWARD),
-    _attention("args.grad_mask || args.from_scores ||", "args.grad_mask ||", "keeps_the_scores", _ATTENTION_BACKWARD),
+    _attention("args.grad_mask || s.from_scores ||", "args.grad_mask ||", "keeps_the_scores", _ATTENTION_BACKWARD),
     _attention("for (int64_t split = 1; split < splits;", "for (int64_t split = 2; split < splits;", "parity", _ATTENTION_BACKWARD),
     _attention("s.softcap != 0 && through_cap", "s.softcap != 0", "parity", _ATTENTION_BACKWARD),
     _attention("(load(grad + d) - load(row + d) * along) * inverse", "load(grad + d) * inverse", "parity", _TILE),
