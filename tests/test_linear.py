@@ -9,11 +9,13 @@ import dlkern.nn.functional as F
 from dlkern import Activation
 
 ACTIVATIONS = {None: lambda x: x, Activation.RELU: torch.relu, Activation.TANH: torch.tanh, Activation.SIGMOID: torch.sigmoid}
-# M, K, N: ones, odd sizes either side of the tiles' (6 x 16 or 64), of kMC, kKC and kNC, and of the ways a product is
-# made (dot products up to 24 rows, or 96 of few columns; B in place up to 24; turned up to 128; packed).
+# M, K, N: ones, odd sizes either side of the tiles' (6 x 16 or 64), of gemm.h's kOnceM, kMC, kKC, kNC and kSummedNC (those
+# of many rows where two threads share them, too), and of the ways a product is made (dot products up to 24 rows, or 96 of
+# few columns; B in place up to 24; turned up to 128; packed).
 SIZES = [
     (1, 1, 1), (1, 33, 5), (2, 7, 3), (5, 130, 17), (7, 64, 33), (23, 129, 65), (25, 31, 47), (97, 40, 70), (96, 300, 18),
     (130, 270, 50), (300, 20, 400), (300, 530, 20), (13, 20, 800), (30, 20, 1100),
+    (600, 20, 2100), (600, 300, 800),
     (95, 64, 11), (97, 70, 12), (24, 90, 130), (128, 33, 150), (129, 33, 150),
 ]
 

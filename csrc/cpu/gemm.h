@@ -526,14 +526,13 @@ void run_vectors(const Gemm<T, C>& g, const Epilogue& epilogue, int64_t i_begin,
   const int64_t kc_step = steps_of_k(g, b_in_place ? kInPlaceKC : kKC);
   const bool a_in_place = same_type && g.n <= 4 * width;
   alignas(64) P tile[kMR * width];
-  const bool summed = !c_is_sum && g.k > kc_step && !once;
-  const int64_t nc_step = summed ? kSummedNC<P> : kNC<P>,
+  const bool keeps_sums = !c_is_sum && g.k > kc_step;  // between blocks of k, where C's own type would round them
+  const int64_t nc_step = keeps_sums && !once ? kSummedNC<P> : kNC<P>,
                 nc_max = smaller(nc_step, ceil_div(j_end - j_begin, width) * width);
   // In place, a last panel that does not fill its vectors is packed all the same: they would reach past the end of B.
   P* packed_b = scratch<P>(Slot::gemm_b, kc_step * (once || b_in_place ? width : nc_max));
   P* packed_a = a_in_place ? nullptr : scratch<P>(Slot::gemm_a, kc_step * smaller(mc_max, ceil_div(m, kMR) * kMR));
-  // Sums between blocks of k, where C's own type would round them.
-  P* sums = c_is_sum || g.k <= kc_step ? nullptr : scratch<P>(Slot::gemm_c, m * nc_max);
+  P* sums = keeps_sums ? scratch<P>(Slot::gemm_c, m * nc_max) : nullptr;
   // Results that leave the caches anyway, in whole vectors, need not enter them.
   const bool past = kStreams && c_is_sum && plain && g.k <= kc_step && !g.accumulate &&
                     g.m * g.n * static_cast<int64_t>(sizeof(C)) >= kCaches && g.c_row % kLanes<P> == 0 &&
