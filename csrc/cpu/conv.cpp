@@ -18,6 +18,7 @@
 #include "conv_pack.h"
 #include "conv_planar.h"
 #include "conv_tiles.h"
+#include "conv_winograd.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -111,29 +112,6 @@ template <class T> void plan_blocks(const Correlation<T>& z, Plan<T>& plan) {
   plan.row_blocks = ceil_div(plan.all_rows, rows);
 }
 
-// The weight's taps in the order of the pieces, and the table that packing needs.
-template <class T> Filter<T> plan_filter(const Correlation<T>& z, const Plan<T>& plan, int64_t* taps, int64_t* table) {
-  Filter<T> f{};
-  f.out_stride = z.weight_out;
-  f.in_stride = z.weight_in;
-  f.in_channels = plan.channels;
-  f.tap_count = z.taps_h * z.taps_w;
-  f.by_channel = z.weight_in > z.weight_out;
-  f.run = z.kernel_size * (f.by_channel ? 1 : plan.channels);
-  for (int64_t e = 0; e < f.run; ++e) table[e] = -1;
-  for (int64_t r = 0; r < z.taps_h; ++r)
-    for (int64_t s = 0; s < z.taps_w; ++s) {
-      const int64_t t = r * z.taps_w + s, at = z.kernel_h[r] * z.weight_h + z.kernel_w[s] * z.weight_w;
-      taps[t] = at;
-      if (f.out_stride == 1) continue;
-      for (int64_t c = 0; c < (f.by_channel ? 1 : plan.channels); ++c)
-        table[at + c * z.weight_in] = t * plan.channels + c;
-    }
-  f.taps = taps;
-  f.destination = table;
-  return f;
-}
-
 template <class T>
 void pack_weights(const Correlation<T>& z, const Plan<T>& plan, const Filter<T>& filter, acc_t<T>* weights) {
   const int64_t padded = plan.outputs_padded();
@@ -156,34 +134,6 @@ template <class T> void pack_bias(const Correlation<T>& z, const Plan<T>& plan, 
       bias[g * padded + j] = j < plan.outputs ? static_cast<acc_t<T>>(z.bias[g * plan.outputs + j]) : acc_t<T>(0);
 }
 
-// A finished panel of a block's pixels, sums[pixel][width], to channels [first, first + count) of the output.
-template <class T, class A>
-void write_out(const Correlation<T>& z, const A* sums, int64_t width, int64_t first, int64_t count, int64_t row_begin,
-               int64_t row_end, int64_t column_begin, int64_t columns) {
-  const int64_t plane = z.out_h * z.out_w;
-  for (int64_t row = row_begin; row < row_end;) {
-    const int64_t image = row / z.rows, i = row % z.rows;
-    const int64_t h = z.start_h + i * z.step_h, w = z.start_w + column_begin * z.step_w;
-    int64_t together = 1;  // rows that follow each other in memory
-    if (columns == z.out_w && z.step_h == 1 && z.step_w == 1) together = smaller(row_end - row, z.rows - i);
-    const int64_t pixels = together * columns;
-    if (z.output_channels_last) {
-      T* to = z.output + ((image * z.out_h + h) * z.out_w + w) * z.out_channels + first;
-      for (int64_t p = 0; p < pixels; ++p) copy(sums + p * width, to + p * z.step_w * z.out_channels, count);
-    } else {
-      T* to = z.output + (image * z.out_channels + first) * plane + h * z.out_w + w;
-      if (z.step_w == 1) {
-        transpose(sums, width, pixels, count, to, plane);
-      } else {
-        for (int64_t j = 0; j < count; ++j)
-          for (int64_t p = 0; p < pixels; ++p) to[j * plane + p * z.step_w] = static_cast<T>(sums[p * width + j]);
-      }
-    }
-    sums += pixels * width;
-    row += together;
-  }
-}
-
 // Where pixels of a block go, so that those of a class follow each other: order[pixel], first[class] .. first[class + 1).
 template <class T>
 void group_pixels(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begin, int64_t row_end,
@@ -199,28 +149,6 @@ void group_pixels(const Correlation<T>& z, const Plan<T>& plan, int64_t row_begi
   for (int64_t row = row_begin; row < row_end; ++row)
     for (int64_t q = column_begin; q < column_end; ++q)
       *order++ = next[plan.rows.of[row % z.rows] * across + plan.columns.of[q]]++;
-}
-
-// Residual and activation for channels [first, first + count) of a block's pixels. Only of outputs without steps.
-template <class T>
-void finish_block(const Correlation<T>& z, int64_t first, int64_t count, int64_t row_begin, int64_t row_end,
-                  int64_t column_begin, int64_t columns) {
-  const auto finish = [&](int64_t at, int64_t length) {
-    finish_run(z.output + at, z.residual ? z.residual + at : nullptr, length, z.activation);
-  };
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t image = row / z.rows, h = row % z.rows;
-    if (!z.output_channels_last) {
-      for (int64_t k = first; k < first + count; ++k)
-        finish(((image * z.out_channels + k) * z.out_h + h) * z.out_w + column_begin, columns);
-    } else {
-      const int64_t at = ((image * z.out_h + h) * z.out_w + column_begin) * z.out_channels;
-      if (count == z.out_channels)
-        finish(at, columns * count);
-      else
-        for (int64_t q = 0; q < columns; ++q) finish(at + q * z.out_channels + first, count);
-    }
-  }
 }
 
 // One block of output pixels, for panels [panel_begin, panel_end) of one group.
@@ -451,11 +379,10 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
   const int64_t taps = z.taps_h * z.taps_w;
   const bool straight = !f.merged && (z.weight_in == 1 || z.weight_out == 1);
   // Where neither side of a matrix is consecutive, some channels at a time become a matrix of floats first.
-  Plan<T> some = vectors;
-  if (!f.merged) some.channels = smaller(kTileStep, vectors.channels);
-  const Filter<T> all = plan_filter(z, some, lists, lists + taps);
+  const int64_t some = f.merged ? vectors.channels : smaller(kTileStep, vectors.channels);
+  const Filter<T> all = describe_filter(z, some, lists, lists + taps);
   parallel_for(z.groups * plan.panels, 1 + 65536 / plan.strip, [&](int64_t begin, int64_t end) {
-    float* rows = straight ? nullptr : scratch<float>(Slot::tiles_b, taps * some.channels * kStrip);
+    float* rows = straight ? nullptr : scratch<float>(Slot::tiles_b, taps * some * kStrip);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / plan.panels, first = i % plan.panels * kStrip,
                     count = smaller(kStrip, vectors.outputs - first);
@@ -471,7 +398,7 @@ void pack_strips(const Correlation<T>& z, const Plan<T>& vectors, const TilePlan
           pack_filter(filter, first, count, kStrip, rows);
         }
         for (int64_t t = 0; t < f.taps; ++t, to += kStepBytes<T>) {
-          const int64_t row = f.merged ? t * f.depth + c : t * some.channels;
+          const int64_t row = f.merged ? t * f.depth + c : t * some;
           const Lines<T> lines{weight + first * z.weight_out + c * z.weight_in + all.taps[t], z.weight_out,
                                z.weight_in};
           if (rows)
@@ -573,6 +500,9 @@ template <class T> void correlate(const Correlation<T>& z) {
   if constexpr (kHasTileCode<T>) {
     if (tiled && correlate_tiles(z, plan, tiles)) return;
   }
+  if constexpr (std::is_same_v<T, float>) {
+    if (!tiled && winograd::pays(z, plan.rows, plan.columns) && winograd::correlate(z)) return;
+  }
 
   plan.block_depth = sum_depth(
       plan.depth, static_cast<double>(plan.all_rows * z.columns) * static_cast<double>(z.out_channels * plan.depth));
@@ -602,7 +532,7 @@ template <class T> void correlate(const Correlation<T>& z) {
   plan.weights = z.packed;
   if (!z.packed) {
     int64_t* tap_offsets = arena.take<int64_t>(taps);
-    const Filter<T> filter = plan_filter(z, plan, tap_offsets, arena.take<int64_t>(table));
+    const Filter<T> filter = describe_filter(z, plan.channels, tap_offsets, arena.take<int64_t>(table));
     A* weights = arena.take<A>(padded * plan.depth);
     pack_weights(z, plan, filter, weights);
     plan.weights = weights;
@@ -654,7 +584,8 @@ template <class T> int64_t pack(const ConvPackArgs<T>& args) {
   for (int64_t r = 0; r < z.r; ++r) kernel_h[r] = r;
   for (int64_t s = 0; s < z.s; ++s) kernel_w[s] = s;
   c.kernel_h = kernel_h, c.kernel_w = kernel_w;
-  if (args.packed) pack_weights(c, plan, plan_filter(c, plan, tap_offsets, tap_offsets + taps), args.packed);
+  if (args.packed)
+    pack_weights(c, plan, describe_filter(c, plan.channels, tap_offsets, tap_offsets + taps), args.packed);
   if constexpr (kHasTileCode<T>) {
     if (keeps_strips(plan)) {  // behind the vectors' weights
       const TilePlan tiles = plan_kept_strips(c, plan);

@@ -104,6 +104,30 @@ template <class T> struct Filter {
   bool by_channel;
 };
 
+// The filter of a correlation with `channels` channels of each group: taps in its order. taps and table are memory, of
+// taps_h * taps_w and kernel_size * channels elements.
+template <class T>
+inline Filter<T> describe_filter(const Correlation<T>& z, int64_t channels, int64_t* taps, int64_t* table) {
+  Filter<T> f{};
+  f.out_stride = z.weight_out;
+  f.in_stride = z.weight_in;
+  f.in_channels = channels;
+  f.tap_count = z.taps_h * z.taps_w;
+  f.by_channel = z.weight_in > z.weight_out;
+  f.run = z.kernel_size * (f.by_channel ? 1 : channels);
+  for (int64_t e = 0; e < f.run; ++e) table[e] = -1;
+  for (int64_t r = 0; r < z.taps_h; ++r)
+    for (int64_t s = 0; s < z.taps_w; ++s) {
+      const int64_t t = r * z.taps_w + s, at = z.kernel_h[r] * z.weight_h + z.kernel_w[s] * z.weight_w;
+      taps[t] = at;
+      if (f.out_stride == 1) continue;
+      for (int64_t c = 0; c < (f.by_channel ? 1 : channels); ++c) table[at + c * z.weight_in] = t * channels + c;
+    }
+  f.taps = taps;
+  f.destination = table;
+  return f;
+}
+
 // Output channels [first, first + count) as packed[tap * in_channels + in][width], zero beyond count.
 template <class T, class A>
 inline void pack_filter(const Filter<T>& f, int64_t first, int64_t count, int64_t width, A* packed) {

@@ -16,6 +16,7 @@
 #include "conv_grouped.h"
 #include "conv_pack.h"
 #include "conv_weight_tiles.h"
+#include "conv_weight_winograd.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "wide.h"
@@ -401,6 +402,9 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   if (depthwise_backward_weight(args) || (!tiles_over_groups<T>(z) && grouped_backward_weight(args))) return;
   if constexpr (kHasTileCode<T>) {
     if (weight_is_tiled<T>(z) && backward_weight_tiles(args)) return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (winograd::pays(args) && winograd::backward_weight(args)) return;
   }
   Plan<T> plan;
   plan_bands(z, plan);

@@ -93,6 +93,11 @@ bool has_float_tiles() {
   return wanted && !std::strcmp(wanted, "1") && has_tiles();
 }
 
+bool has_winograd() {
+  static const char* const wanted = std::getenv("DLKERN_WINOGRAD");
+  return !wanted || std::strcmp(wanted, "0") != 0;
+}
+
 bool has_tiles() {
   static const bool has = detect_tiles();
   return has;

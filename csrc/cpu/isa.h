@@ -21,6 +21,8 @@ bool has_tiles();
 // Whether float32 goes by them too: DLKERN_AMX_FLOAT32=1. Not by default: in convolutions and backward passes on two cores of
 // a shared machine, where AMX's rate falls to a quarter for seconds, vectors were faster.
 bool has_float_tiles();
+// Whether 3 x 3 convolutions in float may take Winograd's transforms: not with DLKERN_WINOGRAD=0.
+bool has_winograd();
 
 }  // namespace dlkern::cpu
 

@@ -316,7 +316,7 @@ def _transposed(old: str, new: str, file: str = _CONV, tests: tuple[str, ...] = 
 MUTANTS += [
     # rows that follow each other in memory, where pixels do not
     _transposed("if (columns == z.out_w && z.step_h == 1 && z.step_w == 1) together", "if (columns == z.out_w && z.step_h == 1) together",
-                tests=("tests/test_conv.py", "-k", "exact and wide")),
+                file="csrc/cpu/conv_finish.h", tests=("tests/test_conv.py", "-k", "exact and wide")),
     # transposed convolution: no bias in gaps, none behind the depthwise kernels, none in the dense kernel
     _transposed("if (gaps && args.bias) {", "if (gaps && !args.bias) {"),
     _transposed("if (args.bias) apply_bias(args, false);", "if (args.bias && args.grad_input_channels_last) apply_bias(args, false);"),
@@ -492,4 +492,34 @@ MUTANTS += [
     # bfloat16's words: of weights, of positions' pairs
     dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="apart = kHasPairs<T> ? 1 : kTile;", new="apart = kTile;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="kHasPairs<T> ? 2 * kCell : kCell,", new="kCell,"),
+]
+
+
+def _winograd(file: str, old: str, new: str, tests: str = "integers") -> dict:
+    return dict(file=f"csrc/cpu/{file}", old=old, new=new, tests=["tests/test_conv_winograd.py", "-k", tests], build="native")
+
+
+MUTANTS += [
+    # a phase of dilation, the second row of an odd image, zeros outside the image
+    _winograd("winograd.h", "line / down % dilation_h + line", "line"),
+    _winograd("conv_winograd.h", "high = h + dh < z.rows ? 2 : 1", "high = 2"),
+    _winograd("winograd.h", "pixels[y][i] = inside && row[y] ? row[y]", "pixels[y][i] = row[y] ? row[y]"),
+    # the transforms
+    _winograd("winograd.h", "t[2][j] = d2 - d1,", "t[2][j] = d1 - d2,"),
+    _winograd("winograd.h", "t[2][j] = y0 - y1, t[3][j] = -y1;", "t[2][j] = y0 - y1, t[3][j] = y1;"),
+    # one chain of all channels, of all tiles
+    _winograd("winograd.h", "constexpr int64_t kChain = 16;", "constexpr int64_t kChain = 4096;", tests="parity and many"),
+    # sums that are there already
+    _winograd("conv_winograd.h", "                         c > 0);", "                         false);"),
+    _winograd("conv_weight_winograd.h", "row, add || t > 0, nullptr, 0);", "row, t > 0, nullptr, 0);"),
+    _winograd("conv_weight_winograd.h", "part = 1; part < parts;", "part = 1; part < 1;"),
+    # channels of a group; each tap of filters whose channels are neighbours
+    _winograd("conv_winograd.h", "first = group * outputs + panel * kWidth, dh", "first = panel * kWidth, dh"),
+    _winograd("conv_winograd.h", "if (by_tap) part.data += f.taps[tap];", ""),
+    # what a tile spreads
+    _winograd("winograd.h", "if (bits[l] >= 0x7f800000) return false;", "if (bits[l] > 0x7fffffff) return false;", tests="infinity"),
+    # bias; residual of a dilated line's second row
+    _winograd("conv_winograd.h", "out[y][x] + bias[v],", "out[y][x],"),
+    _winograd("conv_winograd.h", "y = 0; y < 2 && lines.row(line)", "y = 0; y < 1 && lines.row(line)", tests="residual"),
+    _winograd("isa.cpp", "return !wanted || std::strcmp(wanted, \"0\") != 0;", "return true || wanted;", tests="switch"),
 ]

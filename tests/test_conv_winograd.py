@@ -1,0 +1,145 @@
+"""3 x 3 convolutions of stride 1 in float on the CPU, by Winograd's transforms (csrc/cpu/winograd.h): each way work is cut,
+each layout, rounding, numbers that a tile spreads.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from threads import on_threads
+
+import dlkern
+import dlkern.nn.functional as F
+
+# input, weight, padding, dilation, groups
+SIZES = {
+    "blocks": ((3, 48, 30, 33), (70, 48, 3, 3), 1, 1, 1),
+    "panels": ((2, 100, 9, 12), (200, 100, 3, 3), 1, 1, 1),
+    "panels in parts": ((3, 300, 7, 8), (96, 300, 3, 3), 1, 1, 1),
+    "odd": ((5, 51, 13, 11), (67, 51, 3, 3), 1, 1, 1),
+    "no padding": ((2, 64, 21, 20), (40, 64, 3, 3), 0, 1, 1),
+    "more padding": ((2, 64, 12, 17), (64, 64, 3, 3), (2, 0), 1, 1),
+    "dilated": ((2, 64, 23, 22), (48, 64, 3, 3), 2, 2, 1),
+    "dilated unevenly": ((1, 50, 29, 41), (64, 50, 3, 3), (3, 1), (3, 1), 1),
+    "groups": ((2, 144, 14, 15), (96, 48, 3, 3), 1, 1, 3),
+    "wide": ((1, 48, 6, 301), (33, 48, 3, 3), 1, 1, 1),
+    "many images": ((70, 64, 5, 6), (64, 64, 3, 3), 1, 1, 1),
+    "many channels": ((2, 530, 8, 8), (150, 530, 3, 3), 1, 1, 1),
+    "few tiles for the weight": ((1, 128, 10, 10), (96, 128, 3, 3), 1, 1, 1),
+    "large weight": ((2, 160, 16, 18), (170, 160, 3, 3), 1, 1, 1),
+}
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+EACH = pytest.mark.parametrize("name", SIZES)
+
+
+def draw(name, layout, fill=torch.randn):
+    x, w = SIZES[name][:2]
+    return [t.contiguous(memory_format=layout if t.dim() == 4 else torch.contiguous_format) for t in map(fill, (x, w, w[:1]))]
+
+
+def run(f, name):
+    padding, dilation, groups = SIZES[name][2:]
+    return lambda x, w, b=None: f(x, w, b, 1, padding, dilation, groups)
+
+
+def integers(shape):
+    return torch.randint(-4, 5, shape).float()
+
+
+def gradients(f, tensors, grad):
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    y = f(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y))]
+
+
+@EACH
+def test_integers_are_exact(name):
+    """Quarters of integers are, too: every bit must be torch's, in every layout of input, weight and gradient."""
+    for layout in LAYOUTS:
+        for other in LAYOUTS:
+            tensors = draw(name, layout, integers)
+            tensors[1] = tensors[1].contiguous(memory_format=other)
+            wide = [t.double() for t in tensors]
+            grad = integers(run(TF.conv2d, name)(*wide).shape).contiguous(memory_format=other)
+            ours, exact = (gradients(run(f, name), t, grad) for f, t in ((F.conv2d, tensors), (TF.conv2d, wide)))
+            for actual, expected in zip(ours, exact):
+                assert torch.equal(actual, expected.float()), (layout, other)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@EACH
+def test_parity(name, relu):
+    """Also of what a ReLU leaves, whose mean is not zero, in both layouts."""
+    for layout in LAYOUTS:
+
+        def inputs(layout=layout):
+            x, w, b = (t.double() for t in draw(name, layout))
+            return [t.requires_grad_() for t in (x.relu() if relu else x, w / w[0].numel() ** 0.5, b)]
+
+        check = dlkern.testing.check(run(F.conv2d, name), run(TF.conv2d, name), inputs, draws=3, name=f"{name} {layout}")
+        check.raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["blocks", "panels", "dilated", "groups", "large weight"])
+def test_infinity_and_nan(name):
+    """They reach the windows that see them, not all of a tile; and so do numbers that overflow when transformed."""
+    for layout in LAYOUTS:
+        x, w, b = draw(name, layout)
+        x[0, 3, 2, 2], x[0, 5, 5, 4], x[-1, 7, 0, 3] = torch.inf, torch.nan, 3e38
+        x[-1, 7, 0, 4] = 3e38
+        w[:, 7] *= 1e-3
+        grad = torch.randn_like(run(TF.conv2d, name)(x, w, b))
+        for ours, theirs in zip(*(gradients(run(f, name), (x, w, b), grad) for f in (F.conv2d, TF.conv2d))):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert torch.equal(ours.isinf(), theirs.isinf())
+            finite = theirs.isfinite()
+            torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["blocks", "panels", "panels in parts", "dilated", "dilated unevenly", "groups", "odd"])
+def test_residual_and_activation(name):
+    for layout in LAYOUTS:
+        x, w, b = draw(name, layout)
+        expected = run(TF.conv2d, name)(x, w, b)
+        residual = torch.randn_like(expected)
+        padding, dilation, groups = SIZES[name][2:]
+        with torch.no_grad():
+            actual = F.conv2d_act(x, w, b, 1, padding, dilation, groups, residual=residual, activation="relu")
+        torch.testing.assert_close(actual, (expected + residual).relu(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["blocks", "panels", "dilated", "groups", "few tiles for the weight", "large weight"])
+def test_bits_do_not_depend_on_the_threads(name):
+    """But for the sums of a small weight's gradient, which each thread makes for itself."""
+    tensors = draw(name, LAYOUTS[0])
+    grad = torch.randn_like(run(TF.conv2d, name)(*tensors))
+    results = on_threads((1, 2, 3, 5), lambda: gradients(run(F.conv2d, name), tensors, grad))
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+        torch.testing.assert_close(results[0][2], other[2], rtol=1e-4, atol=1e-3)
+
+
+BITS = """
+import sys, torch, dlkern
+import dlkern.nn.functional as F
+torch.manual_seed(1)
+x, w, g = torch.randn(2, 64, 20, 20), torch.randn(64, 64, 3, 3), torch.randn(2, 64, 20, 20)
+x.requires_grad_(), w.requires_grad_()
+y = F.conv2d(x, w, padding=1)
+torch.save([y.detach(), *torch.autograd.grad(y, (x, w), g)], sys.argv[1])
+"""
+
+
+def test_the_switch(tmp_path):
+    """DLKERN_WINOGRAD=0 goes without: other bits, nearly the same numbers."""
+    results = []
+    for value in ("0", "1"):
+        path = tmp_path / value
+        subprocess.run([sys.executable, "-c", BITS, path], check=True, env={**os.environ, "DLKERN_WINOGRAD": value})
+        results.append(torch.load(path))
+    for direct, transformed in zip(*results):
+        assert not torch.equal(direct, transformed)
+        torch.testing.assert_close(direct, transformed, rtol=1e-4, atol=1e-3)
