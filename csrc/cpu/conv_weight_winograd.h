@@ -172,9 +172,9 @@ inline bool pays(const ConvBackwardWeightArgs<float>& args) {
                channels = static_cast<double>(call.channels), outputs = static_cast<double>(call.outputs),
                direct = static_cast<double>(z.n * count_taps(z.h, z.pad_h, z.dilation_h, z.p)) *
                         static_cast<double>(count_taps(z.w, z.pad_w, z.dilation_w, z.q)) * channels * outputs;
-  // Of few tiles the transforms' roundings outweigh the sums', most where a library sums channels_last pixels in AVX-512's
-  // registers. Few channels fill no panel.
-  const bool short_sums = kVectorBytes == 64 && (args.input_channels_last || args.grad_output_channels_last);
+  // Of few tiles the transforms' roundings outweigh the sums'; oneDNN's over channels_last pixels are short (with AVX-512).
+  // Few channels fill no panel.
+  const bool short_sums = args.input_channels_last || args.grad_output_channels_last;
   if (tiles < (short_sums ? 128 : 32) || call.channels < (kVectors - 1) * kLanes<float>) return false;
   return direct > 1.1 * products_of(tiles, channels, outputs);
 }
