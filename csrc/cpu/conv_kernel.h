@@ -14,6 +14,7 @@ constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;  // output channels of 
 constexpr int kTilePixels = 6;
 constexpr int kOuterVectors = 2;  // input channels of outer_tile, in vectors
 constexpr int kOuterRows = kVectorBytes == 64 ? 12 : 6;
+constexpr int64_t kOuterChain = 32;  // pixels that outer_tile sums in one go
 constexpr int kOuterPitch = kVectorBytes == 64 ? 16 : 8;  // elements from one pixel's kOuterRows channels to the next's
 // Most steps between two additions of the sums to memory: so that a panel of weights stays in the first-level cache,
 // and because rounding errors grow with the length of an unbroken sum.
@@ -91,8 +92,7 @@ void outer_tile(int64_t pixels, const A* left, const A* right, int64_t step, con
                 int64_t tile_row, bool add) {
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>;
-  constexpr int64_t half = kDepth / 2;
-  V sum[ROWS][NV] = {};
+  V sum[ROWS][NV];
   const auto add_pixels = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     for (int64_t p = begin; p < end; ++p) {
       const A* l = TURNED ? left + offsets[p] : left;
@@ -109,24 +109,24 @@ void outer_tile(int64_t pixels, const A* left, const A* right, int64_t step, con
       (TURNED ? right : left) += step;
     }
   };
-  add_pixels(0, smaller(half, pixels));
-  if (pixels > half) {  // two sums of half the pixels round less
-    V before[ROWS][NV];
+  // Several short sums round less than a long one. They are added up in memory, which costs a fiftieth.
+  V total[ROWS][NV];
+  for (int64_t p = 0; p < pixels; p += kOuterChain) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) before[i][j] = sum[i][j], sum[i][j] = V{};
-    add_pixels(half, pixels);
+      for (int j = 0; j < NV; ++j) sum[i][j] = V{};
+    add_pixels(p, smaller(p + kOuterChain, pixels));
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] += before[i][j];
+      for (int j = 0; j < NV; ++j) total[i][j] = p > 0 ? total[i][j] + sum[i][j] : sum[i][j];
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     A* out = tile + i * tile_row;
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(out + j * lanes, add ? load(out + j * lanes) + sum[i][j] : sum[i][j]);
+    for (int j = 0; j < NV; ++j) store(out + j * lanes, add ? load(out + j * lanes) + total[i][j] : total[i][j]);
   }
 }
 

@@ -9,6 +9,8 @@
 
 namespace dlkern::cpu::DLKERN_ISA::winograd {
 
+using S = Taps3;  // 5 x 5 taps were slower in tiles: sums of 49 places pass the caches
+
 // Transformed tiles of a block, in a thread's own cache and in the one they share.
 constexpr int64_t kOwnBlockBytes = kVectorBytes == 64 ? 1024 * 1024 : 320 * 1024;
 constexpr int64_t kSharedBlockBytes = 3 * 1024 * 1024;
@@ -36,8 +38,8 @@ struct GradientCall {
         row(ceil_div(channels, kLanes<float>) * kLanes<float>),
         sums_plane(outputs * row + 48) {}
 
-  int64_t sums_size() const { return z.groups * kPlaces * sums_plane; }
-  int64_t line_bytes() const { return kPlaces * 4 * lines.tiles() * (input_pitch + gradient_pitch); }
+  int64_t sums_size() const { return z.groups * kPlaces<S> * sums_plane; }
+  int64_t line_bytes() const { return kPlaces<S> * 4 * lines.tiles() * (input_pitch + gradient_pitch); }
 
   // Transforms lines [begin, end) of a group.
   void transform_lines(int64_t group, int64_t begin, int64_t end, float* input, int64_t input_plane, float* gradient,
@@ -46,11 +48,11 @@ struct GradientCall {
         y{args.grad_output, args.grad_output_channels_last, z.n, z.k, z.p, z.q};
     read_tiles<4>(x, lines, -z.pad_h, -z.pad_w, group * channels, channels, begin, end,
                   [&](int64_t tile, const float* const(&pixels)[4][4]) __attribute__((always_inline)) {
-                    transform_input(pixels, channels, input + tile * input_pitch, input_plane);
+                    transform_input<S>(pixels, channels, input + tile * input_pitch, input_plane);
                   });
     read_tiles<2>(y, lines, 0, 0, group * outputs, outputs, begin, end,
                   [&](int64_t tile, const float* const(&pixels)[2][2]) __attribute__((always_inline)) {
-                    transform_gradient(pixels, outputs, gradient + tile * gradient_pitch, gradient_plane);
+                    transform_gradient<S>(pixels, outputs, gradient + tile * gradient_pitch, gradient_plane);
                   });
   }
 
@@ -67,23 +69,24 @@ struct GradientCall {
 
   // The finished gradient of output channel k, of `parts` sums.
   void write_gradient(int64_t k, float* sums, int64_t parts, float* taps) {
-    float* from = sums + k / outputs * kPlaces * sums_plane + k % outputs * row;
+    float* from = sums + k / outputs * kPlaces<S> * sums_plane + k % outputs * row;
     float* to = args.grad_weight + k * channels * 9;
     Largest largest;
     for (int64_t c = 0; c < channels; c += kLanes<float>) {
       for (int64_t part = 1; part < parts; ++part)
-        for (int64_t place = 0; place < kPlaces; ++place) {
+        for (int64_t place = 0; place < kPlaces<S>; ++place) {
           float* at = from + place * sums_plane + c;
           store(at, load(at) + load(at + part * sums_size()));
         }
-      vfloat out[9];
-      transform_filter_gradient(from + c, sums_plane, out);
+      vfloat out[3][3];
+      transform_filter_gradient<S>(from + c, sums_plane, out);
       for (int tap = 0; tap < 9; ++tap) {
-        largest.add(out[tap]);
+        const vfloat value = out[tap / 3][tap % 3];
+        largest.add(value);
         if (args.grad_weight_channels_last)
-          store_some(to + tap * channels + c, out[tap], channels - c);
+          store_some(to + tap * channels + c, value, channels - c);
         else
-          store(taps + tap * row + c, out[tap]);
+          store(taps + tap * row + c, value);
       }
     }
     if (!args.grad_weight_channels_last) transpose(taps, row, 9, channels, to, 9);
@@ -98,15 +101,15 @@ struct GradientCall {
                       most = larger(1, smaller(kOwnBlockBytes / line_bytes(), last - first)),
                       input_plane = plane_of(most * lines.tiles(), input_pitch),
                       gradient_plane = plane_of(most * lines.tiles(), gradient_pitch);
-        float* input = scratch<float>(Slot::family_1, kPlaces * input_plane);
-        float* gradient = scratch<float>(Slot::family_2, kPlaces * gradient_plane);
+        float* input = scratch<float>(Slot::family_1, kPlaces<S> * input_plane);
+        float* gradient = scratch<float>(Slot::family_2, kPlaces<S> * gradient_plane);
         for (int64_t group = 0; group < z.groups; ++group)
           for (int64_t line = first; line < last; line += most) {
             const int64_t end = smaller(line + most, last);
             transform_lines(group, line, end, input, input_plane, gradient, gradient_plane);
-            for (int64_t place = 0; place < kPlaces; ++place)
+            for (int64_t place = 0; place < kPlaces<S>; ++place)
               add_products((end - line) * lines.tiles(), input + place * input_plane, gradient + place * gradient_plane,
-                           0, outputs, sums + part * sums_size() + (group * kPlaces + place) * sums_plane,
+                           0, outputs, sums + part * sums_size() + (group * kPlaces<S> + place) * sums_plane,
                            line > first);
           }
       }
@@ -119,17 +122,18 @@ struct GradientCall {
                   block = ceil_div(lines.count(), ceil_div(lines.count(), most)), tiles = lines.tiles(),
                   input_plane = plane_of(block * tiles, input_pitch),
                   gradient_plane = plane_of(block * tiles, gradient_pitch), panels = ceil_div(outputs, 8 * kRows);
-    float* inputs = scratch<float>(Slot::family_1, z.groups * kPlaces * input_plane);
-    float* gradients = scratch<float>(Slot::family_2, z.groups * kPlaces * gradient_plane);
+    float* inputs = scratch<float>(Slot::family_1, z.groups * kPlaces<S> * input_plane);
+    float* gradients = scratch<float>(Slot::family_2, z.groups * kPlaces<S> * gradient_plane);
     for (int64_t first = 0; first < lines.count(); first += block) {
       const int64_t end = smaller(first + block, lines.count());
       parallel_for(end - first, 1, [&](int64_t from, int64_t to) {
         for (int64_t group = 0; group < z.groups; ++group)
           transform_lines(group, first + from, first + to,
-                          inputs + group * kPlaces * input_plane + from * tiles * input_pitch, input_plane,
-                          gradients + group * kPlaces * gradient_plane + from * tiles * gradient_pitch, gradient_plane);
+                          inputs + group * kPlaces<S> * input_plane + from * tiles * input_pitch, input_plane,
+                          gradients + group * kPlaces<S> * gradient_plane + from * tiles * gradient_pitch,
+                          gradient_plane);
       });
-      parallel_for(z.groups * kPlaces * panels, 1, [&](int64_t from, int64_t to) {
+      parallel_for(z.groups * kPlaces<S> * panels, 1, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
           const int64_t plane = i / panels, k = i % panels * 8 * kRows;
           add_products((end - first) * tiles, inputs + plane * input_plane, gradients + plane * gradient_plane, k,
@@ -176,7 +180,7 @@ inline bool pays(const ConvBackwardWeightArgs<float>& args) {
   // Few channels fill no panel.
   const bool short_sums = args.input_channels_last || args.grad_output_channels_last;
   if (tiles < (short_sums ? 128 : 32) || call.channels < (kVectors - 1) * kLanes<float>) return false;
-  return direct > 1.1 * products_of(tiles, channels, outputs);
+  return direct > 1.1 * products_of<S>(tiles, channels, outputs);
 }
 
 // Whether the gradient is written, and finite.

@@ -1,11 +1,12 @@
-// 3 x 3 convolutions of stride 1 in float, and the gradients of their input, by Winograd's F(2 x 2, 3 x 3) (winograd.h):
-// 2.25 times fewer multiplications. Blocks of tiles are transformed to [place][tile][channel], which stays in the
-// second-level cache; for each panel of output channels the 16 products are made and transformed back.
+// Convolutions of 3 x 3 and 5 x 5 taps in float, without stride, and the gradients of their input by Winograd's transforms
+// (winograd.h): 2.25 and 2.04 times fewer multiplications. Blocks of tiles are transformed to
+// [place][tile][channel], which stays in the second-level cache; for each panel of output channels the products of all
+// places are made and transformed back.
 //
 // Sums over channels go in chains of kChain, added up in a second sum: in one chain of 256 the error was 2.3 times that
 // of a library's direct convolution, so it is 0.9 to 1.1 times. An infinity or NaN would spread over its whole tile: where
 // an output is not finite the call is computed again, directly.
-// Floor: 4 N P Q K C multiplications over the FMA peak; to it come, a tile, some 4 vectors' transforms a channel.
+// Floor: multiplications over the FMA peak; to them come the transforms, about 10 additions a place and channel.
 #pragma once
 #include "conv_borders.h"
 #include "conv_finish.h"
@@ -14,15 +15,16 @@
 namespace dlkern::cpu::DLKERN_ISA::winograd {
 
 constexpr int64_t kWidth = kVectors * kLanes<float>;  // of a panel of output channels
-constexpr int64_t kFilterChannels = 48;  // transformed at a time
-constexpr int64_t kPanelDepth = 144;  // channels of a panel's filters that are used as soon as they are transformed
+template <class S> constexpr int64_t kFilterChannels = S::kTaps == 3 ? 48 : 16;  // transformed at a time
+// Channels of a panel's filters that are used as soon as they are transformed.
+template <class S> constexpr int64_t kPanelDepth = S::kTaps == 3 ? 144 : 48;
 // Bytes of a block's transformed tiles: half a second-level cache of 2 MB (AVX-512) or 512 KB, a quarter where the filters
 // stay there, too.
 constexpr int64_t kBlockBytes = kVectorBytes == 64 ? 1024 * 1024 : 320 * 1024;
 constexpr int64_t kMostBlockBytes = 16 * 1024 * 1024;  // a line is not cut
 
 // One call.
-struct Call {
+template <class S> struct Call {
   const Correlation<float>& z;
   Lines lines;
   int64_t channels, outputs, panels;  // of a group
@@ -44,46 +46,46 @@ struct Call {
   int64_t block_bytes() const {
     return z.groups * panels * panel_size() * 4 <= kBlockBytes ? kBlockBytes / 2 : kBlockBytes;
   }
-  int64_t panel_size() const { return kPlaces * filter_plane(channels); }
+  int64_t panel_size() const { return kPlaces<S> * filter_plane(channels); }
 
   // A panel's filters for channels [begin, begin + depth), as [place][channel][width].
   void transform_filters(int64_t group, int64_t panel, int64_t begin, int64_t depth, float* to) const {
     const int64_t width = vectors_of(panel) * kLanes<float>;
-    float* taps = scratch<float>(Slot::tiles_b, 9 * kFilterChannels * width);
+    float* taps = scratch<float>(Slot::tiles_b, kTaps<S> * kFilterChannels<S> * width);
     // Where a filter's input channels are neighbours in memory, each tap is a filter of one tap.
     const bool by_tap = z.weight_in == 1;
-    for (int64_t c = 0; c < depth; c += kFilterChannels) {
-      const int64_t some = smaller(kFilterChannels, depth - c),
-                    rows = filter.out_stride == 1 || by_tap ? some : smaller(kFilterChannels, channels);
+    for (int64_t c = 0; c < depth; c += kFilterChannels<S>) {
+      const int64_t some = smaller(kFilterChannels<S>, depth - c),
+                    rows = filter.out_stride == 1 || by_tap ? some : smaller(kFilterChannels<S>, channels);
       Filter<float> f = filter;
       f.data = z.weight + group * z.weight_group + (begin + c) * z.weight_in;
       f.in_channels = some;
-      f.tap_count = by_tap ? 1 : 9;
+      f.tap_count = by_tap ? 1 : kTaps<S>;
       if (!f.by_channel) f.run = by_tap ? some : z.kernel_size * some;
-      for (int64_t tap = 0; tap < 9; tap += f.tap_count) {
+      for (int64_t tap = 0; tap < kTaps<S>; tap += f.tap_count) {
         Filter<float> part = f;
         if (by_tap) part.data += f.taps[tap];
         pack_filter(part, panel * kWidth, count_of(panel), width, taps + tap * rows * width);
       }
-      transform_filter(taps, rows * width, some * width, to + c * width, filter_plane(depth));
+      transform_filter<S>(taps, rows * width, some * width, to + c * width, filter_plane(depth));
     }
   }
 
   void transform_lines(int64_t group, int64_t begin, int64_t end, float* tiles, int64_t plane) const {
-    read_tiles<4>(z.source, lines, z.tap_h[0], z.tap_w[0], group * channels, channels, begin, end,
-                  [&](int64_t tile, const float* const(&pixels)[4][4]) __attribute__((always_inline)) {
-                    transform_input(pixels, channels, tiles + tile * pitch, plane);
-                  });
+    read_tiles<S::kInputs>(
+        z.source, lines, z.tap_h[0], z.tap_w[0], group * channels, channels, begin, end,
+        [&](int64_t tile, const float* const(&pixels)[S::kInputs][S::kInputs])
+            __attribute__((always_inline)) { transform_input<S>(pixels, channels, tiles + tile * pitch, plane); });
   }
 
   // sums[place][tile][width] (+)= products of `count` tiles and a panel's filters over `depth` channels.
   void multiply_panel(int64_t count, int64_t depth, const float* tiles, int64_t plane, const float* filters,
                       int64_t vectors, float* sums, int64_t sums_plane, bool add) const {
     const int64_t width = vectors * kLanes<float>, calls = ceil_div(count, kRows);
-    for (int64_t place = 0; place < kPlaces; ++place) {
+    for (int64_t place = 0; place < kPlaces<S>; ++place) {
       const float* here = filters + place * filter_plane(depth);
       // The next place's filters come while this one's products are made: lines a chain, and elements a call.
-      const int64_t fetch = place + 1 < kPlaces ? ceil_div(kChain * width / 16, calls) : 0,
+      const int64_t fetch = place + 1 < kPlaces<S> ? ceil_div(kChain * width / 16, calls) : 0,
                     step = ceil_div(depth, kChain) * fetch * 16;
       const float* ahead = here + filter_plane(depth);
       for (int64_t tile = 0; tile < count; tile += kRows, ahead += step)
@@ -123,7 +125,7 @@ struct Call {
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t lane = v * kLanes<float>;
           vfloat out[2][2];
-          transform_output(m + lane, sums_plane, out);
+          transform_output<S>(m + lane, sums_plane, out);
           for (int64_t y = 0; y < high; ++y)
             for (int64_t x = 0; x < wide; ++x) {
               largest.add(out[y][x]);
@@ -149,7 +151,7 @@ struct Call {
 
   // Many tiles: filters are transformed first, then a task is a block of lines.
   void run_blocks() {
-    const int64_t threads = num_threads(), line_bytes = kPlaces * lines.tiles() * pitch * 4, size = panel_size();
+    const int64_t threads = num_threads(), line_bytes = kPlaces<S> * lines.tiles() * pitch * 4, size = panel_size();
     int64_t most = larger(1, block_bytes() / line_bytes), blocks = ceil_div(lines.count(), most) * z.groups;
     if (blocks < 8 * threads)  // the same number for each
       most = ceil_div(lines.count(), smaller(lines.count(), ceil_div(ceil_div(blocks, threads) * threads, z.groups)));
@@ -160,8 +162,8 @@ struct Call {
     });
     const int64_t most_tiles = most * lines.tiles(), plane = plane_of(most_tiles, pitch);
     parallel_for(blocks * z.groups, 1, [&](int64_t begin, int64_t end) {
-      float* tiles = scratch<float>(Slot::family_1, kPlaces * plane);
-      float* sums = scratch<float>(Slot::family_2, kPlaces * (most_tiles * kWidth + 16));
+      float* tiles = scratch<float>(Slot::family_1, kPlaces<S> * plane);
+      float* sums = scratch<float>(Slot::family_2, kPlaces<S> * (most_tiles * kWidth + 16));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t group = i % z.groups, line = i / z.groups * most, last = smaller(line + most, lines.count()),
                       count = (last - line) * lines.tiles();
@@ -179,26 +181,26 @@ struct Call {
   // Few tiles: they are transformed first, then a task is a panel, whose filters are transformed and used in the cache.
   void run_panels() {
     const int64_t count = lines.count() * lines.tiles(), plane = plane_of(count, pitch);
-    float* tiles = scratch<float>(Slot::family_1, z.groups * kPlaces * plane);
+    float* tiles = scratch<float>(Slot::family_1, z.groups * kPlaces<S> * plane);
     parallel_for(z.groups * lines.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end;) {
         const int64_t group = i / lines.count(), line = i % lines.count(),
                       last = smaller(line + end - i, lines.count());
-        transform_lines(group, line, last, tiles + group * kPlaces * plane + line * lines.tiles() * pitch, plane);
+        transform_lines(group, line, last, tiles + group * kPlaces<S> * plane + line * lines.tiles() * pitch, plane);
         i += last - line;
       }
     });
     parallel_for(z.groups * panels, 1, [&](int64_t begin, int64_t end) {
-      float* filters = scratch<float>(Slot::family_0, kPlaces * filter_plane(kPanelDepth));
-      float* sums = scratch<float>(Slot::family_2, kPlaces * (count * kWidth + 16));
+      float* filters = scratch<float>(Slot::family_0, kPlaces<S> * filter_plane(kPanelDepth<S>));
+      float* sums = scratch<float>(Slot::family_2, kPlaces<S> * (count * kWidth + 16));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t group = i / panels, panel = i % panels, vectors = vectors_of(panel),
                       sums_plane = count * vectors * kLanes<float> + 16;
-        for (int64_t c = 0; c < channels; c += kPanelDepth) {
-          const int64_t depth = smaller(kPanelDepth, channels - c);
+        for (int64_t c = 0; c < channels; c += kPanelDepth<S>) {
+          const int64_t depth = smaller(kPanelDepth<S>, channels - c);
           transform_filters(group, panel, c, depth, filters);
-          multiply_panel(count, depth, tiles + group * kPlaces * plane + c, plane, filters, vectors, sums, sums_plane,
-                         c > 0);
+          multiply_panel(count, depth, tiles + group * kPlaces<S> * plane + c, plane, filters, vectors, sums,
+                         sums_plane, c > 0);
         }
         write_panel(group, panel, 0, lines.count(), sums, sums_plane);
       }
@@ -216,41 +218,53 @@ inline int64_t count_taps(const Borders& borders, int64_t size) {
   return count;
 }
 
-inline bool pays(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
-  const auto even = [](const int64_t* tap) { return tap[1] - tap[0] == tap[2] - tap[1]; };
-  if (!has_winograd() || z.taps_h != 3 || z.taps_w != 3 || z.stride_h != 1 || z.stride_w != 1 || z.step_h != 1 ||
-      z.step_w != 1 || !even(z.tap_h) || !even(z.tap_w))
+template <class S> inline bool pays(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+  const auto fits = [](const int64_t* tap, int64_t taps) {
+    if (taps != S::kTaps) return false;
+    for (int t = 2; t < S::kTaps; ++t)
+      if (tap[t] - tap[t - 1] != tap[1] - tap[0]) return false;
+    return true;
+  };
+  if (!has_winograd() || !fits(z.tap_h, z.taps_h) || !fits(z.tap_w, z.taps_w) || z.stride_h != 1 || z.stride_w != 1 ||
+      z.step_h != 1 || z.step_w != 1)
     return false;
-  const Call call(z);
-  if (call.channels < 32 || call.outputs < 16) return false;  // the transforms' roundings outweigh short sums'
+  const Call<S> call(z);
+  // The transforms' roundings outweigh short sums'; of many channels a block would have few tiles of 49 places.
+  if (call.channels < 32 || (S::kTaps == 5 && call.channels > 96) || call.outputs < 16) return false;
+  if (kPlaces<S> * call.lines.tiles() * call.pitch * 4 > kMostBlockBytes) return false;
   const double tiles = static_cast<double>(call.lines.count() * call.lines.tiles()),
                channels = static_cast<double>(call.channels), outputs = static_cast<double>(call.outputs),
                direct = static_cast<double>(z.source.n * count_taps(rows, z.rows)) *
                         static_cast<double>(count_taps(columns, z.columns)) * channels * outputs;
-  if (kPlaces * call.lines.tiles() * call.pitch * 4 > kMostBlockBytes) return false;
   // Filters cost what so many tiles' products do; a direct computation has to pack its own, but for kept ones.
-  const double filters = z.packed ? 512 : 96;
-  return direct > 1.1 * (products_of(tiles, channels, outputs) + filters * channels * outputs);
+  const double filters = z.packed ? 32 : 6;
+  return direct > 1.1 * (products_of<S>(tiles, channels, outputs) + filters * kPlaces<S> * channels * outputs);
 }
 
 // Whether the outputs are written, and finite.
-inline bool correlate(const Correlation<float>& z) {
-  Call call(z);
-  const int64_t channels = smaller(kFilterChannels, call.channels);
-  int64_t* taps = scratch<int64_t>(Slot::tiles_a, 9 + z.kernel_size * channels);
+template <class S> inline bool correlate(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+  if (!pays<S>(z, rows, columns)) return false;
+  Call<S> call(z);
+  const int64_t channels = smaller(kFilterChannels<S>, call.channels);
+  int64_t* taps = scratch<int64_t>(Slot::tiles_a, kTaps<S> + z.kernel_size * channels);
   if (z.weight_in == 1) {
-    call.filter = Filter<float>{nullptr, z.weight_out, 1, channels, taps, 9, taps + 9, channels, false};
-    for (int64_t t = 0; t < 9; ++t) taps[t] = z.kernel_h[t / 3] * z.weight_h + z.kernel_w[t % 3] * z.weight_w;
-    for (int64_t c = 0; c < channels; ++c) taps[9 + c] = c;
+    call.filter = Filter<float>{nullptr, z.weight_out, 1, channels, taps, kTaps<S>, taps + kTaps<S>, channels, false};
+    for (int64_t t = 0; t < kTaps<S>; ++t)
+      taps[t] = z.kernel_h[t / S::kTaps] * z.weight_h + z.kernel_w[t % S::kTaps] * z.weight_w;
+    for (int64_t c = 0; c < channels; ++c) taps[kTaps<S> + c] = c;
   } else {
-    call.filter = describe_filter(z, channels, taps, taps + 9);
+    call.filter = describe_filter(z, channels, taps, taps + kTaps<S>);
   }
-  const int64_t bytes = kPlaces * call.lines.count() * call.lines.tiles() * call.pitch * 4;
+  const int64_t bytes = kPlaces<S> * call.lines.count() * call.lines.tiles() * call.pitch * 4;
   if (bytes <= 2 * kBlockBytes && z.groups * call.panels >= 2 * num_threads())
     call.run_panels();
   else
     call.run_blocks();
   return !call.failed;
+}
+
+inline bool correlate(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+  return correlate<Taps3>(z, rows, columns) || correlate<Taps5>(z, rows, columns);
 }
 
 }  // namespace dlkern::cpu::DLKERN_ISA::winograd

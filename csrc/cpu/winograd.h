@@ -1,15 +1,14 @@
-// Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016): 2 x 2 outputs of
-// a 3 x 3 correlation take 16 multiplications a channel instead of 36. With
-//   B' = 1  0 -1  0    G =  1   0   0    A' = 1  1  1  0
-//        0  1  1  0        1/2 1/2 1/2        0  1 -1 -1
-//        0 -1  1  0        1/2 -1/2 1/2
-//        0  1  0 -1         0   0   1
-// a tile of outputs is A' ((G g G') * (B' d B)) A, where g is the filter, d the 4 x 4 inputs that the tile sees and * is
-// element by element, so that over channels each of the 16 places is a matrix product. The filter's gradient is
-// G' (sum over tiles of (B' d B) * (A y A')) G, where y are the tile's 2 x 2 gradients.
+// Winograd's transforms (Winograd 1980; Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016): two
+// neighbouring outputs of a correlation in one dimension, y = A' ((G g) * (B' d)), where g is the filter, d the inputs that
+// they see and * is element by element, for fewer products than outputs x taps:
+//   3 taps: 4 products for 6;  5 taps, as 3 and 2: 7 for 10.
+// All numbers in A, B and G are 0, 1, -1 and 1/2, so that rounding stays near a direct computation's. Used on rows and
+// columns, a tile of 2 x 2 outputs takes 16 multiplications a channel for 36, 49 for 100; over channels each of these
+// places is a matrix product. The filter's gradient is G' ((A y) * (B' d) summed over tiles) G in either dimension,
+// where y are the tile's gradients.
 //
-// Here: how an image is cut in tiles, and the transforms; lanes hold channels. Only of float: in 16 bits tiles of the
-// CPU's own are faster, and rounding what is transformed would cost half of the bits.
+// Here: the schemes, how an image is cut in tiles, and the products; lanes hold channels. Only of float: in 16 bits tiles of
+// the CPU's own are faster, and rounding what is transformed would cost bits.
 #pragma once
 #include "conv_pack.h"
 #include "isa.h"
@@ -18,7 +17,48 @@
 
 namespace dlkern::cpu::DLKERN_ISA::winograd {
 
-constexpr int kPlaces = 16;
+// One dimension of a tile: what its two outputs see, and the places of their products.
+struct Taps3 {
+  static constexpr int kTaps = 3, kInputs = 4, kPlaces = 4;
+  [[gnu::always_inline]] static void input(const vfloat (&d)[4], vfloat (&t)[4]) {
+    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+  }
+  [[gnu::always_inline]] static void filter(const vfloat (&g)[3], vfloat (&t)[4]) {
+    const vfloat outer = g[0] + g[2];
+    t[0] = g[0], t[1] = (outer + g[1]) * 0.5f, t[2] = (outer - g[1]) * 0.5f, t[3] = g[2];
+  }
+  [[gnu::always_inline]] static void output(const vfloat (&m)[4], vfloat (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
+  }
+  [[gnu::always_inline]] static void gradient(const vfloat (&y)[2], vfloat (&t)[4]) {
+    t[0] = y[0], t[1] = y[0] + y[1], t[2] = y[0] - y[1], t[3] = -y[1];
+  }
+  [[gnu::always_inline]] static void filter_gradient(const vfloat (&s)[4], vfloat (&g)[3]) {
+    const vfloat half = (s[1] + s[2]) * 0.5f;
+    g[0] = s[0] + half, g[1] = (s[1] - s[2]) * 0.5f, g[2] = half + s[3];
+  }
+};
+
+// The first three taps as above, two more: (d3 - d4) g3, d4 (g3 + g4), (d4 - d5) g4.
+struct Taps5 {
+  static constexpr int kTaps = 5, kInputs = 6, kPlaces = 7;
+  [[gnu::always_inline]] static void input(const vfloat (&d)[6], vfloat (&t)[7]) {
+    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+    t[4] = d[3] - d[4], t[5] = d[4], t[6] = d[4] - d[5];
+  }
+  [[gnu::always_inline]] static void filter(const vfloat (&g)[5], vfloat (&t)[7]) {
+    const vfloat outer = g[0] + g[2];
+    t[0] = g[0], t[1] = (outer + g[1]) * 0.5f, t[2] = (outer - g[1]) * 0.5f, t[3] = g[2];
+    t[4] = g[3], t[5] = g[3] + g[4], t[6] = g[4];
+  }
+  [[gnu::always_inline]] static void output(const vfloat (&m)[7], vfloat (&y)[2]) {
+    y[0] = (m[0] + m[1] + m[2]) + (m[4] + m[5]), y[1] = (m[1] - m[2] - m[3]) + (m[5] - m[6]);
+  }
+};
+
+// In two dimensions.
+template <class S> constexpr int kPlaces = S::kPlaces * S::kPlaces;
+template <class S> constexpr int kTaps = S::kTaps * S::kTaps;
 
 // Outputs cut in tiles of 2 x 2. Dilation splits them in phases, each of which is a convolution without dilation. A line
 // is two rows of one phase of the rows, with all phases of the columns: its tiles follow each other, phase after phase.
@@ -42,9 +82,9 @@ struct Lines {
   int64_t column(int64_t tile) const { return tile / across + tile % across * 2 * dilation_w; }
 };
 
-// What tiles cost, in multiplications of a direct computation: to the 16 a tile and pair of channels come the transforms.
-inline double products_of(double tiles, double channels, double outputs) {
-  return tiles * (kPlaces * channels * outputs + 160 * channels + 128 * outputs);
+// What tiles cost, in multiplications of a direct computation: to those of the places come the transforms.
+template <class S> inline double products_of(double tiles, double channels, double outputs) {
+  return tiles * kPlaces<S> * (channels * outputs + 10 * channels + 8 * outputs);
 }
 
 // Elements of one channel after the other in [place][tile][pitch]: a pitch that is no power of two spreads the tiles over
@@ -53,8 +93,8 @@ inline int64_t pitch_of(int64_t channels) { return ceil_div(channels, 16) * 16 +
 inline int64_t plane_of(int64_t tiles, int64_t pitch) { return tiles * pitch + 48; }
 
 // Calls put(tile, pixels) for each tile of lines [begin, end), numbered from 0: pixels[y][x] points to the channels
-// [c0, c0 + channels) of the source at the tile's first row + first_h + y * dilation_h, and so for columns; to zeros
-// outside of the image.
+// [c0, c0 + channels) of the source at the tile's first row + first_h + y * dilation_h, and so for columns; to
+// zeros outside of the image.
 template <int SIZE, class Put>
 inline void read_tiles(const Images<float>& x, const Lines& lines, int64_t first_h, int64_t first_w, int64_t c0,
                        int64_t channels, int64_t begin, int64_t end, Put&& put) {
@@ -81,9 +121,9 @@ inline void read_tiles(const Images<float>& x, const Lines& lines, int64_t first
     }
     return;
   }
-  const int64_t width = (2 * lines.across + SIZE - 2) * dw, copy_row = width * channels;
+  const int64_t width = (2 * (lines.across - 1) + SIZE) * dw, copy_row = width * channels;
   for (int64_t line = begin; line < end;) {
-    const int64_t last = smaller(end, lines.phase_end(line)), rows = 2 * (last - line) + SIZE - 2;
+    const int64_t last = smaller(end, lines.phase_end(line)), rows = 2 * (last - line - 1) + SIZE;
     float* copy = scratch<float>(Slot::tiles_c, rows * copy_row);
     copy_window(x, Window{lines.image(line), lines.row(line) + first_h, rows, dh, first_w, width, 1}, c0, channels,
                 copy, copy_row, channels);
@@ -97,96 +137,101 @@ inline void read_tiles(const Images<float>& x, const Lines& lines, int64_t first
 }
 
 // B' d B of one tile, to to[place * plane + channel].
-inline void transform_input(const float* const (&d)[4][4], int64_t channels, float* to, int64_t plane) {
+template <class S>
+inline void transform_input(const float* const (&d)[S::kInputs][S::kInputs], int64_t channels, float* to,
+                            int64_t plane) {
   for (int64_t c = 0; c < channels; c += kLanes<float>, to += kLanes<float>) {
     const int64_t some = channels - c;
-    vfloat t[4][4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vfloat d0 = load_some(d[0][j] + c, some), d1 = load_some(d[1][j] + c, some),
-                   d2 = load_some(d[2][j] + c, some), d3 = load_some(d[3][j] + c, some);
-      t[0][j] = d0 - d2, t[1][j] = d1 + d2, t[2][j] = d2 - d1, t[3][j] = d1 - d3;
+    vfloat rows[S::kPlaces][S::kInputs], in[S::kInputs], out[S::kPlaces];
+#pragma GCC unroll 8
+    for (int j = 0; j < S::kInputs; ++j) {
+#pragma GCC unroll 8
+      for (int i = 0; i < S::kInputs; ++i) in[i] = load_some(d[i][j] + c, some);
+      S::input(in, out);
+#pragma GCC unroll 8
+      for (int i = 0; i < S::kPlaces; ++i) rows[i][j] = out[i];
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      store(to + (4 * i) * plane, t[i][0] - t[i][2]);
-      store(to + (4 * i + 1) * plane, t[i][1] + t[i][2]);
-      store(to + (4 * i + 2) * plane, t[i][2] - t[i][1]);
-      store(to + (4 * i + 3) * plane, t[i][1] - t[i][3]);
+#pragma GCC unroll 8
+    for (int i = 0; i < S::kPlaces; ++i) {
+      S::input(rows[i], out);
+#pragma GCC unroll 8
+      for (int j = 0; j < S::kPlaces; ++j) store(to + (S::kPlaces * i + j) * plane, out[j]);
     }
   }
 }
 
 // A y A' of one tile of gradients.
+template <class S>
 inline void transform_gradient(const float* const (&y)[2][2], int64_t channels, float* to, int64_t plane) {
   for (int64_t c = 0; c < channels; c += kLanes<float>, to += kLanes<float>) {
     const int64_t some = channels - c;
-    vfloat t[4][2];
+    vfloat rows[S::kPlaces][2], out[S::kPlaces];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      const vfloat y0 = load_some(y[0][j] + c, some), y1 = load_some(y[1][j] + c, some);
-      t[0][j] = y0, t[1][j] = y0 + y1, t[2][j] = y0 - y1, t[3][j] = -y1;
+      const vfloat in[2] = {load_some(y[0][j] + c, some), load_some(y[1][j] + c, some)};
+      S::gradient(in, out);
+#pragma GCC unroll 8
+      for (int i = 0; i < S::kPlaces; ++i) rows[i][j] = out[i];
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      store(to + (4 * i) * plane, t[i][0]);
-      store(to + (4 * i + 1) * plane, t[i][0] + t[i][1]);
-      store(to + (4 * i + 2) * plane, t[i][0] - t[i][1]);
-      store(to + (4 * i + 3) * plane, -t[i][1]);
+#pragma GCC unroll 8
+    for (int i = 0; i < S::kPlaces; ++i) {
+      S::gradient(rows[i], out);
+#pragma GCC unroll 8
+      for (int j = 0; j < S::kPlaces; ++j) store(to + (S::kPlaces * i + j) * plane, out[j]);
     }
   }
 }
 
 // G g G' of `count` neighbouring elements: from[tap * from_plane], to[place * to_plane]; whole vectors.
+template <class S>
 inline void transform_filter(const float* from, int64_t from_plane, int64_t count, float* to, int64_t to_plane) {
-  const auto half = [](vfloat a, vfloat b, vfloat c, vfloat(&g)[4]) __attribute__((always_inline)) {
-    const vfloat outer = a + c;
-    g[0] = a, g[1] = (outer + b) * 0.5f, g[2] = (outer - b) * 0.5f, g[3] = c;
-  };
   for (int64_t e = 0; e < count; e += kLanes<float>) {
-    vfloat t[3][4], g[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 3; ++r)
-      half(load(from + (3 * r) * from_plane + e), load(from + (3 * r + 1) * from_plane + e),
-           load(from + (3 * r + 2) * from_plane + e), t[r]);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      half(t[0][j], t[1][j], t[2][j], g);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store(to + (4 * i + j) * to_plane + e, g[i]);
+    vfloat columns[S::kPlaces][S::kTaps], in[S::kTaps], out[S::kPlaces];
+#pragma GCC unroll 8
+    for (int r = 0; r < S::kTaps; ++r) {
+#pragma GCC unroll 8
+      for (int s = 0; s < S::kTaps; ++s) in[s] = load(from + (S::kTaps * r + s) * from_plane + e);
+      S::filter(in, out);
+#pragma GCC unroll 8
+      for (int j = 0; j < S::kPlaces; ++j) columns[j][r] = out[j];
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < S::kPlaces; ++j) {
+      S::filter(columns[j], out);
+#pragma GCC unroll 8
+      for (int i = 0; i < S::kPlaces; ++i) store(to + (S::kPlaces * i + j) * to_plane + e, out[i]);
     }
   }
 }
 
 // A' m A of one vector of a tile: out[y][x].
-inline void transform_output(const float* m, int64_t plane, vfloat (&out)[2][2]) {
-  vfloat t[2][4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const vfloat m0 = load(m + j * plane), m1 = load(m + (4 + j) * plane), m2 = load(m + (8 + j) * plane),
-                 m3 = load(m + (12 + j) * plane);
-    t[0][j] = m0 + m1 + m2, t[1][j] = m1 - m2 - m3;
+template <class S> inline void transform_output(const float* m, int64_t plane, vfloat (&out)[2][2]) {
+  vfloat rows[2][S::kPlaces], in[S::kPlaces], pair[2];
+#pragma GCC unroll 8
+  for (int j = 0; j < S::kPlaces; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < S::kPlaces; ++i) in[i] = load(m + (S::kPlaces * i + j) * plane);
+    S::output(in, pair);
+    rows[0][j] = pair[0], rows[1][j] = pair[1];
   }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    out[i][0] = t[i][0] + t[i][1] + t[i][2];
-    out[i][1] = t[i][1] - t[i][2] - t[i][3];
-  }
+  S::output(rows[0], out[0]);
+  S::output(rows[1], out[1]);
 }
 
-// G' s G of one vector: out[tap].
-inline void transform_filter_gradient(const float* s, int64_t plane, vfloat (&out)[9]) {
-  const auto thirds = [](vfloat a, vfloat b, vfloat c, vfloat d, vfloat* g, int step) __attribute__((always_inline)) {
-    const vfloat sum = (b + c) * 0.5f;
-    g[0] = a + sum, g[step] = (b - c) * 0.5f, g[2 * step] = sum + d;
-  };
-  vfloat t[12];  // [r][j]
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-    thirds(load(s + j * plane), load(s + (4 + j) * plane), load(s + (8 + j) * plane), load(s + (12 + j) * plane), t + j,
-           4);
-#pragma GCC unroll 4
-  for (int r = 0; r < 3; ++r) thirds(t[4 * r], t[4 * r + 1], t[4 * r + 2], t[4 * r + 3], out + 3 * r, 1);
+// G' s G of one vector: out[r][s].
+template <class S>
+inline void transform_filter_gradient(const float* sums, int64_t plane, vfloat (&out)[S::kTaps][S::kTaps]) {
+  vfloat rows[S::kTaps][S::kPlaces], in[S::kPlaces], taps[S::kTaps];
+#pragma GCC unroll 8
+  for (int j = 0; j < S::kPlaces; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < S::kPlaces; ++i) in[i] = load(sums + (S::kPlaces * i + j) * plane);
+    S::filter_gradient(in, taps);
+#pragma GCC unroll 8
+    for (int r = 0; r < S::kTaps; ++r) rows[r][j] = taps[r];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < S::kTaps; ++r) S::filter_gradient(rows[r], out[r]);
 }
 
 constexpr int kVectors = kTileVectors;  // columns of a product at a time, in vectors

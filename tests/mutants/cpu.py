@@ -505,12 +505,13 @@ MUTANTS += [
     _winograd("conv_winograd.h", "high = h + dh < z.rows ? 2 : 1", "high = 2"),
     _winograd("winograd.h", "pixels[y][i] = inside && row[y] ? row[y]", "pixels[y][i] = row[y] ? row[y]"),
     # the transforms
-    _winograd("winograd.h", "t[2][j] = d2 - d1,", "t[2][j] = d1 - d2,"),
-    _winograd("winograd.h", "t[2][j] = y0 - y1, t[3][j] = -y1;", "t[2][j] = y0 - y1, t[3][j] = y1;"),
-    # one chain of all channels, of all tiles
+    _winograd("winograd.h", "t[4] = d[3] - d[4], t[5] = d[4],", "t[4] = d[3] - d[4], t[5] = d[3],"),
+    _winograd("winograd.h", "t[2] = y[0] - y[1], t[3] = -y[1];", "t[2] = y[0] - y[1], t[3] = y[1];"),
+    # one chain of all channels, of all tiles, of all pixels
     _winograd("winograd.h", "constexpr int64_t kChain = 16;", "constexpr int64_t kChain = 4096;", tests="parity and many"),
+    _winograd("conv_kernel.h", "constexpr int64_t kOuterChain = 32;", "constexpr int64_t kOuterChain = 128;", tests="parity and panels"),
     # sums that are there already
-    _winograd("conv_winograd.h", "                         c > 0);", "                         false);"),
+    _winograd("conv_winograd.h", "sums_plane, c > 0);", "sums_plane, false);"),
     _winograd("conv_weight_winograd.h", "row, add || t > 0, nullptr, 0);", "row, t > 0, nullptr, 0);"),
     _winograd("conv_weight_winograd.h", "part = 1; part < parts;", "part = 1; part < 1;"),
     # channels of a group; each tap of filters whose channels are neighbours
