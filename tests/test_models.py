@@ -68,7 +68,7 @@ def gentle(parameters):
 def test_twenty_training_steps(name):
     """Output, every gradient, the loss curve, and weights and running statistics at the end."""
     make, channels, size, batch = NETWORKS[name]
-    for seed in (3, 4, 5):  # of so many layers one run is chance: where it does not keep the rule, others tell that from a fault
+    for seed in (3, 4, 5):  # a run through so many layers is chance, too: others tell that from a fault
         drawn = list(digit_batches(20, batch, channels, size, seed))
         with dlkern.trace() as calls:
             certificate = check_training(make, drawn, draws=4 if batch > 4 else 1, optimizer=gentle, name=name)
