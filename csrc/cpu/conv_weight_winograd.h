@@ -1,7 +1,7 @@
 // The weight's gradient of 3 x 3 convolutions of stride 1 in float by Winograd's transforms (winograd.h): for blocks of
 // tiles, the input and the output's gradient are transformed, and each of the 16 places is a product that sums over tiles,
-// output channels x input channels. Blocks follow each other, so that the sums' bits do not depend on threads, which share
-// a block's lines first, places and output channels then.
+// output channels x input channels. Where the sums are small each thread has its own, of its own tiles; else threads
+// share a block's lines first, places and output channels then.
 // Floor: 4 N P Q K C multiplications over the FMA peak; sums of 16 / 9 of the weight's size pass the caches once a block.
 #pragma once
 #include "conv.h"
@@ -11,9 +11,7 @@ namespace dlkern::cpu::DLKERN_ISA::winograd {
 
 using S = Taps3;  // 5 x 5 taps were slower in tiles: sums of 49 places pass the caches
 
-// Transformed tiles of a block, in a thread's own cache and in the one they share.
-constexpr int64_t kOwnBlockBytes = kVectorBytes == 64 ? 1024 * 1024 : 320 * 1024;
-constexpr int64_t kSharedBlockBytes = 3 * 1024 * 1024;
+constexpr int64_t kSharedBlockBytes = 3 * 1024 * 1024;  // transformed tiles of a block that threads share
 constexpr int64_t kSumsBytes = 1536 * 1024;  // of each thread
 constexpr int64_t kTilesAtOnce = 96;  // their inputs of a panel stay in the first-level cache
 
@@ -98,7 +96,7 @@ struct GradientCall {
     parallel_for(parts, 1, [&](int64_t from, int64_t to) {
       for (int64_t part = from; part < to; ++part) {
         const int64_t first = part * lines.count() / parts, last = (part + 1) * lines.count() / parts,
-                      most = larger(1, smaller(kOwnBlockBytes / line_bytes(), last - first)),
+                      most = larger(1, smaller(kBlockBytes / line_bytes(), last - first)),
                       input_plane = plane_of(most * lines.tiles(), input_pitch),
                       gradient_plane = plane_of(most * lines.tiles(), gradient_pitch);
         float* input = scratch<float>(Slot::family_1, kPlaces<S> * input_plane);

@@ -4,7 +4,7 @@
 // places are made and transformed back.
 //
 // Sums over channels go in chains of kChain, added up in a second sum: in one chain of 256 the error was 2.3 times that
-// of a library's direct convolution, so it is 0.9 to 1.1 times. An infinity or NaN would spread over its whole tile: where
+// of a library's direct convolution, so it is 0.3 to 1.1 times. An infinity or NaN would spread over its whole tile: where
 // an output is not finite the call is computed again, directly.
 // Floor: multiplications over the FMA peak; to them come the transforms, about 10 additions a place and channel.
 #pragma once
@@ -18,9 +18,6 @@ constexpr int64_t kWidth = kVectors * kLanes<float>;  // of a panel of output ch
 template <class S> constexpr int64_t kFilterChannels = S::kTaps == 3 ? 48 : 16;  // transformed at a time
 // Channels of a panel's filters that are used as soon as they are transformed.
 template <class S> constexpr int64_t kPanelDepth = S::kTaps == 3 ? 144 : 48;
-// Bytes of a block's transformed tiles: half a second-level cache of 2 MB (AVX-512) or 512 KB, a quarter where the filters
-// stay there, too.
-constexpr int64_t kBlockBytes = kVectorBytes == 64 ? 1024 * 1024 : 320 * 1024;
 constexpr int64_t kMostBlockBytes = 16 * 1024 * 1024;  // a line is not cut
 
 // One call.
@@ -43,7 +40,7 @@ template <class S> struct Call {
   int64_t count_of(int64_t panel) const { return smaller(kWidth, outputs - panel * kWidth); }
   int64_t vectors_of(int64_t panel) const { return ceil_div(count_of(panel), kLanes<float>); }
   static int64_t filter_plane(int64_t depth) { return depth * kWidth + 48; }
-  int64_t block_bytes() const {
+  int64_t block_bytes() const {  // half where the filters stay in the cache, too
     return z.groups * panels * panel_size() * 4 <= kBlockBytes ? kBlockBytes / 2 : kBlockBytes;
   }
   int64_t panel_size() const { return kPlaces<S> * filter_plane(channels); }

@@ -136,50 +136,41 @@ inline void read_tiles(const Images<float>& x, const Lines& lines, int64_t first
   }
 }
 
-// B' d B of one tile, to to[place * plane + channel].
+// f of a tile's columns, then of the rows of that, to to[place * plane + channel].
+template <int SIZE, int PLACES, class F>
+[[gnu::always_inline]] inline void transform_tile(const float* const (&d)[SIZE][SIZE], int64_t channels, float* to,
+                                                  int64_t plane, F&& f) {
+  for (int64_t c = 0; c < channels; c += kLanes<float>, to += kLanes<float>) {
+    const int64_t some = channels - c;
+    vfloat rows[PLACES][SIZE], in[SIZE], out[PLACES];
+#pragma GCC unroll 8
+    for (int j = 0; j < SIZE; ++j) {
+#pragma GCC unroll 8
+      for (int i = 0; i < SIZE; ++i) in[i] = load_some(d[i][j] + c, some);
+      f(in, out);
+#pragma GCC unroll 8
+      for (int i = 0; i < PLACES; ++i) rows[i][j] = out[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < PLACES; ++i) {
+      f(rows[i], out);
+#pragma GCC unroll 8
+      for (int j = 0; j < PLACES; ++j) store(to + (PLACES * i + j) * plane, out[j]);
+    }
+  }
+}
+
+// B' d B of one tile.
 template <class S>
 inline void transform_input(const float* const (&d)[S::kInputs][S::kInputs], int64_t channels, float* to,
                             int64_t plane) {
-  for (int64_t c = 0; c < channels; c += kLanes<float>, to += kLanes<float>) {
-    const int64_t some = channels - c;
-    vfloat rows[S::kPlaces][S::kInputs], in[S::kInputs], out[S::kPlaces];
-#pragma GCC unroll 8
-    for (int j = 0; j < S::kInputs; ++j) {
-#pragma GCC unroll 8
-      for (int i = 0; i < S::kInputs; ++i) in[i] = load_some(d[i][j] + c, some);
-      S::input(in, out);
-#pragma GCC unroll 8
-      for (int i = 0; i < S::kPlaces; ++i) rows[i][j] = out[i];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < S::kPlaces; ++i) {
-      S::input(rows[i], out);
-#pragma GCC unroll 8
-      for (int j = 0; j < S::kPlaces; ++j) store(to + (S::kPlaces * i + j) * plane, out[j]);
-    }
-  }
+  transform_tile<S::kInputs, S::kPlaces>(d, channels, to, plane, S::input);
 }
 
 // A y A' of one tile of gradients.
 template <class S>
 inline void transform_gradient(const float* const (&y)[2][2], int64_t channels, float* to, int64_t plane) {
-  for (int64_t c = 0; c < channels; c += kLanes<float>, to += kLanes<float>) {
-    const int64_t some = channels - c;
-    vfloat rows[S::kPlaces][2], out[S::kPlaces];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const vfloat in[2] = {load_some(y[0][j] + c, some), load_some(y[1][j] + c, some)};
-      S::gradient(in, out);
-#pragma GCC unroll 8
-      for (int i = 0; i < S::kPlaces; ++i) rows[i][j] = out[i];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < S::kPlaces; ++i) {
-      S::gradient(rows[i], out);
-#pragma GCC unroll 8
-      for (int j = 0; j < S::kPlaces; ++j) store(to + (S::kPlaces * i + j) * plane, out[j]);
-    }
-  }
+  transform_tile<2, S::kPlaces>(y, channels, to, plane, S::gradient);
 }
 
 // G g G' of `count` neighbouring elements: from[tap * from_plane], to[place * to_plane]; whole vectors.
@@ -234,6 +225,8 @@ inline void transform_filter_gradient(const float* sums, int64_t plane, vfloat (
   for (int r = 0; r < S::kTaps; ++r) S::filter_gradient(rows[r], out[r]);
 }
 
+// Bytes of a block's transformed tiles: half a second-level cache of 2 MB (AVX-512) or 512 KB.
+constexpr int64_t kBlockBytes = kVectorBytes == 64 ? 1024 * 1024 : 320 * 1024;
 constexpr int kVectors = kTileVectors;  // columns of a product at a time, in vectors
 constexpr int kRows = 6;  // and rows
 constexpr int64_t kChain = 16;  // steps
