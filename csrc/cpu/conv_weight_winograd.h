@@ -160,20 +160,12 @@ struct GradientCall {
 inline bool pays(const ConvBackwardWeightArgs<float>& args) {
   const ConvShape& z = args.shape;
   if (!has_winograd() || z.r != 3 || z.s != 3 || z.stride_h != 1 || z.stride_w != 1) return false;
-  const auto count_taps = [](int64_t size, int64_t padding, int64_t dilation, int64_t outputs) {
-    int64_t count = 0;
-    for (int64_t tap = 0; tap < 3; ++tap) {
-      const int64_t at = tap * dilation - padding;
-      count += larger(0, smaller(outputs, size - at) - larger(0, -at));
-    }
-    return count;
-  };
   const GradientCall call(args);
   if (call.channels < 16 || call.outputs < 16 || call.line_bytes() * z.groups > 4 * kSharedBlockBytes) return false;
   const double tiles = static_cast<double>(call.lines.count() * call.lines.tiles()),
                channels = static_cast<double>(call.channels), outputs = static_cast<double>(call.outputs),
-               direct = static_cast<double>(z.n * count_taps(z.h, z.pad_h, z.dilation_h, z.p)) *
-                        static_cast<double>(count_taps(z.w, z.pad_w, z.dilation_w, z.q)) * channels * outputs;
+               direct = static_cast<double>(z.n) * count_taps<S>(z.h, -z.pad_h, z.dilation_h, z.p) *
+                        count_taps<S>(z.w, -z.pad_w, z.dilation_w, z.q) * channels * outputs;
   // Of few tiles the transforms' roundings outweigh the sums'; oneDNN's over channels_last pixels are short (with AVX-512).
   // Few channels fill no panel.
   const bool short_sums = args.input_channels_last || args.grad_output_channels_last;

@@ -8,7 +8,6 @@
 // an output is not finite the call is computed again, directly.
 // Floor: multiplications over the FMA peak; to them come the transforms, about 10 additions a place and channel.
 #pragma once
-#include "conv_borders.h"
 #include "conv_finish.h"
 #include "winograd.h"
 
@@ -92,58 +91,68 @@ template <class S> struct Call {
     }
   }
 
+  // Rows of outputs, of all images: a line's first, and how many it has.
+  int64_t row_of(int64_t line) const { return lines.image(line) * z.rows + lines.row(line); }
+  int64_t high(int64_t line) const { return lines.row(line) + lines.dilation_h < z.rows ? 2 : 1; }
+
+  // Calls f(row, end) for the rows of lines [begin, end): those of all lines are neighbours, but for dilation.
+  template <class F> void for_each_run(int64_t begin, int64_t end, F&& f) const {
+    if (lines.dilation_h == 1) return f(row_of(begin), row_of(end - 1) + high(end - 1));
+    for (int64_t line = begin; line < end; ++line)
+      for (int64_t y = 0; y < high(line); ++y) {
+        const int64_t row = row_of(line) + y * lines.dilation_h;
+        f(row, row + 1);
+      }
+  }
+
+  // The outputs of one tile's channels: to[y] points to row y of the image.
+  void write_tile(const float* m, int64_t sums_plane, const vfloat* bias, int64_t vectors, int64_t count, int64_t high,
+                  int64_t column, float* const (&to)[2], int64_t step, Largest& largest) const {
+    const int64_t dw = lines.dilation_w, wide = column >= z.columns ? 0 : column + dw < z.columns ? 2 : 1;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane = v * kLanes<float>;
+      vfloat out[2][2];
+      transform_output<S>(m + lane, sums_plane, out);
+      for (int64_t y = 0; y < high; ++y)
+        for (int64_t x = 0; x < wide; ++x) {
+          largest.add(out[y][x]);
+          store_some(to[y] + (column + x * dw) * step + lane, out[y][x] + bias[v], count - lane);
+        }
+    }
+  }
+
   void write_panel(int64_t group, int64_t panel, int64_t begin, int64_t end, const float* sums, int64_t sums_plane) {
-    const int64_t vectors = vectors_of(panel), width = vectors * kLanes<float>, some = count_of(panel),
-                  first = group * outputs + panel * kWidth, dh = lines.dilation_h, dw = lines.dilation_w;
+    const int64_t vectors = vectors_of(panel), width = vectors * kLanes<float>, count = count_of(panel),
+                  first = group * outputs + panel * kWidth;
+    const bool planar = !z.output_channels_last;
     vfloat bias[kVectors] = {};
     for (int64_t v = 0; z.bias && v < vectors; ++v)
-      bias[v] = load_some(z.bias + first + v * kLanes<float>, some - v * kLanes<float>);
-    const auto row_of = [&](int64_t line) { return lines.image(line) * z.rows + lines.row(line); };
-    // Planar outputs are transposed, all rows of the block at once where rows of a phase are neighbours.
-    const int64_t first_row = row_of(begin), block_rows = dh > 1 ? 2 : row_of(end - 1) + 2 - first_row;
-    float* pixels = z.output_channels_last ? nullptr : scratch<float>(Slot::tiles_c, block_rows * z.columns * width);
-    Largest largest;
+      bias[v] = load_some(z.bias + first + v * kLanes<float>, count - v * kLanes<float>);
+    // Planar outputs are transposed from [row][column][width].
+    float* pixels = planar ? scratch<float>(Slot::tiles_c, 2 * (end - begin) * z.columns * width) : nullptr;
+    float* row = pixels;
     const float* m = sums;
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t h = lines.row(line), image = lines.image(line), high = h + dh < z.rows ? 2 : 1;
+    Largest largest;
+    for (int64_t line = begin; line < end; row += high(line) * z.columns * width, ++line) {
       float* to[2];
-      int64_t step;
-      for (int y = 0; y < 2; ++y)
-        if (z.output_channels_last) {
-          to[y] =
-              z.output + ((image * z.out_h + z.start_h + h + y * dh) * z.out_w + z.start_w) * z.out_channels + first;
-          step = z.out_channels;
-        } else {
-          to[y] = pixels + ((dh > 1 ? 0 : row_of(line) - first_row) + y) * z.columns * width;
-          step = width;
-        }
-      for (int64_t t = 0; t < lines.tiles(); ++t, m += width) {
-        const int64_t w = lines.column(t), wide = w >= z.columns ? 0 : w + dw < z.columns ? 2 : 1;
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t lane = v * kLanes<float>;
-          vfloat out[2][2];
-          transform_output<S>(m + lane, sums_plane, out);
-          for (int64_t y = 0; y < high; ++y)
-            for (int64_t x = 0; x < wide; ++x) {
-              largest.add(out[y][x]);
-              store_some(to[y] + (w + x * dw) * step + lane, out[y][x] + bias[v],
-                         z.output_channels_last ? some - lane : kLanes<float>);
-            }
-        }
+      for (int y = 0; y < 2; ++y) {
+        const int64_t h = z.start_h + lines.row(line) + y * lines.dilation_h;
+        to[y] = planar ? row + y * z.columns * width
+                       : z.output + ((lines.image(line) * z.out_h + h) * z.out_w + z.start_w) * z.out_channels + first;
       }
-      if (!z.output_channels_last && dh > 1)
-        for (int64_t y = 0; y < high; ++y)
-          write_out(z, pixels + y * z.columns * width, width, first, some, row_of(line) + y * dh,
-                    row_of(line) + y * dh + 1, 0, z.columns);
+      for (int64_t t = 0; t < lines.tiles(); ++t, m += width)
+        write_tile(m, sums_plane, bias, vectors, planar ? width : count, high(line), lines.column(t), to,
+                   planar ? width : z.out_channels, largest);
     }
-    const int64_t last_row = row_of(end - 1) + (lines.row(end - 1) + dh < z.rows ? 2 : 1);
-    if (!z.output_channels_last && dh == 1) write_out(z, pixels, width, first, some, first_row, last_row, 0, z.columns);
+    if (planar)
+      for_each_run(begin, end, [&](int64_t from, int64_t last) {
+        write_out(z, pixels, width, first, count, from, last, 0, z.columns);
+        pixels += (last - from) * z.columns * width;
+      });
     if (!largest.is_finite()) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-    if (!z.residual && !z.activation) return;
-    if (dh == 1) return finish_block(z, first, some, first_row, last_row, 0, z.columns);
-    for (int64_t line = begin; line < end; ++line)
-      for (int64_t row = row_of(line), y = 0; y < 2 && lines.row(line) + y * dh < z.rows; ++y)
-        finish_block(z, first, some, row + y * dh, row + y * dh + 1, 0, z.columns);
+    if (z.residual || z.activation)
+      for_each_run(begin, end,
+                   [&](int64_t from, int64_t last) { finish_block(z, first, count, from, last, 0, z.columns); });
   }
 
   // Many tiles: filters are transformed first, then a task is a block of lines.
@@ -205,17 +214,7 @@ template <class S> struct Call {
   }
 };
 
-// Products of a direct computation in one dimension: taps that fall inside, over all outputs.
-inline int64_t count_taps(const Borders& borders, int64_t size) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const auto range = borders.ranges[borders.of[i]];
-    count += range.end - range.begin;
-  }
-  return count;
-}
-
-template <class S> inline bool pays(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+template <class S> inline bool pays(const Correlation<float>& z) {
   const auto fits = [](const int64_t* tap, int64_t taps) {
     if (taps != S::kTaps) return false;
     for (int t = 2; t < S::kTaps; ++t)
@@ -231,16 +230,17 @@ template <class S> inline bool pays(const Correlation<float>& z, const Borders& 
   if (kPlaces<S> * call.lines.tiles() * call.pitch * 4 > kMostBlockBytes) return false;
   const double tiles = static_cast<double>(call.lines.count() * call.lines.tiles()),
                channels = static_cast<double>(call.channels), outputs = static_cast<double>(call.outputs),
-               direct = static_cast<double>(z.source.n * count_taps(rows, z.rows)) *
-                        static_cast<double>(count_taps(columns, z.columns)) * channels * outputs;
+               direct = static_cast<double>(z.source.n) *
+                        count_taps<S>(z.source.h, z.tap_h[0], call.lines.dilation_h, z.rows) *
+                        count_taps<S>(z.source.w, z.tap_w[0], call.lines.dilation_w, z.columns) * channels * outputs;
   // Filters cost what so many tiles' products do; a direct computation has to pack its own, but for kept ones.
   const double filters = z.packed ? 32 : 6;
   return direct > 1.1 * (products_of<S>(tiles, channels, outputs) + filters * kPlaces<S> * channels * outputs);
 }
 
 // Whether the outputs are written, and finite.
-template <class S> inline bool correlate(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
-  if (!pays<S>(z, rows, columns)) return false;
+template <class S> inline bool correlate(const Correlation<float>& z) {
+  if (!pays<S>(z)) return false;
   Call<S> call(z);
   const int64_t channels = smaller(kFilterChannels<S>, call.channels);
   int64_t* taps = scratch<int64_t>(Slot::tiles_a, kTaps<S> + z.kernel_size * channels);
@@ -260,8 +260,6 @@ template <class S> inline bool correlate(const Correlation<float>& z, const Bord
   return !call.failed;
 }
 
-inline bool correlate(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
-  return correlate<Taps3>(z, rows, columns) || correlate<Taps5>(z, rows, columns);
-}
+inline bool correlate(const Correlation<float>& z) { return correlate<Taps3>(z) || correlate<Taps5>(z); }
 
 }  // namespace dlkern::cpu::DLKERN_ISA::winograd

@@ -87,6 +87,15 @@ template <class S> inline double products_of(double tiles, double channels, doub
   return tiles * kPlaces<S> * (channels * outputs + 10 * channels + 8 * outputs);
 }
 
+// What a direct computation multiplies in one dimension: the taps of `outputs` outputs that lie inside `size` inputs,
+// where tap t of output i sees input i + first + t * dilation.
+template <class S> inline double count_taps(int64_t size, int64_t first, int64_t dilation, int64_t outputs) {
+  int64_t count = 0;
+  for (int64_t at = first; at < first + S::kTaps * dilation; at += dilation)
+    count += larger(0, smaller(outputs, size - at) - larger(0, -at));
+  return static_cast<double>(count);
+}
+
 // Elements of one channel after the other in [place][tile][pitch]: a pitch that is no power of two spreads the tiles over
 // the cache's sets, and more between planes does so with places.
 inline int64_t pitch_of(int64_t channels) { return ceil_div(channels, 16) * 16 + 16; }
