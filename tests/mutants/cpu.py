@@ -488,7 +488,7 @@ MUTANTS += [
     dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="if (b > 1) add_strip(spare, sums);", new=""),
     dict(_TILES_CONV, file="csrc/cpu/conv.cpp", old="return !any || is_exact(most);", new="return true;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="plan.y.only_block = true;", new="plan.y.only_block = false;"),
-    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;  // meanwhile"),
     # bfloat16's words: of weights, of positions' pairs
     dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="apart = kHasPairs<T> ? 1 : kTile;", new="apart = kTile;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="kHasPairs<T> ? 2 * kCell : kCell,", new="kCell,"),
@@ -502,7 +502,7 @@ def _winograd(file: str, old: str, new: str, tests: str = "integers") -> dict:
 MUTANTS += [
     # a phase of dilation, the second row of an odd image, zeros outside the image
     _winograd("winograd.h", "line / down % dilation_h + line", "line"),
-    _winograd("conv_winograd.h", "high = h + dh < z.rows ? 2 : 1", "high = 2"),
+    _winograd("conv_winograd.h", "lines.row(line) + lines.dilation_h < z.rows ? 2 : 1", "true ? 2 : 1"),
     _winograd("winograd.h", "pixels[y][i] = inside && row[y] ? row[y]", "pixels[y][i] = row[y] ? row[y]"),
     # the transforms
     _winograd("winograd.h", "t[4] = d[3] - d[4], t[5] = d[4],", "t[4] = d[3] - d[4], t[5] = d[3],"),
@@ -513,14 +513,14 @@ MUTANTS += [
     # sums that are there already
     _winograd("conv_winograd.h", "sums_plane, c > 0);", "sums_plane, false);"),
     _winograd("conv_weight_winograd.h", "row, add || t > 0, nullptr, 0);", "row, t > 0, nullptr, 0);"),
-    _winograd("conv_weight_winograd.h", "part = 1; part < parts;", "part = 1; part < 1;"),
+    _winograd("conv_weight_winograd.h", "part = 1; part < parts;", "part = 1; part < 1;", tests="threads"),
     # channels of a group; each tap of filters whose channels are neighbours
-    _winograd("conv_winograd.h", "first = group * outputs + panel * kWidth, dh", "first = panel * kWidth, dh"),
+    _winograd("conv_winograd.h", "first = group * outputs + panel * kWidth;", "first = panel * kWidth;"),
     _winograd("conv_winograd.h", "if (by_tap) part.data += f.taps[tap];", ""),
     # what a tile spreads
     _winograd("winograd.h", "if (bits[l] >= 0x7f800000) return false;", "if (bits[l] > 0x7fffffff) return false;", tests="infinity"),
     # bias; residual of a dilated line's second row
     _winograd("conv_winograd.h", "out[y][x] + bias[v],", "out[y][x],"),
-    _winograd("conv_winograd.h", "y = 0; y < 2 && lines.row(line)", "y = 0; y < 1 && lines.row(line)", tests="residual"),
+    _winograd("conv_winograd.h", "y = 0; y < high(line)", "y = 0; y < 1", tests="residual"),
     _winograd("isa.cpp", "return !wanted || std::strcmp(wanted, \"0\") != 0;", "return true || wanted;", tests="switch"),
 ]
