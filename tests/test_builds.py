@@ -149,8 +149,8 @@ def best_isa() -> str:
 @pytest.mark.parametrize(
     "file, selection",
     [("test_contract.py", "test_raw_ops or test_no_aten or test_layout or (test_parity and float32)"), ("test_raw_ops.py", ""),
-     ("test_rnn.py", "options_of_any_sizes or raw_ops_of_options")],
-    ids=["contract", "random_arguments", "recurrent_options"],
+     ("test_rnn.py", "options_of_any_sizes or raw_ops_of_options"), ("test_conv_winograd.py", "integers and dilated")],
+    ids=["contract", "random_arguments", "recurrent_options", "dilated"],
 )
 def test_under_address_and_undefined_behaviour_sanitizers(file, selection):
     """The instruction set this machine runs; `make sanitize` does the others, and more of everything."""

@@ -24,6 +24,8 @@ SIZES = {
     "more padding": ((2, 64, 12, 17), (64, 64, 3, 3), (2, 0), 1, 1),
     "dilated": ((2, 64, 23, 22), (48, 64, 3, 3), 2, 2, 1),
     "dilated unevenly": ((1, 50, 29, 41), (64, 50, 3, 3), (3, 1), (3, 1), 1),
+    "dilated, a phase shorter by a tile": ((4, 64, 25, 25), (64, 64, 3, 3), 2, 2, 1),
+    "dilated, phases shorter by a tile": ((2, 64, 49, 33), (48, 64, 3, 3), (4, 2), (4, 2), 1),
     "groups": ((2, 144, 14, 15), (96, 48, 3, 3), 1, 1, 3),
     "wide": ((1, 48, 6, 301), (33, 48, 3, 3), 1, 1, 1),
     "many images": ((70, 64, 5, 6), (64, 64, 3, 3), 1, 1, 1),
@@ -133,6 +135,73 @@ def test_threads(name):
         for other in results[1:]:
             for i, (one, another) in enumerate(zip(results[0], other)):
                 assert torch.equal(one, another) or (i == 2 and fill is torch.randn)
+
+
+def masked(name, mask):
+    x, w, _ = draw(name, LAYOUTS[0])
+    return x.relu(), w * mask
+
+
+@pytest.mark.parametrize("name, size", [("blocks", 3), ("panels", 3), ("5x5", 5)])
+def test_masked_filters_keep_inputs_apart(name, size):
+    """Taps of zero weight let nothing through, not even roundings: what autoregressive models stand on."""
+    mask = torch.zeros(size, size)
+    mask[: size // 2] = 1
+    mask[size // 2, : size // 2] = 1
+    x, w = masked(name, mask)
+    changed = x.clone()
+    changed[:, :, 3, 4] += 100
+    f = run(F.conv2d, name)
+    y, other = f(x, w), f(changed, w)
+    assert torch.equal(y[:, :, 0, 0], torch.zeros_like(y[:, :, 0, 0]))
+    assert torch.equal(y[:, :, :3], other[:, :, :3]) and torch.equal(y[:, :, 3, :5], other[:, :, 3, :5])
+    assert not torch.equal(y, other)
+
+
+def assert_errors(name, tensors, grads, parts_alone):
+    """Errors of all draws together, of the whole and of each border, are at most twice torch's: of the same part, or of
+    the larger of part and whole."""
+    squares = {}
+    for drawn, grad in zip(tensors, grads, strict=True):
+        exact = gradients(run(TF.conv2d, name), [t.double() for t in drawn], grad)
+        for side, f in (("ours", F.conv2d), ("torch", TF.conv2d)):
+            for i, (result, e) in enumerate(zip(gradients(run(f, name), drawn, grad), exact, strict=True)):
+                error = (result.double() - e).square()
+                parts = {"whole": error, "row": error[..., 0, :], "column": error[..., -1], "corner": error[..., 0, 0]}
+                for where, part in parts.items():
+                    squares[i, where, side] = squares.get((i, where, side), 0) + part.mean().item()
+    for i in range(len(exact)):
+        for where in ("whole", "row", "column", "corner"):
+            limit = 4 * max(0 if parts_alone else squares[i, "whole", "torch"], squares[i, where, "torch"])
+            assert squares[i, where, "ours"] <= limit, (i, where, squares)
+
+
+@pytest.mark.parametrize("name", ["many images", "large weight", "5x5"])
+@pytest.mark.parametrize("tap", ["first", "centre"])
+def test_outputs_that_do_not_see_the_largest_tap(name, tap):
+    tensors, grads = [], []
+    for _ in range(4):
+        x, w, _ = draw(name, LAYOUTS[0])
+        at = 0 if tap == "first" else w.shape[-1] // 2
+        scale = torch.full(w.shape[2:], 1 / 256)
+        scale[at, at] = 1
+        tensors.append([x, w * scale])
+        grads.append(torch.randn(run(TF.conv2d, name)(x, w).shape))
+    assert_errors(name, tensors, grads, parts_alone=True)
+
+
+@pytest.mark.parametrize("name", ["many images", "large weight", "panels", "5x5"])
+@pytest.mark.parametrize("share", [1 / 500, 1 / 12, 1 / 4])
+def test_sparse_gradients_and_inputs(name, share):
+    """As behind a maximum: few numbers are rounded few times by torch."""
+    tensors, grads = [], []
+    for i in range(4):
+        x, w, _ = draw(name, LAYOUTS[0])
+        grad = torch.randn(run(TF.conv2d, name)(x, w).shape)
+        sparse = torch.rand(x.shape) < share if i % 2 else torch.rand(grad.shape) < share
+        tensors.append([x * sparse if i % 2 else x.relu(), w])
+        grads.append(grad if i % 2 else grad * sparse)
+    assert_errors(name, tensors, grads, parts_alone=False)
 
 
 BITS = """

@@ -501,7 +501,7 @@ template <class T> void correlate(const Correlation<T>& z) {
     if (tiled && correlate_tiles(z, plan, tiles)) return;
   }
   if constexpr (std::is_same_v<T, float>) {
-    if (!tiled && winograd::correlate(z)) return;
+    if (!tiled && winograd::correlate(z, plan.rows, plan.columns)) return;
   }
 
   plan.block_depth = sum_depth(

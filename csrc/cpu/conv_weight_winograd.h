@@ -15,6 +15,15 @@ constexpr int64_t kSharedBlockBytes = 3 * 1024 * 1024;  // transformed tiles of 
 constexpr int64_t kSumsBytes = 1536 * 1024;  // of each thread
 constexpr int64_t kTilesAtOnce = 96;  // their inputs of a panel stay in the first-level cache
 
+inline Images<float> input_of(const ConvBackwardWeightArgs<float>& args) {
+  const ConvShape& z = args.shape;
+  return {args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
+}
+inline Images<float> gradient_of(const ConvBackwardWeightArgs<float>& args) {
+  const ConvShape& z = args.shape;
+  return {args.grad_output, args.grad_output_channels_last, z.n, z.k, z.p, z.q};
+}
+
 // One call's sizes.
 struct GradientCall {
   const ConvBackwardWeightArgs<float>& args;
@@ -42,8 +51,7 @@ struct GradientCall {
   // Transforms lines [begin, end) of a group.
   void transform_lines(int64_t group, int64_t begin, int64_t end, float* input, int64_t input_plane, float* gradient,
                        int64_t gradient_plane) const {
-    const Images<float> x{args.input, args.input_channels_last, z.n, z.c, z.h, z.w},
-        y{args.grad_output, args.grad_output_channels_last, z.n, z.k, z.p, z.q};
+    const Images<float> x = input_of(args), y = gradient_of(args);
     read_tiles<4>(x, lines, -z.pad_h, -z.pad_w, group * channels, channels, begin, end,
                   [&](int64_t tile, const float* const(&pixels)[4][4]) __attribute__((always_inline)) {
                     transform_input<S>(pixels, channels, input + tile * input_pitch, input_plane);
@@ -166,11 +174,14 @@ inline bool pays(const ConvBackwardWeightArgs<float>& args) {
                channels = static_cast<double>(call.channels), outputs = static_cast<double>(call.outputs),
                direct = static_cast<double>(z.n) * count_taps<S>(z.h, -z.pad_h, z.dilation_h, z.p) *
                         count_taps<S>(z.w, -z.pad_w, z.dilation_w, z.q) * channels * outputs;
-  // Of few tiles the transforms' roundings outweigh the sums'; oneDNN's over channels_last pixels are short (with AVX-512).
   // Few channels fill no panel.
+  if (tiles < 32 || call.channels < (kVectors - 1) * kLanes<float>) return false;
+  if (direct < 1.1 * products_of<S>(tiles, channels, outputs)) return false;
+  // Of few tiles, or numbers, the transforms' roundings outweigh the sums'; oneDNN's over channels_last pixels are short
+  // (with AVX-512).
   const bool short_sums = args.input_channels_last || args.grad_output_channels_last;
-  if (tiles < (short_sums ? 128 : 32) || call.channels < (kVectors - 1) * kLanes<float>) return false;
-  return direct > 1.1 * products_of<S>(tiles, channels, outputs);
+  const double density = density_of(input_of(args)) * density_of(gradient_of(args));
+  return density >= 1.0 / 32 && (tiles >= 128 || (!short_sums && density >= 1.0 / 8));
 }
 
 // Whether the gradient is written, and finite.

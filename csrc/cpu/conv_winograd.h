@@ -8,6 +8,7 @@
 // an output is not finite the call is computed again, directly.
 // Floor: multiplications over the FMA peak; to them come the transforms, about 10 additions a place and channel.
 #pragma once
+#include "conv_borders.h"
 #include "conv_finish.h"
 #include "winograd.h"
 
@@ -91,9 +92,12 @@ template <class S> struct Call {
     }
   }
 
-  // Rows of outputs, of all images: a line's first, and how many it has.
+  // Rows of outputs, of all images: a line's first, and how many it has: none where a phase is shorter than the first.
   int64_t row_of(int64_t line) const { return lines.image(line) * z.rows + lines.row(line); }
-  int64_t high(int64_t line) const { return lines.row(line) + lines.dilation_h < z.rows ? 2 : 1; }
+  int64_t high(int64_t line) const {
+    const int64_t row = lines.row(line);
+    return row >= z.rows ? 0 : row + lines.dilation_h < z.rows ? 2 : 1;
+  }
 
   // Calls f(row, end) for the rows of lines [begin, end): those of all lines are neighbours, but for dilation.
   template <class F> void for_each_run(int64_t begin, int64_t end, F&& f) const {
@@ -214,6 +218,41 @@ template <class S> struct Call {
   }
 };
 
+// Whether every output sees taps that weigh what the filter's others do. By transforms, taps that an output does not see, or
+// that are zero, cancel only but for rounding: it would be off by what a large one rounds to, and a masked filter would
+// not keep inputs apart. Told from 16 outputs' filters, 16 input channels each.
+template <class S> inline bool has_even_taps(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+  constexpr int64_t some = 16;
+  const int64_t channels = z.source.channels / z.groups, outputs = z.out_channels / z.groups;
+  float most[S::kTaps][S::kTaps] = {};
+  for (int64_t r = 0; r < S::kTaps; ++r)
+    for (int64_t s = 0; s < S::kTaps; ++s) {
+      int64_t zeros = 0;
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t k = i * (z.out_channels - 1) / (some - 1), c = i * (channels - some) / (some - 1);
+        const float* from = z.weight + k / outputs * z.weight_group + k % outputs * z.weight_out + c * z.weight_in +
+                            z.kernel_h[r] * z.weight_h + z.kernel_w[s] * z.weight_w;
+        for (int64_t j = 0; j < some; ++j) {
+          const float weight = from[j * z.weight_in], size = weight < 0 ? -weight : weight;
+          zeros += weight == 0;
+          most[r][s] = size > most[r][s] ? size : most[r][s];
+        }
+      }
+      if (8 * zeros > some * some) return false;
+    }
+  const auto most_of = [&](const TapRange& of_rows, const TapRange& of_columns) {
+    float result = 0;
+    for (int64_t r = of_rows.begin; r < of_rows.end; ++r)
+      for (int64_t s = of_columns.begin; s < of_columns.end; ++s) result = most[r][s] > result ? most[r][s] : result;
+    return result;
+  };
+  const float all = most_of({0, S::kTaps}, {0, S::kTaps});
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t j = 0; j < columns.count; ++j)
+      if (!(all <= 4 * most_of(rows.ranges[i], columns.ranges[j]))) return false;
+  return rows.cut && columns.cut;
+}
+
 template <class S> inline bool pays(const Correlation<float>& z) {
   const auto fits = [](const int64_t* tap, int64_t taps) {
     if (taps != S::kTaps) return false;
@@ -239,8 +278,8 @@ template <class S> inline bool pays(const Correlation<float>& z) {
 }
 
 // Whether the outputs are written, and finite.
-template <class S> inline bool correlate(const Correlation<float>& z) {
-  if (!pays<S>(z)) return false;
+template <class S> inline bool correlate(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+  if (!pays<S>(z) || !has_even_taps<S>(z, rows, columns) || density_of(z.source) < 1.0 / 16) return false;
   Call<S> call(z);
   const int64_t channels = smaller(kFilterChannels<S>, call.channels);
   int64_t* taps = scratch<int64_t>(Slot::tiles_a, kTaps<S> + z.kernel_size * channels);
@@ -260,6 +299,8 @@ template <class S> inline bool correlate(const Correlation<float>& z) {
   return !call.failed;
 }
 
-inline bool correlate(const Correlation<float>& z) { return correlate<Taps3>(z) || correlate<Taps5>(z); }
+inline bool correlate(const Correlation<float>& z, const Borders& rows, const Borders& columns) {
+  return correlate<Taps3>(z, rows, columns) || correlate<Taps5>(z, rows, columns);
+}
 
 }  // namespace dlkern::cpu::DLKERN_ISA::winograd

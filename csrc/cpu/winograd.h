@@ -96,6 +96,17 @@ template <class S> inline double count_taps(int64_t size, int64_t first, int64_t
   return static_cast<double>(count);
 }
 
+// The share of numbers that are not zero, told from 64 runs of 16. A direct sum of few numbers rounds a few times, the
+// transforms as often as ever: of the gradient of a maximum over whole images the error would be three times as large.
+inline double density_of(const Images<float>& x) {
+  constexpr int64_t runs = 64, length = 16;
+  const int64_t size = x.n * x.channels * x.h * x.w, step = larger(length, (size - length) / (runs - 1));
+  int64_t all = 0, some = 0;
+  for (int64_t at = 0; at + length <= size; at += step, all += length)
+    for (int64_t i = 0; i < length; ++i) some += x.data[at + i] != 0;
+  return static_cast<double>(some) / static_cast<double>(larger(1, all));
+}
+
 // Elements of one channel after the other in [place][tile][pitch]: a pitch that is no power of two spreads the tiles over
 // the cache's sets, and more between planes does so with places.
 inline int64_t pitch_of(int64_t channels) { return ceil_div(channels, 16) * 16 + 16; }

@@ -502,7 +502,7 @@ def _winograd(file: str, old: str, new: str, tests: str = "integers") -> dict:
 MUTANTS += [
     # a phase of dilation, the second row of an odd image, zeros outside the image
     _winograd("winograd.h", "line / down % dilation_h + line", "line"),
-    _winograd("conv_winograd.h", "lines.row(line) + lines.dilation_h < z.rows ? 2 : 1", "true ? 2 : 1"),
+    _winograd("conv_winograd.h", "row + lines.dilation_h < z.rows ? 2 : 1", "true ? 2 : 1"),
     _winograd("winograd.h", "pixels[y][i] = inside && row[y] ? row[y]", "pixels[y][i] = row[y] ? row[y]"),
     # the transforms
     _winograd("winograd.h", "t[4] = d[3] - d[4], t[5] = d[4],", "t[4] = d[3] - d[4], t[5] = d[3],"),
@@ -519,6 +519,10 @@ MUTANTS += [
     _winograd("conv_winograd.h", "if (by_tap) part.data += f.taps[tap];", ""),
     # what a tile spreads
     _winograd("winograd.h", "if (bits[l] >= 0x7f800000) return false;", "if (bits[l] > 0x7fffffff) return false;", tests="infinity"),
+    # what transforms would blur: zero taps, taps that an output does not see, few numbers
+    _winograd("conv_winograd.h", "if (8 * zeros > some * some) return false;", "", tests="masked"),
+    _winograd("conv_winograd.h", "if (!(all <= 4 * most_of(", "if (!(all <= 1000 * most_of(", tests="largest_tap"),
+    _winograd("winograd.h", "some += x.data[at + i] != 0;", "some += 1;", tests="sparse"),
     # bias; residual of a dilated line's second row
     _winograd("conv_winograd.h", "out[y][x] + bias[v],", "out[y][x],"),
     _winograd("conv_winograd.h", "y = 0; y < high(line)", "y = 0; y < 1", tests="residual"),
