@@ -130,7 +130,7 @@ def _edges(tensors, gradients):
     if len(gradients) != len(tensors):
         return None
     for t, g in zip(tensors, gradients):
-        if not t.requires_grad or (t.numel() != 1 if g is None else g.shape != t.shape):
+        if not t.requires_grad or (t.numel() != 1 or t.is_complex() if g is None else g.shape != t.shape):
             return None
     filled = tuple(torch.ones_like(t) if g is None else g for t, g in zip(tensors, gradients))
     return tuple(get_gradient_edge(t) for t in tensors), filled

@@ -37,7 +37,9 @@ active: list[list[Record]] = []
 def record(op: str, backend: str, reason: str, *tensors: torch.Tensor | None) -> None:
     """Adds a record to every open trace."""
     present = [tensor for tensor in tensors if tensor is not None]
-    entry = Record(op, backend, tuple(tuple(t.shape) for t in present), present[0].dtype, reason)
+    # Of nested tensors only the jagged ones have a shape.
+    shapes = tuple(() if t.is_nested and t.layout == torch.strided else tuple(t.shape) for t in present)
+    entry = Record(op, backend, shapes, present[0].dtype, reason)
     for calls in active:
         calls.append(entry)
 

@@ -24,6 +24,24 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SDPA = F.scaled_dot_product_attention
 
 
+def test_learned_slopes():
+    """On the reference, since no kernel has their gradient."""
+    q, slopes = torch.randn(1, 4, 5, 8), torch.rand(4, requires_grad=True)
+    distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+    loss = lambda s: SDPA(q, q, q, alibi_slopes=s).square().sum()  # noqa: E731
+    (expected,) = torch.autograd.grad(SDPA(q, q, q, -slopes[:, None, None] * distance).square().sum(), slopes)
+    with dlkern.trace() as calls:
+        (found,) = torch.autograd.grad(loss(slopes), slopes)
+    assert [(call.backend, call.reason) for call in calls] == [("reference", "the slopes require a gradient")]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.grad(loss)(slopes.detach()), expected)
+    angles = F.rotary_angles(torch.arange(5), 8)
+    turned = lambda s: SDPA(q, q, q, alibi_slopes=s, rotary=angles).square().sum()  # noqa: E731
+    (found,) = torch.autograd.grad(turned(slopes), slopes)
+    torch.testing.assert_close(torch.func.grad(turned)(slopes.detach()), found)
+    assert found.abs().min() > 0
+
+
 def leaves(*shapes, dtype=torch.float64):
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
@@ -343,6 +361,7 @@ def test_multihead_attention(batch_first, width, bias_kv):
         results = []
         for module in (theirs, ours):
             y, w = module(q, k, k, key_padding_mask=pad, need_weights=weights, attn_mask=mask, average_attn_weights=average)
+            assert w is None or w.is_contiguous()
             total = y.sin().sum() + (0 if w is None else w.sin().sum())
             results.append([y, *([] if w is None else [w]), *torch.autograd.grad(total, [q, *module.parameters()])])
         for a, b in zip(*results, strict=True):

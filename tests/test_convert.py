@@ -284,6 +284,48 @@ def test_transformer_encoder_takes_no_shortcut(norm_first):
     copy.deepcopy(dlkern.convert(model)).train()(x).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensor.*")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_are_torchs(layout):
+    pieces = [torch.randn(3, 8), torch.randn(5, 8)]
+    x = torch.nested.nested_tensor(pieces, layout=layout)
+    for module in (nn.Linear(8, 6), nn.LayerNorm(8), nn.Dropout(0.5)):
+        torch.manual_seed(0)
+        expected = module(x)
+        torch.manual_seed(0)
+        with dlkern.enabled():
+            inside = module(x)
+        torch.manual_seed(0)
+        with dlkern.trace() as calls:
+            ours = dlkern.convert(module)(x)
+        assert [call.backend for call in calls] == ["torch"]
+        for a, b, c in zip(expected.unbind(), ours.unbind(), inside.unbind(), strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor.*")
+def test_torchs_fast_path_of_nested_tensors():
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with torch.no_grad():
+        for call in (lambda: layer(x), lambda: layer.self_attn(x, x, x, need_weights=False)[0]):
+            expected = call()
+            dlkern.convert(layer)
+            for a, b in zip(expected.unbind(), call().unbind(), strict=True):
+                torch.testing.assert_close(a, b)
+            dlkern.revert(layer)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_weights_are_torchs():
+    layer, x = nn.Linear(8, 6), torch.randn(3, 8)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    expected = layer(x)
+    with dlkern.trace() as calls:
+        assert torch.equal(dlkern.convert(layer)(x), expected)
+    assert [(call.backend, call.reason) for call in calls] == [("torch", "layout torch.sparse_csr")]
+
+
 def test_transformer_encoder_parity():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)

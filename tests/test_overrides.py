@@ -102,6 +102,12 @@ def test_every_form_runs_on_dlkern(op, form):
             torch.testing.assert_close(a, b)
 
 
+def test_backward_of_a_complex_number_is_an_error():
+    z = torch.ones((), dtype=torch.complex64, requires_grad=True)
+    with dlkern.enabled(), pytest.raises(RuntimeError, match="only for real scalar outputs"):
+        (z * 2).backward()
+
+
 def test_outside_and_nested():
     with dlkern.trace() as calls:
         with dlkern.enabled():

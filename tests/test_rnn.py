@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from threads import on_threads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import dlkern
 import dlkern.nn as nn
@@ -384,9 +385,14 @@ def test_autocast_dtypes_are_torchs():
         module, x = make(kind, 5, 9), torch.randn(4, 3, 5)
         if kind == "lstm" and torch.backends.cpu.get_cpu_capability() != "AVX512":
             continue  # torch's own raises: its oneDNN has none in bfloat16
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            theirs, ours = module(x), dlkern.convert(module)(x)
-        assert [t.dtype for t in leaves(ours)] == [t.dtype for t in leaves(theirs)]
+        converted, packed = dlkern.convert(copy.deepcopy(module)), pack_padded_sequence(x, [4, 2, 1])
+        for some in (x, packed):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                theirs, ours = module(some), converted(some)
+                with dlkern.enabled():
+                    inside = module(some)
+            for found in (ours, inside):
+                assert [t.dtype for t in leaves(found)] == [t.dtype for t in leaves(theirs)]
 
 
 def test_autocast_takes_input_that_is_lowered_already():
@@ -395,6 +401,18 @@ def test_autocast_takes_input_that_is_lowered_already():
         with torch.autocast("cpu", dtype=torch.bfloat16), dlkern.trace() as calls:
             y = module(x)[0]
         assert y.dtype == torch.bfloat16 and {call.backend for call in calls} == {"cpu"}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_checkpoints_that_do_not_reenter(recompute):
+    """What is saved may be asked for once only."""
+    for kind in KINDS:
+        module, x = dlkern.convert(make(kind, 5, 9)), torch.randn(4, 3, 5, requires_grad=True)
+        if recompute:
+            module.save = "recompute"
+        (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
+        (found,) = torch.autograd.grad(checkpoint(lambda x, m=module: m(x)[0], x, use_reentrant=False).sum(), x)
+        assert torch.equal(found, expected)
 
 
 # ---- wrong calls ----

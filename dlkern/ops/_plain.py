@@ -20,7 +20,7 @@ from dlkern import columns
 from dlkern import trace as tracing
 from dlkern.ops._autograd import functorch_active
 
-__all__ = ["REFUSALS", "column", "number", "overridden", "pair"]
+__all__ = ["REFUSALS", "column", "laid_out", "number", "overridden", "pair"]
 
 # What a raw op raises for wrong arguments, and what tensors' attributes raise on other things.
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -53,6 +53,14 @@ def overridden(*tensors: Any) -> bool:
     A mode is asked once then, and not at each attribute of a tensor that the function looks at.
     """
     return not torch.compiler.is_compiling() and has_torch_function(tensors)
+
+
+def laid_out(*tensors: torch.Tensor | None) -> str | None:
+    """Why tensors cannot be read by kernels: they are nested, sparse, or in another library's layout. Or None."""
+    for t in tensors:
+        if t is not None and (t.layout != torch.strided or t.is_nested):
+            return "a nested tensor" if t.is_nested else f"layout {t.layout}"
+    return None
 
 
 def pair(value: Any) -> tuple[int, int] | None:

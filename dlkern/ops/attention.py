@@ -196,9 +196,11 @@ def attention(
     column = "reference"
     if not _autograd.use_reference():
         choice = columns.choose(op, query.device.type, query.dtype, columns.state.forced, columns.state.emulated)
-        column = choice.column
+        column, why = choice.column, choice.reason or reason
+        if slopes is not None and slopes.requires_grad and _autograd.recording():
+            column, why = "reference", "the slopes require a gradient"
         if tracing.active:
-            tracing.record(op, column, choice.reason or reason, query, key, value, mask)
+            tracing.record(op, column, why, query, key, value, mask)
     if column == "reference":
         return reference.attention(*tensors, *settings)
     if _autograd.needs_grad(query, key, value, mask, weight):

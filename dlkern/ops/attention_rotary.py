@@ -124,6 +124,8 @@ def attention_rotary(
     column, reason = choice.column, choice.reason
     if (cos.requires_grad or sin.requires_grad) and _autograd.recording():
         column, reason = "reference", "the angles require a gradient"
+    elif slopes is not None and slopes.requires_grad and _autograd.recording():
+        column, reason = "reference", "the slopes require a gradient"
     if column == "reference" and columns.choose(*arguments).column != "reference":
         turned = (
             positions.rotary(x, cos[:, :, : x.shape[2]], sin[:, :, : x.shape[2]], interleaved) for x in (query, key)

@@ -250,7 +250,8 @@ class Rnn(_autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n, _, __):
-        layer, (output, gates, cells, *sizes) = ctx.saved_tensors[:_LAYER], ctx.saved_tensors[_LAYER:]
+        saved = ctx.saved_tensors  # once: hooks on saved tensors, checkpointing's among them, give each away once
+        layer, (output, gates, cells, *sizes) = saved[:_LAYER], saved[_LAYER:]
         mode, reverse, wanted, need, recompute, column = ctx.constants
         if recompute:
             *_, gates, cells = _forward[column](*layer, *sizes, mode, reverse, True)

@@ -19,6 +19,9 @@ def _unusual(
     input: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> str | None:
     """What of a call is outside our kernels (torch takes it, or raises its own error), or None."""
+    layout = _plain.laid_out(input, weight, bias)
+    if layout is not None:
+        return layout
     if not isinstance(shape, tuple | list) or len(shape) < 1:
         return "normalized_shape is not a tuple of at least one"
     if not input.is_floating_point():

@@ -19,6 +19,9 @@ __all__ = ["linear", "tensor_reduction"]
 
 def _unusual(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     """What of a call is outside our kernels (torch takes it, or raises its own error), or None."""
+    layout = _plain.laid_out(input, weight, bias)
+    if layout is not None:
+        return layout
     if weight.dim() != 2 or input.dim() == 0 or input.size(-1) != weight.size(1):
         return "weight is not [out_features, in_features]"
     if input.dtype != weight.dtype or input.device != weight.device:

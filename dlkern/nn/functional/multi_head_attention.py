@@ -104,6 +104,7 @@ def attend(
         found = attention(_OP, q, k, unit, both, None, None, None, seed, settings)
         if average:
             found = found.mean(1)
+        found = found.contiguous()
     together = output.transpose(1, 2) if first else output.permute(2, 0, 1, 3).contiguous()
     return linear(together.flatten(2), out_weight, out_bias), found
 

@@ -48,11 +48,12 @@ def _is_lowered(x: torch.Tensor) -> bool:
 
 
 def autocast(
-    mode: int, x: torch.Tensor, states: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
+    mode: int, x: torch.Tensor, states: Sequence[torch.Tensor], params: Sequence[torch.Tensor], packed: bool = False
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """The operands as torch.autocast has them. GRU is no op of its lists: torch lowers its products, and its state keeps the
-    input's dtype, so that only an input which is lowered already makes it all lowered."""
-    if _is_lowered(x) if mode == GRU else autocasts(x):
+    """The operands as torch.autocast has them. GRU, and on a CPU packed LSTM, are no ops of its lists: torch lowers their
+    products, and states keep the input's dtype, so that only an input which is lowered already makes it all lowered."""
+    kept = mode == GRU or (mode == LSTM and packed and x.device.type == "cpu")
+    if _is_lowered(x) if kept else autocasts(x):
         x, *rest = lowered(x, *states, *params)  # type: ignore[assignment]
         return x, rest[: len(states)], rest[len(states) :]  # type: ignore[return-value]
     return x, list(states), list(params)
@@ -142,7 +143,7 @@ def _call(mode: int, theirs: Callable[..., Any], args: tuple[Any, ...], options:
         first = bool(given.get("batch_first"))
         try:
             x = x.transpose(0, 1) if first else x
-            x, states, params = autocast(mode, x, states, params)
+            x, states, params = autocast(mode, x, states, params, batch_sizes is not None)
             reason = unusual(mode, x, batch_sizes, states, params, given["has_biases"], layers, directions)
         except (AttributeError, IndexError, RuntimeError, TypeError):
             pass  # torch says what is wrong

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dlkern import trace as tracing
 from dlkern.nn import functional as F
 from dlkern.nn.functional.multi_head_attention import multi_head
 from dlkern.nn.modules.linear import Linear
@@ -27,6 +28,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         need_weights: bool = True, attn_mask: torch.Tensor | None = None, average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:  # torch's fast path takes some
+            if tracing.active:
+                tracing.record("scaled_dot_product_attention", "torch", "a nested tensor", query, key, value)
+            arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return super().forward(*arguments)
         weights = (self.in_proj_weight,)
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

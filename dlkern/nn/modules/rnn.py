@@ -252,7 +252,7 @@ class _Recurrent(_WithOptions, torch.nn.RNNBase):
                 return "states are not tensors of the right size"
         if column is not None and all(state.shape[0] == self.num_layers * directions for state in states):
             return x, batch_sizes, states, params
-        x, states, params = functional.autocast(mode, x, states, params)
+        x, states, params = functional.autocast(mode, x, states, params, batch_sizes is not None)
         found = functional.unusual(mode, x, batch_sizes, states, params, bool(self.bias), self.num_layers, directions)
         return found if found is not None else (x, batch_sizes, states, params)
 

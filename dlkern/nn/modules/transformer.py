@@ -43,6 +43,8 @@ class TransformerEncoderLayer(_Whole, torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
+        if src.is_nested:
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)  # torch's fast path
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
