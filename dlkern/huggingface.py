@@ -36,7 +36,11 @@ def __getattr__(name: str) -> type[torch.nn.Module]:
 
 
 # Models that, in transformers 4, choose a class of attention from a table instead of asking the interface.
-_TABLES = {"bert": "BERT_SELF_ATTENTION_CLASSES", "roberta": "ROBERTA_SELF_ATTENTION_CLASSES"}
+_TABLES = {
+    "albert": "ALBERT_ATTENTION_CLASSES", "bert": "BERT_SELF_ATTENTION_CLASSES",
+    "camembert": "CAMEMBERT_SELF_ATTENTION_CLASSES", "roberta": "ROBERTA_SELF_ATTENTION_CLASSES",
+    "xlm_roberta": "XLM_ROBERTA_SELF_ATTENTION_CLASSES",
+}  # fmt: skip
 
 
 def attention(
@@ -94,7 +98,9 @@ def register_transformers() -> None:
     """Makes attn_implementation="dlkern" known to Hugging Face transformers; calling it again changes nothing.
 
     Masks are those transformers makes for "sdpa". As there, no attention weights come back. Covers every model that asks
-    transformers' AttentionInterface; in transformers 4 also BERT and RoBERTa, which do not.
+    transformers' AttentionInterface; in transformers 4 also ALBERT, BERT, CamemBERT, RoBERTa and XLM-RoBERTa, which do not.
+    Others of version 4 that look their attention up in a table of their own (DistilBERT, Falcon, ModernBERT ...) raise
+    KeyError for the name: run them with "sdpa", inside enabled().
 
     Raises:
         RuntimeError: transformers is not installed, or older than 4.53.
