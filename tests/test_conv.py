@@ -435,3 +435,33 @@ def test_compiled_equals_eager():
             assert torch.equal(compiled(x), f(x))
             a, e = (torch.autograd.grad(g(x).sum(), (w, b)) for g in (compiled, f))
             assert torch.equal(a[0], e[0]) and torch.equal(a[1], e[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "x, w, stride, padding, dilation, groups",
+    [
+        ((16, 64, 1, 1), (40, 64, 3, 3), 1, 1, 1, 1), ((7, 70, 2, 2), (33, 70, 3, 3), 1, 1, 1, 1),
+        ((4, 48, 3, 2), (64, 48, 5, 5), 1, 2, 1, 1), ((5, 64, 4, 5), (26, 32, 3, 3), 2, 1, 1, 2),
+        ((3, 36, 5, 6), (50, 36, 3, 3), 1, 4, 4, 1), ((2, 40, 9, 8), (30, 40, 3, 3), 1, 0, 1, 1),
+        ((6, 33, 4, 4), (20, 33, 1, 1), 2, 0, 1, 1), ((4, 20, 3, 3), (40, 20, 3, 3), 1, 1, 1, 1),
+        ((1, 32, 2, 2), (34, 32, 3, 3), 3, 3, 1, 1),
+    ],
+    ids=["1x1", "2x2", "5x5", "stride, groups", "dilation", "no padding", "one tap", "merged taps", "taps in padding alone"],
+)  # fmt: skip
+def test_weight_gradient_of_few_pixels(x, w, stride, padding, dilation, groups, dtype):
+    """One band of pixels; taps that see few of them, or none. Exact, on small integers."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x_, w_ = (torch.randint(-1, 2, s).to(dtype).to(memory_format=layout) for s in (x, w))
+        w_.requires_grad_()
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                y = F.conv2d(x_, w_, None, stride, padding, dilation, groups)
+                grad = torch.randint(-1, 2, y.shape).to(dtype).to(memory_format=layout)
+                (found,) = torch.autograd.grad(y, w_, grad)
+            finally:
+                torch.set_num_threads(before)
+            exact = torch.nn.grad.conv2d_weight(x_.double(), w, grad.double(), stride, padding, dilation, groups)
+            assert torch.equal(found.double(), exact)

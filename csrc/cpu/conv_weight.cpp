@@ -44,7 +44,21 @@ template <class T> struct Plan {
   int64_t tile_count, columns;  // columns: of the gradient as summed, padded
   int64_t panels;  // of output channels, in a group
   int64_t pixel_tasks, channel_tasks;
+  bool once;  // one band, whose sums are finished a panel at a time
+  bool cut;  // then: each tap is summed over the pixels that see it
 };
+
+// Pairs of a tap and an output that sees it, in one dimension.
+inline int64_t count_seen(int64_t size, int64_t outputs, int64_t taps, int64_t stride, int64_t padding,
+                          int64_t dilation) {
+  int64_t count = 0;
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t i = 0; i < outputs; ++i) {
+      const int64_t at = i * stride + tap * dilation - padding;
+      count += at >= 0 && at < size;
+    }
+  return count;
+}
 
 template <class T> void plan_bands(const ConvShape& z, Plan<T>& plan) {
   using A = acc_t<T>;
@@ -74,6 +88,11 @@ template <class T> void plan_bands(const ConvShape& z, Plan<T>& plan) {
   const bool many_pixels = bands >= 2 * threads && bytes <= (z.r * z.s == 1 ? 4 : 1) * (1 << 20);
   plan.pixel_tasks = many_pixels || z.groups * plan.panels < 2 * threads ? smaller(threads, bands) : 1;
   plan.channel_tasks = plan.pixel_tasks > 1 ? 1 : smaller(threads, z.groups * plan.panels);
+  plan.once = bands == 1;
+  plan.cut = plan.once && !plan.merged &&
+             4 * count_seen(z.h, z.p, z.r, z.stride_h, z.pad_h, z.dilation_h) *
+                     count_seen(z.w, z.q, z.s, z.stride_w, z.pad_w, z.dilation_w) <=
+                 3 * z.p * z.r * z.q * z.s;
 }
 
 template <class T> int64_t most_tiles(const ConvShape& z, const Plan<T>& plan) {
@@ -203,40 +222,124 @@ void sum_bands(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64
   }
 }
 
-// The tasks' sums, added in order, to the weight's gradient in its own layout.
+// The finished sums of output channel k to the weight's gradient in its own layout.
+template <class T>
+void write_row(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64_t k, const acc_t<T>* row) {
+  const ConvShape& z = args.shape;
+  const bool last = args.grad_weight_channels_last;
+  const int64_t taps = z.r * z.s, stride_c = last ? 1 : taps, stride_r = last ? z.s * plan.channels : z.s,
+                stride_s = last ? plan.channels : 1;
+  T* weight = args.grad_weight + k * plan.channels * taps;
+  if (!plan.merged && !last && taps > 1) {  // each block's taps are rows of its channels
+    for (int64_t t = 0; t < plan.tile_count; t += taps) {
+      const Tile& tile = plan.tiles[t];
+      transpose(row + tile.column, tile.vectors * kLanes<acc_t<T>>, taps, tile.count,
+                weight + tile.block * plan.pitch * taps, taps);
+    }
+    return;
+  }
+  for (int64_t t = 0; t < plan.tile_count; ++t) {
+    const Tile& tile = plan.tiles[t];
+    const acc_t<T>* from = row + tile.column;
+    T* to = weight + tile.r * stride_r + tile.s * stride_s;
+    if (plan.merged) {
+      for (int64_t e = 0; e < tile.count; ++e) {
+        const int64_t s = (tile.first + e) / plan.channels, c = (tile.first + e) % plan.channels;
+        to[s * stride_s + c * stride_c] = static_cast<T>(from[e]);
+      }
+    } else {
+      ::dlkern::cpu::DLKERN_ISA::copy(from, to + tile.block * plan.pitch, tile.count);
+    }
+  }
+}
+
+// The tasks' sums, added in order, to the weight's gradient.
 template <class T>
 void write_gradient(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, acc_t<T>* gradients) {
   using A = acc_t<T>;
-  const ConvShape& z = args.shape;
-  const bool last = args.grad_weight_channels_last;
-  const int64_t stride_c = last ? 1 : z.r * z.s, stride_r = last ? z.s * plan.channels : z.s,
-                stride_s = last ? plan.channels : 1;
-  parallel_for(z.k, 1 + 4096 / plan.columns, [&](int64_t begin, int64_t end) {
+  const int64_t k_count = args.shape.k;
+  parallel_for(k_count, 1 + 4096 / plan.columns, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       A* row = gradients + k * plan.columns;
       for (int64_t task = 1; task < plan.pixel_tasks; ++task) {
-        const A* other = row + task * z.k * plan.columns;
+        const A* other = row + task * k_count * plan.columns;
         for (int64_t j = 0; j < plan.columns; j += kLanes<A>) store(row + j, load(row + j) + load(other + j));
       }
-      T* weight = args.grad_weight + k * plan.channels * z.r * z.s;
-      for (int64_t t = 0; t < plan.tile_count; ++t) {
-        const Tile& tile = plan.tiles[t];
-        const A* from = row + tile.column;
-        T* to = weight + tile.r * stride_r + tile.s * stride_s;
-        if (plan.merged) {
-          for (int64_t e = 0; e < tile.count; ++e) {
-            const int64_t s = (tile.first + e) / plan.channels, c = (tile.first + e) % plan.channels;
-            to[s * stride_s + c * stride_c] = static_cast<T>(from[e]);
-          }
-        } else if (stride_c == 1) {
-          ::dlkern::cpu::DLKERN_ISA::copy(from, to + tile.block * plan.pitch + tile.first, tile.count);
-        } else {
-          for (int64_t e = 0; e < tile.count; ++e)
-            to[(tile.block * plan.pitch + tile.first + e) * stride_c] = static_cast<T>(from[e]);
-        }
-      }
+      write_row(args, plan, k, row);
     }
   });
+}
+
+// What one tap sees of a band: how many pixels, and for each where its window begins and grad_output's channels.
+template <class A> struct Seen {
+  int64_t count;
+  const int32_t* pixels;
+  int32_t* offsets;
+  A* left;
+};
+
+// Few pixels: one band has all. A panel's sums are finished, and written, while they are in the cache. Where padding is a
+// quarter of what windows see, or more, each tap is summed over the pixels that see it.
+template <class T>
+void sum_once(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64_t unit_begin, int64_t unit_end) {
+  using A = acc_t<T>;
+  const ConvShape& z = args.shape;
+  const Images<T> x{args.input, args.input_channels_last, z.n, z.c, z.h, z.w};
+  const Band band{0, plan.all_rows, 0, z.q};
+  const int64_t pixels = plan.all_rows * z.q, copy_elements = plan.blocks * plan.most_rows * plan.row;
+  const int64_t tiles_a_block = plan.tile_count / plan.blocks, lists = plan.cut ? tiles_a_block : 0;
+  const double work = static_cast<double>(pixels) * static_cast<double>(z.k * plan.channels * z.r * z.s);
+  int32_t offsets[kBandPixels];
+  A* copy = scratch<A>(Slot::family_1, copy_elements + Plan<T>::kWidth);
+  A* packed = scratch<A>(Slot::family_2, (1 + lists) * kBandPixels * kOuterPitch);
+  A* sums = scratch<A>(Slot::family_3, kOuterRows * plan.columns);
+  char* memory = scratch<char>(
+      Slot::family_4, larger(1, lists) * static_cast<int64_t>(sizeof(Seen<A>) + 2 * kBandPixels * sizeof(int32_t)));
+  Seen<A>* seen = reinterpret_cast<Seen<A>*>(memory);
+  int32_t* numbers = reinterpret_cast<int32_t*>(seen + larger(1, lists));
+  if (!plan.cut) seen[0] = {pixels, nullptr, offsets, packed};
+  for (int64_t tap = 0; tap < lists; ++tap) {
+    int32_t *list = numbers + 2 * tap * kBandPixels, count = 0, pixel = 0;
+    for (int64_t row = 0; row < plan.all_rows; ++row)
+      for (int64_t q = 0; q < z.q; ++q, ++pixel) {
+        const int64_t h = row % z.p * z.stride_h + tap / z.s * z.dilation_h - z.pad_h,
+                      w = q * z.stride_w + tap % z.s * z.dilation_w - z.pad_w;
+        if (h >= 0 && h < z.h && w >= 0 && w < z.w) list[count++] = pixel;
+      }
+    seen[tap] = {count, list, list + kBandPixels, packed + (1 + tap) * kBandPixels * kOuterPitch};
+  }
+  // The micro-kernel reads whole vectors, past the last pixel's channels.
+  for (int64_t i = 0; i < Plan<T>::kWidth; ++i) copy[copy_elements + i] = A(0);
+  for (int64_t unit = unit_begin, copied = -1; unit < unit_end; ++unit) {
+    const int64_t group = unit / plan.panels, panel = unit % plan.panels, first = group * plan.outputs,
+                  k = first + panel * kOuterRows, rows = smaller(kOuterRows, first + plan.outputs - k);
+    if (group != copied) {
+      copied = group;
+      copy_input(z, plan, x, band, group, copy, offsets);
+      for (int64_t tap = 0; tap < lists; ++tap)
+        for (int64_t i = 0; i < seen[tap].count; ++i) seen[tap].offsets[i] = offsets[seen[tap].pixels[i]];
+    }
+    pack_pixels(z, args.grad_output, args.grad_output_channels_last, band, k, rows, kOuterPitch, packed);
+    for (int64_t tap = 0; tap < lists; ++tap)
+      for (int64_t i = 0; i < seen[tap].count; ++i)
+        for (int64_t j = 0; j < kOuterPitch; j += kLanes<A>)
+          store(seen[tap].left + i * kOuterPitch + j, load(packed + seen[tap].pixels[i] * kOuterPitch + j));
+    for (int64_t t = 0; t < plan.tile_count; ++t) {
+      const Tile& tile = plan.tiles[t];
+      const Seen<A>& some = seen[plan.cut ? t % tiles_a_block : 0];
+      const A* right = copy + tile.block * plan.most_rows * plan.row + tile.offset;
+      A* out = sums + tile.column;
+      if (some.count == 0)
+        for (int64_t i = 0; i < rows; ++i)
+          std::memset(out + i * plan.columns, 0, sizeof(A) * static_cast<size_t>(tile.vectors * kLanes<A>));
+      // With padding left out a chain of 32 has twice the numbers, and gradients of 5 x 5 taps in 7 x 8 pixels erred too much.
+      const int64_t depth = smaller(sum_depth(larger(1, some.count), work), plan.cut ? kOuterChain / 2 : pixels);
+      for (int64_t p = 0; p < some.count; p += depth)
+        outer_tile_for<false, A>(rows, tile.vectors)(smaller(depth, some.count - p), some.left + p * kOuterPitch, right,
+                                                     kOuterPitch, some.offsets + p, out, plan.columns, p > 0);
+    }
+    for (int64_t i = 0; i < rows; ++i) write_row(args, plan, k + i, sums + i * plan.columns);
+  }
 }
 
 // Sums of lanes, in double; of double, which has no wider type, with its rounding errors.
@@ -410,9 +513,9 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   plan_bands(z, plan);
   if (is_turned(z, plan)) return backward_weight_turned(args, plan);
   const int64_t tiles = most_tiles(z, plan), most_columns = tiles * Plan<T>::kWidth;
-  char* memory =
-      scratch<char>(Slot::family_0, tiles * static_cast<int64_t>(sizeof(Tile)) + 64 +
-                                        plan.pixel_tasks * z.k * most_columns * static_cast<int64_t>(sizeof(A)));
+  char* memory = scratch<char>(
+      Slot::family_0, tiles * static_cast<int64_t>(sizeof(Tile)) + 64 +
+                          (plan.once ? 0 : plan.pixel_tasks) * z.k * most_columns * static_cast<int64_t>(sizeof(A)));
   plan_tiles(z, plan, reinterpret_cast<Tile*>(memory));
   A* gradients = reinterpret_cast<A*>(memory + ceil_div(tiles * static_cast<int64_t>(sizeof(Tile)), 64) * 64);
 
@@ -421,13 +524,16 @@ template <class T> void backward_weight(const ConvBackwardWeightArgs<T>& args) {
   const double work = static_cast<double>(plan.all_rows * z.q) * static_cast<double>(z.k * plan.channels * z.r * z.s);
   parallel_for(tasks, work < kWorthWaking ? tasks : 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = task % plan.pixel_tasks, c = task / plan.pixel_tasks;
-      sum_bands(args, plan, p * bands / plan.pixel_tasks, (p + 1) * bands / plan.pixel_tasks,
-                c * units / plan.channel_tasks, (c + 1) * units / plan.channel_tasks,
-                gradients + p * z.k * plan.columns);
+      const int64_t p = task % plan.pixel_tasks, c = task / plan.pixel_tasks,
+                    unit_begin = c * units / plan.channel_tasks, unit_end = (c + 1) * units / plan.channel_tasks;
+      if (plan.once)
+        sum_once(args, plan, unit_begin, unit_end);
+      else
+        sum_bands(args, plan, p * bands / plan.pixel_tasks, (p + 1) * bands / plan.pixel_tasks, unit_begin, unit_end,
+                  gradients + p * z.k * plan.columns);
     }
   });
-  write_gradient(args, plan, gradients);
+  if (!plan.once) write_gradient(args, plan, gradients);
 }
 
 }  // namespace
