@@ -488,7 +488,7 @@ MUTANTS += [
     dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="if (b > 1) add_strip(spare, sums);", new=""),
     dict(_TILES_CONV, file="csrc/cpu/conv.cpp", old="return !any || is_exact(most);", new="return true;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="plan.y.only_block = true;", new="plan.y.only_block = false;"),
-    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="add_waiting();  // meanwhile", new="waiting = nullptr;  // meanwhile"),
+    dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="if (waiting) add_strip(sums, waiting);", new="if (waiting) add_strip(sums, waiting), add_strip(sums, waiting);"),
     # bfloat16's words: of weights, of positions' pairs
     dict(_TILES_CONV, file="csrc/cpu/conv_tiles.h", old="apart = kHasPairs<T> ? 1 : kTile;", new="apart = kTile;"),
     dict(_TILES_CONV, file="csrc/cpu/conv_weight_tiles.h", old="kHasPairs<T> ? 2 * kCell : kCell,", new="kCell,"),
@@ -499,6 +499,7 @@ def _winograd(file: str, old: str, new: str, tests: str = "integers") -> dict:
     return dict(file=f"csrc/cpu/{file}", old=old, new=new, tests=["tests/test_conv_winograd.py", "-k", tests], build="native")
 
 
+_FEW = ["tests/test_conv.py", "-k", "few_pixels"]
 MUTANTS += [
     # a phase of dilation, the second row of an odd image, zeros outside the image
     _winograd("winograd.h", "line / down % dilation_h + line", "line"),
@@ -519,6 +520,9 @@ MUTANTS += [
     _winograd("conv_winograd.h", "if (by_tap) part.data += f.taps[tap];", ""),
     # what a tile spreads
     _winograd("winograd.h", "if (bits[l] >= 0x7f800000) return false;", "if (bits[l] > 0x7fffffff) return false;", tests="infinity"),
+    dict(file="csrc/cpu/conv_weight.cpp", old="plan.cut ? t % tiles_a_block : 0", new="0", tests=_FEW, build="native"),
+    dict(file="csrc/cpu/conv_weight.cpp", old="if (some.count == 0)", new="if (false)", tests=_FEW, build="native"),
+    dict(file="csrc/cpu/conv_weight.cpp", old="if (group != copied) {", new="if (copied < 0) {", tests=_FEW, build="native"),
     # what transforms would blur: zero taps, taps that an output does not see, few numbers
     _winograd("conv_winograd.h", "if (8 * zeros > some * some) return false;", "", tests="masked"),
     _winograd("conv_winograd.h", "if (!(all <= 4 * most_of(", "if (!(all <= 1000 * most_of(", tests="largest_tap"),
