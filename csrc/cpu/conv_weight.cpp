@@ -25,6 +25,7 @@ namespace dlkern::cpu::DLKERN_ISA {
 namespace {
 
 constexpr int64_t kBandPixels = 384;
+constexpr int64_t kMostLists = 49;  // taps that have lists of pixels
 
 // Columns [column, column + vectors * lanes) of the gradient: `count` elements from `first` on in the run of tap
 // (r, s) of a block of input channels.
@@ -89,7 +90,7 @@ template <class T> void plan_bands(const ConvShape& z, Plan<T>& plan) {
   plan.pixel_tasks = many_pixels || z.groups * plan.panels < 2 * threads ? smaller(threads, bands) : 1;
   plan.channel_tasks = plan.pixel_tasks > 1 ? 1 : smaller(threads, z.groups * plan.panels);
   plan.once = bands == 1;
-  plan.cut = plan.once && !plan.merged &&
+  plan.cut = plan.once && !plan.merged && z.r * z.s <= kMostLists &&
              4 * count_seen(z.h, z.p, z.r, z.stride_h, z.pad_h, z.dilation_h) *
                      count_seen(z.w, z.q, z.s, z.stride_w, z.pad_w, z.dilation_w) <=
                  3 * z.p * z.r * z.q * z.s;
@@ -291,22 +292,22 @@ void sum_once(const ConvBackwardWeightArgs<T>& args, const Plan<T>& plan, int64_
   const double work = static_cast<double>(pixels) * static_cast<double>(z.k * plan.channels * z.r * z.s);
   int32_t offsets[kBandPixels];
   A* copy = scratch<A>(Slot::family_1, copy_elements + Plan<T>::kWidth);
-  A* packed = scratch<A>(Slot::family_2, (1 + lists) * kBandPixels * kOuterPitch);
+  A* packed = scratch<A>(Slot::family_2, (1 + lists) * pixels * kOuterPitch);
   A* sums = scratch<A>(Slot::family_3, kOuterRows * plan.columns);
-  char* memory = scratch<char>(
-      Slot::family_4, larger(1, lists) * static_cast<int64_t>(sizeof(Seen<A>) + 2 * kBandPixels * sizeof(int32_t)));
+  char* memory = scratch<char>(Slot::family_4, larger(1, lists) * static_cast<int64_t>(sizeof(Seen<A>)) +
+                                                   lists * 2 * pixels * static_cast<int64_t>(sizeof(int32_t)));
   Seen<A>* seen = reinterpret_cast<Seen<A>*>(memory);
   int32_t* numbers = reinterpret_cast<int32_t*>(seen + larger(1, lists));
   if (!plan.cut) seen[0] = {pixels, nullptr, offsets, packed};
   for (int64_t tap = 0; tap < lists; ++tap) {
-    int32_t *list = numbers + 2 * tap * kBandPixels, count = 0, pixel = 0;
+    int32_t *list = numbers + 2 * tap * pixels, count = 0, pixel = 0;
     for (int64_t row = 0; row < plan.all_rows; ++row)
       for (int64_t q = 0; q < z.q; ++q, ++pixel) {
         const int64_t h = row % z.p * z.stride_h + tap / z.s * z.dilation_h - z.pad_h,
                       w = q * z.stride_w + tap % z.s * z.dilation_w - z.pad_w;
         if (h >= 0 && h < z.h && w >= 0 && w < z.w) list[count++] = pixel;
       }
-    seen[tap] = {count, list, list + kBandPixels, packed + (1 + tap) * kBandPixels * kOuterPitch};
+    seen[tap] = {count, list, list + pixels, packed + (1 + tap) * pixels * kOuterPitch};
   }
   // The micro-kernel reads whole vectors, past the last pixel's channels.
   for (int64_t i = 0; i < Plan<T>::kWidth; ++i) copy[copy_elements + i] = A(0);
