@@ -156,6 +156,11 @@ def test_masked_filters_keep_inputs_apart(name, size):
     assert torch.equal(y[:, :, 0, 0], torch.zeros_like(y[:, :, 0, 0]))
     assert torch.equal(y[:, :, :3], other[:, :, :3]) and torch.equal(y[:, :, 3, :5], other[:, :, 3, :5])
     assert not torch.equal(y, other)
+    corner = torch.ones(size, size)
+    corner[0, 0] = 0
+    w = masked(name, corner)[1]
+    h, v = 3 + size // 2, 4 + size // 2  # sees the changed pixel by that tap alone
+    assert torch.equal(f(x, w)[:, :, h, v], f(changed, w)[:, :, h, v])
 
 
 def assert_errors(name, tensors, grads, parts_alone):
