@@ -35,6 +35,19 @@ template <class T> struct Correlation {
   int activation;
 };
 
+// What a direct computation multiplies in one dimension: pairs of a tap and an output that sees it, where tap t of output i
+// sees input first + t * dilation + i * stride, of `size`.
+inline int64_t count_seen(int64_t taps, int64_t first, int64_t dilation, int64_t outputs, int64_t stride,
+                          int64_t size) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t i = 0; i < outputs; ++i) {
+      const int64_t at = first + t * dilation + i * stride;
+      count += at >= 0 && at < size;
+    }
+  return count;
+}
+
 // Rows first_row + i * step_h and columns first_column + j * step_w of an image; zero where there is none.
 struct Window {
   int64_t image, first_row, rows, step_h, first_column, columns, step_w;

@@ -49,18 +49,6 @@ template <class T> struct Plan {
   bool cut;  // then: each tap is summed over the pixels that see it
 };
 
-// Pairs of a tap and an output that sees it, in one dimension.
-inline int64_t count_seen(int64_t size, int64_t outputs, int64_t taps, int64_t stride, int64_t padding,
-                          int64_t dilation) {
-  int64_t count = 0;
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t i = 0; i < outputs; ++i) {
-      const int64_t at = i * stride + tap * dilation - padding;
-      count += at >= 0 && at < size;
-    }
-  return count;
-}
-
 template <class T> void plan_bands(const ConvShape& z, Plan<T>& plan) {
   using A = acc_t<T>;
   plan.channels = z.c / z.groups;
@@ -91,8 +79,8 @@ template <class T> void plan_bands(const ConvShape& z, Plan<T>& plan) {
   plan.channel_tasks = plan.pixel_tasks > 1 ? 1 : smaller(threads, z.groups * plan.panels);
   plan.once = bands == 1;
   plan.cut = plan.once && !plan.merged && z.r * z.s <= kMostLists &&
-             4 * count_seen(z.h, z.p, z.r, z.stride_h, z.pad_h, z.dilation_h) *
-                     count_seen(z.w, z.q, z.s, z.stride_w, z.pad_w, z.dilation_w) <=
+             4 * count_seen(z.r, -z.pad_h, z.dilation_h, z.p, z.stride_h, z.h) *
+                     count_seen(z.s, -z.pad_w, z.dilation_w, z.q, z.stride_w, z.w) <=
                  3 * z.p * z.r * z.q * z.s;
 }
 

@@ -172,8 +172,9 @@ inline bool pays(const ConvBackwardWeightArgs<float>& args) {
   if (call.channels < 16 || call.outputs < 16 || call.line_bytes() * z.groups > 4 * kSharedBlockBytes) return false;
   const double tiles = static_cast<double>(call.lines.count() * call.lines.tiles()),
                channels = static_cast<double>(call.channels), outputs = static_cast<double>(call.outputs),
-               direct = static_cast<double>(z.n) * count_taps<S>(z.h, -z.pad_h, z.dilation_h, z.p) *
-                        count_taps<S>(z.w, -z.pad_w, z.dilation_w, z.q) * channels * outputs;
+               seen_h = static_cast<double>(count_seen(3, -z.pad_h, z.dilation_h, z.p, 1, z.h)),
+               seen_w = static_cast<double>(count_seen(3, -z.pad_w, z.dilation_w, z.q, 1, z.w)),
+               direct = static_cast<double>(z.n) * seen_h * seen_w * channels * outputs;
   // Few channels fill no panel.
   if (tiles < 32 || call.channels < (kVectors - 1) * kLanes<float>) return false;
   if (direct < 1.1 * products_of<S>(tiles, channels, outputs)) return false;

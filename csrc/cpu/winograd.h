@@ -87,15 +87,6 @@ template <class S> inline double products_of(double tiles, double channels, doub
   return tiles * kPlaces<S> * (channels * outputs + 10 * channels + 8 * outputs);
 }
 
-// What a direct computation multiplies in one dimension: the taps of `outputs` outputs that lie inside `size` inputs,
-// where tap t of output i sees input i + first + t * dilation.
-template <class S> inline double count_taps(int64_t size, int64_t first, int64_t dilation, int64_t outputs) {
-  int64_t count = 0;
-  for (int64_t at = first; at < first + S::kTaps * dilation; at += dilation)
-    count += larger(0, smaller(outputs, size - at) - larger(0, -at));
-  return static_cast<double>(count);
-}
-
 // The share of numbers that are not zero, told from 64 runs of 16. A direct sum of few numbers rounds a few times, the
 // transforms as often as ever: of the gradient of a maximum over whole images the error would be three times as large.
 inline double density_of(const Images<float>& x) {

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Function", "apply", "functorch_active", "needs_grad", "recording", "use_reference", "vjp"]
+__all__ = ["Function", "apply", "asks_gradient", "functorch_active", "needs_grad", "recording", "use_reference", "vjp"]
 
 functorch_active = torch._C._are_functorch_transforms_active
 
@@ -44,17 +44,19 @@ def recording() -> bool:
     return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
+def asks_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records, and one of the tensors requires a gradient."""
+    if recording():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through its autograd Function: a gradient may be asked of it, or a torch.func
     transform or forward-mode AD is at work (which the raw op would pass over in silence)."""
-    if functorch_active() or forward_ad._current_level >= 0:
-        return True
-    if not recording():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+    return functorch_active() or forward_ad._current_level >= 0 or asks_gradient(*tensors)
 
 
 def apply(function: type[Function], *args: Any) -> Any:

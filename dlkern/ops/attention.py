@@ -197,7 +197,7 @@ def attention(
     if not _autograd.use_reference():
         choice = columns.choose(op, query.device.type, query.dtype, columns.state.forced, columns.state.emulated)
         column, why = choice.column, choice.reason or reason
-        if slopes is not None and slopes.requires_grad and _autograd.recording():
+        if _autograd.asks_gradient(slopes):
             column, why = "reference", "the slopes require a gradient"
         if tracing.active:
             tracing.record(op, column, why, query, key, value, mask)

@@ -122,9 +122,9 @@ def attention_rotary(
     arguments = op, query.device.type, query.dtype, columns.state.forced, columns.state.emulated
     choice = columns.choose(*arguments, FACTS)
     column, reason = choice.column, choice.reason
-    if (cos.requires_grad or sin.requires_grad) and _autograd.recording():
+    if _autograd.asks_gradient(cos, sin):
         column, reason = "reference", "the angles require a gradient"
-    elif slopes is not None and slopes.requires_grad and _autograd.recording():
+    elif _autograd.asks_gradient(slopes):
         column, reason = "reference", "the slopes require a gradient"
     if column == "reference" and columns.choose(*arguments).column != "reference":
         turned = (

@@ -520,6 +520,7 @@ MUTANTS += [
     _winograd("conv_winograd.h", "if (by_tap) part.data += f.taps[tap];", ""),
     # what a tile spreads
     _winograd("winograd.h", "if (bits[l] >= 0x7f800000) return false;", "if (bits[l] > 0x7fffffff) return false;", tests="infinity"),
+    # few pixels: each tap's own, none, those of a group
     dict(file="csrc/cpu/conv_weight.cpp", old="plan.cut ? t % tiles_a_block : 0", new="0", tests=_FEW, build="native"),
     dict(file="csrc/cpu/conv_weight.cpp", old="if (some.count == 0)", new="if (false)", tests=_FEW, build="native"),
     dict(file="csrc/cpu/conv_weight.cpp", old="if (group != copied) {", new="if (copied < 0) {", tests=_FEW, build="native"),

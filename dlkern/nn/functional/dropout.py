@@ -46,10 +46,14 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
         return input
     if _plain.overridden(input):
         return handle_torch_function(dropout, (input,), input, p, training, inplace)
-    layout = _plain.laid_out(input) if isinstance(input, torch.Tensor) else None
-    if layout is not None or not isinstance(input, torch.Tensor) or not input.is_floating_point():
-        if tracing.active and isinstance(input, torch.Tensor):
-            tracing.record("dropout", "torch", layout or "not a floating-point tensor", input)
+    if not isinstance(input, torch.Tensor):
+        return torch.nn.functional.dropout(input, p, training, inplace)
+    reason = _plain.laid_out(input)
+    if reason is None and not input.is_floating_point():
+        reason = "not a floating-point tensor"
+    if reason is not None:
+        if tracing.active:
+            tracing.record("dropout", "torch", reason, input)
         return torch.nn.functional.dropout(input, p, training, inplace)
     seed = _seed(input)
     column = _plain.column("dropout", input)
